@@ -1,0 +1,25 @@
+"""What moe_lens raises. Every message names the object, the condition that failed and the remedy."""
+
+
+class MoELensError(RuntimeError):
+    """Base of all errors raised by moe_lens; catch it to catch them all."""
+
+
+class UnsupportedRouterError(MoELensError):
+    """The model has a router (or none at all) that moe_lens has no routing rule for."""
+
+
+class RouterMismatchError(MoELensError):
+    """A routing rule and the router it stands for give different numbers."""
+
+
+class HookError(MoELensError):
+    """A routing hook could not fire, or returned something the router cannot use."""
+
+
+class PlanError(MoELensError):
+    """A steering plan is malformed, impossible, or made for another model."""
+
+
+class DataError(MoELensError):
+    """Statistics, prompts, masks or files that are empty, damaged or do not belong together."""

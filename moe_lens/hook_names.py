@@ -1,0 +1,48 @@
+"""The names of the routing hook points: the only place in the package that spells them.
+
+>>> from moe_lens import hook_names
+>>> hook_names.router_logits(3)
+'blocks.3.mlp.hook_router_logits'
+>>> hook_names.parse("blocks.3.hook_topk_weights")
+(3, 'hook_topk_weights')
+"""
+
+import re
+
+ROUTER_LOGITS = "hook_router_logits"
+TOPK_INDICES = "hook_topk_indices"
+TOPK_WEIGHTS = "hook_topk_weights"
+POINTS = (ROUTER_LOGITS, TOPK_INDICES, TOPK_WEIGHTS)
+"""Short names of the hook points of one MoE layer, in the order in which they fire."""
+
+_NAME = re.compile(rf"^blocks\.(\d+)\.(?:mlp\.)?({'|'.join(POINTS)})$")
+
+
+def router_logits(layer: int) -> str:
+    """Name of the point on the router logits of `layer`, shape [batch pos expert]."""
+    return _name(layer, ROUTER_LOGITS)
+
+
+def topk_indices(layer: int) -> str:
+    """Name of the point on the chosen experts of `layer`, int64, shape [batch pos k]."""
+    return _name(layer, TOPK_INDICES)
+
+
+def topk_weights(layer: int) -> str:
+    """Name of the point on the chosen experts' weights of `layer`, shape [batch pos k]."""
+    return _name(layer, TOPK_WEIGHTS)
+
+
+def block_aliases() -> dict[str, str]:
+    """Block-level aliases: what `cache["router_logits", layer]` and TransformerLens' patching resolve."""
+    return {point: f"mlp.{point}" for point in POINTS}
+
+
+def parse(name: str) -> tuple[int, str] | None:
+    """Layer and short name of a routing hook point (full name or block-level alias); None for other names."""
+    match = _NAME.match(name)
+    return (int(match.group(1)), match.group(2)) if match else None
+
+
+def _name(layer: int, point: str) -> str:
+    return f"blocks.{layer}.mlp.{point}"

@@ -1,0 +1,309 @@
+"""`HookedMoE`: a TransformerLens bridge with causal hook points on routing.
+
+    model = HookedMoE.from_pretrained("allenai/OLMoE-1B-7B-0125-Instruct")
+    model = HookedMoE.from_hf(hf_model, tokenizer)
+    attach(bridge)                              # the same points in a bridge that somebody already has
+    detach(bridge)                              # HF's own code again
+
+Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and .hook_topk_weights
+(see hook_names), with block-level aliases, and they work in every TransformerLens tool.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformer_lens import ActivationCache
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.utilities.slice import Slice
+from transformer_lens.utilities.tokenize_utils import get_attention_mask
+
+from moe_lens import hook_names
+from moe_lens.errors import HookError, MoELensError, UnsupportedRouterError
+from moe_lens.moe_shape import MoEShape
+from moe_lens.router_hooks import MoELayer, check_router, find_moe_layers, install, uninstall
+from moe_lens.routing_rules import RoutingRule
+
+AnyBridge = TypeVar("AnyBridge", bound=TransformerBridge)
+
+# TransformerLens 4.3 folds the norm into these models' experts wrongly (it misses a reader of the norm).
+_FOLD_LN_IS_WRONG = ("Qwen2MoeForCausalLM",)
+
+
+class HookedMoE(TransformerBridge):
+    """A TransformerBridge whose routers can be read and edited.
+
+    >>> from moe_lens import hook_names, organisms
+    >>> model = organisms.load("specialised")                # or HookedMoE.from_pretrained(name_or_folder)
+    >>> logits, cache = model.run_with_cache("Question : what is")
+    >>> cache["router_logits", 0].shape                      # [batch pos expert]
+    torch.Size([1, 5, 8])
+    >>> def avoid_expert_0(router_logits, hook):
+    ...     router_logits[..., 0] = -float("inf")
+    ...     return router_logits
+    >>> edited = model.run_with_hooks("Question : what is",
+    ...                               fwd_hooks=[(hook_names.router_logits(0), avoid_expert_0)])
+
+    It is a TransformerBridge in every other respect; see TransformerLens' documentation.
+    """
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "HookedMoE":
+        """Load a model by its name on the Hugging Face hub or from a folder, and attach the hook points.
+
+        Args:
+            name_or_path: hub id ("allenai/OLMoE-1B-7B-0125-Instruct") or checkpoint folder.
+            **kwargs: passed to `TransformerBridge.boot_transformers`: device, dtype (default float32),
+                device_map, offload_folder, n_devices, max_memory, revision, tokenizer, hf_config_overrides...
+
+        Raises:
+            UnsupportedRouterError: the model has no router, or one without a routing rule.
+            RouterMismatchError: a router does not compute what its rule says.
+        """
+        return _as_hooked(TransformerBridge.boot_transformers(str(name_or_path), **kwargs))
+
+    @classmethod
+    def from_hf(cls, hf_model: nn.Module, tokenizer: Any = None) -> "HookedMoE":
+        """Wrap a Hugging Face model that is already in memory, in place, and put it in eval mode.
+
+        Args:
+            hf_model: an MoE model (`OlmoeForCausalLM`, `MixtralForCausalLM`...) on any device, in any dtype.
+            tokenizer: optional; without one the model takes token tensors only.
+
+        Raises:
+            UnsupportedRouterError, RouterMismatchError: as in `from_pretrained`; the model is left as it was.
+            MoELensError: the model is wrapped by a bridge already.
+        """
+        if any(hasattr(module, "original_component") for module in hf_model.modules()):
+            raise MoELensError(
+                f"{type(hf_model).__name__} is wrapped by a TransformerBridge already. "
+                "Use moe_lens.attach(bridge) on that bridge, or wrap a freshly loaded model."
+            )
+        _checked_layers(hf_model, type(hf_model).__name__)
+        config: Any = hf_model.config
+        bridge = build_bridge_from_module(
+            hf_model,
+            type(hf_model).__name__,
+            hf_config=config,
+            tokenizer=tokenizer,
+            model_name=config.name_or_path or type(hf_model).__name__,
+        )
+        return _as_hooked(bridge.eval())
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have a router, ascending; dense layers are left out."""
+        return tuple(routing_layers(self))
+
+    @property
+    def moe_shape(self) -> MoEShape:
+        """Name, MoE layers, number of experts and k: what results about this model are filed under."""
+        return moe_shape(self)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of routed experts in each MoE layer (shared experts, which always run, not counted)."""
+        return self.moe_shape.n_experts
+
+    @property
+    def top_k(self) -> int:
+        """Number of experts that run for each token in each MoE layer."""
+        return self.moe_shape.top_k
+
+    def routing_rule(self, layer: int) -> RoutingRule:
+        """The routing rule of one MoE layer, with the parameters that its router has now.
+
+        Raises:
+            HookError: the layer has no router.
+        """
+        layers = routing_layers(self)
+        if layer not in layers:
+            raise HookError(f"layer {layer} has no router; the MoE layers are {tuple(layers)}.")
+        return layers[layer].rule
+
+    def run_with_cache(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; the cache also gets an attribute `attention_mask`: bool [batch pos], or None.
+
+        It says which positions hold the prompts' own tokens when a list of prompts was padded or a mask was
+        given, and lets `RoutingStats.from_cache` leave padding out by itself.
+        """
+        self._refuse_absent_points(_names_of(kwargs.get("names_filter")))
+        args = args if input is None else (input, *args)
+        output, cache = super().run_with_cache(*args, **kwargs)
+        if isinstance(cache, ActivationCache):
+            vars(cache)["attention_mask"] = self._own_tokens(input, kwargs)
+        return output, cache
+
+    def run_with_hooks(
+        self, input: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
+        fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
+        return super().run_with_hooks(input, fwd_hooks, bwd_hooks, *args, **kwargs)
+
+    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
+        return super().hooks(self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks), *args, **kwargs)
+
+    def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
+        self._refuse_absent_points(_names_of(name))
+        super().add_hook(name, *args, **kwargs)
+
+    def enable_compatibility_mode(self, *args: Any, no_processing: bool = False, **kwargs: Any) -> None:
+        """As in TransformerLens, and refused where TransformerLens 4.3 folds this model's norms wrongly."""
+        folds = not no_processing and kwargs.get("fold_ln", True)
+        if folds and type(self.original_model).__name__ in _FOLD_LN_IS_WRONG:
+            raise MoELensError(
+                f"enable_compatibility_mode(fold_ln=True) changes what {type(self.original_model).__name__} "
+                "computes in TransformerLens 4.3. Pass fold_ln=False or no_processing=True."
+            )
+        super().enable_compatibility_mode(*args, no_processing=no_processing, **kwargs)
+
+    def _checked_hooks(self, hooks: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        hooks = list(hooks)
+        for name, _ in hooks:
+            self._refuse_absent_points(_names_of(name))
+        return hooks
+
+    def _refuse_absent_points(self, names: list[str]) -> None:
+        for name in names:
+            parsed = hook_names.parse(name)
+            if parsed is not None and parsed[0] not in (layers := self.moe_layers):
+                raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {layers}.")
+
+    def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions are not padding; None where that is not known (tokens without a mask)."""
+        mask = kwargs.get("attention_mask")
+        if mask is None and isinstance(input, list) and len(input) > 1:
+            side = kwargs.get("padding_side") or self.tokenizer.padding_side
+            prepend_bos = kwargs.get("prepend_bos")
+            if prepend_bos is None:
+                prepend_bos = self.cfg.default_prepend_bos
+            tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=side)
+            mask = get_attention_mask(self.tokenizer, tokens, prepend_bos=prepend_bos, padding_side=side)
+        if mask is None:
+            return None
+        pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
+        return (mask if pos_slice is None else pos_slice.apply(mask, dim=1)).bool()
+
+
+def attach(bridge: AnyBridge) -> AnyBridge:
+    """Put the routing hook points into a TransformerBridge (or a subclass of it), in place.
+
+    >>> from moe_lens import attach, detach, organisms
+    >>> bridge = detach(organisms.load("specialised"))       # any TransformerBridge around an MoE model
+    >>> attach(bridge) is bridge
+    True
+
+    Every router is first compared with its rule; if one fails, nothing is changed. Attaching to a bridge
+    that has the points already changes nothing.
+
+    Returns: the same bridge.
+
+    Raises:
+        UnsupportedRouterError: no router, or one without a rule. RouterMismatchError: the check failed.
+    """
+    layers = routing_layers(bridge)
+    missing = {number: moe for number, moe in layers.items() if moe.points is None}
+    for moe in missing.values():
+        check_router(moe)
+    shape = moe_shape(bridge)
+    for number, moe in missing.items():
+        _register(bridge, number, moe, shape)
+    return bridge
+
+
+def detach(bridge: AnyBridge) -> AnyBridge:
+    """Take the routing hook points out again: HF's own router code is back. Returns the same bridge.
+
+    >>> from moe_lens import detach, organisms
+    >>> model = detach(organisms.load("specialised"))
+    >>> "blocks.0.mlp.hook_router_logits" in model.hook_dict
+    False
+    """
+    for number, moe in routing_layers(bridge).items():
+        if moe.points is None:
+            continue
+        uninstall(moe)
+        block: Any = bridge.blocks[number]
+        for alias, target in hook_names.block_aliases().items():
+            delattr(block.mlp, alias)
+            block.__dict__.pop(alias, None)
+            block._hook_alias_registry.pop(alias, None)
+            for name in (alias, target):
+                bridge._hook_registry.pop(f"blocks.{number}.{name}", None)
+        block.hook_aliases = {k: v for k, v in block.hook_aliases.items() if k not in hook_names.POINTS}
+    return bridge
+
+
+def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
+    """Layer number -> MoE block and router, for every layer of the bridge that has a router.
+
+    Raises:
+        UnsupportedRouterError: the model has no MoE layer, or a router without a rule.
+    """
+    layers = {}
+    for number, block in enumerate(getattr(bridge, "blocks", ())):
+        for moe in find_moe_layers(block):
+            layers[number] = MoELayer(f"blocks.{number}.mlp", moe.block, moe.router)
+    return layers or _no_moe(bridge.cfg.model_name)
+
+
+def moe_shape(bridge: TransformerBridge) -> MoEShape:
+    """Name, MoE layers, number of experts and k of the model inside a bridge.
+
+    The name is the last part of the hub id or folder that the model was loaded from, so that results do
+    not carry a machine's paths.
+
+    Raises:
+        UnsupportedRouterError: as in `routing_layers`, or the layers differ in number of experts or k.
+    """
+    layers = routing_layers(bridge)
+    sizes = {number: (moe.rule.n_experts, moe.rule.top_k) for number, moe in layers.items()}
+    if len(set(sizes.values())) > 1:
+        raise UnsupportedRouterError(f"The layers differ in (number of experts, k): {sizes}.")
+    name = str(bridge.cfg.model_name).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return MoEShape(name, tuple(layers), *next(iter(sizes.values())))
+
+
+def _as_hooked(bridge: TransformerBridge) -> HookedMoE:
+    bridge.__class__ = HookedMoE  # TransformerLens' builders cannot be told which class to make
+    assert isinstance(bridge, HookedMoE)
+    return attach(bridge)
+
+
+def _checked_layers(hf_model: nn.Module, name: str) -> None:
+    layers = list(find_moe_layers(hf_model)) or _no_moe(name)
+    for moe in layers:
+        check_router(moe)
+
+
+def _no_moe(name: str) -> Any:
+    raise UnsupportedRouterError(
+        f"{name} has no Mixture-of-Experts layer, so there is no routing to hook. "
+        "Use TransformerLens' TransformerBridge for dense models."
+    )
+
+
+def _register(bridge: TransformerBridge, number: int, moe: MoELayer, shape: MoEShape) -> None:
+    """Install the points of one layer and make the bridge know them under both names."""
+    points, block = install(moe, shape), bridge.blocks[number]
+    for name, point in zip(
+        hook_names.POINTS, (points.router_logits, points.topk_indices, points.topk_weights), strict=True
+    ):
+        point.train(bridge.training)
+        setattr(block.mlp, name, point)
+    bridge._scan_existing_hooks(bridge, "")  # the first scan gives the points their canonical names ...
+    block.hook_aliases = {**block.hook_aliases, **hook_names.block_aliases()}
+    block._register_aliases()
+    bridge._scan_existing_hooks(bridge, "")  # ... the second adds the block-level aliases
+
+
+def _names_of(names: Any) -> list[str]:
+    if isinstance(names, str):
+        return [names]
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
