@@ -125,7 +125,7 @@ class HookedMoE(TransformerBridge):
         return layers[layer].rule
 
     def run_with_cache(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; the cache also gets an attribute `attention_mask`: bool [batch pos], or None.
+        """As in TransformerLens; the cache also gets an attribute `attention_mask`, bool [batch pos] or None.
 
         It says which positions hold the prompts' own tokens when a list of prompts was padded or a mask was
         given, and lets `RoutingStats.from_cache` leave padding out by itself.

@@ -1,0 +1,293 @@
+"""Which experts run, how often and with what weight: `RoutingStats`, from a cache or streamed.
+
+    _, cache = model.run_with_cache(prompts)
+    stats = RoutingStats.from_cache(cache)                 # one batch
+    stats = collect_routing(model, prompts)                # any number of prompts, one batch at a time
+    stats.rates                                            # [layer expert], share of tokens, in [0, 1]
+    (stats + other).save("stats.safetensors")
+
+Counts are exact integers; means come from sums in float64.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_lens import hook_names
+from moe_lens.batching import Prompts, padded_batches, token_sequences
+from moe_lens.errors import DataError
+from moe_lens.files import atomic_write
+from moe_lens.hooked_moe import moe_shape
+from moe_lens.moe_shape import MoEShape
+
+Span = slice | Callable[[Int[Tensor, "pos"]], Bool[Tensor, "pos"]] | None
+"""Which tokens of a prompt count: None for all, a slice of its positions (`slice(-1, None)` for the last), or
+a function from the prompt's tokens [pos] to a bool [pos]."""
+
+_KIND: Final = "moe_lens.RoutingStats"
+_SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingStats:
+    """Routing counts over `n_tokens` token positions; every tensor is [layer expert], on the CPU.
+
+    >>> from moe_lens import RoutingStats, organisms
+    >>> model = organisms.load("specialised")
+    >>> _, cache = model.run_with_cache(["Question : what is", "Document : the"])
+    >>> stats = RoutingStats.from_cache(cache)
+    >>> stats.rates.shape, float(stats.rates.sum(-1)[0])     # rates of one layer sum to k
+    (torch.Size([4, 8]), 2.0)
+
+    Attributes:
+        shape: the model, its MoE layers (the rows), number of experts (the columns) and k.
+        n_tokens: how many token positions were counted.
+        counts: int64, at how many of them the expert was among the top-k.
+        probability_sums: float64, sum over tokens of softmax(router logits), over all experts.
+        weight_sums: float64, sum over tokens of the routing weight, 0 where the expert was not chosen.
+    """
+
+    shape: MoEShape
+    n_tokens: int
+    counts: Int[Tensor, "layer expert"]
+    probability_sums: Float[Tensor, "layer expert"]
+    weight_sums: Float[Tensor, "layer expert"]
+
+    def __post_init__(self) -> None:
+        size = (len(self.shape.layers), self.shape.n_experts)
+        for name, tensor in self._tensors().items():
+            if tuple(tensor.shape) != size:
+                raise DataError(f"RoutingStats.{name} has shape {tuple(tensor.shape)}, not {size}.")
+            if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
+                raise DataError(
+                    f"RoutingStats.{name} holds NaN, infinite or negative values; were the router logits NaN?"
+                )
+        if self.n_tokens < 1:
+            raise DataError("RoutingStats over no token at all: the mask or the span selects nothing.")
+        if not bool((self.counts.sum(-1) == self.n_tokens * self.shape.top_k).all()):
+            raise DataError(
+                f"RoutingStats.counts: a layer's counts must sum to n_tokens × k = "
+                f"{self.n_tokens * self.shape.top_k}; got {self.counts.sum(-1).tolist()}."
+            )
+
+    @classmethod
+    def from_cache(
+        cls,
+        cache: Mapping[str, Tensor] | Any,
+        mask: Int[Tensor, "*batch"] | Bool[Tensor, "*batch"] | None = None,
+    ) -> "RoutingStats":
+        """Count the routing in a cache of `run_with_cache` (or a dictionary of its tensors).
+
+        Args:
+            cache: must hold router logits [*batch expert], top-k indices and weights [*batch k] of every MoE
+                layer that is to be counted (`names_filter=is_routing_point` keeps just those).
+            mask: [*batch], true where a token counts. None: every position but padding, where the cache knows
+                it (`cache.attention_mask`: a HookedMoE got a list of strings, or tokens with an
+                attention_mask); otherwise every position.
+
+        Raises:
+            DataError: no routing in the cache, a layer without one of the three tensors, a mask of another
+                shape or one that selects nothing, NaN logits.
+        """
+        points = _points_by_layer(cache)
+        if mask is None:
+            mask = getattr(cache, "attention_mask", None)
+        rows, n_tokens, size = [], 0, (0, 0)
+        for layer, tensors in points.items():
+            logits, indices = tensors[hook_names.ROUTER_LOGITS], tensors[hook_names.TOPK_INDICES]
+            keep = _checked_mask(mask, indices, layer)
+            rows.append(_count_layer(logits[keep], indices[keep], tensors[hook_names.TOPK_WEIGHTS][keep]))
+            this_size = (logits.shape[-1], indices.shape[-1])
+            if size not in ((0, 0), this_size):
+                raise DataError(f"Layer {layer} has (experts, k) = {this_size}, another layer {size}.")
+            n_tokens, size = int(keep.sum()), this_size
+        counts, probabilities, weights = (torch.stack(column).cpu() for column in zip(*rows, strict=True))
+        model = getattr(cache, "model", None)
+        name = moe_shape(model).model if isinstance(model, TransformerBridge) else "unknown"
+        return cls(MoEShape(name, tuple(points), *size), n_tokens, counts, probabilities, weights)
+
+    @property
+    def rates(self) -> Float[Tensor, "layer expert"]:
+        """Activation rate: share of the counted tokens at which the expert was chosen, in [0, 1], float64."""
+        return self.counts.double() / self.n_tokens
+
+    @property
+    def mean_probability(self) -> Float[Tensor, "layer expert"]:
+        """Mean router probability (softmax over all experts), in [0, 1]; rows sum to 1."""
+        return self.probability_sums / self.n_tokens
+
+    @property
+    def mean_weight(self) -> Float[Tensor, "layer expert"]:
+        """Mean routing weight over all counted tokens, 0 where the expert was not chosen."""
+        return self.weight_sums / self.n_tokens
+
+    @property
+    def mean_weight_when_chosen(self) -> Float[Tensor, "layer expert"]:
+        """Mean routing weight over the tokens that chose the expert; NaN for an expert never chosen."""
+        return self.weight_sums / self.counts.double()
+
+    def __add__(self, other: "RoutingStats") -> "RoutingStats":
+        """The statistics of both sets of tokens together. Raises DataError for different models."""
+        if differences := self.shape.differences(other.shape):
+            raise DataError(f"RoutingStats of different models cannot be added: {'; '.join(differences)}.")
+        summed = {name: tensor + other._tensors()[name] for name, tensor in self._tensors().items()}
+        return RoutingStats(self.shape, self.n_tokens + other.n_tokens, **summed)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file (never pickle), atomically; the model's shape goes into the metadata."""
+        about = {"kind": _KIND, "schema": _SCHEMA, "n_tokens": self.n_tokens, "shape": asdict(self.shape)}
+        with atomic_write(path) as temporary:
+            save_file(self._tensors(), temporary, metadata={key: json.dumps(v) for key, v in about.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RoutingStats":
+        """Read what `save` wrote. Raises DataError, naming the file and what is wrong with it."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as routing statistics: {error}.") from error
+        if (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
+            raise DataError(
+                f"{path} is no file of routing statistics of schema {_SCHEMA}: {about or 'no metadata'}."
+            )
+        try:
+            shape = MoEShape(**{**about["shape"], "layers": tuple(about["shape"]["layers"])})
+            return cls(shape, about["n_tokens"], **tensors)
+        except (KeyError, TypeError, DataError) as error:
+            raise DataError(f"{path} is damaged: {error}") from error
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("counts", "probability_sums", "weight_sums")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        return f"RoutingStats({self.n_tokens} tokens, {self.shape})"
+
+
+def collect_routing(
+    model: TransformerBridge,
+    prompts_or_tokens: Prompts,
+    *,
+    batch_size: int = 8,
+    span: Span = None,
+    progress: bool = True,
+) -> RoutingStats:
+    """Routing statistics over many prompts, one batch in memory at a time.
+
+    >>> from moe_lens import collect_routing, organisms
+    >>> model = organisms.load("specialised")
+    >>> stats = collect_routing(model, ["Question : what is", "Document : the"], progress=False)
+    >>> stats.n_tokens                                       # 5 + 4, with BOS; padding is never counted
+    9
+
+    Args:
+        model: a HookedMoE, or a bridge after `attach`.
+        prompts_or_tokens: a string, strings, a token tensor [batch pos], or token sequences of any lengths.
+        batch_size: prompts a forward.
+        span: which tokens of each prompt count: None (all), a slice of its positions, or a function from its
+            tokens [pos], BOS included, to a bool [pos].
+        progress: show a progress bar.
+
+    Raises:
+        DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
+    """
+    sequences = token_sequences(model, prompts_or_tokens)
+    spans = [_in_span(sequence, span, index) for index, sequence in enumerate(sequences)]
+    total, done = None, 0
+    with tqdm(total=len(sequences), desc="routing", unit="prompt", disable=not progress) as bar:
+        for tokens, mask in padded_batches(model, sequences, batch_size):
+            counted = mask.clone()
+            counted[mask] = torch.cat(spans[done : done + len(tokens)]).to(mask.device)
+            stats = RoutingStats.from_cache(_routing_cache(model, tokens, mask), counted)
+            total = stats if total is None else total + stats
+            done += len(tokens)
+            bar.update(len(tokens))
+    assert total is not None  # token_sequences refuses an empty list
+    return total
+
+
+def is_routing_point(name: str) -> bool:
+    """A `names_filter` for `run_with_cache` that keeps what `RoutingStats.from_cache` needs."""
+    return hook_names.parse(name) is not None
+
+
+def _routing_cache(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> Any:
+    # Without padding no mask is passed: the run is then the very one that `model(tokens)` makes.
+    padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
+    with torch.no_grad():
+        return model.run_with_cache(tokens, names_filter=is_routing_point, return_type=None, **padding)[1]
+
+
+def _in_span(tokens: Int[Tensor, "pos"], span: Span, index: int) -> Bool[Tensor, "pos"]:
+    if callable(span):
+        chosen = torch.as_tensor(span(tokens), dtype=torch.bool)
+        if chosen.shape != tokens.shape:
+            raise DataError(
+                f"The span gave shape {tuple(chosen.shape)} for prompt {index} with {len(tokens)} tokens; "
+                "it must give one bool a token."
+            )
+    else:
+        chosen = torch.zeros(len(tokens), dtype=torch.bool)
+        chosen[slice(None) if span is None else span] = True
+    if not bool(chosen.any()):
+        raise DataError(f"The span selects no token of prompt {index} ({len(tokens)} tokens).")
+    return chosen
+
+
+def _points_by_layer(cache: Mapping[str, Tensor] | Any) -> dict[int, dict[str, Tensor]]:
+    """Layer -> short name of the hook point -> cached tensor, ascending; each layer must have all three."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name in cache.keys():  # noqa: SIM118 (an ActivationCache iterates over its tensors' axis)
+        if parsed := hook_names.parse(name):
+            found.setdefault(parsed[0], {})[parsed[1]] = cache[name]
+    if not found:
+        raise DataError(
+            "The cache holds no routing: run a HookedMoE (or a bridge after attach), and let the "
+            "names_filter keep the routing points (names_filter=moe_lens.is_routing_point)."
+        )
+    for layer, tensors in found.items():
+        if missing := [point for point in hook_names.POINTS if point not in tensors]:
+            raise DataError(
+                f"The cache lacks {', '.join(missing)} of layer {layer}; let the names_filter keep it."
+            )
+    return dict(sorted(found.items()))
+
+
+def _checked_mask(
+    mask: Tensor | None, indices: Int[Tensor, "*batch k"], layer: int
+) -> Bool[Tensor, "*batch"]:
+    batch = indices.shape[:-1]
+    if mask is None:
+        return torch.ones(batch, dtype=torch.bool, device=indices.device)
+    if mask.ndim == len(batch) + 1 and mask.shape[0] == 1:  # the cache dropped its batch dimension of 1
+        mask = mask[0]
+    if mask.shape != batch:
+        raise DataError(
+            f"The mask has shape {tuple(mask.shape)}, the routing of layer {layer} is over {tuple(batch)}."
+        )
+    if not bool(mask.any()):
+        raise DataError("The mask selects no token; nothing would be counted.")
+    return mask.bool().to(indices.device)
+
+
+def _count_layer(
+    logits: Float[Tensor, "token expert"], indices: Int[Tensor, "token k"], weights: Float[Tensor, "token k"]
+) -> tuple[Int[Tensor, "expert"], Float[Tensor, "expert"], Float[Tensor, "expert"]]:
+    n_experts = logits.shape[-1]
+    counts = torch.bincount(indices.flatten(), minlength=n_experts)
+    probabilities = torch.softmax(logits.float(), dim=-1).double().sum(0)
+    weight_sums = torch.zeros(n_experts, dtype=torch.float64, device=weights.device)
+    weight_sums.index_add_(0, indices.flatten(), weights.flatten().double())
+    return counts, probabilities, weight_sums
