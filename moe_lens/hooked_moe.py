@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from jaxtyping import Bool
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.utilities.slice import Slice
@@ -82,14 +83,15 @@ class HookedMoE(TransformerBridge):
                 f"{type(hf_model).__name__} is wrapped by a TransformerBridge already. "
                 "Use moe_lens.attach(bridge) on that bridge, or wrap a freshly loaded model."
             )
-        _checked_layers(hf_model, type(hf_model).__name__)
+        architecture = _architecture(hf_model)
+        _check_routers(hf_model)
         config: Any = hf_model.config
         bridge = build_bridge_from_module(
             hf_model,
-            type(hf_model).__name__,
+            architecture,
             hf_config=config,
             tokenizer=tokenizer,
-            model_name=config.name_or_path or type(hf_model).__name__,
+            model_name=config.name_or_path or architecture,
         )
         return _as_hooked(bridge.eval())
 
@@ -276,9 +278,20 @@ def _as_hooked(bridge: TransformerBridge) -> HookedMoE:
     return attach(bridge)
 
 
-def _checked_layers(hf_model: nn.Module, name: str) -> None:
-    layers = list(find_moe_layers(hf_model)) or _no_moe(name)
-    for moe in layers:
+def _architecture(hf_model: nn.Module) -> str:
+    """The name under which TransformerLens knows the model's class, or the class that it derives from."""
+    names = [cls.__name__ for cls in type(hf_model).__mro__]
+    known = next((name for name in names if name in SUPPORTED_ARCHITECTURES), None)
+    if known is None:
+        raise MoELensError(
+            f"TransformerLens has no adapter for {names[0]}. Pass a causal language model such as "
+            "OlmoeForCausalLM or MixtralForCausalLM, not its headless base."
+        )
+    return known
+
+
+def _check_routers(hf_model: nn.Module) -> None:
+    for moe in list(find_moe_layers(hf_model)) or _no_moe(type(hf_model).__name__):
         check_router(moe)
 
 

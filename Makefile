@@ -1,0 +1,22 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: env demo test lint
+
+env: .venv/installed  ## create .venv with the tested versions
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: env  ## the main job on the shipped models: prints the table, writes moe-lens-demo/
+	$(BIN)/moe-lens demo
+
+test: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright

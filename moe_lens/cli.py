@@ -1,0 +1,70 @@
+"""The command `moe-lens`: a thin shell over the library.
+
+moe-lens demo                                   the whole ladder of organisms
+moe-lens demo --model specialised --out figures --seed 1
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_lens.errors import MoELensError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 1 after an error that the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except MoELensError as error:
+        print(f"moe-lens: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-lens", description="Mechanistic interpretability of Mixture-of-Experts language models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="measure, detect and steer a small trained model, beside its controls",
+        description="On each organism (a small trained model that ships with the package): find the experts "
+        "that run more often with a document than without, choose the plan's size on development questions, "
+        "steer toward the document and toward memory on test questions, and hold the effect against random "
+        "experts. Prints a table and writes figures.",
+    )
+    demo.add_argument(
+        "--model", action="append", metavar="NAME", help="an organism; repeat for several (default: all)"
+    )
+    demo.add_argument("--out", type=Path, default=Path("moe-lens-demo"), help="folder (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of random sets and bootstrap (default: 0)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    import matplotlib as mpl  # heavy imports wait until a command needs them: --help answers at once
+
+    mpl.use("Agg")
+    from moe_lens import demo, organisms, plots
+
+    names = options.model or organisms.names()
+    for name in names:
+        organisms.path(name)  # a wrong name fails before the first minute of work
+    results = [demo.run_demo(name, seed=options.seed) for name in names]
+    text = f"{demo.table(results)}\n\n{demo.LEGEND}\n"
+    print(f"\n{text}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
+    written = [options.out / "table.md"]
+    for result in results:
+        labels = {"+": "deactivated toward the document", "−": "deactivated toward memory"}
+        plans = {labels[direction]: plan for direction, plan in result.plans.items()}
+        written.append(options.out / f"experts-{result.name}.png")
+        plots.save(plots.expert_heat_map(result.scores, plans), written[-1])
+    written.append(options.out / "rates.png")
+    plots.save(plots.steering_rates(results), written[-1])
+    print("wrote " + ", ".join(str(path) for path in written))

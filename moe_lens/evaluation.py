@@ -1,0 +1,128 @@
+"""What a model answers, how well it predicts text, and how sure a difference is.
+
+says = answers_with(model, prompts, answers, hooks=steer_hooks(plan))     # bool [prompt]
+loss = text_loss(model, sentences, hooks=steer_hooks(plan))               # nats a token
+low, high = clustered_interval(says, clusters=entities, seed=0)           # 95 % interval of the mean
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_lens.batching import padded_batches, token_sequences
+from moe_lens.errors import DataError
+
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+
+
+def answers_with(
+    model: TransformerBridge,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    hooks: Hooks = (),
+    batch_size: int = 64,
+) -> Bool[Tensor, "prompt"]:
+    """Whether the model's most probable next token is the answer, for each prompt.
+
+    >>> from moe_lens import organisms
+    >>> model, facts = organisms.load("specialised"), organisms.world("specialised").facts("test")[:4]
+    >>> answers_with(model, [f.question for f in facts], [f.answer for f in facts]).shape
+    torch.Size([4])
+
+    Args:
+        answers: one a prompt, each a single token of the model's vocabulary.
+        hooks: forward hooks to run under.
+
+    Raises:
+        DataError: no prompts, another number of answers than prompts, or an answer of several tokens.
+    """
+    if len(answers) != len(prompts):
+        raise DataError(f"{len(prompts)} prompts need as many answers; got {len(answers)}.")
+    expected = torch.tensor([_single_token(model, answer) for answer in answers])
+    predicted = [
+        logits[:, -1].argmax(-1).cpu() for _, _, logits in _batch_logits(model, prompts, hooks, batch_size)
+    ]
+    return torch.cat(predicted) == expected
+
+
+def text_loss(
+    model: TransformerBridge, texts: Sequence[str], *, hooks: Hooks = (), batch_size: int = 64
+) -> float:
+    """Mean cross-entropy of every token after a text's first, in nats a token, over all texts together.
+
+    Raises:
+        DataError: no texts, or not one with two tokens.
+    """
+    total, n_tokens = 0.0, 0
+    for tokens, mask, logits in _batch_logits(model, texts, hooks, batch_size):
+        predicts = mask[:, :-1] & mask[:, 1:]
+        log_probs = logits[:, :-1].double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        total -= float(log_probs[predicts].sum())
+        n_tokens += int(predicts.sum())
+    if n_tokens == 0:
+        raise DataError("text_loss needs texts of at least two tokens.")
+    return total / n_tokens
+
+
+def clustered_interval(
+    values: Float[np.ndarray, "unit"],
+    clusters: Sequence[str],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, resampling whole clusters.
+
+    Prompts about the same entity are not independent, so entities are drawn with replacement, each with all
+    its prompts (Davison & Hinkley 1997, section 3.8). The resampled mean is sum of values / number of units.
+
+    Args:
+        values: one a unit (prompt), for example an effect in [-1, 1].
+        clusters: one label a unit; units of the same label stay together.
+
+    Raises:
+        DataError: no values, or not one label a value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or len(clusters) != len(values):
+        raise DataError(
+            f"{len(clusters)} cluster labels for values of shape {values.shape}; need one a value."
+        )
+    _, member_of = np.unique(np.asarray(clusters), return_inverse=True)
+    sums, sizes = np.bincount(member_of, weights=values), np.bincount(member_of)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(n_resamples, len(sums)))
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def pairwise_gaps(rates: Float[np.ndarray, "set"]) -> Float[np.ndarray, "pair"]:
+    """|difference| between the rates of every pair of sets: what a two-way gap is held against.
+
+    >>> pairwise_gaps(np.array([0.1, 0.4, 0.8])).round(1).tolist()
+    [0.3, 0.7, 0.4]
+    """
+    first, second = np.triu_indices(len(rates), k=1)
+    return np.abs(np.asarray(rates)[first] - np.asarray(rates)[second])
+
+
+def _batch_logits(model: TransformerBridge, prompts: Sequence[str], hooks: Hooks, batch_size: int) -> Any:
+    """Yields (tokens [batch pos], mask [batch pos], logits [batch pos vocab]), padding on the left."""
+    for tokens, mask in padded_batches(model, token_sequences(model, prompts), batch_size):
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), attention_mask=mask.long())
+        yield tokens, mask, logits
+
+
+def _single_token(model: TransformerBridge, answer: str) -> int:
+    tokens = model.to_tokens(answer, prepend_bos=False)[0]
+    if len(tokens) != 1:
+        raise DataError(f"The answer {answer!r} is {len(tokens)} tokens; answers_with needs a single one.")
+    return int(tokens[0])

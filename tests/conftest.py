@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests. Tiny models and the tokenizer are plain functions in tests/tiny_models.py."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lens.demo import DemoResult, run_demo
+from moe_lens.hooked_moe import HookedMoE
+from tests.tiny_models import tiny_model, tokenizer
+
+torch.set_num_threads(1)  # the models are too small to gain from more, and threads wait for each other
+
+
+@pytest.fixture(scope="session")
+def hooked() -> Callable[..., HookedMoE]:
+    """`hooked("olmoe", torch.bfloat16)`: a HookedMoE with a left-padding tokenizer, one a session.
+
+    For tests that leave the model as they found it; the others build their own.
+    """
+
+    @cache
+    def build(recipe: str = "olmoe", dtype: torch.dtype = torch.float32, **config: Any) -> HookedMoE:
+        return HookedMoE.from_hf(tiny_model(recipe, dtype, **config), tokenizer())
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def planted_demo() -> DemoResult:
+    """The demo on the planted organism, run once a session (and process)."""
+    return run_demo("planted", progress=False)

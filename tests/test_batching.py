@@ -1,0 +1,121 @@
+"""Prompts to tokens to left-padded batches: nothing lost, nothing invented, in order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_lens.batching import padded_batches, token_sequences
+from moe_lens.errors import DataError
+from moe_lens.hooked_moe import HookedMoE
+from tests.tiny_models import prompt, tiny_model, tokens
+
+Hooked = Callable[..., HookedMoE]
+
+
+def lists(sequences: Any) -> list[list[int]]:
+    return [sequence.tolist() for sequence in sequences]
+
+
+def test_strings_get_the_tokens_that_the_model_gives_them(hooked: Hooked) -> None:
+    model, texts = hooked("olmoe"), [prompt(3), prompt(1), prompt(5)]
+    expected = [model.to_tokens(text)[0].tolist() for text in texts]
+    assert [row[0] for row in expected] == [1, 1, 1]  # BOS, once
+    assert lists(token_sequences(model, texts)) == expected
+    assert lists(token_sequences(model, texts[0])) == expected[:1]
+
+
+def test_tokens_stay_as_they_are_whatever_holds_them(hooked: Hooked) -> None:
+    model, batch = hooked("olmoe"), tokens(3, 4)
+    rows = batch.tolist()
+    for given_as in (batch, rows, tuple(rows), list(batch), batch.numpy(), batch.int()):
+        assert lists(token_sequences(model, given_as)) == rows
+    assert lists(token_sequences(model, batch[0])) == rows[:1]
+    assert all(sequence.dtype == torch.int64 for sequence in token_sequences(model, batch.int()))
+
+
+def test_lengths_may_differ_and_text_may_stand_beside_tokens(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    assert lists(token_sequences(model, [[7, 8, 9], "w0", torch.tensor([5])])) == [[7, 8, 9], [1, 4], [5]]
+
+
+@pytest.mark.parametrize("nothing", [[], (), torch.zeros(0, 3, dtype=torch.int64)])
+def test_no_prompts_are_refused(hooked: Hooked, nothing: Any) -> None:
+    with pytest.raises(DataError, match="at least one prompt"):
+        token_sequences(hooked("olmoe"), nothing)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [],
+        torch.zeros(0, dtype=torch.int64),
+        [1.5, 2.0],
+        [True, False],
+        [[1, 2], [3, 4]],
+        3,
+        None,
+        {"w0": 1},
+        ["w0", 4],
+    ],
+    ids=str,
+)
+def test_a_bad_prompt_is_refused_by_its_number(hooked: Hooked, bad: Any) -> None:
+    with pytest.raises(DataError, match="Prompt 1 "):
+        token_sequences(hooked("olmoe"), [[4, 5], bad])
+
+
+@pytest.mark.parametrize("bad", [None, 3, 2.5, torch.tensor(3)], ids=str)
+def test_what_is_no_list_of_prompts_at_all_is_refused(hooked: Hooked, bad: Any) -> None:
+    with pytest.raises(DataError):
+        token_sequences(hooked("olmoe"), bad)
+
+
+def test_strings_need_a_tokenizer() -> None:
+    model = HookedMoE.from_hf(tiny_model("olmoe"))
+    with pytest.raises(DataError, match="no tokenizer"):
+        token_sequences(model, ["w0"])
+    assert lists(token_sequences(model, [[4, 5]])) == [[4, 5]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    batch_size=st.integers(1, 14),
+    seed=st.integers(0, 99),
+)
+def test_batches_hold_every_sequence_once_in_order_padded_left(
+    hooked: Hooked, lengths: list[int], batch_size: int, seed: int
+) -> None:
+    sequences = [tokens(1, length, seed + i)[0] for i, length in enumerate(lengths)]
+    unpadded: list[list[int]] = []
+    for batch, mask in padded_batches(hooked("olmoe"), sequences, batch_size):
+        assert batch.shape == mask.shape
+        assert 1 <= len(batch) <= batch_size
+        assert bool(mask.any(0).all())  # no column of nothing but padding
+        for row, kept in zip(batch, mask, strict=True):
+            assert kept.tolist() == sorted(kept.tolist())  # padding, then tokens
+            assert bool((row[~kept] == 0).all())  # <pad>
+            unpadded.append(row[kept].tolist())
+    assert unpadded == lists(sequences)
+
+
+def test_batches_are_full_but_for_the_last(hooked: Hooked) -> None:
+    batches = padded_batches(hooked("olmoe"), list(tokens(7, 3)), 3)
+    assert [len(batch) for batch, _ in batches] == [3, 3, 1]
+
+
+def test_a_model_without_tokenizer_gets_batches_too() -> None:
+    model = HookedMoE.from_hf(tiny_model("olmoe"))
+    [(batch, mask)] = padded_batches(model, [torch.tensor([5, 6]), torch.tensor([7])], 2)
+    assert mask.tolist() == [[True, True], [False, True]]
+    assert batch[mask].tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_size_below_one_is_refused(hooked: Hooked, size: int) -> None:
+    with pytest.raises(DataError, match="batch_size"):
+        list(padded_batches(hooked("olmoe"), list(tokens(2, 3)), size))

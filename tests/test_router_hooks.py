@@ -1,0 +1,524 @@
+"""Hook points in the routers of bare Hugging Face models: finding, checking, installing, refusing."""
+
+import copy
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from moe_lens.errors import HookError, MoELensError, RouterMismatchError, UnsupportedRouterError
+from moe_lens.moe_shape import MoEShape
+from moe_lens.router_hooks import MoELayer, RoutingPoints, check_router, find_moe_layers, install, uninstall
+from moe_lens.routing_rules import SoftmaxTopK
+from tests.tiny_models import (
+    ALL_RECIPES,
+    FAMILIES,
+    MOE_LAYERS,
+    N_EXPERTS,
+    TOP_K,
+    hook_census,
+    plain_bridge,
+    randomised,
+    router_of,
+    sparse_blocks,
+    tiny_model,
+    tokens,
+)
+
+every_recipe = pytest.mark.parametrize("recipe", ALL_RECIPES)
+every_family = pytest.mark.parametrize("recipe", FAMILIES)
+
+
+def with_points(recipe: str, dtype: torch.dtype = torch.float32) -> tuple[Any, list[RoutingPoints]]:
+    """A tiny model with points in every router; the points get the names that a bridge would give them."""
+    model = tiny_model(recipe, dtype)
+    shape = MoEShape(recipe, MOE_LAYERS[recipe], N_EXPERTS[recipe], TOP_K[recipe])
+    return model, [install(moe, shape) for moe in find_moe_layers(model)]
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def granite() -> Any:
+    config = GraniteMoeConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return randomised(lambda: GraniteMoeForCausalLM(config))
+
+
+def deepseek_v2() -> Any:
+    config = DeepseekV2Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=None,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    )
+    return randomised(lambda: DeepseekV2ForCausalLM(config))
+
+
+# Finding
+
+
+@every_recipe
+def test_finds_every_router_and_no_dense_layer(recipe: str) -> None:
+    model = tiny_model(recipe)
+    found = list(find_moe_layers(model))
+    assert [moe.where for moe in found] == [f"model.layers.{number}.mlp" for number in MOE_LAYERS[recipe]]
+    for moe, block in zip(found, sparse_blocks(model).values(), strict=True):
+        assert moe.block is block
+        assert moe.router is router_of(block)
+        assert (moe.rule.n_experts, moe.rule.top_k) == (N_EXPERTS[recipe], TOP_K[recipe])
+        assert moe.points is None
+
+
+@every_family
+def test_finds_the_same_modules_inside_a_bridge(recipe: str) -> None:
+    model = tiny_model(recipe)
+    bare = [(moe.block, moe.router) for moe in find_moe_layers(model)]
+    bridge = plain_bridge(model)
+    assert [(moe.block, moe.router) for moe in find_moe_layers(bridge)] == bare
+
+
+def test_a_dense_model_has_no_moe_layer() -> None:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4
+    )
+    assert list(find_moe_layers(randomised(lambda: LlamaForCausalLM(config)))) == []
+
+
+@pytest.mark.parametrize(
+    ("build", "router"), [(granite, "GraniteMoeTopKRouter"), (deepseek_v2, "DeepseekV2TopkRouter")]
+)
+def test_an_unknown_router_is_refused_by_its_class_and_place(build: Callable[[], Any], router: str) -> None:
+    with pytest.raises(UnsupportedRouterError, match=router) as error:
+        list(find_moe_layers(build()))
+    assert "model.layers." in str(error.value)
+
+
+# The self-check
+
+
+@every_recipe
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_hf_routers_pass_the_check(recipe: str, dtype: torch.dtype) -> None:
+    for moe in find_moe_layers(tiny_model(recipe, dtype)):
+        check_router(moe)
+
+
+def test_the_check_leaves_torchs_generator_and_gradients_alone() -> None:
+    model = tiny_model("olmoe")
+    state = torch.get_rng_state()
+    for moe in find_moe_layers(model):
+        check_router(moe)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+Output = tuple[Tensor, Tensor, Tensor]
+
+
+def other_renormalisation(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    p = logits.float().softmax(-1).gather(-1, indices)
+    already = torch.allclose(weights.float().sum(-1), torch.ones(len(weights)), atol=2e-2)
+    return logits, (p if already else p / p.sum(-1, keepdim=True)).to(weights.dtype), indices
+
+
+def scaling(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    return logits, 1.01 * weights, indices
+
+
+def other_dtype(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    return logits, weights.to(torch.float16), indices
+
+
+def rounded_weights(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    return logits, weights.to(torch.bfloat16).to(weights.dtype), indices
+
+
+def bias_in_selection_only(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    p = logits.float().softmax(-1)
+    chosen = (p + torch.linspace(0, 0.5, p.shape[-1])).topk(indices.shape[-1]).indices
+    return logits, p.gather(-1, chosen).to(weights.dtype), chosen
+
+
+def one_expert_more(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    weights, indices = logits.softmax(-1).topk(indices.shape[-1] + 1)
+    return logits, weights, indices
+
+
+def one_expert_hidden(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    return logits[:, 1:], weights, indices
+
+
+def other_order(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    return logits, weights.flip(-1), indices.flip(-1)
+
+
+def sigmoid_weights(logits: Tensor, weights: Tensor, indices: Tensor) -> Output:
+    return logits, logits.sigmoid().gather(-1, indices).to(weights.dtype), indices
+
+
+def two_outputs(logits: Tensor, weights: Tensor, indices: Tensor) -> Any:
+    return logits, indices
+
+
+def a_dictionary(logits: Tensor, weights: Tensor, indices: Tensor) -> Any:
+    return {"logits": logits, "weights": weights, "indices": indices}
+
+
+ALTERATIONS = {
+    other_renormalisation: "weights differ by up to",
+    scaling: "weights differ by up to",
+    other_dtype: r"weights are torch\.float16",
+    rounded_weights: "weights differ by up to",
+    bias_in_selection_only: "indices differ on",
+    one_expert_more: "indices have shape",
+    one_expert_hidden: "logits have shape",
+    other_order: "indices differ on",
+    sigmoid_weights: "weights differ by up to",
+    two_outputs: "returns no",
+    a_dictionary: "returns no",
+}
+
+
+def alter(router: nn.Module, alteration: Callable[..., Any], as_subclass: bool = False) -> None:
+    """Give a router another forward: through a subclass of its class, or on the instance."""
+    original = type(router).forward
+
+    def forward(self: Any, hidden_states: Tensor) -> Any:
+        return alteration(*original(self, hidden_states))
+
+    if as_subclass:
+        router.__class__ = type(f"My{type(router).__name__}", (type(router),), {"forward": forward})
+    else:
+        router.forward = MethodType(forward, router)
+
+
+@every_family
+@pytest.mark.parametrize(
+    ("alteration", "words"), ALTERATIONS.items(), ids=lambda x: getattr(x, "__name__", "")
+)
+def test_an_altered_router_fails_the_check(recipe: str, alteration: Callable[..., Any], words: str) -> None:
+    *_, last = find_moe_layers(tiny_model(recipe))
+    alter(last.router, alteration)
+    with pytest.raises(RouterMismatchError, match=words) as error:
+        check_router(last)
+    assert last.where in str(error.value)
+    assert type(last.router).__name__ in str(error.value)
+
+
+def test_a_subclass_that_computes_the_same_passes_the_check() -> None:
+    *_, last = find_moe_layers(tiny_model("olmoe"))
+    alter(last.router, lambda *output: output, as_subclass=True)
+    check_router(last)
+
+
+@every_family
+def test_a_subclass_that_computes_otherwise_fails_the_check(recipe: str) -> None:
+    *_, last = find_moe_layers(tiny_model(recipe))
+    parent = type(last.router).__name__
+    alter(last.router, scaling, as_subclass=True)
+    with pytest.raises(RouterMismatchError, match=f"My{parent}"):
+        check_router(last)
+
+
+# Installing and uninstalling
+
+
+@every_recipe
+def test_points_without_hooks_change_nothing(recipe: str) -> None:
+    model, _ = with_points(recipe)
+    assert torch.equal(logits_of(model), logits_of(tiny_model(recipe)))
+
+
+@every_family
+def test_without_hooks_hfs_own_code_runs_and_the_rule_does_not(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(recipe)
+    router_class, calls = type(router_of(next(iter(sparse_blocks(model).values())))), []
+    original = router_class.forward
+
+    def counted(self: Any, hidden_states: Tensor) -> Any:
+        calls.append(self)
+        return original(self, hidden_states)
+
+    def forbidden(*args: Any) -> Any:
+        raise AssertionError("the rule ran")
+
+    monkeypatch.setattr(router_class, "forward", counted)
+    layers = list(find_moe_layers(model))
+    for moe in layers:
+        install(moe, MoEShape("m", (0,), N_EXPERTS[recipe], TOP_K[recipe]))
+    monkeypatch.setattr(SoftmaxTopK, "select", forbidden)
+    monkeypatch.setattr(SoftmaxTopK, "weigh", forbidden)
+    logits_of(model)
+    assert calls == [moe.router for moe in layers]
+
+
+@every_family
+def test_uninstall_leaves_no_trace(recipe: str) -> None:
+    model, _ = with_points(recipe)
+    for moe in find_moe_layers(model):
+        assert moe.points is not None
+        uninstall(moe)
+        assert moe.points is None
+        assert "forward" not in vars(moe.router)
+    assert hook_census(model) == {}
+    assert torch.equal(logits_of(model), logits_of(tiny_model(recipe)))
+
+
+def test_uninstall_gives_back_a_forward_that_was_on_the_instance() -> None:
+    moe = next(find_moe_layers(tiny_model("olmoe")))
+    original = type(moe.router).forward
+    own = MethodType(lambda self, hidden: original(self, hidden), moe.router)
+    moe.router.forward = own
+    install(moe, MoEShape("m", (0,), 6, 3))
+    uninstall(moe)
+    assert vars(moe.router)["forward"] is own
+
+
+def test_uninstall_does_nothing_where_nothing_is_installed() -> None:
+    model = tiny_model("olmoe")
+    for moe in find_moe_layers(model):
+        uninstall(moe)
+    assert torch.equal(logits_of(model), logits_of(tiny_model("olmoe")))
+
+
+def test_points_can_be_installed_again() -> None:
+    model, _ = with_points("olmoe")
+    moe = next(find_moe_layers(model))
+    uninstall(moe)
+    points = install(moe, MoEShape("m", (0,), 6, 3))
+    points.topk_weights.add_hook(lambda weights, hook: 0 * weights)
+    assert not torch.equal(logits_of(model), logits_of(tiny_model("olmoe")))
+
+
+def test_hooks_see_batch_and_position() -> None:
+    model, points = with_points("qwen3_moe")
+    seen: list[tuple[torch.Size, torch.dtype]] = []
+    for point in (points[0].router_logits, points[0].topk_indices, points[0].topk_weights):
+        point.add_hook(lambda value, hook: seen.append((value.shape, value.dtype)))
+    model(tokens(batch=3, pos=5))
+    assert seen == [
+        (torch.Size([3, 5, 9]), torch.float32),
+        (torch.Size([3, 5, 3]), torch.int64),
+        (torch.Size([3, 5, 3]), torch.float32),
+    ]
+
+
+def test_a_copy_of_the_model_has_points_of_its_own() -> None:
+    model, points = with_points("olmoe")
+    before = logits_of(model)
+    clone = copy.deepcopy(model)
+    copied = next(find_moe_layers(clone)).points
+    assert copied is not None
+    assert copied is not points[0]
+    copied.topk_weights.add_hook(lambda weights, hook: 0 * weights)
+    assert not torch.equal(logits_of(clone), before)
+    assert torch.equal(logits_of(model), before)
+
+
+def test_uninstalling_from_a_copy_leaves_the_original_hooked() -> None:
+    model, points = with_points("olmoe")
+    before = logits_of(model)
+    clone = copy.deepcopy(model)
+    for moe in find_moe_layers(clone):
+        uninstall(moe)
+    assert hook_census(clone) == {}
+    assert torch.equal(logits_of(clone), before)
+    points[0].topk_weights.add_hook(lambda weights, hook: 0 * weights)
+    assert not torch.equal(logits_of(model), before)
+
+
+# A hook that could not fire raises
+
+
+@every_family
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_hooks_in_training_mode_are_refused(recipe: str, direction: Any) -> None:
+    model, points = with_points(recipe)
+    points[-1].topk_weights.add_hook(lambda value, hook: None, dir=direction)
+    model.train()
+    with pytest.raises(HookError, match="training mode") as error:
+        model(tokens())
+    assert f"model.layers.{MOE_LAYERS[recipe][-1]}.mlp" in str(error.value)
+    assert "eval()" in str(error.value)
+
+
+def test_training_mode_without_hooks_works() -> None:
+    model, _ = with_points("olmoe")
+    assert torch.equal(logits_of(model.train()), logits_of(tiny_model("olmoe").train()))
+
+
+@every_family
+def test_a_block_that_bypasses_its_router_is_refused(recipe: str) -> None:
+    model, points = with_points(recipe)
+    block = sparse_blocks(model)[MOE_LAYERS[recipe][-1]]
+    block.forward = lambda hidden: hidden  # a fused kernel
+    before = logits_of(model)  # nothing hooked, nothing to refuse
+    handle = points[-1].router_logits.add_hook(lambda value, hook: None)
+    with pytest.raises(HookError, match="without calling its router") as error:
+        model(tokens())
+    assert f"model.layers.{MOE_LAYERS[recipe][-1]}.mlp" in str(error.value)
+    handle.hook.remove()
+    assert torch.equal(logits_of(model), before)
+
+
+def test_a_router_whose_forward_was_replaced_after_attaching_is_refused() -> None:
+    model, points = with_points("olmoe")
+    router = router_of(sparse_blocks(model)[0])
+    router.forward = MethodType(type(router).forward, router)
+    points[0].router_logits.add_hook(lambda value, hook: None)
+    with pytest.raises(HookError, match="without calling its router"):
+        model(tokens())
+
+
+def test_a_hooked_router_called_without_its_block_is_refused() -> None:
+    model, points = with_points("olmoe")
+    logits_of(model)
+    router = router_of(sparse_blocks(model)[0])
+    router(torch.randn(4, 32))  # nothing hooked, nothing to refuse
+    points[0].router_logits.add_hook(lambda value, hook: None)
+    with pytest.raises(HookError, match="run the whole model"):
+        router(torch.randn(4, 32))
+
+
+def test_a_hook_asks_whether_it_fits_before_it_is_added() -> None:
+    class Misfit:
+        def check_fits(self, shape: MoEShape) -> None:
+            raise MoELensError(f"made for another model than {shape.model}")
+
+        def __call__(self, value: Tensor, hook: Any) -> None: ...
+
+    _, points = with_points("olmoe")
+    with pytest.raises(MoELensError, match="another model than olmoe"):
+        points[0].router_logits.add_hook(Misfit())
+    assert not points[0].are_hooked
+
+
+# Hooks that return what the router cannot use
+
+
+BAD_RETURNS: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
+    "one expert too few": ("router_logits", lambda x: x[..., 1:], r"shape \(2, 7, 5\)|\(2, 7, 5\)"),
+    "flat logits": ("router_logits", lambda x: x.flatten(0, 1), r"\(14, 6\)"),
+    "a scalar tensor": ("router_logits", lambda x: x.sum(), r"\(\)"),
+    "one index too many": ("topk_indices", lambda x: torch.cat([x, x[..., :1]], -1), r"\(2, 7, 4\)"),
+    "weights without batch": ("topk_weights", lambda x: x[0], r"\(7, 3\)"),
+    "no tensor": ("router_logits", lambda x: 0.0, "float"),
+    "a tuple": ("topk_weights", lambda x: (x, x), "tuple"),
+    "integer logits": ("router_logits", lambda x: x.long(), r"torch\.int64"),
+    "float indices": ("topk_indices", lambda x: x.float(), r"torch\.float32"),
+    "boolean logits": ("router_logits", lambda x: x > 0, r"torch\.bool"),
+    "boolean indices": ("topk_indices", lambda x: x > 0, r"torch\.bool"),
+    "integer weights": ("topk_weights", lambda x: x.long(), r"torch\.int64"),
+    "an expert too high": ("topk_indices", lambda x: 0 * x + 6, "expert 6.*experts 0 to 5"),
+    "a negative expert": ("topk_indices", lambda x: 0 * x - 1, "expert -1.*experts 0 to 5"),
+}
+
+
+@pytest.mark.parametrize(("point", "bad", "words"), BAD_RETURNS.values(), ids=BAD_RETURNS)
+def test_a_return_that_cannot_be_used_is_refused(
+    point: str, bad: Callable[[Tensor], Any], words: str
+) -> None:
+    model, points = with_points("olmoe")
+    getattr(points[1], point).name = "here"
+    getattr(points[1], point).add_hook(lambda value, hook: bad(value))
+    with pytest.raises(HookError, match=words) as error:
+        model(tokens())
+    assert "here" in str(error.value)
+
+
+BAD_LOGITS: dict[str, tuple[Any, Any, float]] = {
+    "one NaN": ((1, 4), 2, float("nan")),
+    "one +inf": ((1, 4), 2, float("inf")),
+    "a row of -inf": ((1, 4), slice(None), -float("inf")),
+}
+
+
+@every_family
+@pytest.mark.parametrize(("token", "expert", "value"), BAD_LOGITS.values(), ids=BAD_LOGITS)
+def test_logits_that_leave_no_weights_are_refused(recipe: str, token: Any, expert: Any, value: float) -> None:
+    def spoil(logits: Tensor, hook: Any) -> Tensor:
+        logits = logits.clone()
+        logits[(*token, expert)] = value
+        return logits
+
+    model, points = with_points(recipe)
+    points[-1].router_logits.add_hook(spoil)
+    with pytest.raises(HookError, match=r"NaN on 1 token\(s\), first at \[batch, pos\] \[1, 4\]") as error:
+        model(tokens())
+    assert f"model.layers.{MOE_LAYERS[recipe][-1]}.mlp" in str(error.value)
+
+
+def test_nan_weights_from_a_hook_are_refused() -> None:
+    model, points = with_points("olmoe")
+    points[0].topk_weights.add_hook(lambda weights, hook: weights * float("nan"))
+    with pytest.raises(HookError, match=r"NaN on 14 token\(s\)"):
+        model(tokens())
+
+
+def test_int32_indices_are_as_good_as_int64() -> None:
+    model, points = with_points("olmoe")
+    before = logits_of(model)
+    points[0].topk_indices.add_hook(lambda indices, hook: indices.to(torch.int32))
+    assert torch.equal(logits_of(model), before)
+
+
+def test_logits_in_a_wider_dtype_are_taken() -> None:
+    model, points = with_points("olmoe", torch.bfloat16)
+    points[0].router_logits.add_hook(lambda logits, hook: logits.double())
+    assert logits_of(model).dtype == torch.bfloat16
+    assert torch.isfinite(logits_of(model)).all()
+
+
+def test_a_refused_run_does_not_spoil_the_next() -> None:
+    model, points = with_points("olmoe")
+    before = logits_of(model)
+    handle = points[1].topk_indices.add_hook(lambda indices, hook: indices + 100)
+    with pytest.raises(HookError):
+        model(tokens())
+    handle.hook.remove()
+    points[1].topk_indices.fwd_hooks.clear()
+    assert torch.equal(logits_of(model), before)
+
+
+def test_moe_layer_reads_points_of_its_own_router_only() -> None:
+    first, second, _ = find_moe_layers(tiny_model("olmoe"))
+    points = install(first, MoEShape("m", (0,), 6, 3))
+    assert MoELayer("x", first.block, first.router).points is points
+    assert second.points is None
