@@ -33,6 +33,8 @@ SIZES: Final = (2, 4, 6, 8, 10, 12)
 """Numbers of deactivated experts that are tried on the development split."""
 LOSS_LIMIT: Final = 0.1
 """Nats a token by which a plan may worsen generic text on the development split and still be chosen."""
+GAP_TOLERANCE: Final = 0.1
+"""How much of the largest development gap is given up for a smaller plan, which does less damage."""
 DIRECTIONS: Final = ("+", "−")
 
 
@@ -204,13 +206,16 @@ def compare_sizes(
 
 
 def best_size(development: dict[int, tuple[float, float]]) -> int:
-    """The size with the largest gap among those within `LOSS_LIMIT`; if none is, that with the least harm."""
+    """The smallest size whose gap is within `GAP_TOLERANCE` of the largest, among those within `LOSS_LIMIT`.
+
+    If no size keeps the generic loss within the limit, the one that does least harm.
+    """
     if not development:
         raise PlanError(f"No plan of {SIZES} experts is possible on this model.")
-    gentle = [size for size, (_, harm) in development.items() if harm <= LOSS_LIMIT]
+    gentle = {size: gap for size, (gap, harm) in development.items() if harm <= LOSS_LIMIT}
     if not gentle:
         return min(development, key=lambda size: development[size][1])
-    return max(gentle, key=lambda size: development[size][0])
+    return min(size for size, gap in gentle.items() if gap >= max(gentle.values()) - GAP_TOLERANCE)
 
 
 def table(results: Iterable[DemoResult]) -> str:
@@ -221,9 +226,9 @@ def table(results: Iterable[DemoResult]) -> str:
     ]  # fmt: skip
     rows = [header, *(_row(result) for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    rows.insert(1, ["-" * width for width in widths])
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = "-|-".join("-" * width for width in widths)
-    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def _row(result: DemoResult) -> Sequence[str]:

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from moe_lens.batching import padded_batches, token_sequences
 from moe_lens.errors import DataError
 
-Hooks = Sequence[tuple[str, Callable[..., Any]]]
+Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 
 def answers_with(
@@ -118,7 +118,7 @@ def _batch_logits(model: TransformerBridge, prompts: Sequence[str], hooks: Hooks
     for tokens, mask in padded_batches(model, token_sequences(model, prompts), batch_size):
         with torch.no_grad():
             logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), attention_mask=mask.long())
-        yield tokens, mask, logits
+        yield tokens.to(logits.device), mask.to(logits.device), logits
 
 
 def _single_token(model: TransformerBridge, answer: str) -> int:

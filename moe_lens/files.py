@@ -12,7 +12,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; it takes the place of `path` when the block ends without error.
 
     >>> with atomic_write("plan.json") as temporary:
-    ...     temporary.write_text("{}")
+    ...     _ = temporary.write_text("{}")
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

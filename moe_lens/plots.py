@@ -32,7 +32,8 @@ def expert_heat_map(
         plans: label -> plan; the experts that a plan names get its marker, explained below the map.
         ax: where to draw; a new figure if None.
     """
-    ax = ax or _new_axes(width=max(6.0, 2.0 + 0.5 * min(scores.shape.n_experts, 32)), rows=len(scores.shape.layers))
+    width = max(6.0, 2.0 + 0.5 * min(scores.shape.n_experts, 32))
+    ax = ax or _new_axes(width, rows=len(scores.shape.layers))
     limit = max(float(scores.delta.abs().max()), 1e-9)
     image = ax.imshow(
         scores.delta.numpy(), cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower"

@@ -10,7 +10,7 @@ Rules hold no tensors and know no models, so they also serve offline, on cached 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moe_lens.errors import UnsupportedRouterError
 
 
+@runtime_checkable
 class RoutingRule(Protocol):
     """What every rule offers: the router's size and its two steps."""
 

@@ -111,7 +111,7 @@ class RoutingStats:
             if size not in ((0, 0), this_size):
                 raise DataError(f"Layer {layer} has (experts, k) = {this_size}, another layer {size}.")
             n_tokens, size = int(keep.sum()), this_size
-        counts, probabilities, weights = (torch.stack(column).cpu() for column in zip(*rows, strict=True))
+        counts, probabilities, weights = (torch.stack(column) for column in zip(*rows, strict=True))
         model = getattr(cache, "model", None)
         name = moe_shape(model).model if isinstance(model, TransformerBridge) else "unknown"
         return cls(MoEShape(name, tuple(points), *size), n_tokens, counts, probabilities, weights)
@@ -219,7 +219,14 @@ def collect_routing(
 
 
 def is_routing_point(name: str) -> bool:
-    """A `names_filter` for `run_with_cache` that keeps what `RoutingStats.from_cache` needs."""
+    """A `names_filter` for `run_with_cache` that keeps what `RoutingStats.from_cache` needs.
+
+    >>> from moe_lens import RoutingStats, is_routing_point, organisms
+    >>> model = organisms.load("specialised")
+    >>> _, cache = model.run_with_cache("Document : the", names_filter=is_routing_point)
+    >>> RoutingStats.from_cache(cache).n_tokens
+    4
+    """
     return hook_names.parse(name) is not None
 
 
@@ -290,4 +297,4 @@ def _count_layer(
     probabilities = torch.softmax(logits.float(), dim=-1).double().sum(0)
     weight_sums = torch.zeros(n_experts, dtype=torch.float64, device=weights.device)
     weight_sums.index_add_(0, indices.flatten(), weights.flatten().double())
-    return counts, probabilities, weight_sums
+    return counts.cpu(), probabilities.cpu(), weight_sums.cpu()  # layers may lie on different devices

@@ -21,6 +21,9 @@ from moe_lens.errors import HookError
 from moe_lens.moe_shape import MoEShape
 from moe_lens.steering_plan import SteeringPlan
 
+HookList = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""Pairs (hook name, hook function), as TransformerLens' `run_with_hooks` and `hooks` take them."""
+
 _LOWEST: Final = -60.0  # nats below which float32 softmax is nearing underflow (at -103); see _keep_apart
 _ROOM: Final = 20.0  # nats below _LOWEST in which scores under it are put in their order
 
@@ -51,7 +54,7 @@ class SteeringHook:
         self.plan.check_fits(shape)
 
 
-def steer_hooks(plan: SteeringPlan) -> list[tuple[str, Callable[..., Tensor]]]:
+def steer_hooks(plan: SteeringPlan) -> HookList:
     """The hooks that carry out a plan: one for each layer it names, on that layer's router logits.
 
     >>> from moe_lens import SteeringPlan, steer_hooks

@@ -33,14 +33,13 @@ _SCHEMA: Final = 1
 class SteeringPlan:
     """Which experts to promote into the top-k and which to keep out of it.
 
-    >>> from moe_lens import SteeringPlan, organisms, steer_hooks
+    >>> from moe_lens import SteeringPlan, is_routing_point, organisms, steer_hooks
     >>> plan = SteeringPlan(activate=[(0, 1)], deactivate=[(2, 5), (2, 6)])
     >>> model = organisms.load("specialised")
-    >>> _, cache = model.run_with_cache("Document : the", names_filter="blocks.2.mlp.hook_topk_indices")
     >>> with model.hooks(steer_hooks(plan)):
-    ...     _, steered = model.run_with_cache("Document : the", names_filter="blocks.2.mlp.hook_topk_indices")
-    >>> bool((steered["topk_indices", 2] == 5).any())
-    False
+    ...     _, cache = model.run_with_cache("Document : the", names_filter=is_routing_point)
+    >>> bool((cache["topk_indices", 0] == 1).any(-1).all()), bool((cache["topk_indices", 2] == 5).any())
+    (True, False)
 
     Attributes:
         activate, deactivate: (layer, expert) pairs, in rank order where they come from scores. Where an

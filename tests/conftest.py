@@ -1,11 +1,14 @@
 """Fixtures shared by all tests. Tiny models and the tokenizer are plain functions in tests/tiny_models.py."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
 
 from moe_lens.demo import DemoResult, run_demo
 from moe_lens.hooked_moe import HookedMoE

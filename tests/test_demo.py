@@ -86,8 +86,10 @@ def test_plans_deactivate_the_experts_of_the_other_condition(planted_demo: DemoR
     assert not plans["+"].activate
 
 
-def test_best_size_takes_the_largest_gap_that_does_little_harm() -> None:
+def test_best_size_takes_the_smallest_plan_near_the_largest_gap_that_does_little_harm() -> None:
     assert best_size({2: (0.3, 0.0), 4: (0.6, 0.05), 6: (0.9, 0.5)}) == 4
+    assert best_size({2: (0.3, 0.0), 4: (0.81, 0.05), 6: (0.9, 0.05)}) == 4
+    assert best_size({2: (0.3, 0.0), 4: (0.79, 0.05), 6: (0.9, 0.05)}) == 6
     assert best_size({2: (0.3, 0.4), 4: (0.6, 0.3)}) == 4
     with pytest.raises(PlanError, match="possible"):
         best_size({})
@@ -107,7 +109,7 @@ def test_table_shows_the_effect_beside_its_controls(planted_demo: DemoResult) ->
     cells = dict(
         zip(*([c.strip() for c in line.strip("|").split(" | ")] for line in (header, row)), strict=True)
     )
-    assert set(rule) == set("|-")
+    assert set(rule) == set("| -")
     assert cells["toward doc"] == f"{planted_demo.steered['+'].document_rate:.2f}"
     assert cells["pairs ≥ gap"].endswith(
         f"of {len(planted_demo.random) * (len(planted_demo.random) - 1) // 2}"

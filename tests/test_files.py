@@ -45,9 +45,9 @@ def test_an_error_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, error: 
 def test_an_error_in_the_first_write_leaves_an_empty_folder(tmp_path: Path) -> None:
     def write_nothing() -> None:
         with atomic_write(tmp_path / "a.txt"):
-            raise ValueError
+            raise ValueError("nothing")
 
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match="nothing"):
         write_nothing()
     assert os.listdir(tmp_path) == []
 

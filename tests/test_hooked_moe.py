@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError, MoELensError, RouterMismatchError, UnsupportedRouterError
@@ -52,7 +52,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value 
 SPELLERS = (hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights)
 
 
-def point_names(model: HookedMoE) -> list[str]:
+def point_names(model: Any) -> list[str]:
     return [spell(layer) for layer in model.moe_layers for spell in SPELLERS]
 
 
@@ -60,7 +60,7 @@ def same(value: Tensor, hook: HookPoint) -> Tensor:
     return value
 
 
-def on_logits(edit: Callable[[Tensor], Tensor], *layers: int) -> list[tuple[str, Any]]:
+def on_logits(edit: Callable[[Tensor], Tensor], *layers: int) -> list[Any]:
     return [(hook_names.router_logits(layer), lambda z, hook: edit(z)) for layer in layers]
 
 
@@ -208,12 +208,8 @@ def test_identity_hooks_change_no_gradient(recipe: str) -> None:
         model = HookedMoE.from_hf(tiny_model(recipe))
         hooks = [(name, same) for name in point_names(model) if hook_all]
         model.run_with_hooks(tokens(), fwd_hooks=hooks, return_type="loss").backward()
-        gradients.append(
-            [
-                block.gate.original_component.weight.grad
-                for block in sparse_blocks(model.original_model).values()
-            ]
-        )
+        blocks = sparse_blocks(model.original_model).values()
+        gradients.append([router_of(block).weight.grad for block in blocks])
     for with_hooks, without in zip(*gradients, strict=True):
         torch.testing.assert_close(with_hooks, without, rtol=1e-6, atol=1e-9)
 
@@ -452,7 +448,9 @@ def test_hf_reports_the_edited_logits(hooked: Hooked) -> None:
     record = Record(hook_names.router_logits(1))
     with model.hooks(on_logits(negate, 1) + record.hooks):
         reported = model.original_model(tokens(), output_router_logits=True).router_logits
-    assert torch.equal(reported[1].reshape(2, 7, 6), record.seen[hook_names.router_logits(1)][0])
+    times = len(reported) // 3  # inside any bridge HF's recorder sees each router more than once
+    edited = record.seen[hook_names.router_logits(1)][0].flatten(0, 1)
+    assert all(torch.equal(logits, edited) for logits in reported[times : 2 * times])
 
 
 # Promise 4: the sum
@@ -707,19 +705,15 @@ def test_detaching_a_deep_copy_leaves_the_original_attached() -> None:
 def test_from_pretrained_gives_the_saved_model(recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = save(tiny_model(recipe, dtype), tmp_path / "tiny-moe", tokenizer())
     model = HookedMoE.from_pretrained(folder, dtype=dtype)
-    expected = HookedMoE.from_hf(tiny_model(recipe, dtype))
+    by_hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    expected = HookedMoE.from_hf(by_hf)
     assert isinstance(model, HookedMoE)
     assert model.moe_shape.model == "tiny-moe"
     assert model.cfg.dtype == dtype
     assert not model.training
-    hooks = on_logits(reverse_ranks, *model.moe_layers)
-    for given_hooks in ([], hooks):
-        torch.testing.assert_close(
-            model.run_with_hooks(tokens(), fwd_hooks=given_hooks),
-            expected.run_with_hooks(tokens(), fwd_hooks=given_hooks),
-            rtol=0,
-            atol=0 if dtype == torch.float32 else 0.1,  # TransformerLens picks another attention kernel
-        )
+    for hooks in ([], on_logits(reverse_ranks, *model.moe_layers)):
+        ours = model.run_with_hooks(tokens(), fwd_hooks=hooks)
+        assert torch.equal(ours, expected.run_with_hooks(tokens(), fwd_hooks=hooks))
 
 
 def test_from_pretrained_of_a_sharded_checkpoint(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -165,6 +165,7 @@ def tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
     vocab = {word: i for i, word in enumerate(SPECIAL + WORDS)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -172,7 +173,8 @@ def tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<unk>",
         padding_side=padding_side,
-        name_or_path="tiny-word-level",  # TransformerLens asks for it
+        name_or_path="tiny-word-level",
+        add_bos_token=True,  # else TransformerLens looks for a version that does on the hub
     )
 
 

@@ -1,0 +1,182 @@
+"""Answers, losses and intervals against loops over one prompt at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_lens.errors import DataError
+from moe_lens.evaluation import answers_with, clustered_interval, pairwise_gaps, text_loss
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.steering import steer_hooks
+from moe_lens.steering_plan import SteeringPlan
+from tests.tiny_models import FAMILIES, MOE_LAYERS, SPECIAL, VOCAB_SIZE, WORDS, hook_census, prompt, tiny_model
+
+Hooked = Callable[..., HookedMoE]
+every_family = pytest.mark.parametrize("recipe", FAMILIES)
+PROMPTS = [prompt(length, length) for length in (4, 1, 7, 3, 5, 2)]
+VOCABULARY = SPECIAL + WORDS
+
+
+def logits_of_one(hf_model: Any, model: HookedMoE, text: str) -> torch.Tensor:
+    """[pos vocab], from the bare Hugging Face model."""
+    with torch.no_grad():
+        return hf_model(model.to_tokens(text)).logits[0].double()
+
+
+def says(recipe: str, model: HookedMoE) -> list[str]:
+    hf_model = tiny_model(recipe)
+    return [VOCABULARY[int(logits_of_one(hf_model, model, text)[-1].argmax())] for text in PROMPTS]
+
+
+def loss_of_one(logits: torch.Tensor, tokens: list[int]) -> list[float]:
+    """Cross-entropy of each token after the first, by hand."""
+    return [
+        float(torch.logsumexp(row, 0) - row[token]) for row, token in zip(logits, tokens[1:], strict=False)
+    ]
+
+
+@every_family
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_answers_are_those_of_one_prompt_at_a_time(hooked: Hooked, recipe: str, batch_size: int) -> None:
+    model = hooked(recipe)
+    answers = says(recipe, model)
+    wrong = [VOCABULARY[(VOCABULARY.index(answer) + 1) % VOCAB_SIZE] for answer in answers]
+    mixed = [answers[i] if i % 2 else wrong[i] for i in range(len(PROMPTS))]
+    got = answers_with(model, PROMPTS, mixed, batch_size=batch_size)
+    assert got.tolist() == [bool(i % 2) for i in range(len(PROMPTS))]
+
+
+@every_family
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_loss_is_the_mean_over_all_tokens_of_all_texts(hooked: Hooked, recipe: str, batch_size: int) -> None:
+    model, hf_model = hooked(recipe), tiny_model(recipe)
+    losses: list[float] = []
+    for text in PROMPTS:
+        losses += loss_of_one(logits_of_one(hf_model, model, text), model.to_tokens(text)[0].tolist())
+    assert len(losses) == sum(model.to_tokens(text).numel() - 1 for text in PROMPTS)
+    assert text_loss(model, PROMPTS, batch_size=batch_size) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_both_run_under_the_hooks_and_leave_none(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    hooks = steer_hooks(SteeringPlan(activate=[(layer, 0) for layer in MOE_LAYERS["olmoe"]]))
+    plain, before = says("olmoe", model), hook_census(model)
+    unsteered = text_loss(model, PROMPTS)
+    with model.hooks(hooks), torch.no_grad():
+        steered = [VOCABULARY[int(model(text)[0, -1].argmax())] for text in PROMPTS]
+        losses = [
+            loss for text in PROMPTS for loss in loss_of_one(model(text)[0].double(), model.to_tokens(text)[0].tolist())
+        ]
+    assert steered != plain  # else this test could not fail
+    assert answers_with(model, PROMPTS, steered, hooks=hooks).all()
+    assert text_loss(model, PROMPTS, hooks=hooks) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert text_loss(model, PROMPTS) == unsteered
+    assert hook_census(model) == before
+
+
+@pytest.mark.parametrize("answers", [["w1"], ["w1", "w2", "w3"], []])
+def test_another_number_of_answers_is_refused(hooked: Hooked, answers: list[str]) -> None:
+    with pytest.raises(DataError, match="answers"):
+        answers_with(hooked("olmoe"), ["w1", "w2"], answers)
+
+
+@pytest.mark.parametrize("answer", ["w1 w2", ""])
+def test_an_answer_must_be_a_single_token(hooked: Hooked, answer: str) -> None:
+    with pytest.raises(DataError, match="tokens"):
+        answers_with(hooked("olmoe"), ["w1"], [answer])
+
+
+def test_without_prompts_there_is_nothing_to_say(hooked: Hooked) -> None:
+    with pytest.raises(DataError, match="empty"):
+        answers_with(hooked("olmoe"), [], [])
+    with pytest.raises(DataError, match="empty"):
+        text_loss(hooked("olmoe"), [])
+
+
+def test_texts_of_one_token_have_no_loss(hooked: Hooked) -> None:
+    with pytest.raises(DataError, match="two tokens"):
+        text_loss(hooked("olmoe"), ["", ""])
+
+
+# Intervals
+
+
+def simulate(seed: int, n_clusters: int = 40, size: int = 5) -> tuple[np.ndarray, list[str]]:
+    """Values with mean 0.3: a normal effect a cluster, larger than the noise of its units."""
+    rng = np.random.default_rng(seed)
+    values = 0.3 + rng.normal(0, 1, n_clusters).repeat(size) + rng.normal(0, 0.3, n_clusters * size)
+    return values, [f"c{i}" for i in range(n_clusters) for _ in range(size)]
+
+
+def test_coverage_is_near_nominal_with_correlated_clusters() -> None:
+    covers = []
+    for seed in range(300):
+        low, high = clustered_interval(*simulate(seed), n_resamples=300, seed=seed)
+        covers.append(low <= 0.3 <= high)
+    assert 0.9 <= np.mean(covers) <= 0.98
+
+
+def test_coverage_follows_the_level() -> None:
+    covers = []
+    for seed in range(300):
+        low, high = clustered_interval(*simulate(seed), level=0.8, n_resamples=200, seed=seed)
+        covers.append(low <= 0.3 <= high)
+    assert 0.72 <= np.mean(covers) <= 0.87
+
+
+def test_taking_correlated_units_for_independent_ones_is_too_narrow() -> None:
+    values, clusters = simulate(0)
+    low, high = clustered_interval(values, clusters)
+    naive_low, naive_high = clustered_interval(values, [str(i) for i in range(len(values))])
+    assert high - low > 1.5 * (naive_high - naive_low)
+    assert low < values.mean() < high
+
+
+def test_single_units_as_clusters_give_the_standard_error() -> None:
+    values = np.random.default_rng(0).normal(0, 1, 400)
+    low, high = clustered_interval(values, [str(i) for i in range(400)])
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+
+
+def test_the_seed_decides() -> None:
+    values, clusters = simulate(0)
+    assert clustered_interval(values, clusters, seed=3) == clustered_interval(values, clusters, seed=3)
+    assert clustered_interval(values, clusters, seed=3) != clustered_interval(values, clusters, seed=4)
+
+
+def test_the_order_of_the_units_is_of_no_account() -> None:
+    values, clusters = simulate(0, n_clusters=8)
+    order = np.random.default_rng(1).permutation(len(values))
+    shuffled = clustered_interval(values[order], [clusters[i] for i in order], seed=0)
+    assert shuffled == pytest.approx(clustered_interval(values, clusters, seed=0))
+
+
+def test_clusters_of_different_sizes_are_drawn_whole() -> None:
+    """Two clusters, 3 × 0 and 1 × 1: a resampled mean is 0, 1/4 or 1 and no other."""
+    values, clusters = np.array([0.0, 0.0, 0.0, 1.0]), ["a", "a", "a", "b"]
+    assert clustered_interval(values, clusters, level=0.99) == (0.0, 1.0)
+    assert clustered_interval(values, clusters, level=0.01) == pytest.approx((0.25, 0.25))
+
+
+def test_one_cluster_has_an_interval_without_width() -> None:
+    assert clustered_interval(np.array([0.0, 0.5, 1.0]), ["a", "a", "a"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters"), [([], []), ([1.0, 2.0], ["a"]), ([1.0], ["a", "b"]), ([1.0], [])]
+)
+def test_values_and_labels_must_match(values: list[float], clusters: list[str]) -> None:
+    with pytest.raises(DataError, match="labels"):
+        clustered_interval(np.array(values), clusters)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_gaps_are_those_of_every_pair(rates: list[float]) -> None:
+    expected = [abs(rates[i] - rates[j]) for i in range(len(rates)) for j in range(i + 1, len(rates))]
+    assert pairwise_gaps(np.array(rates)).tolist() == expected

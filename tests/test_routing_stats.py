@@ -1,0 +1,525 @@
+"""RoutingStats against loops over Hugging Face's own router outputs, captured by plain torch hooks."""
+
+import dataclasses
+import gc
+import json
+import math
+import os
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_lens import routing_stats
+from moe_lens.errors import DataError, MoELensError
+from moe_lens.hooked_moe import HookedMoE, attach
+from moe_lens.moe_shape import MoEShape
+from moe_lens.routing_stats import RoutingStats, collect_routing, is_routing_point
+from moe_lens.steering import steer_hooks
+from moe_lens.steering_plan import SteeringPlan
+from tests.tiny_models import (
+    FAMILIES,
+    MOE_LAYERS,
+    N_EXPERTS,
+    TOP_K,
+    plain_bridge,
+    prompt,
+    router_of,
+    sparse_blocks,
+    tiny_model,
+    tokens,
+)
+
+Hooked = Callable[..., HookedMoE]
+Captured = dict[int, tuple[Tensor, Tensor, Tensor]]
+every_family = pytest.mark.parametrize("recipe", FAMILIES)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def run_hf(hf_model: Any, batch: Tensor, forward: Any = None) -> Captured:
+    """Layer -> (logits, weights, indices) of Hugging Face's routers, flat [batch·pos ...], in float64.
+
+    `forward`: what to call instead of `hf_model` itself, TransformerLens' plain bridge around it for one.
+    """
+    captured: Captured = {}
+    handles = []
+    for layer, block in sparse_blocks(hf_model).items():
+
+        def keep(_module: Any, _args: Any, output: tuple[Tensor, ...], layer: int = layer) -> None:
+            logits, weights, indices = output
+            captured[layer] = logits.double(), weights.double(), indices
+
+        handles.append(router_of(block).register_forward_hook(keep))
+    with torch.no_grad():
+        (forward or hf_model)(batch)
+    for handle in handles:
+        handle.remove()
+    return captured
+
+
+def add_up(captured: Captured, recipe: str, keep: list[bool]) -> dict[str, list[list[float]]]:
+    """Counts, summed probabilities and summed weights [layer expert] over the flat positions to keep."""
+    names = ("counts", "probability_sums", "weight_sums")
+    sums = {name: [[0.0] * N_EXPERTS[recipe] for _ in captured] for name in names}
+    for row, layer in enumerate(sorted(captured)):
+        logits, weights, indices = (tensor.tolist() for tensor in captured[layer])
+        for position in (position for position, kept in enumerate(keep) if kept):
+            largest = max(logits[position])
+            powers = [math.exp(z - largest) for z in logits[position]]
+            for expert, power in enumerate(powers):
+                sums["probability_sums"][row][expert] += power / sum(powers)
+            for expert, weight in zip(indices[position], weights[position], strict=True):
+                sums["counts"][row][expert] += 1
+                sums["weight_sums"][row][expert] += weight
+    return sums
+
+
+def agrees(stats: RoutingStats, sums: dict[str, list[list[float]]], n_tokens: int) -> bool:
+    assert stats.n_tokens == n_tokens
+    assert stats.counts.dtype == torch.int64
+    for name in ("probability_sums", "weight_sums"):
+        torch.testing.assert_close(getattr(stats, name), torch.tensor(sums[name]).double(), rtol=1e-5, atol=1e-6)
+    return stats.counts.tolist() == sums["counts"]
+
+
+def same(a: RoutingStats, b: RoutingStats, exact: bool = False) -> bool:
+    tolerance = 0.0 if exact else 1e-5
+    for name in ("probability_sums", "weight_sums"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance)
+    return (a.shape, a.n_tokens, a.counts.tolist()) == (b.shape, b.n_tokens, b.counts.tolist())
+
+
+def one_by_one(model: HookedMoE, prompts: Any) -> RoutingStats:
+    """The sum of one run a prompt, through TransformerLens' own run_with_cache."""
+    parts = [RoutingStats.from_cache(model.run_with_cache(prompt)[1]) for prompt in prompts]
+    return sum(parts[1:], parts[0])
+
+
+def random_stats(seed: int, shape: MoEShape | None = None, n_tokens: int = 5) -> RoutingStats:
+    """Statistics of random logits, routed by torch.topk."""
+    shape = shape or MoEShape("m", (0, 2), 4, 2)
+    generator = torch.Generator().manual_seed(seed)
+    cache = {}
+    for layer in shape.layers:
+        logits = torch.randn(n_tokens, shape.n_experts, generator=generator)
+        top = logits.softmax(-1).topk(shape.top_k)
+        for point, value in zip(("router_logits", "topk_weights", "topk_indices"), (logits, *top), strict=True):
+            cache[f"blocks.{layer}.mlp.hook_{point}"] = value
+    return dataclasses.replace(RoutingStats.from_cache(cache), shape=shape)
+
+
+# From a cache
+
+
+@every_family
+@both_dtypes
+def test_sums_equal_a_loop_over_hugging_faces_own_router_outputs(
+    hooked: Hooked, recipe: str, dtype: torch.dtype
+) -> None:
+    batch = tokens(3, 6)
+    stats = RoutingStats.from_cache(hooked(recipe, dtype).run_with_cache(batch)[1])
+    hf_model = tiny_model(recipe, dtype)
+    # In bfloat16 the bridge's attention rounds otherwise than HF's, so the same attention must run.
+    forward = hf_model if dtype == torch.float32 else plain_bridge(hf_model)
+    assert agrees(stats, add_up(run_hf(hf_model, batch, forward), recipe, [True] * 18), 18)
+
+
+@every_family
+def test_the_shape_is_the_models_and_leaves_dense_layers_out(hooked: Hooked, recipe: str) -> None:
+    shape = RoutingStats.from_cache(hooked(recipe).run_with_cache(tokens())[1]).shape
+    assert (shape.layers, shape.n_experts, shape.top_k) == (
+        MOE_LAYERS[recipe],
+        N_EXPERTS[recipe],
+        TOP_K[recipe],
+    )
+    assert shape == hooked(recipe).moe_shape
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+def test_a_mask_chooses_the_positions(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
+    batch, mask = tokens(3, 6), torch.rand(3, 6, generator=torch.Generator().manual_seed(3)) < 0.5
+    stats = RoutingStats.from_cache(hooked(recipe).run_with_cache(batch)[1], mask.to(dtype))
+    keep = mask.flatten().tolist()
+    assert agrees(stats, add_up(run_hf(tiny_model(recipe), batch), recipe, keep), sum(keep))
+
+
+@every_family
+def test_padding_is_left_out_by_itself(hooked: Hooked, recipe: str) -> None:
+    model, prompts = hooked(recipe), [prompt(2), prompt(9, 1), prompt(5, 2)]
+    stats = RoutingStats.from_cache(model.run_with_cache(prompts)[1])
+    assert stats.n_tokens == sum(model.to_tokens(text).numel() for text in prompts)
+    assert same(stats, one_by_one(model, prompts))
+
+
+def test_an_attention_mask_given_to_the_run_is_used(hooked: Hooked) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    batch = tokens(2, 5)
+    _, cache = hooked("olmoe").run_with_cache(batch, attention_mask=mask)
+    assert same(RoutingStats.from_cache(cache), one_by_one(hooked("olmoe"), [batch[:1, 2:], batch[1:]]))
+
+
+def test_a_mask_overrules_the_cache(hooked: Hooked) -> None:
+    _, cache = hooked("olmoe").run_with_cache([prompt(2), prompt(5)])
+    assert RoutingStats.from_cache(cache, torch.ones(2, 6, dtype=torch.bool)).n_tokens == 12
+
+
+@every_family
+def test_a_cache_without_batch_dimension_counts_the_same(hooked: Hooked, recipe: str) -> None:
+    model, batch = hooked(recipe), tokens(1, 6)
+    _, cache = model.run_with_cache(batch, remove_batch_dim=True)
+    assert same(RoutingStats.from_cache(cache), RoutingStats.from_cache(model.run_with_cache(batch)[1]))
+    last = torch.tensor([False] * 5 + [True])
+    sums = add_up(run_hf(tiny_model(recipe), batch), recipe, last.tolist())
+    assert agrees(RoutingStats.from_cache(cache, last), sums, 1)
+
+
+def test_a_plain_dictionary_counts_the_same_under_an_unknown_name(hooked: Hooked) -> None:
+    _, cache = hooked("olmoe").run_with_cache(tokens())
+    whole, plain = RoutingStats.from_cache(cache), RoutingStats.from_cache(dict(cache.cache_dict))
+    assert plain.shape == dataclasses.replace(whole.shape, model="unknown")
+    assert same(dataclasses.replace(plain, shape=whole.shape), whole, exact=True)
+
+
+@every_family
+def test_rates_and_means_are_shares_of_tokens(hooked: Hooked, recipe: str) -> None:
+    stats = RoutingStats.from_cache(hooked(recipe).run_with_cache(tokens(3, 6))[1])
+    ones = torch.ones(len(stats.shape.layers), dtype=torch.float64)
+    torch.testing.assert_close(stats.rates.sum(-1), stats.shape.top_k * ones)
+    assert stats.rates.min() >= 0
+    assert stats.rates.max() <= 1
+    torch.testing.assert_close(stats.mean_probability.sum(-1), ones, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.mean_weight, stats.weight_sums / 18)
+
+
+def test_the_mean_weight_when_chosen_is_nan_for_an_expert_never_chosen() -> None:
+    stats = random_stats(0, n_tokens=1)
+    mean = stats.mean_weight_when_chosen
+    assert torch.equal(mean.isnan(), stats.counts == 0)
+    torch.testing.assert_close(mean.nan_to_num(0.0), stats.weight_sums)
+
+
+@pytest.mark.parametrize("point", ["router_logits", "topk_indices", "topk_weights"])
+def test_a_missing_tensor_is_named(hooked: Hooked, point: str) -> None:
+    _, cache = hooked("olmoe").run_with_cache(tokens())
+    lacking = {name: value for name, value in cache.items() if not name.endswith(f"1.mlp.hook_{point}")}
+    lacking = {name: value for name, value in lacking.items() if name != f"blocks.1.hook_{point}"}
+    with pytest.raises(DataError, match=rf"hook_{point} of layer 1"):
+        RoutingStats.from_cache(lacking)
+
+
+def test_a_cache_without_routing_is_refused() -> None:
+    with pytest.raises(DataError, match="no routing"):
+        RoutingStats.from_cache(plain_bridge(tiny_model()).run_with_cache(tokens())[1])
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(2, 7, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool), torch.ones(7).bool()]
+)
+def test_a_mask_that_selects_nothing_or_has_another_shape_is_refused(hooked: Hooked, mask: Tensor) -> None:
+    _, cache = hooked("olmoe").run_with_cache(tokens(2, 7))
+    with pytest.raises(DataError, match="mask"):
+        RoutingStats.from_cache(cache, mask)
+
+
+def test_nan_logits_are_refused(hooked: Hooked) -> None:
+    _, cache = hooked("olmoe").run_with_cache(tokens(), names_filter=is_routing_point)
+    broken = {name: value.clone() for name, value in cache.items()}
+    broken["blocks.0.mlp.hook_router_logits"][0, 0, 0] = torch.nan
+    broken["blocks.0.hook_router_logits"] = broken["blocks.0.mlp.hook_router_logits"]
+    with pytest.raises(DataError, match="NaN"):
+        RoutingStats.from_cache(broken)
+
+
+def test_an_expert_forced_twice_on_one_token_is_no_rate_above_one(hooked: Hooked) -> None:
+    """Hooks on the chosen experts may repeat one; its rate stays a share of tokens, or it is refused."""
+    name = "blocks.0.mlp.hook_topk_indices"
+    model = hooked("olmoe")
+    with model.hooks([(name, lambda indices, hook: torch.zeros_like(indices))]):
+        _, cache = model.run_with_cache(tokens())
+    try:
+        stats = RoutingStats.from_cache(cache)
+    except DataError:
+        return
+    assert stats.rates.max() <= 1
+
+
+# Streamed over many prompts
+
+
+@every_family
+@settings(max_examples=6, deadline=None)
+@given(lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6), batch_size=st.integers(1, 7))
+def test_batching_and_padding_change_nothing(
+    hooked: Hooked, recipe: str, lengths: list[int], batch_size: int
+) -> None:
+    sequences = [tokens(1, length, seed)[0] for seed, length in enumerate(lengths)]
+    stats = collect_routing(hooked(recipe), sequences, batch_size=batch_size, progress=False)
+    assert stats.n_tokens == sum(lengths)
+    assert same(stats, one_by_one(hooked(recipe), [sequence[None] for sequence in sequences]))
+
+
+def test_every_kind_of_prompts_is_counted_alike(hooked: Hooked) -> None:
+    model, texts = hooked("olmoe"), [prompt(4, seed) for seed in range(3)]
+    expected = one_by_one(model, texts)
+    batch = model.to_tokens(texts)
+    for prompts in (texts, batch, batch.tolist(), list(batch), tuple(texts)):
+        assert same(collect_routing(model, prompts, batch_size=2, progress=False), expected)
+    assert same(collect_routing(model, texts[0], progress=False), one_by_one(model, texts[:1]))
+
+
+@pytest.mark.parametrize(
+    "span", [slice(-1, None), slice(None, 2), slice(1, None, 2), lambda t: t % 2 == t[0] % 2, None]
+)
+def test_a_span_counts_its_tokens_alone(hooked: Hooked, span: Any) -> None:
+    model, sequences = hooked("qwen2_moe"), [tokens(1, n, n)[0] for n in (4, 2, 6)]
+    expected = None
+    for sequence in sequences:
+        positions = list(range(len(sequence)))
+        chosen = span(sequence).nonzero()[:, 0].tolist() if callable(span) else positions[span or slice(None)]
+        keep = [position in chosen for position in positions]
+        captured = run_hf(tiny_model("qwen2_moe"), sequence[None])
+        part = add_up(captured, "qwen2_moe", keep)
+        expected = part if expected is None else _sum_of(expected, part)
+    assert expected is not None
+    stats = collect_routing(model, sequences, span=span, batch_size=2, progress=False)
+    assert agrees(stats, expected, round(sum(expected["counts"][0])) // TOP_K["qwen2_moe"])
+
+
+def _sum_of(a: dict[str, list[list[float]]], b: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
+    return {name: (torch.tensor(a[name]) + torch.tensor(b[name])).tolist() for name in a}
+
+
+@pytest.mark.parametrize("span", [slice(3, None), lambda t: t > 6], ids=["slice", "callable"])
+def test_a_span_that_misses_a_prompt_is_refused_by_its_number(hooked: Hooked, span: Any) -> None:
+    with pytest.raises(DataError, match="prompt 1 "):
+        collect_routing(hooked("olmoe"), [[4, 5, 6, 7], [4, 5]], span=span, progress=False)
+
+
+def test_a_span_of_another_length_is_refused(hooked: Hooked) -> None:
+    with pytest.raises(DataError, match="one bool a token"):
+        collect_routing(hooked("olmoe"), [[4, 5, 6]], span=lambda t: t[1:] > 0, progress=False)
+
+
+def test_no_more_than_one_batch_of_routing_is_alive(hooked: Hooked, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, alive, most = RoutingStats.from_cache, [], []
+
+    def counting(cache: Any, mask: Any = None) -> RoutingStats:
+        gc.collect()
+        alive.append(weakref.ref(cache["blocks.0.mlp.hook_router_logits"]))
+        most.append(sum(reference() is not None for reference in alive))
+        return original(cache, mask)
+
+    monkeypatch.setattr(RoutingStats, "from_cache", counting)
+    collect_routing(hooked("olmoe"), tokens(10, 3), batch_size=2, progress=False)
+    assert most == [1] * 5
+
+
+def test_only_routing_points_are_cached(hooked: Hooked, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    original = RoutingStats.from_cache
+
+    def spying(cache: Any, mask: Any = None) -> RoutingStats:
+        seen.extend(cache.keys())
+        return original(cache, mask)
+
+    monkeypatch.setattr(RoutingStats, "from_cache", spying)
+    collect_routing(hooked("olmoe"), tokens(), progress=False)
+    assert {name.split(".")[-1] for name in seen} == {
+        "hook_router_logits",
+        "hook_topk_indices",
+        "hook_topk_weights",
+    }
+
+
+def test_no_gradient_graph_is_built(hooked: Hooked) -> None:
+    stats = collect_routing(hooked("olmoe"), tokens(), progress=False)
+    assert not (stats.probability_sums.requires_grad or stats.weight_sums.requires_grad)
+
+
+@every_family
+def test_a_bridge_after_attach_is_counted_the_same(hooked: Hooked, recipe: str) -> None:
+    sequences = [[5, 6, 7, 8], [9, 10]]
+    stats = collect_routing(attach(plain_bridge(tiny_model(recipe))), sequences, progress=False)
+    expected = collect_routing(hooked(recipe), sequences, progress=False)
+    assert same(dataclasses.replace(stats, shape=expected.shape), expected, exact=True)
+
+
+@every_family
+def test_steered_routes_are_counted_under_steering_hooks(hooked: Hooked, recipe: str) -> None:
+    model, layer = hooked(recipe), MOE_LAYERS[recipe][-1]
+    plain = collect_routing(model, tokens(3, 6), progress=False)
+    often, seldom = int(plain.counts[-1].argmax()), int(plain.counts[-1].argmin())
+    with model.hooks(steer_hooks(SteeringPlan(activate=[(layer, seldom)], deactivate=[(layer, often)]))):
+        steered = collect_routing(model, tokens(3, 6), progress=False)
+    assert int(steered.counts[-1, seldom]) == steered.n_tokens
+    assert int(steered.counts[-1, often]) == 0
+    assert same(collect_routing(model, tokens(3, 6), progress=False), plain, exact=True)
+
+
+def test_without_prompts_nothing_is_collected(hooked: Hooked) -> None:
+    with pytest.raises(DataError, match="at least one prompt"):
+        collect_routing(hooked("olmoe"), [])
+
+
+# Merging
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds=st.tuples(*[st.integers(0, 10**6)] * 3), sizes=st.tuples(*[st.integers(1, 9)] * 3))
+def test_addition_is_exact_commutative_and_associative(seeds: Any, sizes: Any) -> None:
+    a, b, c = (random_stats(seed, n_tokens=n) for seed, n in zip(seeds, sizes, strict=True))
+    assert same(a + b, b + a, exact=True)
+    assert same((a + b) + c, a + (b + c))
+    assert ((a + b) + c).counts.tolist() == (a.counts + b.counts + c.counts).tolist()
+    assert torch.equal((a + b).probability_sums, a.probability_sums + b.probability_sums)
+    assert (a + b).n_tokens == sizes[0] + sizes[1]
+
+
+def test_adding_leaves_the_parts_alone() -> None:
+    a, b = random_stats(0), random_stats(1)
+    before = a.counts.clone()
+    a + b
+    assert torch.equal(a.counts, before)
+
+
+OTHER_SHAPES = {
+    "model": MoEShape("other", (0, 2), 4, 2),
+    "layers": MoEShape("m", (0, 1), 4, 2),
+    "n_experts": MoEShape("m", (0, 2), 5, 2),
+    "top_k": MoEShape("m", (0, 2), 4, 3),
+}
+
+
+@pytest.mark.parametrize("differs", OTHER_SHAPES)
+def test_other_models_are_not_added(differs: str) -> None:
+    with pytest.raises(DataError, match=differs):
+        random_stats(0) + random_stats(0, OTHER_SHAPES[differs])
+
+
+# Files
+
+
+def test_a_saved_file_gives_back_the_same_statistics(tmp_path: Path, hooked: Hooked) -> None:
+    stats = RoutingStats.from_cache(hooked("qwen3_moe").run_with_cache(tokens())[1])
+    stats.save(tmp_path / "stats.safetensors")
+    assert same(RoutingStats.load(tmp_path / "stats.safetensors"), stats, exact=True)
+    assert os.listdir(tmp_path) == ["stats.safetensors"]
+
+
+def test_the_metadata_say_which_model_it_was(tmp_path: Path) -> None:
+    stats = random_stats(0)
+    stats.save(tmp_path / "s")
+    raw = (tmp_path / "s").read_bytes()  # safetensors: u64 length of the header, JSON header, data
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    about = {key: json.loads(value) for key, value in header["__metadata__"].items()}
+    assert about["shape"] == {"model": "m", "layers": [0, 2], "n_experts": 4, "top_k": 2}
+    assert about["n_tokens"] == 5
+    assert header["counts"]["dtype"] == "I64"
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, old = tmp_path / "s", random_stats(0)
+    old.save(path)
+
+    def fail(tensors: Any, file: Path, metadata: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(routing_stats, "save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        random_stats(1).save(path)
+    assert same(RoutingStats.load(path), old, exact=True)
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    random_stats(0).save(tmp_path / "whole")
+    raw = (tmp_path / "whole").read_bytes()
+    for length in [*range(0, 40), *range(40, len(raw), 23), len(raw) - 1]:
+        (tmp_path / "cut").write_bytes(raw[:length])
+        with pytest.raises(DataError, match="cut"):
+            RoutingStats.load(tmp_path / "cut")
+
+
+def _altered(path: Path, tensors: dict[str, Any] | None = None, **metadata: Any) -> Path:
+    """A file like that of random_stats(0), with some tensors or metadata replaced (None: left out)."""
+    random_stats(0).save(path)
+    raw = path.read_bytes()
+    about = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    for key, value in metadata.items():
+        about[key] = json.dumps(value)
+    content = {**load_file(path), **(tensors or {})}
+    save_file({k: v for k, v in content.items() if v is not None}, path, about)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "moe_lens.SteeringPlan"},
+        {"kind": None},
+        {"schema": 2},
+        {"n_tokens": 4},
+        {"n_tokens": 0},
+        {"n_tokens": "5"},
+        {"n_tokens": None},
+        {"shape": None},
+        {"shape": {"model": "m"}},
+        {"shape": {"model": "m", "layers": [0], "n_experts": 4, "top_k": 2}},
+        {"shape": {"model": "m", "layers": [2, 0], "n_experts": 4, "top_k": 2}},
+        {"shape": {"model": "m", "layers": [0, 2], "n_experts": 5, "top_k": 2}},
+        {"shape": {"model": "m", "layers": [0, 2], "n_experts": 4, "top_k": 3}},
+        {"shape": {"model": "m", "layers": [0, 2], "n_experts": 4, "top_k": 2, "more": 1}},
+        {"tensors": {"counts": None}},
+        {"tensors": {"more": torch.zeros(1)}},
+        {"tensors": {"counts": torch.zeros(2, 4, dtype=torch.int64)}},
+        {"tensors": {"counts": torch.full((2, 4), 2.5)}},
+        {"tensors": {"counts": torch.tensor([[-5, 5, 5, 5], [5, 5, 0, 0]])}},
+        {"tensors": {"weight_sums": torch.zeros(2, 3, dtype=torch.float64)}},
+        {"tensors": {"weight_sums": torch.full((2, 4), torch.nan, dtype=torch.float64)}},
+        {"tensors": {"probability_sums": torch.full((2, 4), torch.inf, dtype=torch.float64)}},
+    ],
+    ids=str,
+)
+def test_an_altered_file_is_refused_by_its_name(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="altered"):
+        RoutingStats.load(_altered(tmp_path / "altered", **change))
+
+
+def test_other_files_are_refused_by_their_name(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("[1, 2, 3]" * 20)
+    save_file({"counts": torch.zeros(2)}, tmp_path / "weights")
+    (tmp_path / "folder").mkdir()
+    for name in ("text", "weights", "folder", "missing"):
+        with pytest.raises(DataError, match=name):
+            RoutingStats.load(tmp_path / name)
+
+
+class _Payload:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
+def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path, write: Any) -> None:
+    with (tmp_path / "evil").open("wb") as file:
+        write(_Payload(tmp_path / "ran"), file)
+    with pytest.raises(DataError, match="evil"):
+        RoutingStats.load(tmp_path / "evil")
+    with pytest.raises(MoELensError, match="evil"):
+        SteeringPlan.load(tmp_path / "evil")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(_Payload(tmp_path / "ran")))  # the payload itself works
+    assert (tmp_path / "ran").exists()
