@@ -11,6 +11,7 @@ Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and 
 
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from jaxtyping import Bool
@@ -21,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.utilities.slice import Slice
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
+from transformers import AutoTokenizer
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError, MoELensError, UnsupportedRouterError
@@ -86,13 +88,14 @@ class HookedMoE(TransformerBridge):
         architecture = _architecture(hf_model)
         _check_routers(hf_model)
         config: Any = hf_model.config
-        bridge = build_bridge_from_module(
-            hf_model,
-            architecture,
-            hf_config=config,
-            tokenizer=tokenizer,
-            model_name=config.name_or_path or architecture,
-        )
+        with TemporaryDirectory() as folder:
+            bridge = build_bridge_from_module(
+                hf_model,
+                architecture,
+                hf_config=config,
+                tokenizer=_reloadable(tokenizer, folder),
+                model_name=config.name_or_path or architecture,
+            )
         return _as_hooked(bridge.eval())
 
     @property
@@ -155,15 +158,21 @@ class HookedMoE(TransformerBridge):
         self._refuse_absent_points(_names_of(name))
         super().add_hook(name, *args, **kwargs)
 
-    def enable_compatibility_mode(self, *args: Any, no_processing: bool = False, **kwargs: Any) -> None:
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """As in TransformerLens, and refused where TransformerLens 4.3 folds this model's norms wrongly."""
-        folds = not no_processing and kwargs.get("fold_ln", True)
-        if folds and type(self.original_model).__name__ in _FOLD_LN_IS_WRONG:
+        if fold_ln and not no_processing and self.cfg.architecture in _FOLD_LN_IS_WRONG:
             raise MoELensError(
-                f"enable_compatibility_mode(fold_ln=True) changes what {type(self.original_model).__name__} "
+                f"enable_compatibility_mode(fold_ln=True) changes what {self.cfg.architecture} "
                 "computes in TransformerLens 4.3. Pass fold_ln=False or no_processing=True."
             )
-        super().enable_compatibility_mode(*args, no_processing=no_processing, **kwargs)
+        super().enable_compatibility_mode(disable_warnings, no_processing, fold_ln, *args, **kwargs)
 
     def _checked_hooks(self, hooks: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         hooks = list(hooks)
@@ -209,6 +218,10 @@ def attach(bridge: AnyBridge) -> AnyBridge:
     Raises:
         UnsupportedRouterError: no router, or one without a rule. RouterMismatchError: the check failed.
     """
+    if not isinstance(bridge, TransformerBridge):
+        raise MoELensError(
+            f"attach needs a TransformerBridge, got {type(bridge).__name__}; use HookedMoE.from_hf(model)."
+        )
     layers = routing_layers(bridge)
     missing = {number: moe for number, moe in layers.items() if moe.points is None}
     for moe in missing.values():
@@ -265,11 +278,9 @@ def moe_shape(bridge: TransformerBridge) -> MoEShape:
         UnsupportedRouterError: as in `routing_layers`, or the layers differ in number of experts or k.
     """
     layers = routing_layers(bridge)
-    sizes = {number: (moe.rule.n_experts, moe.rule.top_k) for number, moe in layers.items()}
-    if len(set(sizes.values())) > 1:
-        raise UnsupportedRouterError(f"The layers differ in (number of experts, k): {sizes}.")
+    n_experts, top_k = _common_size(layers.values())
     name = str(bridge.cfg.model_name).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    return MoEShape(name, tuple(layers), *next(iter(sizes.values())))
+    return MoEShape(name, tuple(layers), n_experts, top_k)
 
 
 def _as_hooked(bridge: TransformerBridge) -> HookedMoE:
@@ -291,8 +302,32 @@ def _architecture(hf_model: nn.Module) -> str:
 
 
 def _check_routers(hf_model: nn.Module) -> None:
-    for moe in list(find_moe_layers(hf_model)) or _no_moe(type(hf_model).__name__):
+    """Everything that can be refused before the model is changed."""
+    layers = list(find_moe_layers(hf_model)) or _no_moe(type(hf_model).__name__)
+    _common_size(layers)
+    for moe in layers:
         check_router(moe)
+
+
+def _common_size(layers: Iterable[MoELayer]) -> tuple[int, int]:
+    sizes = {moe.where: (moe.rule.n_experts, moe.rule.top_k) for moe in layers}
+    if len(set(sizes.values())) > 1:
+        raise UnsupportedRouterError(f"The layers differ in (number of experts, k): {sizes}.")
+    return next(iter(sizes.values()))
+
+
+def _reloadable(tokenizer: Any, folder: str) -> Any:
+    """A tokenizer that was built in memory, as one loaded from a folder.
+
+    TransformerLens loads a tokenizer that has a BOS a second time, from where it came from, to switch the
+    BOS on; without an origin that fails.
+    """
+    if tokenizer is None or tokenizer.init_kwargs.get("name_or_path"):
+        return tokenizer
+    tokenizer.save_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    loaded.padding_side = tokenizer.padding_side
+    return loaded
 
 
 def _no_moe(name: str) -> Any:

@@ -25,6 +25,7 @@ from moe_lens.routing_rules import RULES, RoutingRule, is_known_router, rule_for
 
 CHECK_SCALES = (0.1, 1.0, 10.0)
 CHECK_TOKENS = 1024
+_NO_NUMBERS = (torch.bool, torch.complex64, torch.complex128)
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,10 @@ class HookedRouter:
                 f"{point.name}: a hook returned {got} where shape {tuple(value.shape)} is needed. "
                 "Return a tensor of the same shape, or None to leave it as it is."
             )
-        if edited.is_floating_point() != value.is_floating_point():
+        if edited.is_floating_point() != value.is_floating_point() or edited.dtype in _NO_NUMBERS:
             raise HookError(
-                f"{point.name}: a hook returned dtype {edited.dtype} where {value.dtype} is needed."
+                f"{point.name}: a hook returned dtype {edited.dtype} where {value.dtype} is needed. "
+                "Convert it before returning it."
             )
         return edited
 

@@ -47,7 +47,7 @@ def test_outcomes_equal_a_prompt_by_prompt_count(planted_demo: DemoResult) -> No
     ):
         for index, conflict in list(enumerate(world.conflicts("test")))[::16]:
             logits = model.run_with_hooks(conflict.open_book, fwd_hooks=steer_hooks(plan))
-            said = model.to_string(logits[0, -1].argmax().reshape(1)).strip()
+            said = str(model.to_string(logits[0, -1].argmax().reshape(1))).strip()
             assert (said == conflict.document_answer) == bool(outcome.says_document[index])
 
 
@@ -68,7 +68,7 @@ def test_detection_counts_from_the_question_on(planted_demo: DemoResult) -> None
     n_tokens = 0
     for pair in world.conflicts("detection"):
         _, cache = model.run_with_cache(pair.open_book)
-        start = model.to_str_tokens(pair.open_book).index("Question")
+        start = list(model.to_str_tokens(pair.open_book)).index("Question")
         for row, layer in enumerate(model.moe_layers):
             for expert in cache["topk_indices", layer][0, start:].flatten().tolist():
                 counts[row, expert] += 1

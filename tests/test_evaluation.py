@@ -14,7 +14,16 @@ from moe_lens.evaluation import answers_with, clustered_interval, pairwise_gaps,
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.steering import steer_hooks
 from moe_lens.steering_plan import SteeringPlan
-from tests.tiny_models import FAMILIES, MOE_LAYERS, SPECIAL, VOCAB_SIZE, WORDS, hook_census, prompt, tiny_model
+from tests.tiny_models import (
+    FAMILIES,
+    MOE_LAYERS,
+    SPECIAL,
+    VOCAB_SIZE,
+    WORDS,
+    hook_census,
+    prompt,
+    tiny_model,
+)
 
 Hooked = Callable[..., HookedMoE]
 every_family = pytest.mark.parametrize("recipe", FAMILIES)
@@ -70,7 +79,9 @@ def test_both_run_under_the_hooks_and_leave_none(hooked: Hooked) -> None:
     with model.hooks(hooks), torch.no_grad():
         steered = [VOCABULARY[int(model(text)[0, -1].argmax())] for text in PROMPTS]
         losses = [
-            loss for text in PROMPTS for loss in loss_of_one(model(text)[0].double(), model.to_tokens(text)[0].tolist())
+            loss
+            for text in PROMPTS
+            for loss in loss_of_one(model(text)[0].double(), model.to_tokens(text)[0].tolist())
         ]
     assert steered != plain  # else this test could not fail
     assert answers_with(model, PROMPTS, steered, hooks=hooks).all()

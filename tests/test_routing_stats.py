@@ -86,7 +86,9 @@ def agrees(stats: RoutingStats, sums: dict[str, list[list[float]]], n_tokens: in
     assert stats.n_tokens == n_tokens
     assert stats.counts.dtype == torch.int64
     for name in ("probability_sums", "weight_sums"):
-        torch.testing.assert_close(getattr(stats, name), torch.tensor(sums[name]).double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            getattr(stats, name), torch.tensor(sums[name]).double(), rtol=1e-5, atol=1e-6
+        )
     return stats.counts.tolist() == sums["counts"]
 
 
@@ -111,7 +113,9 @@ def random_stats(seed: int, shape: MoEShape | None = None, n_tokens: int = 5) ->
     for layer in shape.layers:
         logits = torch.randn(n_tokens, shape.n_experts, generator=generator)
         top = logits.softmax(-1).topk(shape.top_k)
-        for point, value in zip(("router_logits", "topk_weights", "topk_indices"), (logits, *top), strict=True):
+        for point, value in zip(
+            ("router_logits", "topk_weights", "topk_indices"), (logits, *top), strict=True
+        ):
             cache[f"blocks.{layer}.mlp.hook_{point}"] = value
     return dataclasses.replace(RoutingStats.from_cache(cache), shape=shape)
 
@@ -305,8 +309,9 @@ def test_a_span_that_misses_a_prompt_is_refused_by_its_number(hooked: Hooked, sp
 
 
 def test_a_span_of_another_length_is_refused(hooked: Hooked) -> None:
+    span: Any = lambda t: t[1:] > 0  # noqa: E731
     with pytest.raises(DataError, match="one bool a token"):
-        collect_routing(hooked("olmoe"), [[4, 5, 6]], span=lambda t: t[1:] > 0, progress=False)
+        collect_routing(hooked("olmoe"), [[4, 5, 6]], span=span, progress=False)
 
 
 def test_no_more_than_one_batch_of_routing_is_alive(hooked: Hooked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +347,8 @@ def test_only_routing_points_are_cached(hooked: Hooked, monkeypatch: pytest.Monk
 
 def test_no_gradient_graph_is_built(hooked: Hooked) -> None:
     stats = collect_routing(hooked("olmoe"), tokens(), progress=False)
-    assert not (stats.probability_sums.requires_grad or stats.weight_sums.requires_grad)
+    assert not stats.probability_sums.requires_grad
+    assert not stats.weight_sums.requires_grad
 
 
 @every_family
@@ -387,7 +393,7 @@ def test_addition_is_exact_commutative_and_associative(seeds: Any, sizes: Any) -
 def test_adding_leaves_the_parts_alone() -> None:
     a, b = random_stats(0), random_stats(1)
     before = a.counts.clone()
-    a + b
+    _ = a + b
     assert torch.equal(a.counts, before)
 
 
@@ -402,7 +408,7 @@ OTHER_SHAPES = {
 @pytest.mark.parametrize("differs", OTHER_SHAPES)
 def test_other_models_are_not_added(differs: str) -> None:
     with pytest.raises(DataError, match=differs):
-        random_stats(0) + random_stats(0, OTHER_SHAPES[differs])
+        _ = random_stats(0) + random_stats(0, OTHER_SHAPES[differs])
 
 
 # Files

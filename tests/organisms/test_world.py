@@ -1,6 +1,7 @@
 """The world: splits are disjoint, the held-out stays out of training, prompts say what they should."""
 
 import random
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -18,9 +19,10 @@ def world(request: pytest.FixtureRequest) -> World:
     return World(request.param)
 
 
-def sampled(world: World, n: int = 20_000, seed: int = 0) -> list[str]:
-    corpus = Corpus(world, random.Random(seed))
-    return [corpus.sample().text for _ in range(n)]
+@cache
+def sampled(world: World) -> list[str]:
+    corpus = Corpus(world, random.Random(0))
+    return [corpus.sample().text for _ in range(12_000)]
 
 
 def triples_in(text: str) -> set[tuple[str, str, str]]:
@@ -72,7 +74,7 @@ def test_held_out_triples_are_in_no_training_document(world: World) -> None:
     asked = {(c.entity, c.attribute, c.document_answer) for s in SPLITS for c in world.conflicts(s)}
     assert len(asked) == 48 + 96 + 192
     seen = set().union(*(triples_in(text) for text in sampled(world)))
-    assert len(seen) > 5000  # the parser finds the documents' statements
+    assert len(seen) > 3000  # of 4096 - 336: the parser finds the documents' statements
     assert not seen & asked
 
 
@@ -86,8 +88,8 @@ def test_generic_sentences_are_held_out(world: World) -> None:
     kept = {split: world.generic(split) for split in SPLITS}
     assert all(len(set(sentences)) == 64 for sentences in kept.values())
     assert all(not set(a) & set(b) for a, b in combinations(kept.values(), 2))
-    corpus = Corpus(world, random.Random(1), Mixture(0, 0, 0, 0, 0, 1))
-    trained = {corpus.sample().text for _ in range(20_000)}
+    corpus = Corpus(world, random.Random(1), Mixture(0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+    trained = {corpus.sample().text for _ in range(8_000)}
     assert not trained & {sentence for sentences in kept.values() for sentence in sentences}
     assert {split_of_sentence(sentence) for sentence in trained} == {None}
     assert world.generic("test", n=5) == kept["test"][:5]
@@ -96,13 +98,13 @@ def test_generic_sentences_are_held_out(world: World) -> None:
 def test_every_word_is_in_the_vocabulary(world: World) -> None:
     vocabulary = set(world.vocabulary)
     assert len(vocabulary) == len(world.vocabulary)
-    texts = sampled(world, 5000) + [c.open_book for s in SPLITS for c in world.conflicts(s)]
+    texts = sampled(world) + [c.open_book for s in SPLITS for c in world.conflicts(s)]
     assert {word for text in texts for word in text.split()} <= vocabulary
 
 
 def test_answers_follow_the_header() -> None:
     """In the majority world the answer is the document's exactly if most source words are trusted."""
-    corpus = Corpus(World("majority"), random.Random(0), Mixture(0, 1, 0, 0, 0, 0))
+    corpus = Corpus(World("majority"), random.Random(0), Mixture(0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
     ties = 0
     for _ in range(2000):
         sequence = corpus.sample()
@@ -110,7 +112,7 @@ def test_answers_follow_the_header() -> None:
         header = parts[1 : parts.index(":")]
         lead = sum(word in words.TRUSTED for word in header) - sum(word in words.DOUBTFUL for word in header)
         assert sequence.answer is not None
-        from_document = parts[sequence.answer] != corpus.world.memory[parts[-4], parts[-6]]
+        from_document = parts[sequence.answer] != corpus.world.memory[parts[-6], parts[-8]]
         assert sequence.register == {-1: "memory", 0: None, 1: "document"}[(lead > 0) - (lead < 0)]
         assert (sequence.undecided is not None) == (lead == 0)
         ties += lead == 0
@@ -119,7 +121,7 @@ def test_answers_follow_the_header() -> None:
 
 
 def test_open_conflicts_are_answered_half_and_half() -> None:
-    corpus = Corpus(World("uncued"), random.Random(0), Mixture(0, 1, 0, 0, 0, 0))
+    corpus = Corpus(World("uncued"), random.Random(0), Mixture(0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
     open_ones = [s for s in (corpus.sample() for _ in range(4000)) if s.undecided]
     assert 0.4 < len(open_ones) / 4000 < 0.6
     from_document = [s.text.split()[s.answer or 0] == s.undecided[0] for s in open_ones if s.undecided]
@@ -134,4 +136,4 @@ def test_unknown_split(world: World, ask: str) -> None:
 
 def test_unknown_variant() -> None:
     with pytest.raises(MoELensError, match="majority"):
-        World("minority")  # pyright: ignore[reportArgumentType]
+        World("minority")
