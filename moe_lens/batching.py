@@ -4,7 +4,7 @@ for tokens, mask in padded_batches(model, ["a prompt", "another, longer prompt"]
     model(tokens, attention_mask=mask)          # [batch pos], [batch pos]; padding stands left
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ def token_sequences(model: TransformerBridge, prompts: Prompts) -> list[Int[Tens
     Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`.
 
     Raises:
-        DataError: no prompt at all, an empty prompt, strings without a tokenizer, or something that is
-            neither text nor tokens.
+        DataError: no prompt at all, an empty prompt, a text longer than the model's context, strings
+            without a tokenizer, or something that is neither text nor tokens.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1):
         prompts = [prompts]
-    elif isinstance(prompts, Tensor) and prompts.ndim == 1:
-        prompts = prompts[None]
+    if not isinstance(prompts, Iterable) or (isinstance(prompts, Tensor) and prompts.ndim != 2):
+        raise DataError(f"Prompts must be strings or token sequences; got {prompts!r}.")
     sequences = [_tokens_of(model, index, prompt) for index, prompt in enumerate(prompts)]
     if not sequences:
         raise DataError("The list of prompts is empty; give at least one prompt.")
@@ -65,7 +65,11 @@ def _tokens_of(model: TransformerBridge, index: int, prompt: Any) -> Int[Tensor,
             raise DataError(
                 f"Prompt {index} is a string and the model has no tokenizer; give tokens instead."
             )
-        prompt = model.to_tokens(prompt, move_to_device=False)[0]
+        prompt = model.to_tokens(prompt, move_to_device=False, truncate=False)[0]
+        if len(prompt) > model.cfg.n_ctx:  # TransformerLens would cut it without a word
+            raise DataError(
+                f"Prompt {index} has {len(prompt)} tokens, the model's context is {model.cfg.n_ctx}; shorten it."
+            )
     try:
         tokens = torch.as_tensor(prompt).cpu()
     except (TypeError, ValueError, RuntimeError) as error:

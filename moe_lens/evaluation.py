@@ -2,7 +2,7 @@
 
 says = answers_with(model, prompts, answers, hooks=steer_hooks(plan))     # bool [prompt]
 loss = text_loss(model, sentences, hooks=steer_hooks(plan))               # nats a token
-low, high = clustered_interval(says, clusters=entities, seed=0)           # 95 % interval of the mean
+low, high = clustered_interval(says.numpy(), clusters=entities, seed=0)   # 95 % interval of the mean
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -40,7 +40,7 @@ def answers_with(
         hooks: forward hooks to run under.
 
     Raises:
-        DataError: no prompts, another number of answers than prompts, or an answer of several tokens.
+        DataError: no prompts, another number of answers than prompts, or an answer that is no single token.
     """
     if len(answers) != len(prompts):
         raise DataError(f"{len(prompts)} prompts need as many answers; got {len(answers)}.")
@@ -71,7 +71,7 @@ def text_loss(
 
 
 def clustered_interval(
-    values: Float[np.ndarray, "unit"],
+    values: Shaped[np.ndarray, "unit"],
     clusters: Sequence[str],
     *,
     level: float = 0.95,
@@ -125,4 +125,7 @@ def _single_token(model: TransformerBridge, answer: str) -> int:
     tokens = model.to_tokens(answer, prepend_bos=False)[0]
     if len(tokens) != 1:
         raise DataError(f"The answer {answer!r} is {len(tokens)} tokens; answers_with needs a single one.")
-    return int(tokens[0])
+    token = int(tokens[0])
+    if token == getattr(model.tokenizer, "unk_token_id", None):
+        raise DataError(f"The answer {answer!r} is not in the model's vocabulary.")
+    return token

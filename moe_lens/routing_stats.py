@@ -66,14 +66,24 @@ class RoutingStats:
     def __post_init__(self) -> None:
         size = (len(self.shape.layers), self.shape.n_experts)
         for name, tensor in self._tensors().items():
-            if tuple(tensor.shape) != size:
-                raise DataError(f"RoutingStats.{name} has shape {tuple(tensor.shape)}, not {size}.")
+            dtype = torch.int64 if name == "counts" else torch.float64
+            if tuple(tensor.shape) != size or tensor.dtype != dtype:
+                raise DataError(
+                    f"RoutingStats.{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {size}."
+                )
             if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
                 raise DataError(
                     f"RoutingStats.{name} holds NaN, infinite or negative values; were the router logits NaN?"
                 )
-        if self.n_tokens < 1:
-            raise DataError("RoutingStats over no token at all: the mask or the span selects nothing.")
+        if not isinstance(self.n_tokens, int) or self.n_tokens < 1:
+            raise DataError(
+                f"RoutingStats over {self.n_tokens!r} tokens: the mask or the span must select some."
+            )
+        if int(self.counts.max()) > self.n_tokens:
+            raise DataError(
+                "RoutingStats.counts: an expert was chosen more often than there are tokens; did a hook on "
+                "the top-k indices name it twice for one token?"
+            )
         if not bool((self.counts.sum(-1) == self.n_tokens * self.shape.top_k).all()):
             raise DataError(
                 f"RoutingStats.counts: a layer's counts must sum to n_tokens × k = "

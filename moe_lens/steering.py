@@ -82,6 +82,9 @@ def steer_logits(
     is over finite scores, so that experts at -inf stay below; and on tokens with scores more than 60 nats
     below the largest, where float32 softmax nears underflow, those scores are spread over the next 20 nats
     in their order (their probabilities are below 1e-26 before and after).
+
+    Deactivated experts stay out as long as k others have finite logits: a hook that ran before and set most
+    of them to -inf leaves the router no choice.
     """
     activate, deactivate = list(activate), list(deactivate)
     scores = torch.log_softmax(logits.float(), dim=-1)

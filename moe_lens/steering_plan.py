@@ -7,7 +7,6 @@ plan.save("plan.json")
 """
 
 import json
-import math
 import random
 import warnings
 from collections import Counter
@@ -25,6 +24,8 @@ Expert = tuple[int, int]
 """(layer, expert)"""
 OnExcess = Literal["raise", "drop"]
 
+EPSILON_RANGE: Final = (1e-4, 1e3)
+"""Nats; a smaller or larger epsilon would be lost in float32's rounding."""
 _KIND: Final = "moe_lens.SteeringPlan"
 _SCHEMA: Final = 1
 
@@ -44,13 +45,13 @@ class SteeringPlan:
     Attributes:
         activate, deactivate: (layer, expert) pairs, in rank order where they come from scores. Where an
             expert stands in both, deactivation wins.
-        epsilon: distance in nats above the largest and below the smallest score; finite and positive.
+        epsilon: distance in nats above the largest and below the smallest score, in `EPSILON_RANGE`.
         shape: the model that the plan was made for; None for a plan written by hand, which is checked when
             it is applied.
 
     Raises:
         PlanError: an expert named twice, negative or missing in the model; more than k activated or more than
-            E − k deactivated in a layer; epsilon not finite and positive.
+            E − k deactivated in a layer; epsilon out of range.
     """
 
     activate: tuple[Expert, ...] = ()
@@ -170,7 +171,7 @@ class SteeringPlan:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             return _plan_from_json(content)
-        except (OSError, ValueError, DataError, PlanError) as error:
+        except (OSError, ValueError, RecursionError, DataError, PlanError) as error:
             raise PlanError(f"{path} cannot be read as a steering plan: {error}") from error
 
     def __len__(self) -> int:
@@ -194,13 +195,17 @@ def _is_index(number: Any) -> bool:
         return False
     try:
         return int(number) == number and number >= 0  # numpy's and torch's integers too
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
 def _checked_epsilon(epsilon: float) -> float:
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
-        raise PlanError(f"epsilon must be a finite positive number of nats; got {epsilon!r}.")
+    low, high = EPSILON_RANGE
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not low <= epsilon <= high:
+        raise PlanError(
+            f"epsilon must be a number of nats from {low} to {high:g}, where float32 keeps the steered "
+            f"scores apart; got {epsilon!r}."
+        )
     return float(epsilon)
 
 

@@ -8,7 +8,6 @@ import pkgutil
 import pytest
 
 import moe_lens
-from moe_lens import organisms
 
 MODULES = sorted(
     module.name
@@ -38,7 +37,3 @@ def test_public_names_open_with_an_example(name: str) -> None:
         first_example, arguments = documentation.find(">>>"), documentation.find("Args:")
         assert first_example > 0
         assert arguments == -1 or first_example < arguments
-
-
-def test_organisms_are_reachable_from_the_package() -> None:
-    assert moe_lens.organisms is organisms

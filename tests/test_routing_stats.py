@@ -280,6 +280,13 @@ def test_every_kind_of_prompts_is_counted_alike(hooked: Hooked) -> None:
     assert same(collect_routing(model, texts[0], progress=False), one_by_one(model, texts[:1]))
 
 
+def in_span(span: Any, sequence: Tensor) -> list[int]:
+    positions = list(range(len(sequence)))
+    if span is None or isinstance(span, slice):
+        return positions[span or slice(None)]
+    return [position for position in positions if bool(span(sequence)[position])]
+
+
 @pytest.mark.parametrize(
     "span", [slice(-1, None), slice(None, 2), slice(1, None, 2), lambda t: t % 2 == t[0] % 2, None]
 )
@@ -287,9 +294,8 @@ def test_a_span_counts_its_tokens_alone(hooked: Hooked, span: Any) -> None:
     model, sequences = hooked("qwen2_moe"), [tokens(1, n, n)[0] for n in (4, 2, 6)]
     expected = None
     for sequence in sequences:
-        positions = list(range(len(sequence)))
-        chosen = span(sequence).nonzero()[:, 0].tolist() if callable(span) else positions[span or slice(None)]
-        keep = [position in chosen for position in positions]
+        chosen = in_span(span, sequence)
+        keep = [position in chosen for position in range(len(sequence))]
         captured = run_hf(tiny_model("qwen2_moe"), sequence[None])
         part = add_up(captured, "qwen2_moe", keep)
         expected = part if expected is None else _sum_of(expected, part)

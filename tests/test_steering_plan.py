@@ -210,17 +210,18 @@ DELTA = [[0.9, 0.8, 0.7, 0.6, -0.1, -0.2], [0.5, -0.9, -0.8, -0.7, -0.6, -0.5]]
     ("name", "number"), [("n_activate", 6), ("n_deactivate", 8), ("n_activate", -1), ("n_deactivate", -3)]
 )
 def test_more_experts_than_have_the_sign_are_refused(name: str, number: int) -> None:
+    kwargs: Any = {name: number, "on_excess": "drop"}
     with pytest.raises(PlanError, match=name):
-        kwargs: Any = {name: number, "on_excess": "drop"}
         SteeringPlan.from_scores(scores(DELTA), **kwargs)
 
 
 @pytest.mark.parametrize(("name", "number"), [("n_activate", 3), ("n_deactivate", 7)])
 def test_an_excess_in_one_layer_is_refused(name: str, number: int) -> None:
+    kwargs: Any = {name: number}
     with pytest.raises(PlanError, match="at most"):
-        SteeringPlan.from_scores(scores(DELTA), **{name: number})
+        SteeringPlan.from_scores(scores(DELTA), **kwargs)
     with pytest.raises(PlanError, match="at most"):
-        SteeringPlan.from_scores(scores(DELTA), **{name: number}, on_excess="raise")
+        SteeringPlan.from_scores(scores(DELTA), **kwargs, on_excess="raise")
 
 
 def test_drop_keeps_the_higher_ranks_and_says_what_it_dropped() -> None:

@@ -1,0 +1,103 @@
+"""Choose among trained seeds on development data: ``python -m moe_lens.organisms.compare_seeds DIR DIR ...``.
+
+Each DIR is a checkpoint of `moe_lens.organisms.train`. Experts are detected on the detection split and
+everything else is measured on the development split; test prompts are never looked at. The largest two-way
+gap wins, among plan sizes that worsen generic text by at most `demo.LOSS_LIMIT`; of null seeds, which are
+there to show nothing, the smallest.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_lens.demo import (
+    DIRECTIONS,
+    Outcome,
+    best_size,
+    compare_sizes,
+    detect_document_experts,
+    measure_outcome,
+    two_plans,
+)
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.organisms.recipes import recipe
+from moe_lens.organisms.world import World
+from moe_lens.steering_plan import SteeringPlan
+
+
+@dataclass(frozen=True, eq=False)
+class SeedResult:
+    """One trained seed on the development split."""
+
+    name: str
+    seed: int
+    size: int
+    unsteered: Outcome
+    steered: dict[str, Outcome]
+
+    @property
+    def gap(self) -> float:
+        """Two-way gap on the development split, in [-1, 1]."""
+        return self.steered["+"].document_rate - self.steered["−"].document_rate
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m moe_lens.organisms.compare_seeds", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a trained checkpoint")
+    results = [development_result(folder) for folder in parser.parse_args(arguments).folders]
+    print(table(results))
+    for name in dict.fromkeys(result.name for result in results):
+        seeds = [result for result in results if result.name == name]
+        print(f"{name}: of seeds {[result.seed for result in seeds]}, ship {best(seeds).seed}")
+
+
+def development_result(folder: Path) -> SeedResult:
+    """Detect on the detection split, choose the size and measure on the development split."""
+    about = json.loads((folder / "training.json").read_text())
+    model, world = HookedMoE.from_pretrained(folder), World(recipe(about["name"]).variant)
+    scores = detect_document_experts(model, world)
+    outcomes: dict[SteeringPlan, Outcome] = {}
+
+    def measure(plan: SteeringPlan) -> Outcome:
+        return outcomes.setdefault(plan, measure_outcome(model, world, "development", plan))
+
+    size = best_size(compare_sizes(measure, scores))
+    steered = {direction: outcomes[plan] for direction, plan in two_plans(scores, size).items()}
+    return SeedResult(about["name"], about["seed"], size, outcomes[SteeringPlan()], steered)
+
+
+def best(results: Sequence[SeedResult]) -> SeedResult:
+    """The seed to ship: see the module's docstring."""
+    if results[0].name == "null":
+        return min(results, key=lambda result: abs(result.gap))
+    return max(results, key=lambda result: result.gap)
+
+
+def table(results: Sequence[SeedResult]) -> str:
+    """A Markdown table, one row a seed: unsteered / toward the document / toward memory."""
+    lines = [
+        "| organism | seed | experts off | doc rate | two-way gap | closed-book | generic loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        outcomes = [result.unsteered, *(result.steered[direction] for direction in DIRECTIONS)]
+        columns = [
+            " / ".join(f"{value:.2f}" for value in values)
+            for values in (
+                [outcome.document_rate for outcome in outcomes],
+                [outcome.closed_book for outcome in outcomes],
+                [outcome.loss for outcome in outcomes],
+            )
+        ]
+        lines.append(
+            f"| {result.name} | {result.seed} | {result.size} | {columns[0]} | {result.gap:+.2f} "
+            f"| {columns[1]} | {columns[2]} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
