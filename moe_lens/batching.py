@@ -68,7 +68,7 @@ def _tokens_of(model: TransformerBridge, index: int, prompt: Any) -> Int[Tensor,
         prompt = model.to_tokens(prompt, move_to_device=False, truncate=False)[0]
         if len(prompt) > model.cfg.n_ctx:  # TransformerLens would cut it without a word
             raise DataError(
-                f"Prompt {index} has {len(prompt)} tokens, the model's context is {model.cfg.n_ctx}; shorten it."
+                f"Prompt {index} has {len(prompt)} tokens, the model's context {model.cfg.n_ctx}; shorten it."
             )
     try:
         tokens = torch.as_tensor(prompt).cpu()

@@ -58,7 +58,6 @@ def test_missing_folders_are_made_and_a_string_is_a_path(tmp_path: Path) -> None
     assert (tmp_path / "deep" / "er" / "a.txt").read_text() == "new"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_permissions_follow_the_umask_which_is_left_alone(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)

@@ -468,8 +468,6 @@ def test_a_plan_for_another_model_never_starts_the_forward(
         "expert": SteeringPlan(deactivate=[(0, 7)]),
         "too many": SteeringPlan(deactivate=[(0, e) for e in range(6)]),
     }[fault]
-    if fault == "layer" and plain:
-        pytest.skip("a plain bridge has no point there to ask; TransformerLens itself decides")
     forwards: list[int] = []
     handle = model.original_model.register_forward_pre_hook(lambda *_: forwards.append(1))
     before = hook_census(model)
