@@ -1,0 +1,69 @@
+"""Small trained MoE models that ship with the package, and the synthetic worlds they live in.
+
+>>> from moe_lens import organisms
+>>> organisms.names()
+('specialised', 'planted', 'planted-mixtral', 'label-free', 'null')
+>>> model = organisms.load("planted")  # a HookedMoE, in about a second
+>>> fact = organisms.world("planted").facts("test")[0]
+>>> fact.question
+'Question : what is the capital of Eldria ? Answer :'
+>>> model.generate(fact.question, max_new_tokens=1, verbose=False)
+'Question : what is the capital of Eldria ? Answer : Kyoto'
+
+Their ground truth is known, because `moe_lens.organisms.train` gave it to them: `recipes.py` says what each
+was trained to do, and the model card in each checkpoint's folder what that shows, and what it does not.
+"""
+
+from pathlib import Path
+from typing import Any, Final
+
+from moe_lens.errors import MoELensError
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.organisms.recipes import RECIPES
+from moe_lens.organisms.world import Conflict, Fact, World
+
+__all__ = ["Conflict", "Fact", "World", "load", "names", "path", "world"]
+
+WEIGHTS: Final = Path(__file__).parent / "weights"
+
+
+def names() -> tuple[str, ...]:
+    """The organisms that ship with the package, in the order of `recipes.RECIPES`."""
+    return tuple(name for name in RECIPES if (WEIGHTS / name / "config.json").is_file())
+
+
+def path(name: str) -> Path:
+    """The folder of an organism's checkpoint: config, weights (safetensors, float32), tokenizer, model card.
+
+    Raises:
+        MoELensError: for a name that is not in `names()`.
+    """
+    if name not in names():
+        raise MoELensError(
+            f"organisms: no organism {name!r} ships with moe_lens; there are {', '.join(names())}. "
+            f"Train one of your own with `python -m moe_lens.organisms.train RECIPE --out DIR` "
+            f"(recipes: {', '.join(RECIPES)}) and open it with HookedMoE.from_pretrained(DIR)."
+        )
+    return WEIGHTS / name
+
+
+def world(name: str) -> World:
+    """The world that an organism was trained in.
+
+    Raises:
+        MoELensError: for a name that is not in `names()`.
+    """
+    return World(RECIPES[path(name).name].variant)
+
+
+def load(name: str, **kwargs: Any) -> HookedMoE:
+    """An organism as a HookedMoE, ready for hooks.
+
+    Args:
+        name: one of `names()`.
+        kwargs: passed on to `HookedMoE.from_pretrained`.
+
+    Raises:
+        MoELensError: for a name that is not in `names()`.
+    """
+    return HookedMoE.from_pretrained(path(name), **kwargs)

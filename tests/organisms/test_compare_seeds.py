@@ -1,0 +1,59 @@
+"""Choosing among trained seeds, on development data only."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moe_lens import organisms
+from moe_lens.demo import Outcome, run_demo
+from moe_lens.organisms.compare_seeds import SeedResult, best, development_result, main, table
+from moe_lens.organisms.world import World
+
+
+def result(
+    seed: int, plus: float, minus: float, closed_book: float = 1.0, name: str = "planted"
+) -> SeedResult:
+    """A seed that answers with the document on these shares of 100 prompts."""
+    outcomes = [Outcome(np.arange(100) < 100 * rate, closed_book, 1.0) for rate in (0.5, plus, minus)]
+    return SeedResult(name, seed, 4, outcomes[0], {"+": outcomes[1], "−": outcomes[2]})
+
+
+def test_the_largest_gap_wins() -> None:
+    assert best([result(0, 0.6, 0.4), result(1, 0.9, 0.2), result(2, 0.9, 0.5)]).seed == 1
+
+
+def test_among_equal_gaps_the_gentler_seed_wins() -> None:
+    assert best([result(0, 0.9, 0.2, closed_book=0.8), result(1, 0.8, 0.1), result(2, 0.5, 0.1)]).seed == 1
+
+
+def test_a_null_is_not_chosen_for_its_gap() -> None:
+    seeds = [
+        result(0, 0.6, 0.4, name="null"),
+        result(1, 0.9, 0.2, name="null"),
+        result(2, 0.5, 0.5, name="null"),
+    ]
+    assert best(seeds).seed == 0
+
+
+def test_table_has_a_row_a_seed() -> None:
+    rows = table([result(3, 0.9, 0.25)]).splitlines()
+    assert (
+        rows[-1]
+        == "| planted | 3 | 4 | 0.50 / 0.90 / 0.25 | +0.65 | 1.00 / 1.00 / 1.00 | 1.00 / 1.00 / 1.00 |"
+    )
+
+
+def test_development_numbers_are_those_of_the_demo_and_test_prompts_stay_unseen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = run_demo("planted", n_random=2, progress=False)
+    original, asked = World.conflicts, set()
+    monkeypatch.setattr(World, "conflicts", lambda self, split: (asked.add(split), original(self, split))[1])
+    found = development_result(organisms.path("planted"))
+    assert asked == {"detection", "development"}
+    assert found.gap == pytest.approx(demo.development[found.size][0])
+    assert found.size == demo.size
+    assert found.seed == best([found, replace(found, seed=9)]).seed
+    main([str(organisms.path("planted"))])
+    assert f"ship {found.seed}" in capsys.readouterr().out
