@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,6 +45,12 @@ class ExpertScores:
     delta: Float[Tensor, "layer expert"]
     stats_1: RoutingStats
     stats_2: RoutingStats
+
+    def __post_init__(self) -> None:
+        if self.delta.shape != self.stats_1.counts.shape:
+            raise DataError(
+                f"delta has shape {tuple(self.delta.shape)}, not {tuple(self.stats_1.counts.shape)}."
+            )
 
     @property
     def shape(self) -> MoEShape:
@@ -95,8 +100,8 @@ def risk_difference(stats_1: RoutingStats, stats_2: RoutingStats) -> ExpertScore
     Raises:
         DataError: the statistics are of different models, layers, numbers of experts or k.
     """
+    if not isinstance(stats_1, RoutingStats) or not isinstance(stats_2, RoutingStats):
+        raise DataError("risk_difference needs two RoutingStats.")
     if differences := stats_1.shape.differences(stats_2.shape):
         raise DataError(f"The two statistics are not comparable: {'; '.join(differences)}.")
-    delta = stats_1.rates - stats_2.rates
-    assert torch.isfinite(delta).all()
-    return ExpertScores(delta, stats_1, stats_2)
+    return ExpertScores(stats_1.rates - stats_2.rates, stats_1, stats_2)

@@ -2,7 +2,15 @@
 
 
 class MoELensError(RuntimeError):
-    """Base of all errors raised by moe_lens; catch it to catch them all."""
+    """Base of all errors raised by moe_lens; catch it to catch them all.
+
+    >>> from moe_lens import MoELensError, SteeringPlan
+    >>> try:
+    ...     SteeringPlan(activate=[(0, 1), (0, 1)])
+    ... except MoELensError as error:
+    ...     print(error)
+    activate names (0, 1) (layer, expert) more than once.
+    """
 
 
 class UnsupportedRouterError(MoELensError):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from moe_lens.batching import padded_batches, token_sequences
+from moe_lens.batching import padded_batches
 from moe_lens.errors import DataError
 
 Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
@@ -88,13 +88,15 @@ def clustered_interval(
         clusters: one label a unit; units of the same label stay together.
 
     Raises:
-        DataError: no values, or not one label a value.
+        DataError: no values, not one label a value, a level outside (0, 1).
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or len(clusters) != len(values):
         raise DataError(
             f"{len(clusters)} cluster labels for values of shape {values.shape}; need one a value."
         )
+    if not 0 < level < 1 or n_resamples < 1:
+        raise DataError(f"level must lie in (0, 1) and n_resamples be positive; got {level}, {n_resamples}.")
     _, member_of = np.unique(np.asarray(clusters), return_inverse=True)
     sums, sizes = np.bincount(member_of, weights=values), np.bincount(member_of)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(n_resamples, len(sums)))
@@ -115,13 +117,15 @@ def pairwise_gaps(rates: Float[np.ndarray, "set"]) -> Float[np.ndarray, "pair"]:
 
 def _batch_logits(model: TransformerBridge, prompts: Sequence[str], hooks: Hooks, batch_size: int) -> Any:
     """Yields (tokens [batch pos], mask [batch pos], logits [batch pos vocab]), padding on the left."""
-    for tokens, mask in padded_batches(model, token_sequences(model, prompts), batch_size):
+    for tokens, mask in padded_batches(model, prompts, batch_size):
         with torch.no_grad():
             logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), attention_mask=mask.long())
         yield tokens.to(logits.device), mask.to(logits.device), logits
 
 
 def _single_token(model: TransformerBridge, answer: str) -> int:
+    if model.tokenizer is None:
+        raise DataError("answers_with needs a model with a tokenizer.")
     tokens = model.to_tokens(answer, prepend_bos=False)[0]
     if len(tokens) != 1:
         raise DataError(f"The answer {answer!r} is {len(tokens)} tokens; answers_with needs a single one.")

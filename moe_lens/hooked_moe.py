@@ -2,17 +2,18 @@
 
     model = HookedMoE.from_pretrained("allenai/OLMoE-1B-7B-0125-Instruct")
     model = HookedMoE.from_hf(hf_model, tokenizer)
-    attach(bridge)                              # the same points in a bridge that somebody already has
-    detach(bridge)                              # HF's own code again
+    attach(bridge)                              # a bridge that somebody already has becomes a HookedMoE
+    detach(bridge)                              # ... and what it was before, with HF's own router code
 
 Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and .hook_topk_weights
 (see hook_names), with block-level aliases, and they work in every TransformerLens tool.
 """
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -22,15 +23,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.utilities.slice import Slice
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError, MoELensError, UnsupportedRouterError
 from moe_lens.moe_shape import MoEShape
 from moe_lens.router_hooks import MoELayer, check_router, find_moe_layers, install, uninstall
 from moe_lens.routing_rules import RoutingRule
-
-AnyBridge = TypeVar("AnyBridge", bound=TransformerBridge)
 
 # TransformerLens 4.3 folds the norm into these models' experts wrongly (it misses a reader of the norm).
 _FOLD_LN_IS_WRONG = ("Qwen2MoeForCausalLM",)
@@ -66,7 +65,7 @@ class HookedMoE(TransformerBridge):
             UnsupportedRouterError: the model has no router, or one without a routing rule.
             RouterMismatchError: a router does not compute what its rule says.
         """
-        return _as_hooked(TransformerBridge.boot_transformers(str(name_or_path), **kwargs))
+        return attach(TransformerBridge.boot_transformers(str(name_or_path), **kwargs))
 
     @classmethod
     def from_hf(cls, hf_model: nn.Module, tokenizer: Any = None) -> "HookedMoE":
@@ -80,6 +79,16 @@ class HookedMoE(TransformerBridge):
             UnsupportedRouterError, RouterMismatchError: as in `from_pretrained`; the model is left as it was.
             MoELensError: the model is wrapped by a bridge already.
         """
+        if not isinstance(hf_model, nn.Module):
+            raise MoELensError(
+                f"from_hf needs a Hugging Face model in memory, got {type(hf_model).__name__}; for a name or "
+                "a folder use HookedMoE.from_pretrained."
+            )
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise MoELensError(
+                f"from_hf needs a tokenizer object, got {type(tokenizer).__name__}; load it with "
+                "AutoTokenizer.from_pretrained."
+            )
         if any(hasattr(module, "original_component") for module in hf_model.modules()):
             raise MoELensError(
                 f"{type(hf_model).__name__} is wrapped by a TransformerBridge already. "
@@ -96,7 +105,7 @@ class HookedMoE(TransformerBridge):
                 tokenizer=_reloadable(tokenizer, folder),
                 model_name=config.name_or_path or architecture,
             )
-        return _as_hooked(bridge.eval())
+        return attach(bridge.eval())
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -135,12 +144,12 @@ class HookedMoE(TransformerBridge):
         It says which positions hold the prompts' own tokens when a list of prompts was padded or a mask was
         given, and lets `RoutingStats.from_cache` leave padding out by itself.
         """
-        self._refuse_absent_points(_names_of(kwargs.get("names_filter")))
+        self._refuse_absent_points(kwargs.get("names_filter"))
         args = args if input is None else (input, *args)
-        output, cache = super().run_with_cache(*args, **kwargs)
-        if isinstance(cache, ActivationCache):
-            vars(cache)["attention_mask"] = self._own_tokens(input, kwargs)
-        return output, cache
+        output, activations = super().run_with_cache(*args, **kwargs)
+        if isinstance(activations, ActivationCache):
+            vars(activations)["attention_mask"] = self._own_tokens(input, kwargs)
+        return output, activations
 
     def run_with_hooks(
         self, input: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
@@ -155,7 +164,7 @@ class HookedMoE(TransformerBridge):
 
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
-        self._refuse_absent_points(_names_of(name))
+        self._refuse_absent_points(name)
         super().add_hook(name, *args, **kwargs)
 
     def enable_compatibility_mode(
@@ -176,15 +185,18 @@ class HookedMoE(TransformerBridge):
 
     def _checked_hooks(self, hooks: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         hooks = list(hooks)
-        for name, _ in hooks:
-            self._refuse_absent_points(_names_of(name))
+        self._refuse_absent_points([name for name, _ in hooks])
         return hooks
 
-    def _refuse_absent_points(self, names: list[str]) -> None:
-        for name in names:
-            parsed = hook_names.parse(name)
-            if parsed is not None and parsed[0] not in (layers := self.moe_layers):
-                raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {layers}.")
+    def _refuse_absent_points(self, names: Any) -> None:
+        """Raise for the name of a routing point on a layer that has none; other names and filters pass."""
+        names = names if isinstance(names, list | tuple) else [names]
+        asked = {name: hook_names.parse(name) for name in names if isinstance(name, str)}
+        if any(asked.values()):
+            layers = self.moe_layers
+            for name, parsed in asked.items():
+                if parsed is not None and parsed[0] not in layers:
+                    raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {layers}.")
 
     def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
         """Which positions are not padding; None where that is not known (tokens without a mask)."""
@@ -202,44 +214,47 @@ class HookedMoE(TransformerBridge):
         return (mask if pos_slice is None else pos_slice.apply(mask, dim=1)).bool()
 
 
-def attach(bridge: AnyBridge) -> AnyBridge:
-    """Put the routing hook points into a TransformerBridge (or a subclass of it), in place.
+def attach(bridge: TransformerBridge) -> HookedMoE:
+    """Make a TransformerBridge (or an instance of a subclass of it) a HookedMoE, in place.
 
-    >>> from moe_lens import attach, detach, organisms
+    >>> from moe_lens import HookedMoE, attach, detach, organisms
     >>> bridge = detach(organisms.load("specialised"))       # any TransformerBridge around an MoE model
-    >>> attach(bridge) is bridge
-    True
+    >>> attach(bridge) is bridge, isinstance(bridge, HookedMoE)
+    (True, True)
 
-    Every router is first compared with its rule; if one fails, nothing is changed. Attaching to a bridge
-    that has the points already changes nothing.
+    Every router is first compared with its rule; if one fails, nothing is changed. The object stays an
+    instance of its own class. Attaching to a bridge that has the points already changes nothing.
 
     Returns: the same bridge.
 
     Raises:
         UnsupportedRouterError: no router, or one without a rule. RouterMismatchError: the check failed.
+        MoELensError: not a TransformerBridge.
     """
-    if not isinstance(bridge, TransformerBridge):
-        raise MoELensError(
-            f"attach needs a TransformerBridge, got {type(bridge).__name__}; use HookedMoE.from_hf(model)."
-        )
+    _require_bridge(bridge, "attach")
     layers = routing_layers(bridge)
     missing = {number: moe for number, moe in layers.items() if moe.points is None}
+    shape = moe_shape(bridge)
     for moe in missing.values():
         check_router(moe)
-    shape = moe_shape(bridge)
     for number, moe in missing.items():
         _register(bridge, number, moe, shape)
+    bridge.__class__ = _hooked_class(type(bridge))
+    assert isinstance(bridge, HookedMoE)
     return bridge
 
 
-def detach(bridge: AnyBridge) -> AnyBridge:
-    """Take the routing hook points out again: HF's own router code is back. Returns the same bridge.
+def detach(bridge: TransformerBridge) -> TransformerBridge:
+    """Take the routing hook points out again: the bridge is what it was before `attach`.
 
     >>> from moe_lens import detach, organisms
-    >>> model = detach(organisms.load("specialised"))
-    >>> "blocks.0.mlp.hook_router_logits" in model.hook_dict
-    False
+    >>> bridge = detach(organisms.load("specialised"))
+    >>> "blocks.0.mlp.hook_router_logits" in bridge.hook_dict, type(bridge).__name__
+    (False, 'TransformerBridge')
+
+    HF's own router code is back, and hooks that were on the points are gone. Returns the same bridge.
     """
+    _require_bridge(bridge, "detach")
     for number, moe in routing_layers(bridge).items():
         if moe.points is None:
             continue
@@ -252,7 +267,32 @@ def detach(bridge: AnyBridge) -> AnyBridge:
             for name in (alias, target):
                 bridge._hook_registry.pop(f"blocks.{number}.{name}", None)
         block.hook_aliases = {k: v for k, v in block.hook_aliases.items() if k not in hook_names.POINTS}
+    bridge.__class__ = _plain_class(type(bridge))
     return bridge
+
+
+@cache
+def _hooked_class(cls: type[TransformerBridge]) -> type[TransformerBridge]:
+    """HookedMoE, or for a subclass of TransformerBridge a class that is both."""
+    if issubclass(cls, HookedMoE):
+        return cls
+    return HookedMoE if cls is TransformerBridge else type(f"Hooked{cls.__name__}", (HookedMoE, cls), {})
+
+
+def _plain_class(cls: type[TransformerBridge]) -> type[TransformerBridge]:
+    """What `_hooked_class` was given."""
+    if cls is HookedMoE:
+        return TransformerBridge
+    is_combined = len(cls.__bases__) == 2 and _hooked_class(cls.__bases__[1]) is cls
+    return cls.__bases__[1] if is_combined else cls
+
+
+def _require_bridge(bridge: Any, verb: str) -> None:
+    if not isinstance(bridge, TransformerBridge):
+        raise MoELensError(
+            f"{verb} needs a TransformerBridge, got {type(bridge).__name__}; for a Hugging Face model use "
+            "HookedMoE.from_hf(model)."
+        )
 
 
 def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
@@ -263,7 +303,7 @@ def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
     """
     layers = {}
     for number, block in enumerate(getattr(bridge, "blocks", ())):
-        for moe in find_moe_layers(block):
+        for moe in find_moe_layers(block, prefix=f"blocks.{number}"):
             layers[number] = MoELayer(f"blocks.{number}.mlp", moe.block, moe.router)
     return layers or _no_moe(bridge.cfg.model_name)
 
@@ -279,14 +319,9 @@ def moe_shape(bridge: TransformerBridge) -> MoEShape:
     """
     layers = routing_layers(bridge)
     n_experts, top_k = _common_size(layers.values())
-    name = str(bridge.cfg.model_name).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    name = str(bridge.cfg.model_name)
+    name = Path(name).resolve().name if Path(name).is_dir() else name.rstrip("/").rsplit("/", 1)[-1]
     return MoEShape(name, tuple(layers), n_experts, top_k)
-
-
-def _as_hooked(bridge: TransformerBridge) -> HookedMoE:
-    bridge.__class__ = HookedMoE  # TransformerLens' builders cannot be told which class to make
-    assert isinstance(bridge, HookedMoE)
-    return attach(bridge)
 
 
 def _architecture(hf_model: nn.Module) -> str:
@@ -349,9 +384,3 @@ def _register(bridge: TransformerBridge, number: int, moe: MoELayer, shape: MoES
     block.hook_aliases = {**block.hook_aliases, **hook_names.block_aliases()}
     block._register_aliases()
     bridge._scan_existing_hooks(bridge, "")  # ... the second adds the block-level aliases
-
-
-def _names_of(names: Any) -> list[str]:
-    if isinstance(names, str):
-        return [names]
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []

@@ -107,10 +107,17 @@ class HookedRouter:
     def _route(self, logits: Tensor, hf_weights: Tensor, hf_indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rule, points = rule_for(self.router), self.points
         logits = self._fire(points.router_logits, logits.reshape(*self._token_shape(logits), -1))
-        indices = self._fire(points.topk_indices, rule.select(logits))
+        indices = self._fire(points.topk_indices, rule.select(logits)).long()
         self._check_indices(indices, rule)
-        weights = self._fire(points.topk_weights, rule.weigh(logits, indices).to(hf_weights.dtype))
-        self._check_weights(weights)
+        weights = rule.weigh(logits, indices).to(hf_weights.dtype)
+        self._check_weights(
+            weights,
+            "the router logits hold NaN or +inf, or the chosen experts' probabilities are all 0. Check the "
+            "hooks on this layer's router and, in half precision, the model's own activations",
+        )
+        if points.topk_weights.is_hooked:
+            weights = self._fire(points.topk_weights, weights)
+            self._check_weights(weights, "a hook on the weights returned NaN. Check that hook")
         return (
             logits.reshape(-1, logits.shape[-1]),
             weights.to(hf_weights.dtype).reshape(hf_weights.shape),
@@ -150,41 +157,42 @@ class HookedRouter:
                     f"but this layer has experts 0 to {rule.n_experts - 1}."
                 )
 
-    def _check_weights(self, weights: Tensor) -> None:
+    def _check_weights(self, weights: Tensor, because: str) -> None:
         bad = torch.isnan(weights).any(dim=-1)
         if bad.any():
-            batch_pos = tuple(bad.nonzero()[0].tolist())
+            first = bad.nonzero()[0].tolist()
             raise HookError(
                 f"{self.where}: the routing weights are NaN on {int(bad.sum())} token(s), first at "
-                f"[batch, pos] {list(batch_pos)}: the router logits hold NaN or +inf, or no expert is left "
-                "above -inf. Check the hooks on this layer's router and, in half precision, the model's own "
-                "activations."
+                f"[batch, pos] {first}: {because}."
             )
 
 
-def find_moe_layers(root: nn.Module) -> Iterator[MoELayer]:
-    """Every MoE block below `root` with its router, in module order.
+def find_moe_layers(root: nn.Module, prefix: str = "") -> Iterator[MoELayer]:
+    """Every MoE block below `root` with its router, in module order; `prefix` goes before their names.
 
     Raises:
         UnsupportedRouterError: a block holds experts but no router that `RULES` names.
     """
-    for name, block in root.named_modules():
+    for name, block in root.named_modules(prefix=prefix):
         if hasattr(block, "original_component"):  # a bridge's wrapper around the block or router proper
             continue
+        where = name.replace("._original_component", "") or type(block).__name__
         children = [_unwrap(child) for child in block.children()]
         routers = [child for child in children if is_known_router(child)]
         if len(routers) == 1:
-            yield MoELayer(_plain(name) or type(block).__name__, block, routers[0])
+            yield MoELayer(where, block, routers[0])
         elif len(routers) > 1 or (not routers and hasattr(block, "experts")):
             found = ", ".join(sorted(type(child).__name__ for child in children)) or "nothing"
             raise UnsupportedRouterError(
-                f"{_plain(name)}: {type(block).__name__} holds experts but no router that moe_lens has "
-                f"a rule for (its parts: {found}). Known router classes: {', '.join(sorted(RULES))}."
+                f"{where}: {type(block).__name__} holds experts but no router that moe_lens has a rule for "
+                f"(its parts: {found}). Known router classes: {', '.join(sorted(RULES))}."
             )
 
 
 def check_router(moe: MoELayer) -> None:
     """Compare the rule with HF's own forward on 3 × 1024 random hidden states of three scales, bit for bit.
+
+    Tokens on which a half-precision router overflows are left out.
 
     Raises:
         RouterMismatchError: logits, indices, weights or a dtype differ; the message says which and where.
@@ -201,8 +209,8 @@ def check_router(moe: MoELayer) -> None:
         if difference is not None:
             raise RouterMismatchError(
                 f"{moe.where}: {type(moe.router).__name__} does not compute what its rule {rule} says: "
-                f"{difference} (hidden states of scale {scale}). Has transformers changed this router? "
-                "moe_lens leaves the model as it was rather than route wrongly."
+                f"{difference} (hidden states of scale {scale}). moe_lens leaves the model as it was rather "
+                "than route wrongly; has transformers changed this router?"
             )
 
 
@@ -211,19 +219,25 @@ def _difference(rule: RoutingRule, output: Any) -> str | None:
     if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(x, Tensor) for x in output)):
         return "its forward returns no (logits, weights, indices)"
     logits, weights, indices = output
+    if logits.is_meta:
+        return "its weights are on the meta device, not loaded"
     if logits.shape != (CHECK_TOKENS, rule.n_experts):
         return f"logits have shape {tuple(logits.shape)}, not {(CHECK_TOKENS, rule.n_experts)}"
     if indices.shape != (CHECK_TOKENS, rule.top_k):
         return f"indices have shape {tuple(indices.shape)}, not {(CHECK_TOKENS, rule.top_k)}"
-    ours = rule.select(logits)
-    if not torch.equal(ours, indices):
-        return f"indices differ on {int((ours != indices).any(-1).sum())} of {CHECK_TOKENS} tokens"
+    finite = torch.isfinite(logits).all(dim=-1)
+    if not bool(finite.any()):
+        return "all its logits are NaN or infinite; are its weights?"
+    expected_indices = rule.select(logits)
+    if not torch.equal(expected_indices[finite], indices[finite]):
+        n_different = int((expected_indices != indices)[finite].any(-1).sum())
+        return f"indices differ on {n_different} of {int(finite.sum())} tokens"
     expected = rule.weigh(logits, indices)
     if weights.shape != expected.shape or weights.dtype != expected.dtype:
         got, want = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (weights, expected))
         return f"weights are {got}, not {want}"
-    if not torch.equal(expected, weights):
-        return f"weights differ by up to {float((expected - weights).abs().max()):.3g}"
+    if not torch.equal(expected[finite], weights[finite]):
+        return f"weights differ by up to {float((expected - weights)[finite].abs().max()):.3g}"
     return None
 
 
@@ -290,7 +304,3 @@ def _unwrap(module: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(module, "original_component", None), nn.Module):
         module = inner
     return module
-
-
-def _plain(name: str) -> str:
-    return name.replace("._original_component", "").replace("original_component.", "")

@@ -10,13 +10,14 @@ Counts are exact integers; means come from sums in float64.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,11 +25,11 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
-from moe_lens.batching import Prompts, padded_batches, token_sequences
+from moe_lens.batching import Prompts, padded_batches
 from moe_lens.errors import DataError
 from moe_lens.files import atomic_write
 from moe_lens.hooked_moe import moe_shape
-from moe_lens.moe_shape import MoEShape
+from moe_lens.moe_shape import UNKNOWN_MODEL, MoEShape, shape_from_json
 
 Span = slice | Callable[[Int[Tensor, "pos"]], Bool[Tensor, "pos"]] | None
 """Which tokens of a prompt count: None for all, a slice of its positions (`slice(-1, None)` for the last), or
@@ -92,39 +93,38 @@ class RoutingStats:
 
     @classmethod
     def from_cache(
-        cls,
-        cache: Mapping[str, Tensor] | Any,
-        mask: Int[Tensor, "*batch"] | Bool[Tensor, "*batch"] | None = None,
+        cls, cache: Mapping[str, Tensor] | Any, mask: Shaped[Tensor, "*batch"] | Any = None
     ) -> "RoutingStats":
         """Count the routing in a cache of `run_with_cache` (or a dictionary of its tensors).
 
         Args:
             cache: must hold router logits [*batch expert], top-k indices and weights [*batch k] of every MoE
                 layer that is to be counted (`names_filter=is_routing_point` keeps just those).
-            mask: [*batch], true where a token counts. None: every position but padding, where the cache knows
-                it (`cache.attention_mask`: a HookedMoE got a list of strings, or tokens with an
-                attention_mask); otherwise every position.
+            mask: [*batch], true (or 1) where a token counts. None: every position but padding, which the
+                cache of a HookedMoE knows (`cache.attention_mask`). A dictionary knows nothing of padding:
+                every position of it counts, with a warning where it holds several prompts.
 
         Raises:
             DataError: no routing in the cache, a layer without one of the three tensors, a mask of another
-                shape or one that selects nothing, NaN logits.
+                shape, of other values, or one that selects nothing, NaN logits.
         """
         points = _points_by_layer(cache)
-        if mask is None:
-            mask = getattr(cache, "attention_mask", None)
-        rows, n_tokens, size = [], 0, (0, 0)
-        for layer, tensors in points.items():
-            logits, indices = tensors[hook_names.ROUTER_LOGITS], tensors[hook_names.TOPK_INDICES]
-            keep = _checked_mask(mask, indices, layer)
-            rows.append(_count_layer(logits[keep], indices[keep], tensors[hook_names.TOPK_WEIGHTS][keep]))
-            this_size = (logits.shape[-1], indices.shape[-1])
-            if size not in ((0, 0), this_size):
-                raise DataError(f"Layer {layer} has (experts, k) = {this_size}, another layer {size}.")
-            n_tokens, size = int(keep.sum()), this_size
-        counts, probabilities, weights = (torch.stack(column) for column in zip(*rows, strict=True))
+        layers = tuple(points)
+        batch = points[layers[0]][hook_names.TOPK_INDICES].shape[:-1]
+        keep = _checked_mask(_known_mask(cache, batch) if mask is None else mask, batch)
+        rows, sizes = [], set()
+        for tensors in points.values():
+            logits, indices, weights = (tensors[point] for point in hook_names.POINTS)
+            here = keep.to(indices.device)
+            rows.append(_count_layer(logits[here], indices[here], weights[here]))
+            sizes.add((logits.shape[-1], indices.shape[-1]))
+        if len(sizes) > 1:
+            raise DataError(f"The layers differ in (number of experts, k): {sorted(sizes)}.")
+        counts, probabilities, weight_sums = (torch.stack(column) for column in zip(*rows, strict=True))
         model = getattr(cache, "model", None)
-        name = moe_shape(model).model if isinstance(model, TransformerBridge) else "unknown"
-        return cls(MoEShape(name, tuple(points), *size), n_tokens, counts, probabilities, weights)
+        name = moe_shape(model).model if isinstance(model, TransformerBridge) else UNKNOWN_MODEL
+        shape = MoEShape(name, layers, *sizes.pop())
+        return cls(shape, int(keep.sum()), counts, probabilities, weight_sums)
 
     @property
     def rates(self) -> Float[Tensor, "layer expert"]:
@@ -148,10 +148,16 @@ class RoutingStats:
 
     def __add__(self, other: "RoutingStats") -> "RoutingStats":
         """The statistics of both sets of tokens together. Raises DataError for different models."""
+        if not isinstance(other, RoutingStats):
+            return NotImplemented
         if differences := self.shape.differences(other.shape):
             raise DataError(f"RoutingStats of different models cannot be added: {'; '.join(differences)}.")
         summed = {name: tensor + other._tensors()[name] for name, tensor in self._tensors().items()}
         return RoutingStats(self.shape, self.n_tokens + other.n_tokens, **summed)
+
+    def __radd__(self, zero: int) -> "RoutingStats":
+        """Lets `sum([stats, stats])` start from its 0."""
+        return self if zero == 0 else NotImplemented
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (never pickle), atomically; the model's shape goes into the metadata."""
@@ -173,9 +179,8 @@ class RoutingStats:
                 f"{path} is no file of routing statistics of schema {_SCHEMA}: {about or 'no metadata'}."
             )
         try:
-            shape = MoEShape(**{**about["shape"], "layers": tuple(about["shape"]["layers"])})
-            return cls(shape, about["n_tokens"], **tensors)
-        except (KeyError, TypeError, DataError) as error:
+            return cls(shape_from_json(about["shape"]), about["n_tokens"], **tensors)
+        except (KeyError, TypeError, OverflowError, DataError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -204,7 +209,8 @@ def collect_routing(
 
     Args:
         model: a HookedMoE, or a bridge after `attach`.
-        prompts_or_tokens: a string, strings, a token tensor [batch pos], or token sequences of any lengths.
+        prompts_or_tokens: a string, strings, a token tensor [batch pos], or token sequences of any lengths;
+            a generator is read batch by batch, so that memory does not grow with the number of prompts.
         batch_size: prompts a forward.
         span: which tokens of each prompt count: None (all), a slice of its positions, or a function from its
             tokens [pos], BOS included, to a bool [pos].
@@ -213,18 +219,21 @@ def collect_routing(
     Raises:
         DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
     """
-    sequences = token_sequences(model, prompts_or_tokens)
-    spans = [_in_span(sequence, span, index) for index, sequence in enumerate(sequences)]
-    total, done = None, 0
-    with tqdm(total=len(sequences), desc="routing", unit="prompt", disable=not progress) as bar:
-        for tokens, mask in padded_batches(model, sequences, batch_size):
+    total: RoutingStats | None = None
+    done = 0
+    known = 1 if isinstance(prompts_or_tokens, str) else _length(prompts_or_tokens)
+    with tqdm(total=known, desc="routing", unit="prompt", disable=not progress) as bar:
+        for tokens, mask in padded_batches(model, prompts_or_tokens, batch_size):
             counted = mask.clone()
-            counted[mask] = torch.cat(spans[done : done + len(tokens)]).to(mask.device)
+            for row in range(len(tokens)):
+                counted[row, mask[row]] = _in_span(tokens[row, mask[row]].cpu(), span, done + row).to(
+                    mask.device
+                )
             stats = RoutingStats.from_cache(_routing_cache(model, tokens, mask), counted)
             total = stats if total is None else total + stats
             done += len(tokens)
             bar.update(len(tokens))
-    assert total is not None  # token_sequences refuses an empty list
+    assert total is not None  # padded_batches refuses an empty list
     return total
 
 
@@ -247,17 +256,27 @@ def _routing_cache(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> An
         return model.run_with_cache(tokens, names_filter=is_routing_point, return_type=None, **padding)[1]
 
 
+def _length(prompts: Any) -> int | None:
+    return len(prompts) if hasattr(prompts, "__len__") else None
+
+
 def _in_span(tokens: Int[Tensor, "pos"], span: Span, index: int) -> Bool[Tensor, "pos"]:
-    if callable(span):
-        chosen = torch.as_tensor(span(tokens), dtype=torch.bool)
-        if chosen.shape != tokens.shape:
-            raise DataError(
-                f"The span gave shape {tuple(chosen.shape)} for prompt {index} with {len(tokens)} tokens; "
-                "it must give one bool a token."
-            )
-    else:
-        chosen = torch.zeros(len(tokens), dtype=torch.bool)
-        chosen[slice(None) if span is None else span] = True
+    try:
+        if callable(span):
+            chosen = torch.as_tensor(span(tokens), dtype=torch.bool).cpu()
+        else:
+            chosen = torch.zeros(len(tokens), dtype=torch.bool)
+            chosen[slice(None) if span is None else span] = True
+    except (TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"The span {span!r} cannot be applied to prompt {index}: {error}. Give None, a slice with a "
+            "positive step, or a function from tokens [pos] to a bool [pos]."
+        ) from error
+    if chosen.shape != tokens.shape:
+        raise DataError(
+            f"The span gave shape {tuple(chosen.shape)} for prompt {index} with {len(tokens)} tokens; "
+            "it must give one bool a token."
+        )
     if not bool(chosen.any()):
         raise DataError(f"The span selects no token of prompt {index} ({len(tokens)} tokens).")
     return chosen
@@ -265,6 +284,11 @@ def _in_span(tokens: Int[Tensor, "pos"], span: Span, index: int) -> Bool[Tensor,
 
 def _points_by_layer(cache: Mapping[str, Tensor] | Any) -> dict[int, dict[str, Tensor]]:
     """Layer -> short name of the hook point -> cached tensor, ascending; each layer must have all three."""
+    if not hasattr(cache, "keys"):
+        raise DataError(
+            f"from_cache needs a cache, got {type(cache).__name__}; it is the second of the two things that "
+            "run_with_cache returns."
+        )
     found: dict[int, dict[str, Tensor]] = {}
     for name in cache.keys():  # noqa: SIM118 (an ActivationCache iterates over its tensors' axis)
         if parsed := hook_names.parse(name):
@@ -282,21 +306,33 @@ def _points_by_layer(cache: Mapping[str, Tensor] | Any) -> dict[int, dict[str, T
     return dict(sorted(found.items()))
 
 
-def _checked_mask(
-    mask: Tensor | None, indices: Int[Tensor, "*batch k"], layer: int
-) -> Bool[Tensor, "*batch"]:
-    batch = indices.shape[:-1]
+def _known_mask(cache: Any, batch: torch.Size) -> Tensor:
+    """Where the prompts' own tokens are, as far as the cache knows."""
+    mask = getattr(cache, "attention_mask", None)
     if mask is None:
-        return torch.ones(batch, dtype=torch.bool, device=indices.device)
-    if mask.ndim == len(batch) + 1 and mask.shape[0] == 1:  # the cache dropped its batch dimension of 1
-        mask = mask[0]
+        if not hasattr(cache, "attention_mask") and len(batch) > 1 and batch[0] > 1:
+            warnings.warn(
+                "This cache does not say which positions are padding, so every position is counted. "
+                "Pass mask= if the prompts were padded.",
+                stacklevel=3,
+            )
+        return torch.ones(batch, dtype=torch.bool)
+    dropped_batch = mask.ndim == len(batch) + 1 and mask.shape[0] == 1  # remove_batch_dim=True
+    return mask[0] if dropped_batch else mask
+
+
+def _checked_mask(mask: Any, batch: torch.Size) -> Bool[Tensor, "*batch"]:
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"The mask must be a tensor of shape {tuple(batch)}; got {mask!r}.") from error
     if mask.shape != batch:
-        raise DataError(
-            f"The mask has shape {tuple(mask.shape)}, the routing of layer {layer} is over {tuple(batch)}."
-        )
+        raise DataError(f"The mask has shape {tuple(mask.shape)}, the routing is over {tuple(batch)}.")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise DataError("The mask must hold true and false, or 1 and 0, only.")
     if not bool(mask.any()):
         raise DataError("The mask selects no token; nothing would be counted.")
-    return mask.bool().to(indices.device)
+    return mask.bool()
 
 
 def _count_layer(

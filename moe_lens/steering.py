@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens import hook_names
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, PlanError
 from moe_lens.moe_shape import MoEShape
 from moe_lens.steering_plan import SteeringPlan
 
@@ -37,6 +37,11 @@ class SteeringHook:
 
     def __call__(self, router_logits: Float[Tensor, "*batch expert"], hook: Any = None) -> Tensor:
         """Steered scores [*batch expert], float32."""
+        if hook is not None and hook_names.parse(hook.name) != (self.layer, hook_names.ROUTER_LOGITS):
+            raise HookError(
+                f"The steering hook for {hook_names.router_logits(self.layer)} was put on {hook.name}; use "
+                "the names that steer_hooks gives."
+            )
         deactivate = [expert for layer, expert in self.plan.deactivate if layer == self.layer]
         activate = [
             expert for layer, expert in self.plan.activate if layer == self.layer and expert not in deactivate
@@ -62,8 +67,11 @@ def steer_hooks(plan: SteeringPlan) -> HookList:
     ['blocks.0.mlp.hook_router_logits', 'blocks.2.mlp.hook_router_logits']
 
     Use them with `run_with_hooks(fwd_hooks=...)`, `hooks(...)` or `add_hook`. Hooks on the same point run in
-    the order of the list: what comes before the plan is steered, what comes after edits steered scores.
+    the order of the list: what comes before the plan is steered, what comes after edits steered scores. The
+    guarantees are those of one plan: of two plans on one layer, the later one's hold.
     """
+    if not isinstance(plan, SteeringPlan):
+        raise PlanError(f"steer_hooks needs a SteeringPlan; got {type(plan).__name__}.")
     layers = sorted({layer for layer, _ in plan.activate + plan.deactivate})
     return [(hook_names.router_logits(layer), SteeringHook(plan, layer)) for layer in layers]
 
@@ -78,10 +86,10 @@ def steer_logits(
 
     With s = log_softmax(logits): activated s_k = max_j s_j + epsilon, deactivated s_k = min_j s_j − epsilon,
     max and min over the unsteered scores (SteerMoE, arXiv 2509.09660, section 4). The architecture's own
-    softmax and top-k follow. Two refinements, where the formula alone would lose the guarantee: the minimum
-    is over finite scores, so that experts at -inf stay below; and on tokens with scores more than 60 nats
-    below the largest, where float32 softmax nears underflow, those scores are spread over the next 20 nats
-    in their order (their probabilities are below 1e-26 before and after).
+    softmax and top-k follow. Two refinements, where the formula alone would lose the guarantee in float32:
+    the minimum is over finite scores, and a score at -inf stays there; and on tokens with scores more than 60
+    nats below the largest, where softmax nears underflow, those scores are spread over the next 20 nats in
+    their order (their probabilities are below 1e-26 before and after).
 
     Deactivated experts stay out as long as k others have finite logits: a hook that ran before and set most
     of them to -inf leaves the router no choice.
@@ -90,16 +98,18 @@ def steer_logits(
     scores = torch.log_softmax(logits.float(), dim=-1)
     highest = scores.amax(dim=-1, keepdim=True)
     lowest = scores.masked_fill(scores == -torch.inf, torch.inf).amin(dim=-1, keepdim=True)
+    lowered = lowest - epsilon
+    just_below = torch.nextafter(lowest.detach(), torch.full_like(lowest, -torch.inf))
+    lowered = torch.where(lowered < lowest, lowered, just_below)  # float32 may round epsilon away
     steered = scores.clone()
     steered[..., activate] = highest + epsilon
-    steered[..., deactivate] = lowest - epsilon
+    steered[..., deactivate] = torch.minimum(scores[..., deactivate], lowered)
     return _keep_apart(steered, deactivate)
 
 
 def _keep_apart(steered: Float[Tensor, "*batch expert"], deactivate: list[int]) -> Tensor:
     """Keep deactivated experts strictly last where softmax would underflow and make ties."""
-    total = steered.logsumexp(dim=-1, keepdim=True)
-    depth = steered - total
+    depth = steered.log_softmax(dim=-1)
     low = (depth < _LOWEST) & (depth > -torch.inf)
     if not bool(low.any()):
         return steered
@@ -107,4 +117,4 @@ def _keep_apart(steered: Float[Tensor, "*batch expert"], deactivate: list[int]) 
     key[..., deactivate] = -torch.inf
     rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 = lowest
     spread = _LOWEST - _ROOM * (1 - rank / steered.shape[-1])
-    return torch.where(low, spread + total, steered)
+    return torch.where(low.any(dim=-1, keepdim=True), torch.where(low, spread, depth), steered)

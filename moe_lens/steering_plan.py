@@ -7,18 +7,20 @@ plan.save("plan.json")
 """
 
 import json
+import math
 import random
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, SupportsFloat, get_args
 
 from moe_lens.contrast import ExpertScore, ExpertScores
 from moe_lens.errors import DataError, PlanError
 from moe_lens.files import atomic_write
-from moe_lens.moe_shape import MoEShape
+from moe_lens.moe_shape import MoEShape, as_index, shape_from_json
 
 Expert = tuple[int, int]
 """(layer, expert)"""
@@ -61,9 +63,9 @@ class SteeringPlan:
 
     def __init__(
         self,
-        activate: Iterable[Iterable[int]] = (),
-        deactivate: Iterable[Iterable[int]] = (),
-        epsilon: float = 0.01,
+        activate: Iterable[Any] = (),
+        deactivate: Iterable[Any] = (),
+        epsilon: SupportsFloat = 0.01,
         shape: MoEShape | None = None,
     ) -> None:
         for name, value in (("activate", activate), ("deactivate", deactivate)):
@@ -71,7 +73,7 @@ class SteeringPlan:
         object.__setattr__(self, "epsilon", _checked_epsilon(epsilon))
         object.__setattr__(self, "shape", shape)
         if shape is not None:
-            self.check_fits(shape)
+            self.check_fits(_checked_shape(shape))
 
     @classmethod
     def from_scores(
@@ -93,12 +95,14 @@ class SteeringPlan:
         Raises:
             PlanError: a negative number, more experts asked for than have the sign, or an excess.
         """
+        if on_excess not in get_args(OnExcess):
+            raise PlanError(f"on_excess must be one of {get_args(OnExcess)}; got {on_excess!r}.")
         ranked = scores.ranked()
         activate = _first("n_activate", n_activate, [score for score in ranked if score.delta > 0])
         deactivate = _first("n_deactivate", n_deactivate, [score for score in ranked if score.delta < 0])
         if on_excess == "drop":
             activate = _drop_excess("activate", activate, scores.shape.top_k)
-            deactivate = _drop_excess("deactivate", deactivate, scores.shape.n_deactivatable)
+            deactivate = _drop_excess("deactivate", deactivate, scores.shape.max_deactivated)
         return cls(activate, deactivate, epsilon, scores.shape)
 
     def random_like(
@@ -114,26 +118,29 @@ class SteeringPlan:
         Raises:
             PlanError: no shape known, or the model has no room for so many experts.
         """
-        shape = shape or self.shape
+        shape = self.shape if shape is None else _checked_shape(shape)
         if shape is None:
             raise PlanError("random_like of a plan without shape: pass shape=model.moe_shape.")
+        if (number := as_index(seed)) is None:
+            raise PlanError(f"seed must be a number from 0 on; got {seed!r}.")
         self.check_fits(shape)
-        deactivate, activate = list(self.deactivate), [e for e in self.activate if e not in self.deactivate]
-        draw = _Draw(shape, random.Random(seed))
-        for room, experts in ((shape.n_deactivatable, deactivate), (shape.top_k, activate)):
-            draw.take(len(experts), room, Counter(layer for layer, _ in experts) if layer_matched else None)
-        return SteeringPlan(draw.taken[len(deactivate) :], draw.taken[: len(deactivate)], self.epsilon, shape)
+        free = [(layer, expert) for layer in shape.layers for expert in range(shape.n_experts)]
+        random.Random(number).shuffle(free)
+        deactivate = _take(self.deactivate, free, shape.layers, shape.max_deactivated, layer_matched)
+        free = [expert for expert in free if expert not in deactivate]
+        activate = _take(self._activated, free, shape.layers, shape.top_k, layer_matched)
+        return SteeringPlan(activate, deactivate, self.epsilon, shape)
 
     def check_fits(self, shape: MoEShape) -> None:
         """Raise PlanError unless the plan can be applied to a model of this shape and was made for one."""
-        if self.shape is not None and (differences := self.shape.differences(shape)):
+        if self.shape is not None and (misfits := self.shape.misfits(shape)):
             raise PlanError(
-                f"The plan was made for another model: {'; '.join(differences)}. "
+                f"The plan was made for another model (plan / model): {'; '.join(misfits)}. "
                 "If the transfer is meant, use plan.made_for(model.moe_shape)."
             )
         for name, experts, room in (
-            ("activate", [e for e in self.activate if e not in self.deactivate], shape.top_k),
-            ("deactivate", list(self.deactivate), shape.n_deactivatable),
+            ("activate", self._activated, shape.top_k),
+            ("deactivate", self.deactivate, shape.max_deactivated),
         ):
             for layer, expert in experts:
                 if layer not in shape.layers:
@@ -147,8 +154,8 @@ class SteeringPlan:
                 if number > room:
                     raise PlanError(
                         f"{name}: {number} experts in layer {layer}, at most {room} are possible with "
-                        f"{shape.n_experts} experts and k = {shape.top_k}. Name fewer, or use "
-                        'SteeringPlan.from_scores(..., on_excess="drop").'
+                        f"{shape.n_experts} experts and k = {shape.top_k}. Name fewer (from_scores can drop "
+                        'the excess: on_excess="drop").'
                     )
 
     def made_for(self, shape: MoEShape) -> "SteeringPlan":
@@ -174,48 +181,58 @@ class SteeringPlan:
         except (OSError, ValueError, RecursionError, DataError, PlanError) as error:
             raise PlanError(f"{path} cannot be read as a steering plan: {error}") from error
 
+    @property
+    def _activated(self) -> tuple[Expert, ...]:
+        """The activated experts without those that are deactivated too."""
+        return tuple(expert for expert in self.activate if expert not in self.deactivate)
+
     def __len__(self) -> int:
         return len({*self.activate, *self.deactivate})
 
 
-def _checked_experts(name: str, experts: Iterable[Iterable[int]]) -> tuple[Expert, ...]:
+def _checked_experts(name: str, experts: Iterable[Any]) -> tuple[Expert, ...]:
+    try:
+        pairs = [tuple(item) for item in experts]
+    except TypeError as error:
+        raise PlanError(f"{name} must be a list of (layer, expert) pairs; got {experts!r}.") from error
     checked: list[Expert] = []
-    for item in experts:
-        pair = tuple(item) if isinstance(item, Iterable) else (item,)
-        if len(pair) != 2 or not all(_is_index(number) for number in pair):
-            raise PlanError(f"{name}: {item!r} is no (layer, expert) pair of numbers from 0 on.")
-        checked.append((int(pair[0]), int(pair[1])))
+    for pair in pairs:
+        numbers = [as_index(number) for number in pair]
+        if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
+            raise PlanError(f"{name}: {pair!r} is no (layer, expert) pair of numbers from 0 on.")
+        checked.append((numbers[0], numbers[1]))
     if repeated := [expert for expert, number in Counter(checked).items() if number > 1]:
         raise PlanError(f"{name} names {repeated[0]} (layer, expert) more than once.")
     return tuple(checked)
 
 
-def _is_index(number: Any) -> bool:
-    if isinstance(number, bool):
-        return False
-    try:
-        return int(number) == number and number >= 0  # numpy's and torch's integers too
-    except (TypeError, ValueError, OverflowError):
-        return False
+def _checked_shape(shape: Any) -> MoEShape:
+    if not isinstance(shape, MoEShape):
+        raise PlanError(f"shape must be a MoEShape, such as model.moe_shape; got {type(shape).__name__}.")
+    return shape
 
 
-def _checked_epsilon(epsilon: float) -> float:
+def _checked_epsilon(epsilon: SupportsFloat) -> float:
     low, high = EPSILON_RANGE
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not low <= epsilon <= high:
+    try:
+        value = float(epsilon) if isinstance(epsilon, Real) and not isinstance(epsilon, bool) else math.nan
+    except OverflowError:
+        value = math.inf
+    if not low <= value <= high:
         raise PlanError(
             f"epsilon must be a number of nats from {low} to {high:g}, where float32 keeps the steered "
             f"scores apart; got {epsilon!r}."
         )
-    return float(epsilon)
+    return value
 
 
 def _first(name: str, number: int, candidates: list[ExpertScore]) -> list[Expert]:
-    if not _is_index(number):
+    if (wanted := as_index(number)) is None:
         raise PlanError(f"{name} must be a number from 0 on; got {number!r}.")
-    if number > len(candidates):
+    if wanted > len(candidates):
         sign = "positive" if name == "n_activate" else "negative"
-        raise PlanError(f"{name}={number}, but only {len(candidates)} experts have a {sign} score.")
-    return [(score.layer, score.expert) for score in candidates[:number]]
+        raise PlanError(f"{name}={wanted}, but only {len(candidates)} experts have a {sign} score.")
+    return [(score.layer, score.expert) for score in candidates[:wanted]]
 
 
 def _drop_excess(name: str, experts: list[Expert], room: int) -> list[Expert]:
@@ -233,33 +250,20 @@ def _drop_excess(name: str, experts: list[Expert], room: int) -> list[Expert]:
     return kept
 
 
-@dataclass
-class _Draw:
-    """Draws experts without replacement, at most `room` a layer and call."""
-
-    shape: MoEShape
-    rng: random.Random
-
-    def __post_init__(self) -> None:
-        self.taken: list[Expert] = []
-
-    def take(self, number: int, room: int, per_layer: Counter[int] | None) -> None:
-        free = [
-            expert
-            for layer in self.shape.layers
-            for expert in ((layer, e) for e in range(self.shape.n_experts))
-            if expert not in self.taken
-        ]
-        self.rng.shuffle(free)
-        left = (
-            Counter(per_layer) if per_layer is not None else Counter(dict.fromkeys(self.shape.layers, room))
-        )
-        drawn = 0
-        for layer, expert in free:
-            if drawn < number and left[layer] > 0:
-                left[layer] -= 1
-                drawn += 1
-                self.taken.append((layer, expert))
+def _take(
+    like: Iterable[Expert], free: list[Expert], layers: tuple[int, ...], room: int, layer_matched: bool
+) -> list[Expert]:
+    """As many experts as in `like`, from `free` in order; a layer gives at most `room`, or as in `like`."""
+    left = Counter(layer for layer, _ in like)
+    number = left.total()
+    if not layer_matched:
+        left = Counter(dict.fromkeys(layers, room))
+    taken: list[Expert] = []
+    for layer, expert in free:
+        if len(taken) < number and left[layer] > 0:
+            left[layer] -= 1
+            taken.append((layer, expert))
+    return taken
 
 
 def _plan_from_json(content: Any) -> SteeringPlan:
@@ -268,7 +272,7 @@ def _plan_from_json(content: Any) -> SteeringPlan:
     expected = {"kind", "schema", "activate", "deactivate", "epsilon", "shape"}
     if wrong := sorted(expected.symmetric_difference(content)):
         raise PlanError(f"field {wrong[0]!r} is {'missing' if wrong[0] in expected else 'unknown'}.")
-    if content["kind"] != _KIND or content["schema"] != _SCHEMA:
+    if content["kind"] != _KIND or content["schema"] is True or content["schema"] != _SCHEMA:
         raise PlanError(
             f"fields 'kind' and 'schema' must be {_KIND!r} and {_SCHEMA}; "
             f"got {content['kind']!r} and {content['schema']!r}."
@@ -276,20 +280,5 @@ def _plan_from_json(content: Any) -> SteeringPlan:
     for name in ("activate", "deactivate"):
         if not isinstance(content[name], list):
             raise PlanError(f"field {name!r} must be a list of [layer, expert]; got {content[name]!r}.")
-    return SteeringPlan(
-        content["activate"], content["deactivate"], content["epsilon"], _shape_from_json(content["shape"])
-    )
-
-
-def _shape_from_json(content: Any) -> MoEShape | None:
-    if content is None:
-        return None
-    types = {"model": str, "layers": list, "n_experts": int, "top_k": int}
-    if not isinstance(content, dict) or set(content) != set(types):
-        raise PlanError(f"field 'shape' must be null or hold {', '.join(types)}; got {content!r}.")
-    for name, kind in types.items():
-        if not isinstance(content[name], kind) or isinstance(content[name], bool):
-            raise PlanError(f"field 'shape.{name}' must be {kind.__name__}; got {content[name]!r}.")
-    if not all(_is_index(layer) for layer in content["layers"]):
-        raise PlanError(f"field 'shape.layers' must hold layer numbers; got {content['layers']!r}.")
-    return MoEShape(content["model"], tuple(content["layers"]), content["n_experts"], content["top_k"])
+    shape = None if content["shape"] is None else shape_from_json(content["shape"])
+    return SteeringPlan(content["activate"], content["deactivate"], content["epsilon"], shape)

@@ -31,7 +31,7 @@ def test_strings_get_the_tokens_that_the_model_gives_them(hooked: Hooked) -> Non
 def test_tokens_stay_as_they_are_whatever_holds_them(hooked: Hooked) -> None:
     model, batch = hooked("olmoe"), tokens(3, 4)
     rows = batch.tolist()
-    for given_as in (batch, rows, tuple(rows), list(batch), batch.numpy(), batch.int()):
+    for given_as in (batch, rows, tuple(rows), list(batch), iter(rows), batch.int()):
         assert lists(token_sequences(model, given_as)) == rows
     assert lists(token_sequences(model, batch[0])) == rows[:1]
     assert all(sequence.dtype == torch.int64 for sequence in token_sequences(model, batch.int()))
@@ -45,7 +45,7 @@ def test_lengths_may_differ_and_text_may_stand_beside_tokens(hooked: Hooked) -> 
 @pytest.mark.parametrize("nothing", [[], (), torch.zeros(0, 3, dtype=torch.int64)])
 def test_no_prompts_are_refused(hooked: Hooked, nothing: Any) -> None:
     with pytest.raises(DataError, match="at least one prompt"):
-        token_sequences(hooked("olmoe"), nothing)
+        list(token_sequences(hooked("olmoe"), nothing))
 
 
 @pytest.mark.parametrize(
@@ -65,19 +65,19 @@ def test_no_prompts_are_refused(hooked: Hooked, nothing: Any) -> None:
 )
 def test_a_bad_prompt_is_refused_by_its_number(hooked: Hooked, bad: Any) -> None:
     with pytest.raises(DataError, match="Prompt 1 "):
-        token_sequences(hooked("olmoe"), [[4, 5], bad])
+        list(token_sequences(hooked("olmoe"), [[4, 5], bad]))
 
 
 @pytest.mark.parametrize("bad", [None, 3, 2.5, torch.tensor(3)], ids=str)
 def test_what_is_no_list_of_prompts_at_all_is_refused(hooked: Hooked, bad: Any) -> None:
     with pytest.raises(DataError):
-        token_sequences(hooked("olmoe"), bad)
+        list(token_sequences(hooked("olmoe"), bad))
 
 
 def test_strings_need_a_tokenizer() -> None:
     model = HookedMoE.from_hf(tiny_model("olmoe"))
     with pytest.raises(DataError, match="no tokenizer"):
-        token_sequences(model, ["w0"])
+        list(token_sequences(model, ["w0"]))
     assert lists(token_sequences(model, [[4, 5]])) == [[4, 5]]
 
 

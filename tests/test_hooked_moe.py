@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -588,7 +589,8 @@ def test_attach_puts_the_points_into_a_bridge_in_place(hooked: Hooked, recipe: s
     bridge = plain_bridge(tiny_model(recipe))
     before = bridge(tokens())
     assert attach(bridge) is bridge
-    assert type(bridge) is TransformerBridge
+    assert isinstance(bridge, HookedMoE)
+    assert bridge.moe_layers == MOE_LAYERS[recipe]
     assert torch.equal(bridge(tokens()), before)
     hooks = on_logits(negate, *MOE_LAYERS[recipe])
     expected = hooked(recipe).run_with_hooks(tokens(), fwd_hooks=hooks)
@@ -602,7 +604,9 @@ def test_attach_works_on_a_subclass() -> None:
     bridge = plain_bridge(tiny_model("olmoe"))
     bridge.__class__ = MyBridge
     before = bridge(tokens())
-    assert type(attach(bridge)) is MyBridge
+    assert attach(bridge) is bridge
+    assert isinstance(bridge, MyBridge)
+    assert isinstance(bridge, HookedMoE)
     assert not torch.equal(bridge.run_with_hooks(tokens(), fwd_hooks=on_logits(negate, 0)), before)
 
 
@@ -641,7 +645,7 @@ def test_detach_leaves_a_plain_bridge(recipe: str) -> None:
 @every_family
 def test_a_routing_hook_after_detach_does_not_pass_silently(recipe: str) -> None:
     model = detach(HookedMoE.from_hf(tiny_model(recipe)))
-    name = hook_names.router_logits(model.moe_layers[0])
+    name = hook_names.router_logits(MOE_LAYERS[recipe][0])
     for absent in (name, name.replace("mlp.", "")):
         with pytest.raises(Exception, match="hook_router_logits"):
             model.run_with_hooks(tokens(), fwd_hooks=[(absent, same)])
@@ -894,3 +898,52 @@ def test_text_needs_a_tokenizer_and_tokens_do_not() -> None:
     assert model(tokens()).shape == (2, 7, VOCAB_SIZE)
     with pytest.raises(Exception, match="okenizer"):
         model(prompt(3))
+
+
+def test_an_attached_bridge_knows_padding_and_refuses_absent_layers() -> None:
+    bridge = attach(plain_bridge(tiny_model("qwen2_moe"), tokenizer()))
+    _, cache = bridge.run_with_cache(["w1 w2 w3", "w4"])
+    assert vars(cache)["attention_mask"].tolist() == [[True, True, True], [False, False, True]]
+    with pytest.raises(HookError, match="layer 1 has no router"):
+        bridge.run_with_hooks(tokens(), fwd_hooks=[(hook_names.router_logits(1), same)])
+
+
+def test_detach_gives_an_object_of_its_own_class_back() -> None:
+    class MyBridge(TransformerBridge):
+        pass
+
+    bridge = plain_bridge(tiny_model("olmoe"))
+    bridge.__class__ = MyBridge
+    assert type(detach(attach(bridge))) is MyBridge
+    assert type(detach(HookedMoE.from_hf(tiny_model("olmoe")))) is TransformerBridge
+
+
+@pytest.mark.parametrize("wrong", ["a name", None, 3])
+def test_what_is_no_model_is_refused(wrong: Any) -> None:
+    for call in (HookedMoE.from_hf, attach, detach):
+        with pytest.raises((MoELensError, TypeCheckError)):
+            call(wrong)
+
+
+def test_a_router_whose_weights_are_nan_is_refused_as_such() -> None:
+    hf_model = tiny_model("olmoe")
+    with torch.no_grad():
+        router_of(sparse_blocks(hf_model)[1]).weight.fill_(float("nan"))
+    with pytest.raises(RouterMismatchError, match=r"layers\.1.*NaN or infinite"):
+        HookedMoE.from_hf(hf_model)
+
+
+def test_a_hook_that_makes_the_weights_nan_is_named(hooked: Hooked) -> None:
+    def spoil(weights: torch.Tensor, hook: Any) -> torch.Tensor:
+        return weights * float("nan")
+
+    with pytest.raises(HookError, match="hook on the weights"):
+        hooked("olmoe").run_with_hooks(tokens(), fwd_hooks=[(hook_names.topk_weights(0), spoil)])
+
+
+def test_an_unknown_router_is_refused_by_its_layer() -> None:
+    bridge = plain_bridge(tiny_model("olmoe"))
+    router = router_of(bridge.blocks[2].mlp.original_component)
+    router.__class__ = type("BrandNewRouter", (torch.nn.Module,), {})
+    with pytest.raises(UnsupportedRouterError, match=r"blocks\.2\.mlp.*BrandNewRouter"):
+        attach(bridge)

@@ -7,8 +7,8 @@ from moe_lens.moe_shape import MoEShape
 
 
 def test_k_experts_cannot_be_deactivated() -> None:
-    assert MoEShape("m", (0, 1), n_experts=64, top_k=8).n_deactivatable == 56
-    assert MoEShape("m", (0,), n_experts=4, top_k=4).n_deactivatable == 0
+    assert MoEShape("m", (0, 1), n_experts=64, top_k=8).max_deactivated == 56
+    assert MoEShape("m", (0,), n_experts=4, top_k=4).max_deactivated == 0
 
 
 @pytest.mark.parametrize("layers", [(), (1, 0), (0, 0), (-1, 0)])

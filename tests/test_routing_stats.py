@@ -6,15 +6,19 @@ import json
 import math
 import os
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -535,3 +539,71 @@ def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path, write: Any) -> Non
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(_Payload(tmp_path / "ran")))  # the payload itself works
     assert (tmp_path / "ran").exists()
+
+
+def test_sum_adds_statistics(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    parts = [collect_routing(model, tokens(2, length), progress=False) for length in (3, 5)]
+    assert torch.equal(sum(parts[1:], parts[0]).counts, sum(parts).counts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 0]], [[True, True, False]], np.array([[1, 1, 0]])])
+def test_a_mask_may_be_a_list_or_an_array(hooked: Hooked, mask: Any) -> None:
+    _, cache = hooked("olmoe").run_with_cache(tokens(1, 3))
+    expected = RoutingStats.from_cache(cache, torch.tensor([[True, True, False]]))
+    assert torch.equal(RoutingStats.from_cache(cache, mask).counts, expected.counts)
+
+
+@pytest.mark.parametrize("mask", [[[0.5, 1, 1]], [[float("nan"), 1, 1]], [[-1, 1, 1]], [["a", "b", "c"]]])
+def test_a_mask_holds_only_true_and_false(hooked: Hooked, mask: Any) -> None:
+    _, cache = hooked("olmoe").run_with_cache(tokens(1, 3))
+    with pytest.raises(DataError, match="mask"):
+        RoutingStats.from_cache(cache, mask)
+
+
+def test_what_is_no_cache_is_refused(hooked: Hooked) -> None:
+    for wrong in (None, hooked("olmoe").run_with_cache(tokens(1, 3))):
+        with pytest.raises(DataError, match="second of the two"):
+            RoutingStats.from_cache(wrong)
+
+
+def test_a_cache_that_cannot_tell_padding_warns(hooked: Hooked) -> None:
+    _, several = hooked("olmoe").run_with_cache(tokens(2, 3), return_cache_object=False)
+    with pytest.warns(UserWarning, match="padding"):
+        RoutingStats.from_cache(several)
+    _, one = hooked("olmoe").run_with_cache(tokens(1, 3), return_cache_object=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RoutingStats.from_cache(one)
+
+
+def test_a_generator_of_prompts_is_read_batch_by_batch(hooked: Hooked) -> None:
+    model, read = hooked("olmoe"), []
+    seen: list[int] = []
+    original = model.run_with_cache
+
+    def prompts():
+        for index in range(6):
+            read.append(index)
+            yield [4, 5 + index]
+
+    def run_with_cache(*args: Any, **kwargs: Any) -> Any:
+        seen.append(len(read))
+        return original(*args, **kwargs)
+
+    with mock.patch.object(model, "run_with_cache", run_with_cache):
+        stats = collect_routing(model, prompts(), batch_size=2, progress=False)
+    assert seen == [2, 4, 6]
+    assert stats.n_tokens == 12
+
+
+@pytest.mark.parametrize("bad", [[[4, 99999]], [[-1, 4]], [""], 7])
+def test_prompts_that_cannot_be_run_are_refused(hooked: Hooked, bad: Any) -> None:
+    with pytest.raises(DataError):
+        collect_routing(hooked("olmoe"), bad, progress=False)
+
+
+@pytest.mark.parametrize("span", ["question", slice(None, None, -1), lambda tokens: None])
+def test_a_span_that_is_none_is_refused(hooked: Hooked, span: Any) -> None:
+    with pytest.raises((DataError, TypeCheckError), match=r"span|collect_routing"):
+        collect_routing(hooked("olmoe"), [[4, 5]], span=span, progress=False)

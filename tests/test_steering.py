@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lens import hook_names
-from moe_lens.errors import MoELensError
+from moe_lens.errors import HookError, MoELensError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.routing_rules import SoftmaxTopK
 from moe_lens.steering import steer_hooks, steer_logits
@@ -439,3 +439,39 @@ def test_nan_logits_raise_by_the_name_of_the_layer_and_leave_no_hook(recipe: str
     with pytest.raises(MoELensError, match=rf"blocks\.{layer}\.mlp.*NaN"):
         run()
     assert hook_census(model) == before
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 12),
+    st.floats(0, 30),
+    st.sampled_from([1e-4, 0.01, 1.0, 1e3]),
+    st.integers(0, 2**31),
+)
+def test_the_survivors_are_chosen_however_low_they_stand(
+    n_experts: int, log_spread: float, epsilon: float, seed: int
+) -> None:
+    """As many deactivated as possible, the best ones: the k lowest remain, at any spread of the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 10**log_spread * torch.randn(32, n_experts, generator=generator)
+    top_k = 1 + seed % (n_experts - 1)
+    for token in logits:
+        deactivate = token.argsort(descending=True)[: n_experts - top_k].tolist()
+        steered = steer_logits(token[None], [], deactivate, epsilon)
+        chosen = SoftmaxTopK(n_experts, top_k, renormalize=True).select(steered)[0].tolist()
+        assert not set(chosen) & set(deactivate)
+
+
+def test_an_expert_that_an_earlier_hook_ruled_out_stays_out() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 2.0, 0.5]])
+    steered = steer_logits(logits, [], [1, 2])
+    assert steered[0, 1] == -torch.inf
+    assert set(SoftmaxTopK(4, 2, renormalize=True).select(steered)[0].tolist()) == {0, 3}
+
+
+def test_a_steering_hook_on_another_point_is_refused(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    [(_, hook)] = steer_hooks(SteeringPlan(deactivate=[(0, 1)]))
+    for wrong in (hook_names.router_logits(1), hook_names.topk_weights(0), "blocks.0.hook_resid_pre"):
+        with pytest.raises(HookError, match="was put on"):
+            model.run_with_hooks(tokens(), fwd_hooks=[(wrong, hook)])

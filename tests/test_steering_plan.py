@@ -12,6 +12,7 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,7 +65,7 @@ def plans(draw: st.DrawFn) -> SteeringPlan:
     activate, deactivate = [], []
     for layer in shape.layers:
         order = draw(st.permutations(range(n_experts)))
-        n_deactivate = draw(st.integers(0, shape.n_deactivatable))
+        n_deactivate = draw(st.integers(0, shape.max_deactivated))
         n_activate = draw(st.integers(0, shape.top_k))
         deactivate += [(layer, expert) for expert in order[:n_deactivate]]
         activate += [(layer, expert) for expert in order[n_deactivate:][:n_activate]]
@@ -268,7 +269,7 @@ def test_random_plans_have_the_same_numbers_and_fit(
     assert not set(control.activate) & set(control.deactivate)
     assert all(number <= plan.shape.top_k for number in numbers_by_layer(control.activate).values())
     assert all(
-        number <= plan.shape.n_deactivatable for number in numbers_by_layer(control.deactivate).values()
+        number <= plan.shape.max_deactivated for number in numbers_by_layer(control.deactivate).values()
     )
     assert all(
         layer in plan.shape.layers and 0 <= expert < plan.shape.n_experts
@@ -517,3 +518,23 @@ def test_hooks_name_the_layers_of_the_plan_once_in_order() -> None:
     ]
     assert steer_hooks(SteeringPlan()) == []
     assert MOE_LAYERS["qwen2_moe"] == (0, 2, 3)
+
+
+@pytest.mark.parametrize("number", [2.0, True, "1", None])
+def test_only_whole_numbers_count_experts(number: Any) -> None:
+    with pytest.raises((PlanError, TypeCheckError), match=r"n_deactivate|from_scores"):
+        SteeringPlan.from_scores(scores(torch.zeros(len(SHAPE.layers), SHAPE.n_experts)), n_deactivate=number)
+
+
+def test_numpy_and_torch_integers_are_numbers() -> None:
+    plan = SteeringPlan(np.array([[0, 1]]), torch.tensor([[2, 3], [2, 4]]), np.float32(0.5))
+    assert plan == SteeringPlan([(0, 1)], [(2, 3), (2, 4)], 0.5)
+    assert all(type(number) is int for expert in plan.activate + plan.deactivate for number in expert)
+
+
+def test_a_plan_from_some_of_the_layers_fits_the_whole_model() -> None:
+    model = MoEShape("m", (0, 1, 2), 8, 2)
+    SteeringPlan(deactivate=[(1, 0)], shape=replace(model, layers=(1,))).check_fits(model)
+    SteeringPlan(deactivate=[(1, 0)], shape=replace(model, model="unknown")).check_fits(model)
+    with pytest.raises(PlanError, match="layers"):
+        SteeringPlan(deactivate=[(5, 0)], shape=replace(model, layers=(1, 5))).check_fits(model)
