@@ -7,7 +7,7 @@ Causal hook points on routing (`HookedMoE`, `attach`), routing statistics (`Rout
 (`SteeringPlan`, `steer_hooks`), and small trained models to try it all on (`moe_lens.organisms`).
 """
 
-from moe_lens import hook_names
+from moe_lens import hook_names, organisms
 from moe_lens.contrast import ExpertScores, risk_difference
 from moe_lens.errors import MoELensError
 from moe_lens.hooked_moe import HookedMoE, attach, detach
@@ -26,6 +26,7 @@ __all__ = [
     "detach",
     "hook_names",
     "is_routing_point",
+    "organisms",
     "risk_difference",
     "steer_hooks",
 ]

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
+
+from moe_lens import demo, organisms, plots
 from moe_lens.errors import MoELensError
 
 
@@ -46,11 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    import matplotlib as mpl  # heavy imports wait until a command needs them: --help answers at once
-
-    mpl.use("Agg")
-    from moe_lens import demo, organisms, plots
-
+    mpl.use("Agg")  # files only, no window
     names = options.model or organisms.names()
     for name in names:
         organisms.path(name)  # a wrong name fails before the first minute of work

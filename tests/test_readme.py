@@ -22,15 +22,12 @@ def test_code_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "stats.safetensors").exists()
 
 
-def test_the_ten_line_example_changes_the_answer_toward_the_document() -> None:
+def test_the_ten_line_example_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
     first_block = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
-    names: dict[str, object] = {}
-    exec(compile(first_block, "README.md", "exec"), names)
-    model, logits, prompt, organisms = (names[key] for key in ("model", "logits", "prompt", "organisms"))
-    conflict = organisms.world("specialised").conflicts("test")[0]  # type: ignore[attr-defined]
-    token = int(model.to_tokens(conflict.document_answer, prepend_bos=False)[0, 0])  # type: ignore[attr-defined]
-    plain = model(prompt)  # type: ignore[operator]
-    assert logits[0, -1].log_softmax(-1)[token] > plain[0, -1].log_softmax(-1)[token]  # type: ignore[index]
+    exec(compile(first_block, "README.md", "exec"), {})
+    unsteered, steered = capsys.readouterr().out.splitlines()
+    said = re.findall(r"# \.\.\. (Answer : \w+)", first_block)
+    assert [unsteered.endswith(said[0]), steered.endswith(said[1])] == [True, True]
 
 
 def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
