@@ -60,6 +60,7 @@ class RoutingPoint(HookPoint):
         self.shape = shape
 
     def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens, after `hook.check_fits(shape)` where the hook has one."""
         check_fits = getattr(hook, "check_fits", None)
         if check_fits is not None:
             check_fits(self.shape)

@@ -24,10 +24,14 @@ class RoutingRule(Protocol):
     """What every rule offers: the router's size and its two steps."""
 
     @property
-    def n_experts(self) -> int: ...
+    def n_experts(self) -> int:
+        """Number of experts that the router chooses from."""
+        ...
 
     @property
-    def top_k(self) -> int: ...
+    def top_k(self) -> int:
+        """Number of experts that it chooses for each token."""
+        ...
 
     def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
         """The experts that run."""
