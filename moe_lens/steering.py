@@ -86,10 +86,10 @@ def steer_logits(
 
     With s = log_softmax(logits): activated s_k = max_j s_j + epsilon, deactivated s_k = min_j s_j − epsilon,
     max and min over the unsteered scores (SteerMoE, arXiv 2509.09660, section 4). The architecture's own
-    softmax and top-k follow. Two refinements, where the formula alone would lose the guarantee in float32:
-    the minimum is over finite scores, and a score at -inf stays there; and on tokens with scores more than 60
-    nats below the largest, where softmax nears underflow, those scores are spread over the next 20 nats in
-    their order (their probabilities are below 1e-26 before and after).
+    softmax and top-k follow. Float32 needs two refinements to keep the guarantee: where epsilon is rounded
+    away, the next smaller number serves; and on tokens with scores more than 60 nats below the largest, where
+    softmax nears underflow, those scores are spread over the next 20 nats in their order (their probabilities
+    are below 1e-26 before and after).
 
     Deactivated experts stay out as long as k others have finite logits: a hook that ran before and set most
     of them to -inf leaves the router no choice.
@@ -97,13 +97,13 @@ def steer_logits(
     activate, deactivate = list(activate), list(deactivate)
     scores = torch.log_softmax(logits.float(), dim=-1)
     highest = scores.amax(dim=-1, keepdim=True)
-    lowest = scores.masked_fill(scores == -torch.inf, torch.inf).amin(dim=-1, keepdim=True)
+    lowest = scores.amin(dim=-1, keepdim=True)
     lowered = lowest - epsilon
     just_below = torch.nextafter(lowest.detach(), torch.full_like(lowest, -torch.inf))
     lowered = torch.where(lowered < lowest, lowered, just_below)  # float32 may round epsilon away
     steered = scores.clone()
     steered[..., activate] = highest + epsilon
-    steered[..., deactivate] = torch.minimum(scores[..., deactivate], lowered)
+    steered[..., deactivate] = lowered
     return _keep_apart(steered, deactivate)
 
 

@@ -947,3 +947,15 @@ def test_an_unknown_router_is_refused_by_its_layer() -> None:
     router.__class__ = type("BrandNewRouter", (torch.nn.Module,), {})
     with pytest.raises(UnsupportedRouterError, match=r"blocks\.2\.mlp.*BrandNewRouter"):
         attach(bridge)
+
+
+@pytest.mark.parametrize("recipe", ["olmoe", "mixtral"])
+def test_the_weights_point_shows_the_dtype_that_hf_uses_even_after_a_float32_edit(
+    hooked: Hooked, recipe: str
+) -> None:
+    model = hooked(recipe, torch.bfloat16)
+    _, cache = model.run_with_cache(tokens())
+    with model.hooks([(hook_names.router_logits(0), lambda logits, hook: logits.float() * 2)]):
+        _, edited = model.run_with_cache(tokens())
+    expected = torch.float32 if recipe == "mixtral" else torch.bfloat16
+    assert cache["topk_weights", 0].dtype == edited["topk_weights", 0].dtype == expected
