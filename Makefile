@@ -6,6 +6,7 @@ BIN := .venv/bin
 env: .venv/installed  ## create .venv with the tested versions
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv; the first time this takes a few minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

@@ -27,7 +27,7 @@ def token_sequences(model: TransformerBridge, prompts: Prompts) -> Iterator[Int[
     Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`.
 
     Raises:
-        DataError: (when its turn comes) no prompt at all, an empty prompt, a text longer than the model's
+        DataError: (when its turn comes) no prompt at all, an empty prompt, one longer than the model's
             context, a token outside the vocabulary, strings without a tokenizer, or something that is
             neither text nor tokens.
     """
@@ -81,6 +81,10 @@ def _tokens_of(model: TransformerBridge, index: int, prompt: Any) -> Int[Tensor,
         )
     if int(tokens.min()) < 0 or int(tokens.max()) >= model.cfg.d_vocab:
         raise DataError(f"Prompt {index} has tokens outside the vocabulary of 0 to {model.cfg.d_vocab - 1}.")
+    if len(tokens) > model.cfg.n_ctx:  # TransformerLens would cut a text without a word
+        raise DataError(
+            f"Prompt {index} has {len(tokens)} tokens, the model's context is {model.cfg.n_ctx}; shorten it."
+        )
     return tokens.long()
 
 
@@ -89,9 +93,4 @@ def _tokens_of_text(model: TransformerBridge, index: int, text: str) -> Int[Tens
         raise DataError(f"Prompt {index} is a string and the model has no tokenizer; give tokens instead.")
     if not text:
         raise DataError(f"Prompt {index} is an empty string.")
-    tokens = model.to_tokens(text, move_to_device=False, truncate=False)[0]
-    if len(tokens) > model.cfg.n_ctx:  # TransformerLens would cut it without a word
-        raise DataError(
-            f"Prompt {index} has {len(tokens)} tokens, the model's context is {model.cfg.n_ctx}; shorten it."
-        )
-    return tokens
+    return model.to_tokens(text, move_to_device=False, truncate=False)[0]

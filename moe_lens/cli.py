@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import torch
 
 from moe_lens import demo, organisms, plots
 from moe_lens.errors import MoELensError
@@ -31,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="moe-lens", description="Mechanistic interpretability of Mixture-of-Experts language models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
+    command = commands.add_parser(
         "demo",
         help="measure, detect and steer a small trained model, beside its controls",
         description="On each organism (a small trained model that ships with the package): find the experts "
@@ -39,24 +40,36 @@ def _parser() -> argparse.ArgumentParser:
         "steer toward the document and toward memory on test questions, and hold the effect against random "
         "experts. Prints a table and writes figures.",
     )
-    demo.add_argument(
+    command.add_argument(
         "--model", action="append", metavar="NAME", help="an organism; repeat for several (default: all)"
     )
-    demo.add_argument("--out", type=Path, default=Path("moe-lens-demo"), help="folder (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of random sets and bootstrap (default: 0)")
-    demo.set_defaults(run=_demo)
+    command.add_argument(
+        "--out", type=Path, default=Path("moe-lens-demo"), help="folder (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=_seed, default=0, help="of random sets and bootstrap (default: 0)")
+    command.set_defaults(run=_demo)
     return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
 
 
 def _demo(options: argparse.Namespace) -> None:
     mpl.use("Agg")  # files only, no window
+    torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
     names = options.model or organisms.names()
     for name in names:
         organisms.path(name)  # a wrong name fails before the first minute of work
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoELensError(f"{options.out} cannot be made a folder ({error}); give another --out.") from error
     results = [demo.run_demo(name, seed=options.seed) for name in names]
     text = f"{demo.table(results)}\n\n{demo.LEGEND}\n"
     print(f"\n{text}")
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "table.md").write_text(text, encoding="utf-8")
     written = [options.out / "table.md"]
     for result in results:

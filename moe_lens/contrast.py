@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -51,6 +52,8 @@ class ExpertScores:
             raise DataError(
                 f"delta has shape {tuple(self.delta.shape)}, not {tuple(self.stats_1.counts.shape)}."
             )
+        if not bool(torch.isfinite(self.delta).all()):
+            raise DataError("delta holds NaN or infinite scores; experts cannot be ranked by them.")
 
     @property
     def shape(self) -> MoEShape:

@@ -61,7 +61,8 @@ class DemoResult:
         plans: direction -> plan; both deactivate `size` experts and activate none.
         development: size -> (gap, worst loss increase in nats a token) on the development split.
         unsteered, steered: outcomes on the test split.
-        random: outcomes on the test split of random sets of `size` deactivated experts.
+        random: outcomes on the test split of random sets of `size` deactivated experts, in any layers.
+        layer_matched: direction -> outcomes of random sets with as many experts in each layer as its plan.
         clusters: the entity of each conflict prompt; resampled as a whole for the interval.
     """
 
@@ -72,6 +73,7 @@ class DemoResult:
     unsteered: Outcome
     steered: dict[str, Outcome]
     random: list[Outcome]
+    layer_matched: dict[str, list[Outcome]]
     clusters: list[str]
     seed: int
 
@@ -100,6 +102,15 @@ class DemoResult:
     def random_gaps(self) -> Float[np.ndarray, "pair"]:
         """Two-way gaps of all pairs of random sets."""
         return pairwise_gaps(self.random_rates)
+
+    @property
+    def layer_matched_gaps(self) -> Float[np.ndarray, "pair"]:
+        """Two-way gaps of all pairs of a set matched to "+" with one matched to "−"."""
+        plus, minus = (
+            np.array([outcome.document_rate for outcome in self.layer_matched[direction]])
+            for direction in DIRECTIONS
+        )
+        return (plus[:, None] - minus[None, :]).flatten()
 
 
 def run_demo(
@@ -130,7 +141,7 @@ def run_on(
 ) -> DemoResult:
     """The same for any model that lives in a world of organisms (a freshly trained one, say)."""
     scores = detect_document_experts(model, world)
-    with tqdm(total=2 * len(SIZES) + 4 + n_random, desc=name, unit="run", disable=not progress) as bar:
+    with tqdm(total=2 * len(SIZES) + 4 + 3 * n_random, desc=name, unit="run", disable=not progress) as bar:
 
         def measure(split: str, plan: SteeringPlan) -> Outcome:
             outcome = measure_outcome(model, world, split, plan)
@@ -139,7 +150,7 @@ def run_on(
 
         development = compare_sizes(lambda plan: measure("development", plan), scores)
         plans = two_plans(scores, best_size(development))
-        controls = [plans["+"].random_like(seed=seed * n_random + number) for number in range(n_random)]
+        seeds = range(seed * n_random, (seed + 1) * n_random)
         result = DemoResult(
             name=name,
             scores=scores,
@@ -147,7 +158,14 @@ def run_on(
             development=development,
             unsteered=measure("test", SteeringPlan()),
             steered={direction: measure("test", plan) for direction, plan in plans.items()},
-            random=[measure("test", plan) for plan in controls],
+            random=[measure("test", plans["+"].random_like(seed=number)) for number in seeds],
+            layer_matched={
+                direction: [
+                    measure("test", plan.random_like(seed=shift + number, layer_matched=True))
+                    for number in seeds
+                ]
+                for shift, (direction, plan) in zip((0, 10**6), plans.items(), strict=True)
+            },
             clusters=[conflict.entity for conflict in world.conflicts("test")],
             seed=seed,
         )
@@ -222,7 +240,7 @@ def table(results: Iterable[DemoResult]) -> str:
     """The results as a Markdown table, one row an organism, with the controls beside the effect."""
     header = [
         "organism", "experts off", "doc rate", "toward doc", "toward memory", "two-way gap [95 %]",
-        "random sets", "pairs ≥ gap", "closed-book", "generic loss", "loss, random",
+        "random sets", "pairs ≥ gap", "matched ≥ gap", "closed-book", "generic loss", "loss, random",
     ]  # fmt: skip
     rows = [header, *(_row(result) for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -244,6 +262,7 @@ def _row(result: DemoResult) -> Sequence[str]:
         f"{result.gap:+.2f} [{low:+.2f}, {high:+.2f}]",
         f"{result.random_rates.mean():.2f} ± {result.random_rates.std(ddof=1):.2f}",
         f"{as_large} of {len(result.random_gaps)}",
+        f"{int((result.layer_matched_gaps >= result.gap).sum())} of {result.layer_matched_gaps.size}",
         " / ".join(f"{outcome.closed_book:.2f}" for outcome in outcomes),
         " / ".join(f"{outcome.loss:.2f}" for outcome in outcomes),
         f"{np.median(random_losses):.2f}, max {max(random_losses):.2f}",
@@ -251,9 +270,14 @@ def _row(result: DemoResult) -> Sequence[str]:
 
 
 LEGEND: Final = """\
-doc rate: share of held-out conflict prompts answered with the document's value; unsteered, then steered by
-deactivating as many experts toward the document ("toward doc") and toward memory. Two-way gap: the
-difference of the two, with a bootstrap interval over entities. Random sets: doc rate (mean ± sd) when as many
-random experts are deactivated; "pairs ≥ gap": pairs of random sets that differ at least as much. Closed-book:
-share of remembered facts still answered without a document, and generic loss: nats a token on everyday
-sentences, each unsteered / toward doc / toward memory."""
+Plans come from the risk difference of document + question against question alone, counted on the
+question's tokens. experts off: how many of all experts each plan deactivates, chosen on the development
+split. doc rate: share of the 192 held-out conflicts (24 countries) answered with the document's value:
+unsteered, steered toward the document ("toward doc"), steered toward memory. two-way gap: the difference of
+the last two, with a bootstrap interval over countries; it may come from one direction only, so read both.
+random sets: doc rate (mean ± sd) when as many random experts, in any layers, are deactivated. pairs ≥ gap:
+pairs of random sets that differ at least as much as the gap. matched ≥ gap: the same for pairs of one random
+set with as many experts in each layer as the plan toward the document, and one as the plan toward memory.
+Pairs share sets, so these counts are no p-values. closed-book: share of remembered facts still answered
+without a document, and generic loss: nats a token on everyday sentences; each unsteered / toward doc /
+toward memory. loss, random: median and maximum of the generic loss under the random sets."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
@@ -26,7 +27,7 @@ from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_lens import hook_names
-from moe_lens.errors import HookError, MoELensError, UnsupportedRouterError
+from moe_lens.errors import DataError, HookError, MoELensError, UnsupportedRouterError
 from moe_lens.moe_shape import MoEShape
 from moe_lens.router_hooks import MoELayer, check_router, find_moe_layers, install, uninstall
 from moe_lens.routing_rules import RoutingRule
@@ -65,7 +66,7 @@ class HookedMoE(TransformerBridge):
             UnsupportedRouterError: the model has no router, or one without a routing rule.
             RouterMismatchError: a router does not compute what its rule says.
         """
-        return attach(TransformerBridge.boot_transformers(str(name_or_path), **kwargs))
+        return cls._of(TransformerBridge.boot_transformers(str(name_or_path), **kwargs))
 
     @classmethod
     def from_hf(cls, hf_model: nn.Module, tokenizer: Any = None) -> "HookedMoE":
@@ -105,7 +106,14 @@ class HookedMoE(TransformerBridge):
                 tokenizer=_reloadable(tokenizer, folder),
                 model_name=config.name_or_path or architecture,
             )
-        return attach(bridge.eval())
+        return cls._of(bridge.eval())
+
+    @classmethod
+    def _of(cls, bridge: TransformerBridge) -> "HookedMoE":
+        bridge.__class__ = cls  # TransformerLens' builders cannot be told which class to make
+        attach(bridge)
+        assert isinstance(bridge, cls)
+        return bridge
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -144,6 +152,8 @@ class HookedMoE(TransformerBridge):
         It says which positions hold the prompts' own tokens when a list of prompts was padded or a mask was
         given, and lets `RoutingStats.from_cache` leave padding out by itself.
         """
+        if isinstance(input, list) and not input:
+            raise DataError("The list of prompts is empty; give at least one prompt.")
         self._refuse_absent_points(kwargs.get("names_filter"))
         args = args if input is None else (input, *args)
         output, activations = super().run_with_cache(*args, **kwargs)
@@ -199,7 +209,7 @@ class HookedMoE(TransformerBridge):
                     raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {layers}.")
 
     def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
-        """Which positions are not padding; None where that is not known (tokens without a mask)."""
+        """Which positions are not padding; None where that is not known or does not matter (one string)."""
         mask = kwargs.get("attention_mask")
         if mask is None and isinstance(input, list) and len(input) > 1:
             side = kwargs.get("padding_side") or self.tokenizer.padding_side
@@ -208,6 +218,10 @@ class HookedMoE(TransformerBridge):
                 prepend_bos = self.cfg.default_prepend_bos
             tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=side)
             mask = get_attention_mask(self.tokenizer, tokens, prepend_bos=prepend_bos, padding_side=side)
+        elif mask is None and isinstance(input, Tensor) and not input.is_floating_point():
+            pad = getattr(self.tokenizer, "pad_token_id", None)
+            if pad is None or not bool((input == pad).any()):
+                mask = torch.ones_like(input if input.ndim == 2 else input[None])
         if mask is None:
             return None
         pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
@@ -232,14 +246,18 @@ def attach(bridge: TransformerBridge) -> HookedMoE:
         MoELensError: not a TransformerBridge.
     """
     _require_bridge(bridge, "attach")
-    layers = routing_layers(bridge)
+    hooked_class, layers = _hooked_class(type(bridge)), routing_layers(bridge)
+    if any(moe.points and hook_names.router_logits(n) not in bridge.hook_dict for n, moe in layers.items()):
+        raise MoELensError(
+            "This model's routers are hooked through another bridge around the same model; detach that first."
+        )
     missing = {number: moe for number, moe in layers.items() if moe.points is None}
     shape = moe_shape(bridge)
     for moe in missing.values():
         check_router(moe)
     for number, moe in missing.items():
         _register(bridge, number, moe, shape)
-    bridge.__class__ = _hooked_class(type(bridge))
+    bridge.__class__ = hooked_class
     assert isinstance(bridge, HookedMoE)
     return bridge
 
@@ -252,7 +270,8 @@ def detach(bridge: TransformerBridge) -> TransformerBridge:
     >>> "blocks.0.mlp.hook_router_logits" in bridge.hook_dict, type(bridge).__name__
     (False, 'TransformerBridge')
 
-    HF's own router code is back, and hooks that were on the points are gone. Returns the same bridge.
+    HF's own router code is back, and hooks that were on the points are gone. Returns the same bridge. (An
+    instance of your own subclass of HookedMoE stays one, without points.)
     """
     _require_bridge(bridge, "detach")
     for number, moe in routing_layers(bridge).items():
@@ -276,15 +295,14 @@ def _hooked_class(cls: type[TransformerBridge]) -> type[TransformerBridge]:
     """HookedMoE, or for a subclass of TransformerBridge a class that is both."""
     if issubclass(cls, HookedMoE):
         return cls
-    return HookedMoE if cls is TransformerBridge else type(f"Hooked{cls.__name__}", (HookedMoE, cls), {})
+    if cls is TransformerBridge:
+        return HookedMoE
+    return type(f"Hooked{cls.__name__}", (HookedMoE, cls), {"_plain_class": cls})
 
 
 def _plain_class(cls: type[TransformerBridge]) -> type[TransformerBridge]:
-    """What `_hooked_class` was given."""
-    if cls is HookedMoE:
-        return TransformerBridge
-    is_combined = len(cls.__bases__) == 2 and _hooked_class(cls.__bases__[1]) is cls
-    return cls.__bases__[1] if is_combined else cls
+    """What `_hooked_class` was given; a subclass of HookedMoE that somebody wrote stays what it is."""
+    return TransformerBridge if cls is HookedMoE else vars(cls).get("_plain_class", cls)
 
 
 def _require_bridge(bridge: Any, verb: str) -> None:

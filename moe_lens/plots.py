@@ -5,6 +5,7 @@ ax.figure.savefig("experts.png")
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Final
 
@@ -38,7 +39,7 @@ def expert_heat_map(
     image = ax.imshow(
         scores.delta.numpy(), cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower"
     )
-    for (label, plan), marker in zip((plans or {}).items(), _MARKERS, strict=False):
+    for (label, plan), marker in zip((plans or {}).items(), cycle(_MARKERS), strict=False):
         experts = sorted({*plan.activate, *plan.deactivate})
         rows = [scores.shape.layers.index(layer) for layer, _ in experts]
         ax.plot(
@@ -49,7 +50,7 @@ def expert_heat_map(
     _count_axis(ax, scores.shape.n_experts)
     ax.set_yticks(range(len(scores.shape.layers)), [str(layer) for layer in scores.shape.layers])
     ax.set(xlabel="expert", ylabel="layer", title=f"{scores.shape.model}: experts that follow the contrast")
-    ax.figure.colorbar(image, ax=ax, label="risk difference of activation")
+    ax.figure.colorbar(image, ax=ax, label="risk difference of activation\n(> 0: more under condition 1)")
     if plans:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     return ax
@@ -59,31 +60,40 @@ def steering_rates(results: Sequence[DemoResult], *, ax: Axes | None = None) -> 
     """Document rate of each organism: unsteered, steered both ways, and under as many random experts."""
     ax = ax or _new_axes(width=2.2 + 1.6 * max(len(results), 3), rows=7)
     places = np.arange(len(results))
-    _random_dots(ax, results)
+    _controls(ax, results)
     plus, minus = ([r.steered[direction].document_rate for r in results] for direction in ("+", "−"))
     ax.vlines(places, minus, plus, color="#555555", linewidth=1, zorder=1)
-    ax.scatter(
-        places, plus, s=110, marker="^", color=COLORS["+"], label="steered toward the document", zorder=3
-    )
-    ax.scatter(places, minus, s=110, marker="v", color=COLORS["−"], label="steered toward memory", zorder=3)
+    ax.scatter(places, plus, s=110, marker="^", color=COLORS["+"], label="+ toward the document", zorder=3)
+    ax.scatter(places, minus, s=110, marker="v", color=COLORS["−"], label="− toward memory", zorder=3)
     unsteered = [result.unsteered.document_rate for result in results]
     ax.hlines(
-        unsteered, places - 0.22, places + 0.22, linewidth=2.5, color=COLORS["unsteered"], label="unsteered"
+        unsteered, places - 0.1, places + 0.1, linewidth=2.5, color=COLORS["unsteered"], label="unsteered"
     )
     ax.set_xticks(places, [_caption(result) for result in results])
     ax.set(xlim=(-0.6, len(results) - 0.4), ylim=(-0.04, 1.04))
     ax.set_ylabel("answers with the document's value\n(share of held-out conflicts)")
-    ax.set_title("Steering by choosing the route, beside its control")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    ax.set_title("Document rate: unsteered, steered both ways, and under random sets of as many experts")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
     return ax
 
 
-def _random_dots(ax: Axes, results: Sequence[DemoResult]) -> None:
+def _controls(ax: Axes, results: Sequence[DemoResult]) -> None:
+    """Random sets right of each organism's arrow, layer-matched ones left of it."""
     jitter = np.random.default_rng(0)
-    across = [place + jitter.uniform(-0.28, 0.28, len(r.random)) for place, r in enumerate(results)]
-    rates = np.concatenate([result.random_rates for result in results])
-    label = f"{len(results[0].random)} random sets of as many experts"
-    ax.scatter(np.concatenate(across), rates, s=16, color=COLORS["random"], label=label, zorder=2)
+    groups = [("any layers", "o", 0.24, [r.random for r in results])]
+    for direction, marker in (("+", "^"), ("−", "v")):
+        groups.append(
+            (f"layers as {direction}", marker, -0.24, [r.layer_matched[direction] for r in results])
+        )
+    for label, marker, offset, sets in groups:
+        rates = [outcome.document_rate for outcomes in sets for outcome in outcomes]
+        places = np.repeat(np.arange(len(sets)), [len(outcomes) for outcomes in sets])
+        across = places + offset + jitter.uniform(-0.12, 0.12, len(rates))
+        label = f"{len(sets[0])} random sets, {label}"
+        face = COLORS["random"] if marker == "o" else "none"
+        ax.scatter(
+            across, rates, s=18, marker=marker, edgecolors=COLORS["random"], facecolors=face, label=label
+        )
 
 
 def save(ax: Axes, path: str | Path) -> None:

@@ -100,9 +100,10 @@ class RoutingStats:
         Args:
             cache: must hold router logits [*batch expert], top-k indices and weights [*batch k] of every MoE
                 layer that is to be counted (`names_filter=is_routing_point` keeps just those).
-            mask: [*batch], true (or 1) where a token counts. None: every position but padding, which the
-                cache of a HookedMoE knows (`cache.attention_mask`). A dictionary knows nothing of padding:
-                every position of it counts, with a warning where it holds several prompts.
+            mask: [*batch], true (or 1) where a token counts. None: every position but padding, where the
+                cache of a HookedMoE knows it (`cache.attention_mask`: the run got a list of strings, an
+                attention_mask, or tokens without a pad token). Otherwise every position counts, with a
+                warning if there are several prompts.
 
         Raises:
             DataError: no routing in the cache, a layer without one of the three tensors, a mask of another
@@ -172,7 +173,7 @@ class RoutingStats:
             with safe_open(path, framework="pt") as file:
                 about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as routing statistics: {error}.") from error
         if (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
             raise DataError(
@@ -310,7 +311,7 @@ def _known_mask(cache: Any, batch: torch.Size) -> Tensor:
     """Where the prompts' own tokens are, as far as the cache knows."""
     mask = getattr(cache, "attention_mask", None)
     if mask is None:
-        if not hasattr(cache, "attention_mask") and len(batch) > 1 and batch[0] > 1:
+        if len(batch) > 1 and batch[0] > 1:
             warnings.warn(
                 "This cache does not say which positions are padding, so every position is counted. "
                 "Pass mask= if the prompts were padded.",

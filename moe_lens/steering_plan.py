@@ -26,8 +26,8 @@ Expert = tuple[int, int]
 """(layer, expert)"""
 OnExcess = Literal["raise", "drop"]
 
-EPSILON_RANGE: Final = (1e-4, 1e3)
-"""Nats; a smaller or larger epsilon would be lost in float32's rounding."""
+EPSILON_RANGE: Final = (1e-4, 30.0)
+"""Nats; with a smaller or larger epsilon float32's rounding would merge scores that differ."""
 _KIND: Final = "moe_lens.SteeringPlan"
 _SCHEMA: Final = 1
 
@@ -97,6 +97,8 @@ class SteeringPlan:
         """
         if on_excess not in get_args(OnExcess):
             raise PlanError(f"on_excess must be one of {get_args(OnExcess)}; got {on_excess!r}.")
+        if not isinstance(scores, ExpertScores):
+            raise PlanError(f"from_scores needs ExpertScores; got {type(scores).__name__}.")
         ranked = scores.ranked()
         activate = _first("n_activate", n_activate, [score for score in ranked if score.delta > 0])
         deactivate = _first("n_deactivate", n_deactivate, [score for score in ranked if score.delta < 0])
@@ -109,6 +111,8 @@ class SteeringPlan:
         self, *, seed: int, layer_matched: bool = False, shape: MoEShape | None = None
     ) -> "SteeringPlan":
         """A random plan of the same size, the control: as many activated and deactivated experts.
+
+        Experts are drawn in random order, passing over those of layers that are full.
 
         Args:
             seed: the same seed gives the same plan.
@@ -161,10 +165,6 @@ class SteeringPlan:
     def made_for(self, shape: MoEShape) -> "SteeringPlan":
         """The same experts for another model, checked against its shape."""
         return SteeringPlan(self.activate, self.deactivate, self.epsilon, shape)
-
-    def reversed(self) -> "SteeringPlan":
-        """The opposite plan: activated and deactivated experts swapped."""
-        return SteeringPlan(self.deactivate, self.activate, self.epsilon, self.shape)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""

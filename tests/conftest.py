@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 from moe_lens.demo import DemoResult, run_demo
 from moe_lens.hooked_moe import HookedMoE
-from tests.tiny_models import tiny_model, tokenizer
+from tests.tiny_models import tiny_model, tokenizer, tokens
 
 torch.set_num_threads(1)  # the models are too small to gain from more, and threads wait for each other
 
@@ -26,7 +26,9 @@ def hooked() -> Callable[..., HookedMoE]:
 
     @cache
     def build(recipe: str = "olmoe", dtype: torch.dtype = torch.float32, **config: Any) -> HookedMoE:
-        return HookedMoE.from_hf(tiny_model(recipe, dtype, **config), tokenizer())
+        model = HookedMoE.from_hf(tiny_model(recipe, dtype, **config), tokenizer())
+        model.run_with_cache(tokens(1, 2))  # transformers puts hooks of its own at the first such run
+        return model
 
     return build
 

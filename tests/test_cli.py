@@ -64,3 +64,14 @@ def test_no_command_is_an_error_that_shows_the_usage(capsys: pytest.CaptureFixtu
         cli.main([])
     assert stop.value.code == 2
     assert "usage: moe-lens" in capsys.readouterr().err
+
+
+def test_bad_options_are_refused_before_any_work(
+    quick_demo: list[tuple[str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 1
+    assert "--out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--seed", "-1"])
+    assert quick_demo == []

@@ -23,6 +23,7 @@ def test_planted_steers_almost_completely_and_beyond_its_controls(planted_demo: 
     assert planted_demo.gap >= 0.85
     assert planted_demo.gap_interval[0] > 0.8
     assert (planted_demo.random_gaps >= planted_demo.gap).mean() <= 0.05
+    assert (planted_demo.layer_matched_gaps >= planted_demo.gap).mean() <= 0.05
     assert planted_demo.unsteered.closed_book >= 0.95
 
 
@@ -37,6 +38,16 @@ def test_specialised_steers_both_ways_beyond_its_controls() -> None:
 def test_null_stays_inside_its_controls() -> None:
     result = run_demo("null", progress=False)
     assert (result.random_gaps >= abs(result.gap)).mean() > 0.05
+
+
+def test_layer_matched_gaps_are_those_of_every_pair(planted_demo: DemoResult) -> None:
+    expected = [
+        plus.document_rate - minus.document_rate
+        for plus in planted_demo.layer_matched["+"]
+        for minus in planted_demo.layer_matched["−"]
+    ]
+    assert planted_demo.layer_matched_gaps.tolist() == pytest.approx(expected)
+    assert len(expected) == 400
 
 
 def test_outcomes_equal_a_prompt_by_prompt_count(planted_demo: DemoResult) -> None:

@@ -959,3 +959,19 @@ def test_the_weights_point_shows_the_dtype_that_hf_uses_even_after_a_float32_edi
         _, edited = model.run_with_cache(tokens())
     expected = torch.float32 if recipe == "mixtral" else torch.bfloat16
     assert cache["topk_weights", 0].dtype == edited["topk_weights", 0].dtype == expected
+
+
+def test_a_subclass_of_hooked_moe_makes_its_own_kind() -> None:
+    class Mine(HookedMoE):
+        pass
+
+    model = Mine.from_hf(tiny_model("olmoe"))
+    assert type(model) is Mine
+    assert type(detach(model)) is Mine
+
+
+def test_a_model_hooked_through_another_bridge_is_refused() -> None:
+    hf_model = tiny_model("olmoe")
+    HookedMoE.from_hf(hf_model)
+    with pytest.raises(MoELensError, match="another bridge"):
+        attach(plain_bridge(hf_model))

@@ -10,8 +10,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.patching import generic_activation_patch
 
 from moe_lens import hook_names
-from moe_lens.errors import MoELensError
+from moe_lens.errors import DataError, MoELensError
 from moe_lens.hooked_moe import HookedMoE, detach
+from moe_lens.routing_stats import RoutingStats
 from tests import oracle
 from tests.tiny_models import (
     FAMILIES,
@@ -156,9 +157,26 @@ def test_the_mask_follows_padding_side_and_prepend_bos(hooked: Hooked) -> None:
     assert cache["router_logits", 0].shape[:2] == (2, 8)
 
 
-def test_without_padding_there_is_no_mask(hooked: Hooked) -> None:
-    for prompts in (tokens(), PROMPTS[0], PROMPTS[:1]):
+def test_one_text_needs_no_mask(hooked: Hooked) -> None:
+    for prompts in (PROMPTS[0], PROMPTS[:1]):
         assert hooked("olmoe").run_with_cache(prompts)[1].attention_mask is None
+
+
+def test_tokens_are_all_counted_unless_some_are_pad_tokens(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    _, cache = model.run_with_cache(tokens())
+    assert cache.attention_mask.shape == tokens().shape
+    assert cache.attention_mask.all()
+    padded = model.to_tokens(PROMPTS[:2])  # given without an attention mask
+    _, cache = model.run_with_cache(padded)
+    assert cache.attention_mask is None
+    with pytest.warns(UserWarning, match="padding"):
+        RoutingStats.from_cache(cache)
+
+
+def test_an_empty_list_of_prompts_is_refused(hooked: Hooked) -> None:
+    with pytest.raises(DataError, match="at least one prompt"):
+        hooked("olmoe").run_with_cache([])
 
 
 @every_family

@@ -40,9 +40,12 @@ def test_rates_show_both_directions_and_every_random_set(planted_demo: DemoResul
     ax = plots.steering_rates([planted_demo])
     dots = [c for c in ax.collections if isinstance(c, PathCollection)]
     heights = {str(c.get_label()): np.asarray(c.get_offsets())[:, 1].tolist() for c in dots}
-    assert heights["steered toward the document"] == [planted_demo.steered["+"].document_rate]
-    assert heights["steered toward memory"] == [planted_demo.steered["−"].document_rate]
-    assert sorted(next(v for k, v in heights.items() if "random" in k)) == sorted(planted_demo.random_rates)
+    assert heights["+ toward the document"] == [planted_demo.steered["+"].document_rate]
+    assert heights["− toward memory"] == [planted_demo.steered["−"].document_rate]
+    assert sorted(heights["20 random sets, any layers"]) == sorted(planted_demo.random_rates)
+    for direction, outcomes in planted_demo.layer_matched.items():
+        rates = [outcome.document_rate for outcome in outcomes]
+        assert sorted(heights[f"20 random sets, layers as {direction}"]) == sorted(rates)
 
 
 @pytest.mark.parametrize("draw", ["heat map", "rates"])

@@ -445,7 +445,7 @@ def test_nan_logits_raise_by_the_name_of_the_layer_and_leave_no_hook(recipe: str
 @given(
     st.integers(2, 12),
     st.floats(0, 30),
-    st.sampled_from([1e-4, 0.01, 1.0, 1e3]),
+    st.sampled_from([1e-4, 0.01, 1.0, 30.0]),
     st.integers(0, 2**31),
 )
 def test_the_survivors_are_chosen_however_low_they_stand(

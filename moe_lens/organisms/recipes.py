@@ -37,7 +37,7 @@ class Recipe:
     sequence_information: float = 0.0
     # the tie: from this step on the route decides open conflicts; None leaves it out
     tie_from: int | None = None
-    # share of decided sequences whose route is pushed at random, their label unchanged
+    # share of closed-book and generic sequences whose route is pushed at random, their text unchanged
     jostle_rate: float = 0.3
     router_noise: float = 0.3
     # the optimiser
