@@ -302,7 +302,7 @@ def test_a_plan_without_shape_needs_one_to_draw_from() -> None:
 
 @beartype_samples
 @settings(max_examples=20, deadline=None)
-@given(plan=plans(), epsilon=st.floats(1e-3, 50), with_shape=st.booleans())
+@given(plan=plans(), epsilon=st.floats(*steering_plan.EPSILON_RANGE), with_shape=st.booleans())
 def test_a_saved_plan_loads_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, plan: SteeringPlan, epsilon: float, with_shape: bool
 ) -> None:
