@@ -104,7 +104,7 @@ def save(ax: Axes, path: str | Path) -> None:
     plt.close(figure)
 
 
-def _caption(result: "DemoResult") -> str:
+def _caption(result: DemoResult) -> str:
     low, high = result.gap_interval
     return f"{result.name}\n{result.size} experts off\ngap {result.gap:.2f} [{low:.2f}, {high:.2f}]"
 

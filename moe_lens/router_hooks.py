@@ -2,7 +2,7 @@
 
     for moe in find_moe_layers(hf_model):      # works on a bare HF model and on one inside a bridge
         check_router(moe)                      # HF's forward and our rule must agree, number by number
-        points = install(moe, shape)                # points.router_logits, .topk_indices, .topk_weights
+        points = install(moe, shape)           # points.router_logits, .topk_indices, .topk_weights
         ...
         uninstall(moe)
 

@@ -227,9 +227,8 @@ def collect_routing(
         for tokens, mask in padded_batches(model, prompts_or_tokens, batch_size):
             counted = mask.clone()
             for row in range(len(tokens)):
-                counted[row, mask[row]] = _in_span(tokens[row, mask[row]].cpu(), span, done + row).to(
-                    mask.device
-                )
+                chosen = _in_span(tokens[row, mask[row]].cpu(), span, done + row)
+                counted[row, mask[row]] = chosen.to(mask.device)
             stats = RoutingStats.from_cache(_routing_cache(model, tokens, mask), counted)
             total = stats if total is None else total + stats
             done += len(tokens)

@@ -6,6 +6,7 @@ import torch
 
 from moe_lens import organisms
 from moe_lens.demo import (
+    LEGEND,
     DemoResult,
     best_size,
     compare_sizes,
@@ -139,3 +140,10 @@ def test_bad_arguments() -> None:
         run_demo("typo")
     with pytest.raises(DataError, match="n_random"):
         run_demo("planted", n_random=1)
+
+
+def test_the_legend_gives_the_numbers_of_the_test_split() -> None:
+    for name in organisms.names():
+        conflicts = organisms.world(name).conflicts("test")
+        countries = {conflict.entity for conflict in conflicts}
+        assert f"{len(conflicts)} held-out conflicts ({len(countries)} countries)" in LEGEND
