@@ -9,6 +9,7 @@ Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and 
 (see hook_names), with block-level aliases, and they work in every TransformerLens tool.
 """
 
+import inspect
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -28,12 +29,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_lens import hook_names
 from moe_lens.errors import DataError, HookError, MoELensError, UnsupportedRouterError
+from moe_lens.model_table import supported_models
+from moe_lens.moe_layers import MoELayer, check_router, find_moe_layers
 from moe_lens.moe_shape import MoEShape
-from moe_lens.router_hooks import MoELayer, check_router, find_moe_layers, install, uninstall
-from moe_lens.routing_rules import RoutingRule
+from moe_lens.router_hooks import install, uninstall
+from moe_lens.rule_base import RoutingRule
 
-# TransformerLens 4.3 folds the norm into these models' experts wrongly (it misses a reader of the norm).
-_FOLD_LN_IS_WRONG = ("Qwen2MoeForCausalLM",)
+_TRANSFORMER_LENS_NAMES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
+"""Architectures that TransformerLens spells otherwise than transformers."""
+
+_LAYERS = "_routing_layers"
+"""Where an attached bridge keeps what `routing_layers` found."""
 
 
 class HookedMoE(TransformerBridge):
@@ -66,7 +72,18 @@ class HookedMoE(TransformerBridge):
             UnsupportedRouterError: the model has no router, or one without a routing rule.
             RouterMismatchError: a router does not compute what its rule says.
         """
-        return cls._of(TransformerBridge.boot_transformers(str(name_or_path), **kwargs))
+        try:
+            bridge = TransformerBridge.boot_transformers(str(name_or_path), **kwargs)
+        except ValueError as error:  # raised before any weight is loaded
+            names = _TRANSFORMER_LENS_NAMES.items()
+            spelling = next((tl for hf, tl in names if repr(hf) in str(error)), None)
+            if spelling is None:
+                raise
+            overrides = {**(kwargs.pop("hf_config_overrides", None) or {}), "original_architecture": spelling}
+            bridge = TransformerBridge.boot_transformers(
+                str(name_or_path), hf_config_overrides=overrides, **kwargs
+            )
+        return cls._of(bridge)
 
     @classmethod
     def from_hf(cls, hf_model: nn.Module, tokenizer: Any = None) -> "HookedMoE":
@@ -177,21 +194,37 @@ class HookedMoE(TransformerBridge):
         self._refuse_absent_points(name)
         super().add_hook(name, *args, **kwargs)
 
-    def enable_compatibility_mode(
-        self,
-        disable_warnings: bool = False,
-        no_processing: bool = False,
-        fold_ln: bool = True,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """As in TransformerLens, and refused where TransformerLens 4.3 folds this model's norms wrongly."""
-        if fold_ln and not no_processing and self.cfg.architecture in _FOLD_LN_IS_WRONG:
-            raise MoELensError(
-                f"enable_compatibility_mode(fold_ln=True) changes what {self.cfg.architecture} "
-                "computes in TransformerLens 4.3. Pass fold_ln=False or no_processing=True."
+    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens, and refused with options that can change what this model computes.
+
+        See `wrong_in_compatibility_mode` of `supported_models`.
+        """
+        options = inspect.signature(super().enable_compatibility_mode).bind(*args, **kwargs)
+        options.apply_defaults()
+        model = next((m for m in supported_models() if m.architecture == self._hf_architecture), None)
+        if model is not None and not options.arguments["no_processing"]:
+            has_value_biases = any(
+                "v_proj" in name and name.endswith("bias")
+                for name, _ in self.original_model.named_parameters()
             )
-        super().enable_compatibility_mode(disable_warnings, no_processing, fold_ln, *args, **kwargs)
+            wrong = [
+                option
+                for option in model.wrong_in_compatibility_mode
+                if options.arguments[option] and (option != "fold_value_biases" or has_value_biases)
+            ]
+            if wrong:
+                off = ", ".join(f"{option}=False" for option in wrong)
+                raise MoELensError(
+                    f"enable_compatibility_mode with {' and '.join(wrong)} can change what "
+                    f"{model.architecture} computes in TransformerLens 4.3. Pass {off} or no_processing=True."
+                )
+        super().enable_compatibility_mode(*args, **kwargs)
+
+    @property
+    def _hf_architecture(self) -> str:
+        """The architecture by transformers' name."""
+        names = {ours: hf for hf, ours in _TRANSFORMER_LENS_NAMES.items()}
+        return names.get(str(self.cfg.architecture), str(self.cfg.architecture))
 
     def _checked_hooks(self, hooks: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         hooks = list(hooks)
@@ -246,17 +279,18 @@ def attach(bridge: TransformerBridge) -> HookedMoE:
         MoELensError: not a TransformerBridge.
     """
     _require_bridge(bridge, "attach")
-    hooked_class, layers = _hooked_class(type(bridge)), routing_layers(bridge)
+    hooked_class, layers = _hooked_class(type(bridge)), _find_routing_layers(bridge)
     if any(moe.points and hook_names.router_logits(n) not in bridge.hook_dict for n, moe in layers.items()):
         raise MoELensError(
             "This model's routers are hooked through another bridge around the same model; detach that first."
         )
     missing = {number: moe for number, moe in layers.items() if moe.points is None}
-    shape = moe_shape(bridge)
+    shape = _shape(bridge, layers)
     for moe in missing.values():
         check_router(moe)
-    for number, moe in missing.items():
-        _register(bridge, number, moe, shape)
+    if missing:
+        _register(bridge, missing, shape)
+    vars(bridge)[_LAYERS] = layers
     bridge.__class__ = hooked_class
     assert isinstance(bridge, HookedMoE)
     return bridge
@@ -285,9 +319,15 @@ def detach(bridge: TransformerBridge) -> TransformerBridge:
             block._hook_alias_registry.pop(alias, None)
             for name in (alias, target):
                 bridge._hook_registry.pop(f"blocks.{number}.{name}", None)
-        block.hook_aliases = {k: v for k, v in block.hook_aliases.items() if k not in hook_names.POINTS}
+        if isinstance(block.mlp, _PointsOnly):
+            del block.mlp
+    vars(bridge).pop(_LAYERS, None)
     bridge.__class__ = _plain_class(type(bridge))
     return bridge
+
+
+class _PointsOnly(nn.Module):
+    """Stands as `block.mlp` where TransformerLens gives the MoE block another name (`moe`, `mixer`)."""
 
 
 @cache
@@ -319,10 +359,17 @@ def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
     Raises:
         UnsupportedRouterError: the model has no MoE layer, or a router without a rule.
     """
+    return vars(bridge).get(_LAYERS) or _find_routing_layers(bridge)
+
+
+def _find_routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
     layers = {}
     for number, block in enumerate(getattr(bridge, "blocks", ())):
         for moe in find_moe_layers(block, prefix=f"blocks.{number}"):
             layers[number] = MoELayer(f"blocks.{number}.mlp", moe.block, moe.router)
+    if not layers:
+        for _ in find_moe_layers(bridge):  # outside the blocks there may be routers to refuse by name
+            pass
     return layers or _no_moe(bridge.cfg.model_name)
 
 
@@ -335,7 +382,10 @@ def moe_shape(bridge: TransformerBridge) -> MoEShape:
     Raises:
         UnsupportedRouterError: as in `routing_layers`, or the layers differ in number of experts or k.
     """
-    layers = routing_layers(bridge)
+    return _shape(bridge, routing_layers(bridge))
+
+
+def _shape(bridge: TransformerBridge, layers: dict[int, MoELayer]) -> MoEShape:
     n_experts, top_k = _common_size(layers.values())
     name = str(bridge.cfg.model_name)
     name = Path(name).resolve().name if Path(name).is_dir() else name.rstrip("/").rsplit("/", 1)[-1]
@@ -344,7 +394,7 @@ def moe_shape(bridge: TransformerBridge) -> MoEShape:
 
 def _architecture(hf_model: nn.Module) -> str:
     """The name under which TransformerLens knows the model's class, or the class that it derives from."""
-    names = [cls.__name__ for cls in type(hf_model).__mro__]
+    names = [_TRANSFORMER_LENS_NAMES.get(cls.__name__, cls.__name__) for cls in type(hf_model).__mro__]
     known = next((name for name in names if name in SUPPORTED_ARCHITECTURES), None)
     if known is None:
         raise MoELensError(
@@ -390,15 +440,20 @@ def _no_moe(name: str) -> Any:
     )
 
 
-def _register(bridge: TransformerBridge, number: int, moe: MoELayer, shape: MoEShape) -> None:
-    """Install the points of one layer and make the bridge know them under both names."""
-    points, block = install(moe, shape), bridge.blocks[number]
-    for name, point in zip(
-        hook_names.POINTS, (points.router_logits, points.topk_indices, points.topk_weights), strict=True
-    ):
-        point.train(bridge.training)
-        setattr(block.mlp, name, point)
+def _register(bridge: TransformerBridge, layers: dict[int, MoELayer], shape: MoEShape) -> None:
+    """Install the points of these layers and make the bridge know them under both names."""
+    blocks: dict[int, Any] = {number: bridge.blocks[number] for number in layers}
+    for number, block in blocks.items():
+        points = install(layers[number], shape)
+        if not hasattr(block, "mlp"):  # the MoE block has another name here; the points' names are the same
+            block.mlp = _PointsOnly()
+        for name, point in zip(
+            hook_names.POINTS, (points.router_logits, points.topk_indices, points.topk_weights), strict=True
+        ):
+            point.train(bridge.training)
+            setattr(block.mlp, name, point)
     bridge._scan_existing_hooks(bridge, "")  # the first scan gives the points their canonical names ...
-    block.hook_aliases = {**block.hook_aliases, **hook_names.block_aliases()}
-    block._register_aliases()
+    for block in blocks.values():
+        block._hook_alias_registry.update(hook_names.block_aliases())
+        block._register_aliases()
     bridge._scan_existing_hooks(bridge, "")  # ... the second adds the block-level aliases

@@ -1,17 +1,15 @@
 """HookPoints inside a Hugging Face MoE model's routers.
 
-    for moe in find_moe_layers(hf_model):      # works on a bare HF model and on one inside a bridge
-        check_router(moe)                      # HF's forward and our rule must agree, number by number
-        points = install(moe, shape)           # points.router_logits, .topk_indices, .topk_weights
-        ...
-        uninstall(moe)
+    points = install(moe, shape)               # points.router_logits, .topk_indices, .topk_weights
+    ...
+    uninstall(moe)                             # moe: a layer that moe_layers.find_moe_layers gave
 
 As long as no point has a hook, HF's own router code runs and nothing else. With a hook, the order is:
 HF's logits -> HookPoint -> rule.select -> HookPoint -> rule.weigh -> HookPoint -> HF's experts.
 A hook that could not fire raises; it never does nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,51 +17,44 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from moe_lens.errors import HookError, RouterMismatchError, UnsupportedRouterError
+from moe_lens.errors import HookError
+from moe_lens.moe_layers import MoELayer
 from moe_lens.moe_shape import MoEShape
-from moe_lens.routing_rules import RULES, RoutingRule, is_known_router, rule_for
+from moe_lens.router_outputs import RouterOutput
+from moe_lens.rule_base import RoutingRule
 
-CHECK_SCALES = (0.1, 1.0, 10.0)
-CHECK_TOKENS = 1024
 _NO_NUMBERS = (torch.bool, torch.complex64, torch.complex128)
 
 
-@dataclass(frozen=True)
-class MoELayer:
-    """One MoE block of a Hugging Face model and the router inside it."""
+class RoutingPoint(HookPoint):
+    """A HookPoint that lets a hook see the model's shape and the routing rule.
 
-    where: str
-    block: nn.Module
-    router: nn.Module
+    A hook object with a method `check_fits(shape)` or `check_rule(rule)` is asked at every way of adding it,
+    so that a steering plan made for another model, or impossible with this router, is refused before the
+    forward starts.
+    """
+
+    def __init__(self, moe: MoELayer, shape: MoEShape):
+        super().__init__()
+        self.moe = moe
+        self.shape = shape
+        self._rule: RoutingRule | None = None
 
     @property
     def rule(self) -> RoutingRule:
-        """The routing rule, with the parameters that the router has now."""
-        return rule_for(self.router)
+        """The rule that routes; during a forward, a hook on the router logits may replace it."""
+        return self._rule or self.moe.rule
 
-    @property
-    def points(self) -> "RoutingPoints | None":
-        """The installed hook points; None where there are none."""
-        forward = self.router.__dict__.get("forward")
-        return forward.points if isinstance(forward, HookedRouter) else None
-
-
-class RoutingPoint(HookPoint):
-    """A HookPoint that lets a hook see the model's shape before it is added.
-
-    A hook object with a method `check_fits(shape)` is asked at every way of adding it, so that a
-    steering plan made for another model is refused before the forward starts.
-    """
-
-    def __init__(self, shape: MoEShape):
-        super().__init__()
-        self.shape = shape
+    @rule.setter
+    def rule(self, rule: RoutingRule | None) -> None:
+        self._rule = rule
 
     def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens, after `hook.check_fits(shape)` where the hook has one."""
-        check_fits = getattr(hook, "check_fits", None)
-        if check_fits is not None:
-            check_fits(self.shape)
+        """As in TransformerLens, after the hook's `check_fits` and `check_rule`, if it has them."""
+        for name, about in (("check_fits", lambda: self.shape), ("check_rule", lambda: self.moe.rule)):
+            check = getattr(hook, name, None)
+            if check is not None:
+                check(about())
         return super().add_hook(hook, *args, **kwargs)
 
     @property
@@ -75,10 +66,10 @@ class RoutingPoint(HookPoint):
 class RoutingPoints:
     """The hook points of one MoE layer, and the shape of the tokens that the block is working on."""
 
-    def __init__(self, shape: MoEShape):
-        self.router_logits = RoutingPoint(shape)
-        self.topk_indices = RoutingPoint(shape)
-        self.topk_weights = RoutingPoint(shape)
+    def __init__(self, moe: MoELayer, shape: MoEShape):
+        self.router_logits = RoutingPoint(moe, shape)
+        self.topk_indices = RoutingPoint(moe, shape)
+        self.topk_weights = RoutingPoint(moe, shape)
         self.token_shape: tuple[int, ...] | None = None
         self.fired = False
 
@@ -93,24 +84,33 @@ class HookedRouter:
     whose points are those of the copied model."""
 
     def __init__(self, moe: MoELayer, shape: MoEShape, original: Callable[..., Any], was_on_instance: bool):
-        self.where = moe.where
-        self.router = moe.router
-        self.points = RoutingPoints(shape)
+        self.moe = moe
+        self.points = RoutingPoints(moe, shape)
         self.original = original
         self.was_on_instance = was_on_instance  # accelerate, for one, puts its own forward there
         self.handles: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.original(*args, **kwargs)
+        if not self.points.are_hooked:
+            self.points.fired = True
+            return self.original(*args, **kwargs)
+        output, logits = self.moe.row.layout.call(self.moe.router, self.original, *args, **kwargs)
         self.points.fired = True
-        return self._route(*output) if self.points.are_hooked else output
+        rule = self.moe.rule.for_call(*args[1:], *kwargs.values())
+        return self._route(rule, output, logits)
 
-    def _route(self, logits: Tensor, hf_weights: Tensor, hf_indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rule, points = rule_for(self.router), self.points
-        logits = self._fire(points.router_logits, logits.reshape(*self._token_shape(logits), -1))
+    def _route(self, rule: RoutingRule, output: Any, logits: Tensor) -> Any:
+        points, layout = self.points, self.moe.row.layout
+        points.router_logits.rule = rule
+        try:
+            logits = self._fire(points.router_logits, logits.reshape(*self._token_shape(logits), -1))
+            rule = points.router_logits.rule
+        finally:
+            points.router_logits.rule = None
         indices = self._fire(points.topk_indices, rule.select(logits)).long()
         self._check_indices(indices, rule)
-        weights = rule.weigh(logits, indices).to(hf_weights.dtype)
+        dtype = layout.weights_dtype(output)
+        weights = rule.weigh(logits, indices).to(dtype)
         self._check_weights(
             weights,
             "the router logits hold NaN or +inf, or the chosen experts' probabilities are all 0. Check the "
@@ -119,17 +119,15 @@ class HookedRouter:
         if points.topk_weights.is_hooked:
             weights = self._fire(points.topk_weights, weights)
             self._check_weights(weights, "a hook on the weights returned NaN. Check that hook")
-        return (
-            logits.reshape(-1, logits.shape[-1]),
-            weights.to(hf_weights.dtype).reshape(hf_weights.shape),
-            indices.to(hf_indices.dtype).reshape(hf_indices.shape),
-        )
+            self._check_duplicates(indices, weights)
+        flat = RouterOutput(logits.flatten(0, -2), weights.to(dtype).flatten(0, -2), indices.flatten(0, -2))
+        return layout.pack(output, flat)
 
     def _token_shape(self, logits: Tensor) -> tuple[int, ...]:
         shape, n_tokens = self.points.token_shape, logits.shape[:-1].numel()
         if shape is None or torch.Size(shape).numel() != n_tokens:
             raise HookError(
-                f"{self.where}: the router saw {n_tokens} tokens, its MoE block tokens of shape {shape}. "
+                f"{self.moe.where}: the router saw {n_tokens} tokens, its MoE block tokens of shape {shape}. "
                 "Routing hooks work only when the router is called by its own block: run the whole model."
             )
         return shape
@@ -158,88 +156,24 @@ class HookedRouter:
                     f"but this layer has experts 0 to {rule.n_experts - 1}."
                 )
 
+    def _check_duplicates(self, indices: Tensor, weights: Tensor) -> None:
+        """TransformerLens' bridge around the router keeps one weight an expert."""
+        if self.points.topk_indices.is_hooked:
+            same = indices.unsqueeze(-1) == indices.unsqueeze(-2)
+            if bool((same & (weights.unsqueeze(-1) != weights.unsqueeze(-2))).any()):
+                raise HookError(
+                    f"{self.points.topk_weights.name}: hooks chose an expert twice for a token and gave it "
+                    "two different weights. Give both the same weight."
+                )
+
     def _check_weights(self, weights: Tensor, because: str) -> None:
         bad = torch.isnan(weights).any(dim=-1)
         if bad.any():
             first = bad.nonzero()[0].tolist()
             raise HookError(
-                f"{self.where}: the routing weights are NaN on {int(bad.sum())} token(s), first at "
+                f"{self.moe.where}: the routing weights are NaN on {int(bad.sum())} token(s), first at "
                 f"[batch, pos] {first}: {because}."
             )
-
-
-def find_moe_layers(root: nn.Module, prefix: str = "") -> Iterator[MoELayer]:
-    """Every MoE block below `root` with its router, in module order; `prefix` goes before their names.
-
-    Raises:
-        UnsupportedRouterError: a block holds experts but no router that `RULES` names.
-    """
-    for name, block in root.named_modules(prefix=prefix):
-        if hasattr(block, "original_component"):  # a bridge's wrapper around the block or router proper
-            continue
-        where = name.replace("._original_component", "") or type(block).__name__
-        children = [_unwrap(child) for child in block.children()]
-        routers = [child for child in children if is_known_router(child)]
-        if len(routers) == 1:
-            yield MoELayer(where, block, routers[0])
-        elif len(routers) > 1 or (not routers and hasattr(block, "experts")):
-            found = ", ".join(sorted(type(child).__name__ for child in children)) or "nothing"
-            raise UnsupportedRouterError(
-                f"{where}: {type(block).__name__} holds experts but no router that moe_lens has a rule for "
-                f"(its parts: {found}). Known router classes: {', '.join(sorted(RULES))}."
-            )
-
-
-def check_router(moe: MoELayer) -> None:
-    """Compare the rule with HF's own forward on 3 × 1024 random hidden states of three scales, bit for bit.
-
-    Tokens on which a half-precision router overflows are left out.
-
-    Raises:
-        RouterMismatchError: logits, indices, weights or a dtype differ; the message says which and where.
-    """
-    rule = moe.rule
-    weight = next(moe.router.parameters())
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device  # accelerate moves it
-    generator = torch.Generator().manual_seed(0)
-    for scale in CHECK_SCALES:
-        hidden = scale * torch.randn(CHECK_TOKENS, weight.shape[-1], generator=generator)
-        with torch.no_grad():
-            output = moe.router(hidden.to(device, weight.dtype))
-        difference = _difference(rule, output)
-        if difference is not None:
-            raise RouterMismatchError(
-                f"{moe.where}: {type(moe.router).__name__} does not compute what its rule {rule} says: "
-                f"{difference} (hidden states of scale {scale}). moe_lens leaves the model as it was rather "
-                "than route wrongly; has transformers changed this router?"
-            )
-
-
-def _difference(rule: RoutingRule, output: Any) -> str | None:
-    """What differs between HF's router output and the rule's, in words; None if nothing does."""
-    if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(x, Tensor) for x in output)):
-        return "its forward returns no (logits, weights, indices)"
-    logits, weights, indices = output
-    if logits.is_meta:
-        return "its weights are on the meta device, not loaded"
-    if logits.shape != (CHECK_TOKENS, rule.n_experts):
-        return f"logits have shape {tuple(logits.shape)}, not {(CHECK_TOKENS, rule.n_experts)}"
-    if indices.shape != (CHECK_TOKENS, rule.top_k):
-        return f"indices have shape {tuple(indices.shape)}, not {(CHECK_TOKENS, rule.top_k)}"
-    finite = torch.isfinite(logits).all(dim=-1)
-    if not bool(finite.any()):
-        return "all its logits are NaN or infinite; are its weights?"
-    expected_indices = rule.select(logits)
-    if not torch.equal(expected_indices[finite], indices[finite]):
-        n_different = int((expected_indices != indices)[finite].any(-1).sum())
-        return f"indices differ on {n_different} of {int(finite.sum())} tokens"
-    expected = rule.weigh(logits, indices)
-    if weights.shape != expected.shape or weights.dtype != expected.dtype:
-        got, want = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (weights, expected))
-        return f"weights are {got}, not {want}"
-    if not torch.equal(expected[finite], weights[finite]):
-        return f"weights differ by up to {float((expected - weights)[finite].abs().max()):.3g}"
-    return None
 
 
 def install(moe: MoELayer, shape: MoEShape) -> RoutingPoints:
@@ -275,11 +209,11 @@ class _EnterBlock:
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         points = self.hooked.points
-        hidden = args[0] if args else next(iter(kwargs.values()))
+        hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         points.token_shape, points.fired = tuple(hidden.shape[:-1]), False
         if points.are_hooked and block.training:
             raise HookError(
-                f"{self.hooked.where}: routing hooks are set and the model is in training mode, where a "
+                f"{self.hooked.moe.where}: routing hooks are set and the model is in training mode, where a "
                 "router may add noise or be recomputed. Call model.eval() first."
             )
 
@@ -295,13 +229,6 @@ class _LeaveBlock:
         points.token_shape = None
         if points.are_hooked and not points.fired:
             raise HookError(
-                f"{self.hooked.where}: {type(block).__name__} ran without calling its router, so the routing "
-                "hooks could not fire. Load the model without fused MoE kernels (use_kernels=False)."
+                f"{self.hooked.moe.where}: {type(block).__name__} ran without calling its router, so the "
+                "routing hooks could not fire. Load the model without fused MoE kernels (use_kernels=False)."
             )
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The HF module inside a bridge's wrapper, or the module itself."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
-        module = inner
-    return module

@@ -8,24 +8,23 @@ On every token an activated expert is in the top-k, a deactivated one is not, an
 their scores and order. An empty plan gives no hooks and changes nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError, PlanError
 from moe_lens.moe_shape import MoEShape
+from moe_lens.router_hooks import RoutingPoint
+from moe_lens.rule_base import RoutingRule
 from moe_lens.steering_plan import SteeringPlan
+from moe_lens.steering_transform import steer_logits
 
 HookList = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 """Pairs (hook name, hook function), as TransformerLens' `run_with_hooks` and `hooks` take them."""
-
-_LOWEST: Final = -60.0  # nats below which float32 softmax is nearing underflow (at -103); see _keep_apart
-_ROOM: Final = 20.0  # nats below _LOWEST in which scores under it are put in their order
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,42 @@ class SteeringHook:
     layer: int
 
     def __call__(self, router_logits: Float[Tensor, "*batch expert"], hook: Any = None) -> Tensor:
-        """Steered scores [*batch expert], float32."""
+        """Steered scores [*batch expert]; on a model's hook point, as the layer's rule reaches the guarantee.
+
+        Called without a hook point (on logits alone), it gives `steer_logits`, SteerMoE's formulas.
+        """
         if hook is not None and hook_names.parse(hook.name) != (self.layer, hook_names.ROUTER_LOGITS):
             raise HookError(
                 f"The steering hook for {hook_names.router_logits(self.layer)} was put on {hook.name}; use "
                 "the names that steer_hooks gives."
             )
-        deactivate = [expert for layer, expert in self.plan.deactivate if layer == self.layer]
-        activate = [
-            expert for layer, expert in self.plan.activate if layer == self.layer and expert not in deactivate
-        ]
+        activate, deactivate = self._experts
         n_experts = router_logits.shape[-1]
         if max(activate + deactivate, default=0) >= n_experts:
             raise HookError(
                 f"The steering plan names expert {max(activate + deactivate)} of layer {self.layer}, which "
                 f"has experts 0 to {n_experts - 1}: the plan is for another model."
             )
-        return steer_logits(router_logits, activate, deactivate, self.plan.epsilon)
+        if not isinstance(hook, RoutingPoint):
+            return steer_logits(router_logits, activate, deactivate, self.plan.epsilon)
+        steered, hook.rule = hook.rule.steer(router_logits, activate, deactivate, self.plan.epsilon)
+        return steered
 
     def check_fits(self, shape: MoEShape) -> None:
         """Asked by the hook point before the hook is added; raises PlanError."""
         self.plan.check_fits(shape)
+
+    def check_rule(self, rule: RoutingRule) -> None:
+        """Asked by the hook point before the hook is added; raises PlanError where the rule cannot obey."""
+        if (reason := rule.cannot_steer(*self._experts)) is not None:
+            raise PlanError(f"Layer {self.layer} cannot be steered by this plan: {reason}.")
+
+    @property
+    def _experts(self) -> tuple[list[int], list[int]]:
+        """Activated and deactivated experts of this layer; deactivation wins."""
+        deactivate = [expert for layer, expert in self.plan.deactivate if layer == self.layer]
+        activate = [expert for layer, expert in self.plan.activate if layer == self.layer]
+        return [expert for expert in activate if expert not in deactivate], deactivate
 
 
 def steer_hooks(plan: SteeringPlan) -> HookList:
@@ -74,47 +88,3 @@ def steer_hooks(plan: SteeringPlan) -> HookList:
         raise PlanError(f"steer_hooks needs a SteeringPlan; got {type(plan).__name__}.")
     layers = sorted({layer for layer, _ in plan.activate + plan.deactivate})
     return [(hook_names.router_logits(layer), SteeringHook(plan, layer)) for layer in layers]
-
-
-def steer_logits(
-    logits: Float[Tensor, "*batch expert"],
-    activate: Iterable[int] = (),
-    deactivate: Iterable[int] = (),
-    epsilon: float = 0.01,
-) -> Float[Tensor, "*batch expert"]:
-    """The steering transform of one layer, per token, in float32 (in bfloat16 min − 0.01 is min).
-
-    With s = log_softmax(logits): activated s_k = max_j s_j + epsilon, deactivated s_k = min_j s_j − epsilon,
-    max and min over the unsteered scores (SteerMoE, arXiv 2509.09660, section 4). The architecture's own
-    softmax and top-k follow. Float32 needs two refinements to keep the guarantee: where epsilon is rounded
-    away, the next smaller number serves; and on tokens with scores more than 60 nats below the largest, where
-    softmax nears underflow, those scores are spread over the next 20 nats in their order (their probabilities
-    are below 1e-26 before and after).
-
-    Deactivated experts stay out as long as k others have finite logits: a hook that ran before and set most
-    of them to -inf leaves the router no choice.
-    """
-    activate, deactivate = list(activate), list(deactivate)
-    scores = torch.log_softmax(logits.float(), dim=-1)
-    highest = scores.amax(dim=-1, keepdim=True)
-    lowest = scores.amin(dim=-1, keepdim=True)
-    lowered = lowest - epsilon
-    just_below = torch.nextafter(lowest.detach(), torch.full_like(lowest, -torch.inf))
-    lowered = torch.where(lowered < lowest, lowered, just_below)  # float32 may round epsilon away
-    steered = scores.clone()
-    steered[..., activate] = highest + epsilon
-    steered[..., deactivate] = lowered
-    return _keep_apart(steered, deactivate)
-
-
-def _keep_apart(steered: Float[Tensor, "*batch expert"], deactivate: list[int]) -> Tensor:
-    """Keep deactivated experts strictly last where softmax would underflow and make ties."""
-    depth = steered.log_softmax(dim=-1)
-    low = (depth < _LOWEST) & (depth > -torch.inf)
-    if not bool(low.any()):
-        return steered
-    key = steered.detach().clone()
-    key[..., deactivate] = -torch.inf
-    rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 = lowest
-    spread = _LOWEST - _ROOM * (1 - rank / steered.shape[-1])
-    return torch.where(low.any(dim=-1, keepdim=True), torch.where(low, spread, depth), steered)

@@ -10,9 +10,18 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
 
+from transformer_lens.model_bridge.supported_architectures.qwen3_5_multimodal import (
+    Qwen3_5MultimodalArchitectureAdapter,
+)
+from transformer_lens.model_bridge.supported_architectures.qwen3_vl import Qwen3VLArchitectureAdapter
+
 from moe_lens.demo import DemoResult, run_demo
 from moe_lens.hooked_moe import HookedMoE
 from tests.tiny_models import tiny_model, tokenizer, tokens
+
+# These adapters ask for torchvision, which has no CPU build; only images need it, and tests send none.
+Qwen3VLArchitectureAdapter.required_libraries = []
+Qwen3_5MultimodalArchitectureAdapter.required_libraries = []
 
 torch.set_num_threads(1)  # the models are too small to gain from more, and threads wait for each other
 

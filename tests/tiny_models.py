@@ -8,6 +8,7 @@
 Weights are large enough that tokens choose different experts. Import as `from tests.tiny_models import …`.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from tests import model_recipes
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = tuple(f"w{i}" for i in range(46))
@@ -119,6 +122,11 @@ FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")
 ALL_RECIPES = tuple(_RECIPES)
 """FAMILIES and a few more shapes: norm_topk_prob the other way, k = 1, GQA in OLMoE."""
 
+EVERY_FAMILY = (*FAMILIES, *(name for name in model_recipes.RECIPES if name != "switch"))
+"""At least one recipe for every architecture of `supported_models`."""
+
+_CORRECTION_BIASES = ("e_score_correction_bias", "expert_bias")
+
 MOE_LAYERS = {
     "olmoe": (0, 1, 2),
     "olmoe_norm_gqa": (0, 1),
@@ -141,23 +149,60 @@ TOP_K = {"olmoe": 3, "olmoe_norm_gqa": 2, "mixtral": 2, "qwen2_moe": 2, "qwen3_m
 def tiny_model(
     recipe: str = "olmoe", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
 ) -> Any:
-    """A tiny random Hugging Face causal language model of one of `ALL_RECIPES`, in eval mode.
+    """A tiny random Hugging Face language model of `ALL_RECIPES` or `EVERY_FAMILY`, in eval mode.
 
     The same arguments give the same weights, whatever was drawn from torch's generator before; that
     generator is left as it was. `config` overrides fields of the recipe's config.
     """
-    (config_class, model_class), fields = _RECIPES[recipe]
-    return randomised(lambda: model_class(config_class(**{**_COMMON, **fields, **config})), dtype, seed)
+    if recipe in _RECIPES:
+        (config_class, model_class), fields = _RECIPES[recipe]
+        fields = {**_COMMON, **fields}
+    else:
+        config_class, model_class, fields = model_recipes.RECIPES[recipe]
+    return randomised(lambda: model_class(config_class(**{**copy.deepcopy(fields), **config})), dtype, seed)
 
 
 def randomised(build: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """`build()` with random weights (normal, std 0.2; norms around 1), in eval mode."""
+    """`build()` with random weights (normal, std 0.2; norms around 1) and correction biases, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
-        for name, parameter in model.named_parameters():
-            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
-    return model.to(dtype).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                _randomise(name, parameter)
+            for name, buffer in model.named_buffers():
+                _randomise_buffer(name, buffer, model.config)
+    phases = {name: buffer for name, buffer in model.named_buffers() if buffer.is_complex()}
+    model = model.to(dtype)  # which would drop the imaginary part of Llama 4's phases
+    for name, buffer in model.named_buffers():
+        if name in phases:
+            buffer.data = phases[name]
+    return model.eval()
+
+
+def _randomise(name: str, parameter: Tensor) -> None:
+    last = name.rsplit(".", 1)[-1]
+    if last in _CORRECTION_BIASES:
+        nn.init.normal_(parameter, std=0.3)
+    elif last in ("A_log", "D", "dt_bias") or name.endswith("dt_proj.bias"):
+        parameter.add_(0.1 * torch.randn_like(parameter))  # state spaces must still decay
+    elif last in ("scale", "per_expert_scale", "hc_scale"):
+        nn.init.normal_(parameter, mean=1.0, std=0.2)
+    elif "norm" in name:  # around 1, or around 0 where the norm adds 1 itself
+        nn.init.normal_(parameter, mean=float(parameter.float().mean().round().clamp(0, 1)), std=0.2)
+    else:
+        nn.init.normal_(parameter, std=0.2)
+
+
+def _randomise_buffer(name: str, buffer: Tensor, config: Any) -> None:
+    last = name.rsplit(".", 1)[-1]
+    if last in _CORRECTION_BIASES:
+        nn.init.normal_(buffer, std=0.3)
+    elif last == "layer_scalar":
+        nn.init.uniform_(buffer, 0.7, 1.0)
+    elif last == "tid2eid":  # DeepSeek-V4's hash layers: different experts for every token
+        rows = [torch.randperm(config.n_routed_experts)[: buffer.shape[1]] for _ in range(buffer.shape[0])]
+        buffer.copy_(torch.stack(rows))
 
 
 def tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
@@ -191,8 +236,12 @@ def prompt(length: int, seed: int = 0) -> str:
 
 def plain_bridge(hf_model: Any, tokenizer: Any = None) -> TransformerBridge:
     """TransformerLens' own bridge around `hf_model` (in place): what moe_lens must not change."""
+    name = type(hf_model).__name__
     bridge = build_bridge_from_module(
-        hf_model, type(hf_model).__name__, hf_config=hf_model.config, tokenizer=tokenizer
+        hf_model,
+        {"PhimoeForCausalLM": "PhiMoEForCausalLM"}.get(name, name),
+        hf_config=hf_model.config,
+        tokenizer=tokenizer,
     )
     return bridge.eval()
 

@@ -1,0 +1,305 @@
+"""Rules of routers that choose by more than the order of their logits: biases, groups, tables.
+
+    SigmoidTopK          sigmoid + bias within the best groups    DeepSeek-V3, GLM-4.x, MiniMax-M2, LFM2...
+    BiasedSoftmaxTopK    softmax + bias                           ERNIE 4.5
+    GroupLimitedSoftmax  softmax within the best groups           DeepSeek-V2
+    FixedExperts         a table by token id                      DeepSeek-V4's first layers
+
+Here an expert with the lowest logit can still be chosen, and one with the highest be left out. So steering
+changes more than logits: it gives a rule that keeps deactivated experts out and puts activated ones in,
+whatever their bias and group (`Steering`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_lens.errors import HookError, PlanError
+from moe_lens.expert_groups import GroupLimit, Steering
+from moe_lens.group_margin import group_margin
+from moe_lens.plain_rules import Steered, probabilities
+from moe_lens.rule_base import RoutingRule, at_least_float32
+from moe_lens.steering_transform import steer_logits, steer_raw_logits
+
+SCORES: Final = {
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
+"""Score functions by the name that configs give them."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _ChoiceRule(RoutingRule):
+    """What these rules share: a top-k of selection scores, perhaps within groups, perhaps steered."""
+
+    n_experts: int
+    top_k: int
+    groups: GroupLimit | None = None
+    in_order: bool = True
+    steering: Steering | None = None
+
+    def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
+        """Indices of the k experts with the largest selection scores, of the chosen groups only, int64."""
+        choice = self._allowed_scores(logits)
+        return torch.topk(choice, self.top_k, dim=-1, sorted=self.in_order).indices
+
+    def routing_margin(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch"]:
+        """As in `RoutingRule`; under group limits `group_margin`, where steering is left out of account."""
+        if self.groups is None:
+            return super().routing_margin(logits)
+        groups, choice = self.groups, replace(self, steering=None).selection_scores(logits)
+        return group_margin(
+            at_least_float32(choice), self.top_k, groups.n_groups, groups.n_chosen, groups.n_summed
+        )
+
+    def cannot_steer(self, activate: Sequence[int], deactivate: Sequence[int]) -> str | None:
+        """A reason where group limits exclude the plan, as `GroupLimit.obstacle` gives it."""
+        steering = Steering(tuple(activate), tuple(deactivate))
+        return self.groups and self.groups.obstacle(self.n_experts, self.top_k, steering)
+
+    def _next_steering(self, activate: Sequence[int], deactivate: Sequence[int]) -> Steering:
+        """That of these experts, beside that of an earlier plan as long as there is room for both."""
+        if (reason := self.cannot_steer(activate, deactivate)) is not None:
+            raise PlanError(f"This router cannot be steered so: {reason}.")
+        steering = Steering(tuple(activate), tuple(deactivate))
+        both = steering.after(self.steering or Steering())
+        fits = len(both.activate) <= self.top_k and len(both.deactivate) <= self.n_experts - self.top_k
+        return both if fits and self.cannot_steer(both.activate, both.deactivate) is None else steering
+
+    def _allowed_scores(self, logits: Tensor) -> Tensor:
+        """Selection scores, experts of groups that were not chosen left out."""
+        if self.groups is None:
+            return self.selection_scores(logits)
+        unsteered = replace(self, steering=None).selection_scores(logits)
+        allowed = self.groups.allowed(unsteered, self.top_k, self.steering)
+        return self.selection_scores(logits).masked_fill(~allowed, self._left_out)
+
+    @property
+    def _left_out(self) -> float:
+        return -torch.inf
+
+    def _steered(self, choice: Tensor) -> Tensor:
+        return choice if self.steering is None else self.steering.apply(choice)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SigmoidTopK(_ChoiceRule):
+    """Sigmoid scores, chosen after adding a correction bias: DeepSeek-V3, GLM-4.x, MiniMax-M2...
+
+    With s = score(logits): select = top-k(s + bias), within the best groups where `groups` are given; the
+    weight of expert i is s_i without the bias, divided by (sum of the chosen s + `sum_epsilon`) if
+    `renormalize`, times `scaling`. Scores are computed in float32, or in the logits' dtype if not
+    `float32_scores`; weights come in `weights_dtype`, or in the scores' dtype if that is None.
+
+    Selection scores (`routing_margin`) are in units of s + bias, s in [0, 1] for the sigmoid.
+
+    Steering: epsilon is in units of the logit (for the sigmoid: log-odds): activated experts get the largest
+    logit + epsilon and so the largest weight, deactivated ones the smallest − epsilon. That alone does not
+    decide the choice, for the bias stays: so the steered rule puts activated experts in and keeps deactivated
+    ones out directly. The others keep logits, scores and order bit for bit. With groups, those of activated
+    experts are chosen first; the rest follow by score, passing over groups with too few experts left.
+
+    >>> rule = SigmoidTopK(n_experts=3, top_k=1, bias=torch.tensor([0.0, 0.0, 0.9]))
+    >>> rule.route(torch.tensor([[2.0, 1.0, 0.0]])).indices.tolist()      # 0.88, 0.73, 0.5 + 0.9
+    [[2]]
+    """
+
+    bias: Float[Tensor, " expert"] | None = field(default=None, repr=False)
+    renormalize: bool = True
+    sum_epsilon: float = 1e-20
+    scaling: float = 1.0
+    score: str = "sigmoid"
+    float32_scores: bool = True
+    weights_dtype: torch.dtype | None = None
+
+    def selection_scores(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+        """score(logits) + bias; ±inf for steered experts."""
+        scores = self._scores(logits)
+        return self._steered(scores if self.bias is None else scores + self.bias.to(scores.device))
+
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights ≥ 0 of the experts of `indices`."""
+        weights = self._scores(logits).gather(-1, indices)
+        if self.renormalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + self.sum_epsilon)
+        return (weights * self.scaling).to(self.weights_dtype or weights.dtype)
+
+    def steer(
+        self,
+        logits: Float[Tensor, "*batch expert"],
+        activate: Sequence[int],
+        deactivate: Sequence[int],
+        epsilon: float,
+    ) -> Steered:
+        """Raised and lowered logits, and this rule with the experts put in and kept out."""
+        steered = steer_raw_logits(logits, activate, deactivate, epsilon).to(logits.dtype)
+        return steered, replace(self, steering=self._next_steering(activate, deactivate))
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return SCORES[self.score](logits.float() if self.float32_scores else logits)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BiasedSoftmaxTopK(_ChoiceRule):
+    """Softmax over all experts, chosen after adding a correction bias: ERNIE 4.5.
+
+    With p = softmax(logits) in float32: select = top-k(p + bias); the weight of expert i is p_i / max(sum of
+    the chosen p, `smallest_sum`), in `weights_dtype`, or in float32 if that is None.
+
+    Selection scores (`routing_margin`) are in units of p + bias, the other experts' p held fixed.
+
+    Steering: epsilon is in nats of log-probability (SteerMoE's own formulas), which decides the weights. The
+    choice is made directly, as the bias would overrule it; and as steering one expert scales every other p,
+    `p_scale` undoes that for the choice, token by token, so that the others keep their scores and order.
+
+    >>> rule = BiasedSoftmaxTopK(n_experts=3, top_k=1, bias=torch.tensor([0.0, 0.5, 0.0]))
+    >>> rule.route(torch.tensor([[1.0, 0.9, 0.0]]))
+    Route(indices=tensor([[1]]), weights=tensor([[1.]]))
+    """
+
+    bias: Float[Tensor, " expert"] = field(repr=False)
+    smallest_sum: float = 1e-12
+    weights_dtype: torch.dtype | None = None
+    p_scale: Float[Tensor, "*batch 1"] | None = field(default=None, repr=False)
+
+    def selection_scores(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+        """p + bias; ±inf for steered experts."""
+        p = probabilities(logits)
+        p = p if self.p_scale is None else p * self.p_scale
+        return self._steered(p + self.bias.to(p.device))
+
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights in [0, 1] of the experts of `indices`."""
+        weights = probabilities(logits).gather(-1, indices)
+        weights = weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=self.smallest_sum)
+        return weights.to(self.weights_dtype or weights.dtype)
+
+    def steer(
+        self,
+        logits: Float[Tensor, "*batch expert"],
+        activate: Sequence[int],
+        deactivate: Sequence[int],
+        epsilon: float,
+    ) -> Steered:
+        """`steer_logits`, and this rule with `p_scale` and the experts put in and kept out."""
+        scores = torch.log_softmax(logits.detach().float(), dim=-1)
+        raised = steer_raw_logits(scores, activate, deactivate, epsilon)
+        p_scale = torch.exp(torch.logsumexp(raised, dim=-1, keepdim=True))  # the others' p before / after
+        return steer_logits(logits, activate, deactivate, epsilon), replace(
+            self,
+            p_scale=p_scale if self.p_scale is None else p_scale * self.p_scale,
+            steering=self._next_steering(activate, deactivate),
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GroupLimitedSoftmax(_ChoiceRule):
+    """Softmax over all experts in float32, then the k largest within the best groups: DeepSeek-V2.
+
+    With p = softmax(logits): a group's score is its largest p, experts of groups that are not chosen count as
+    p = 0; the weight of expert i is p_i times `scaling`, not renormalised, float32.
+
+    Selection scores (`routing_margin`) are in units of p, the other experts' p held fixed.
+
+    Steering: epsilon is in nats of log-probability (SteerMoE's own formulas). The groups of activated experts
+    are chosen first, the rest follow by score, passing over groups with too few experts left.
+
+    >>> rule = GroupLimitedSoftmax(n_experts=4, top_k=2, groups=GroupLimit(2, 1, 1))
+    >>> sorted(rule.route(torch.tensor([3.0, 0.0, 2.0, 2.0])).indices.tolist())     # groups (0, 1) and (2, 3)
+    [0, 1]
+    """
+
+    scaling: float = 1.0
+    in_order: bool = False
+
+    def selection_scores(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+        """p, before groups are left out; ±inf for steered experts."""
+        return self._steered(probabilities(logits))
+
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights in [0, `scaling`] of the experts of `indices`, whatever their group.
+
+        Only where p underflows in the chosen groups does the router itself take an expert from another one,
+        with weight 0.
+        """
+        weights = probabilities(logits).gather(-1, indices)
+        makeshift = self._allowed_scores(logits).gather(-1, indices) <= 0
+        chosen = (self.select(logits).unsqueeze(-2) == indices.unsqueeze(-1)).any(dim=-1)
+        return weights.masked_fill(makeshift & chosen, 0.0) * self.scaling
+
+    def steer(
+        self,
+        logits: Float[Tensor, "*batch expert"],
+        activate: Sequence[int],
+        deactivate: Sequence[int],
+        epsilon: float,
+    ) -> Steered:
+        """`steer_logits`, and this rule with the experts put in and kept out."""
+        steering = self._next_steering(activate, deactivate)
+        return steer_logits(logits, activate, deactivate, epsilon), replace(self, steering=steering)
+
+    @property
+    def _left_out(self) -> float:
+        return 0.0 if self.steering is None else -torch.inf
+
+
+@dataclass(frozen=True, eq=False)
+class FixedExperts(RoutingRule):
+    """Experts from a table by token id, weighed by scores of their logits: the first layers of DeepSeek-V4.
+
+    Logits change the weights only (those of `weights`), so no steering is possible here. Which tokens are
+    routed is known only while the model runs; offline use `rule.for_call(token_ids)`.
+    """
+
+    n_experts: int
+    top_k: int
+    table: Int[Tensor, "vocab k"] = field(repr=False)
+    weights: SigmoidTopK
+    token_ids: Int[Tensor, "*batch"] | None = field(default=None, repr=False)
+
+    def for_call(self, *arguments: Any) -> "FixedExperts":
+        """The rule for these token ids, [*batch]."""
+        return replace(self, token_ids=arguments[0])
+
+    def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
+        """The table's experts for the tokens, whatever their logits."""
+        if self.token_ids is None:
+            raise HookError(
+                "This layer's experts depend on token ids, not on logits; use rule.for_call(token_ids)."
+            )
+        return self.table[self.token_ids.to(self.table.device)].long().reshape(*logits.shape[:-1], self.top_k)
+
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights ≥ 0 of the experts of `indices`, by the scores of their logits."""
+        return self.weights.weigh(logits, indices)
+
+    def routing_margin(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch"]:
+        """Infinite: no change of logits changes the set of experts."""
+        return torch.full(logits.shape[:-1], torch.inf, device=logits.device)
+
+    def cannot_steer(self, activate: Sequence[int], deactivate: Sequence[int]) -> str | None:
+        """Always a reason."""
+        return "its experts come from a table by token id, which no router logit changes"
+
+    def steer(
+        self,
+        logits: Float[Tensor, "*batch expert"],
+        activate: Sequence[int],
+        deactivate: Sequence[int],
+        epsilon: float,
+    ) -> Steered:
+        """Raises PlanError."""
+        raise PlanError(f"This router cannot be steered: {self.cannot_steer(activate, deactivate)}.")

@@ -1,0 +1,87 @@
+"""Raising some router scores above all others and lowering some below: what routing rules steer with.
+
+    steer_logits(logits, activate=[3], deactivate=[1])        # softmax routers: SteerMoE's formulas
+    steer_raw_logits(logits, activate=[3], deactivate=[1])    # where a shift of all logits matters
+
+Both work per token and leave the other experts' order as it was.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_LOWEST: Final = -60.0  # nats below which float32 softmax is nearing underflow (at -103); see _keep_apart
+_ROOM: Final = 20.0  # nats below _LOWEST in which scores under it are put in their order
+
+
+def steer_logits(
+    logits: Float[Tensor, "*batch expert"],
+    activate: Iterable[int] = (),
+    deactivate: Iterable[int] = (),
+    epsilon: float = 0.01,
+) -> Float[Tensor, "*batch expert"]:
+    """The steering transform of one layer, per token, in float32 (in bfloat16 min − 0.01 is min).
+
+    With s = log_softmax(logits): activated s_k = max_j s_j + epsilon, deactivated s_k = min_j s_j − epsilon,
+    max and min over the unsteered scores (SteerMoE, arXiv 2509.09660, section 4). The architecture's own
+    softmax and top-k follow. Float32 needs two refinements to keep the guarantee: where epsilon is rounded
+    away, the next smaller number serves; and on tokens with scores more than 60 nats below the largest, where
+    softmax nears underflow, those scores are spread over the next 20 nats in their order (their probabilities
+    are below 1e-26 before and after).
+
+    Deactivated experts stay out as long as k others have finite logits: a hook that ran before and set most
+    of them to -inf leaves the router no choice.
+    """
+    activate, deactivate = list(activate), list(deactivate)
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    return _keep_apart(_move(scores, activate, deactivate, epsilon), deactivate)
+
+
+def steer_raw_logits(
+    logits: Float[Tensor, "*batch expert"],
+    activate: Iterable[int] = (),
+    deactivate: Iterable[int] = (),
+    epsilon: float = 0.01,
+) -> Float[Tensor, "*batch expert"]:
+    """`steer_logits` without the log-softmax: the other experts keep their logits bit for bit, in float32.
+
+    Activated z_k = max_j z_j + epsilon, deactivated z_k = min_j z_j − epsilon, or the next number where
+    float32 rounds epsilon away. Choices by the order of logits are those of `steer_logits`; use it where a
+    shift of all logits would change weights (sigmoid, sparsemixer).
+    """
+    return _move(logits.float(), list(activate), list(deactivate), epsilon)
+
+
+def _move(
+    scores: Float[Tensor, "*batch expert"], activate: list[int], deactivate: list[int], epsilon: float
+) -> Float[Tensor, "*batch expert"]:
+    highest = scores.amax(dim=-1, keepdim=True)
+    lowest = scores.amin(dim=-1, keepdim=True)
+    raised, lowered = highest + epsilon, lowest - epsilon
+    raised = torch.where(raised > highest, raised, _next(highest, torch.inf))
+    lowered = torch.where(lowered < lowest, lowered, _next(lowest, -torch.inf))
+    steered = scores.clone()
+    steered[..., activate] = raised
+    steered[..., deactivate] = lowered
+    return steered
+
+
+def _next(number: Tensor, towards: float) -> Tensor:
+    """The neighbouring number: float32 may round epsilon away."""
+    return torch.nextafter(number.detach(), torch.full_like(number, towards))
+
+
+def _keep_apart(steered: Float[Tensor, "*batch expert"], deactivate: list[int]) -> Tensor:
+    """Keep deactivated experts strictly last where softmax would underflow and make ties."""
+    depth = steered.log_softmax(dim=-1)
+    low = (depth < _LOWEST) & (depth > -torch.inf)
+    if not bool(low.any()):
+        return steered
+    key = steered.detach().clone()
+    key[..., deactivate] = -torch.inf
+    rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 = lowest
+    spread = _LOWEST - _ROOM * (1 - rank / steered.shape[-1])
+    return torch.where(low.any(dim=-1, keepdim=True), torch.where(low, spread, depth), steered)
