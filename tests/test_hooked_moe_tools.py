@@ -1,4 +1,4 @@
-"""HookedMoE in TransformerLens' tools: caches, hooks, generation, padding, patching, compatibility mode."""
+"""HookedMoE in TransformerLens' tools: caches, hooks, generation, padding, patching."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.patching import generic_activation_patch
 
 from moe_lens import hook_names
-from moe_lens.errors import DataError, MoELensError
-from moe_lens.hooked_moe import HookedMoE, detach
+from moe_lens.errors import DataError
+from moe_lens.hooked_moe import HookedMoE
 from moe_lens.routing_stats import RoutingStats
 from tests import oracle
 from tests.tiny_models import (
@@ -420,52 +420,6 @@ def test_patching_clean_into_clean_changes_nothing(hooked: Hooked) -> None:
         model, tokens(2, 4), cache, metric, patch_position, "router_logits", axes
     )
     assert (result == metric(clean_logits)).all()
-
-
-# Compatibility mode
-
-
-@pytest.mark.parametrize("recipe", ["olmoe", "mixtral", "qwen3_moe"])
-def test_compatibility_mode_keeps_the_predictions_and_the_hooks(hooked: Hooked, recipe: str) -> None:
-    model, untouched = HookedMoE.from_hf(tiny_model(recipe), tokenizer()), hooked(recipe)
-    model.enable_compatibility_mode(disable_warnings=True)
-    for given in ([], negate_all(untouched)):
-        ours = model.run_with_hooks(tokens(), fwd_hooks=given).log_softmax(-1)
-        expected = untouched.run_with_hooks(tokens(), fwd_hooks=given).log_softmax(-1)
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
-    layer = model.moe_layers[-1]
-    _, cache = model.run_with_cache(tokens())
-    assert torch.equal(cache["router_logits", layer], cache[hook_names.router_logits(layer)])
-    detach(model)
-    assert not any(hook_names.parse(name) for name in model.hook_dict)
-
-
-def test_compatibility_mode_is_refused_where_transformer_lens_folds_wrongly() -> None:
-    model = HookedMoE.from_hf(tiny_model("qwen2_moe"), tokenizer())
-    before, names = model(tokens()), set(model.hook_dict)
-    with pytest.raises(MoELensError, match=r"Qwen2MoeForCausalLM.*fold_ln=False"):
-        model.enable_compatibility_mode()
-    assert set(model.hook_dict) == names
-    assert torch.equal(model(tokens()), before)
-
-
-@pytest.mark.parametrize("options", [{"no_processing": True}, {"fold_ln": False}])
-def test_compatibility_mode_without_folding_works_everywhere(options: dict[str, bool]) -> None:
-    model = HookedMoE.from_hf(tiny_model("qwen2_moe"), tokenizer())
-    expected = [
-        model.run_with_hooks(tokens(), fwd_hooks=hooks).log_softmax(-1) for hooks in ([], negate_all(model))
-    ]
-    model.enable_compatibility_mode(disable_warnings=True, **options)
-    for hooks, before in zip(([], negate_all(model)), expected, strict=True):
-        ours = model.run_with_hooks(tokens(), fwd_hooks=hooks).log_softmax(-1)
-        torch.testing.assert_close(ours, before, rtol=1e-3, atol=1e-3)
-
-
-def test_compatibility_mode_takes_positions_as_transformer_lens_does() -> None:
-    model = HookedMoE.from_hf(tiny_model("qwen2_moe"), tokenizer())
-    before = model(tokens())
-    model.enable_compatibility_mode(True, True)  # disable_warnings, no_processing
-    torch.testing.assert_close(model(tokens()), before)
 
 
 def test_a_plain_bridge_refuses_none_of_this(hooked: Hooked) -> None:
