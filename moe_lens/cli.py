@@ -2,6 +2,7 @@
 
 moe-lens demo                                   the whole ladder of organisms
 moe-lens demo --model specialised --out figures --seed 1
+moe-lens models                                 the table of supported models
 """
 
 import argparse
@@ -14,6 +15,8 @@ import torch
 
 from moe_lens import demo, organisms, plots
 from moe_lens.errors import MoELensError
+from moe_lens.files import atomic_write
+from moe_lens.model_table import markdown_table, with_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +51,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=_seed, default=0, help="of random sets and bootstrap (default: 0)")
     command.set_defaults(run=_demo)
+    command = commands.add_parser(
+        "models",
+        help="print the table of supported models",
+        description="Print, as Markdown, every Hugging Face architecture that moe_lens supports: its router, "
+        "the routing rule, where k comes from, special cases, and what is refused.",
+    )
+    command.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="write the table into this file instead, between its marks",
+    )
+    command.set_defaults(run=_models)
     return parser
 
 
@@ -80,3 +96,16 @@ def _demo(options: argparse.Namespace) -> None:
     written.append(options.out / "rates.png")
     plots.save(plots.steering_rates(results), written[-1])
     print("wrote " + ", ".join(str(path) for path in written))
+
+
+def _models(options: argparse.Namespace) -> None:
+    if options.readme is None:
+        print(markdown_table(), end="")
+        return
+    try:
+        text = options.readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MoELensError(f"{options.readme} cannot be read ({error}); give another --readme.") from error
+    new = with_table(text)
+    with atomic_write(options.readme) as temporary:
+        temporary.write_text(new, encoding="utf-8")

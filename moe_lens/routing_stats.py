@@ -134,7 +134,11 @@ class RoutingStats:
 
     @property
     def mean_probability(self) -> Float[Tensor, "layer expert"]:
-        """Mean router probability (softmax over all experts), in [0, 1]; rows sum to 1."""
+        """Mean router probability, in [0, 1]; rows sum to 1.
+
+        That is softmax over all experts' logits, also where the router itself scores otherwise (by a sigmoid,
+        say), so that models can be compared.
+        """
         return self.probability_sums / self.n_tokens
 
     @property

@@ -6,6 +6,7 @@ import pytest
 
 from moe_lens import cli, demo
 from moe_lens.demo import DemoResult
+from moe_lens.model_table import markdown_table
 
 
 @pytest.fixture
@@ -30,6 +31,31 @@ def test_demo_prints_the_table_and_writes_table_and_figures(
     assert sorted(path.name for path in out.iterdir()) == ["experts-planted.png", "rates.png", "table.md"]
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("experts-planted.png", "rates.png"))
     assert (out / "table.md").read_text(encoding="utf-8") in capsys.readouterr().out
+
+
+def test_models_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    assert capsys.readouterr().out == markdown_table()
+
+
+def test_models_writes_the_table_between_the_marks(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- supported models -->\nold\n<!-- /supported models -->\nafter\n")
+    assert cli.main(["models", "--readme", str(readme)]) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- supported models -->\n| architecture |")
+    assert text.endswith("|\n<!-- /supported models -->\nafter\n")
+    assert "\nold\n" not in text
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "cannot be read"), ("no marks", "each once")])
+def test_models_says_what_is_wrong_with_a_readme(
+    content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "README.md").write_text(content)
+    assert cli.main(["models", "--readme", str(tmp_path / "README.md")]) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_demo_runs_the_whole_ladder_unless_told_otherwise(

@@ -2,12 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import moe_lens
 from moe_lens.demo import DemoResult
+from moe_lens.moe_layers import MoELayer, check_router
+from moe_lens.routing_rules import RULES, rule_for
 
+CONTRIBUTING = (Path(moe_lens.__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 README = (Path(moe_lens.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -20,6 +25,21 @@ def test_code_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Monk
         exec(compile(block, "README.md", "exec"), names)
     assert len(names["plan"]) == 3  # type: ignore[arg-type]
     assert (tmp_path / "stats.safetensors").exists()
+
+
+def test_the_worked_example_in_contributing_runs() -> None:
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING, flags=re.DOTALL):
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    try:
+        router = names["SoftplusRouter"](8, 6, 2)
+        check_router(MoELayer("here", torch.nn.Module(), router))
+        steered, rule = rule_for(router).steer(torch.randn(50, 6), [3], [1, 2], 0.01)
+        indices = rule.select(steered)
+        assert bool((indices == 3).any(-1).all())
+        assert not bool(((indices == 1) | (indices == 2)).any())
+    finally:
+        del RULES["SoftplusRouter"]
 
 
 def test_the_ten_line_example_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +67,6 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
 
 def test_links_and_figures_exist() -> None:
     root = Path(moe_lens.__file__).parents[1]
-    targets = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    targets = re.findall(r"\]\((?!http)([^)#]+)", README)
     assert targets
     assert [target for target in targets if not (root / target).exists()] == []
