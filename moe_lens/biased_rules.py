@@ -12,7 +12,7 @@ whatever their bias and group (`Steering`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from moe_lens.errors import HookError, PlanError
 from moe_lens.expert_groups import GroupLimit, Steering
 from moe_lens.group_margin import group_margin
-from moe_lens.plain_rules import Steered, probabilities
+from moe_lens.plain_rules import Steered, Transform, probabilities
 from moe_lens.rule_base import RoutingRule, at_least_float32
 from moe_lens.steering_transform import steer_logits, steer_raw_logits
 
@@ -36,6 +36,9 @@ SCORES: Final = {
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _ChoiceRule(RoutingRule):
     """What these rules share: a top-k of selection scores, perhaps within groups, perhaps steered."""
+
+    transform: ClassVar[Transform]
+    """What steering does to the logits, on which the weights depend."""
 
     n_experts: int
     top_k: int
@@ -62,6 +65,17 @@ class _ChoiceRule(RoutingRule):
         steering = Steering(tuple(activate), tuple(deactivate))
         return self.groups and self.groups.obstacle(self.n_experts, self.top_k, steering)
 
+    def steer(
+        self,
+        logits: Float[Tensor, "*batch expert"],
+        activate: Sequence[int],
+        deactivate: Sequence[int],
+        epsilon: float,
+    ) -> Steered:
+        """Transformed logits, and this rule with the experts put in and kept out."""
+        steering = self._next_steering(activate, deactivate)
+        return self.transform(logits, activate, deactivate, epsilon), replace(self, steering=steering)
+
     def _next_steering(self, activate: Sequence[int], deactivate: Sequence[int]) -> Steering:
         """That of these experts, beside that of an earlier plan as long as there is room for both."""
         if (reason := self.cannot_steer(activate, deactivate)) is not None:
@@ -87,6 +101,13 @@ class _ChoiceRule(RoutingRule):
         return choice if self.steering is None else self.steering.apply(choice)
 
 
+def _steer_in_their_dtype(
+    logits: Float[Tensor, "*batch expert"], activate: Sequence[int], deactivate: Sequence[int], epsilon: float
+) -> Float[Tensor, "*batch expert"]:
+    """`steer_raw_logits` for a choice that is made directly, so that rounding cannot change it."""
+    return steer_raw_logits(logits, activate, deactivate, epsilon).to(logits.dtype)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SigmoidTopK(_ChoiceRule):
     """Sigmoid scores, chosen after adding a correction bias: DeepSeek-V3, GLM-4.x, MiniMax-M2...
@@ -108,6 +129,8 @@ class SigmoidTopK(_ChoiceRule):
     >>> rule.route(torch.tensor([[2.0, 1.0, 0.0]])).indices.tolist()      # 0.88, 0.73, 0.5 + 0.9
     [[2]]
     """
+
+    transform: ClassVar[Transform] = staticmethod(_steer_in_their_dtype)
 
     bias: Float[Tensor, " expert"] | None = field(default=None, repr=False)
     renormalize: bool = True
@@ -131,17 +154,6 @@ class SigmoidTopK(_ChoiceRule):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + self.sum_epsilon)
         return (weights * self.scaling).to(self.weights_dtype or weights.dtype)
 
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """Raised and lowered logits, and this rule with the experts put in and kept out."""
-        steered = steer_raw_logits(logits, activate, deactivate, epsilon).to(logits.dtype)
-        return steered, replace(self, steering=self._next_steering(activate, deactivate))
-
     def _scores(self, logits: Tensor) -> Tensor:
         return SCORES[self.score](logits.float() if self.float32_scores else logits)
 
@@ -163,6 +175,8 @@ class BiasedSoftmaxTopK(_ChoiceRule):
     >>> rule.route(torch.tensor([[1.0, 0.9, 0.0]]))
     Route(indices=tensor([[1]]), weights=tensor([[1.]]))
     """
+
+    transform: ClassVar[Transform] = staticmethod(steer_logits)
 
     bias: Float[Tensor, " expert"] = field(repr=False)
     smallest_sum: float = 1e-12
@@ -190,15 +204,12 @@ class BiasedSoftmaxTopK(_ChoiceRule):
         deactivate: Sequence[int],
         epsilon: float,
     ) -> Steered:
-        """`steer_logits`, and this rule with `p_scale` and the experts put in and kept out."""
+        """As in the other rules here, with `p_scale`."""
         scores = torch.log_softmax(logits.detach().float(), dim=-1)
-        raised = steer_raw_logits(scores, activate, deactivate, epsilon)
-        p_scale = torch.exp(torch.logsumexp(raised, dim=-1, keepdim=True))  # the others' p before / after
-        return steer_logits(logits, activate, deactivate, epsilon), replace(
-            self,
-            p_scale=p_scale if self.p_scale is None else p_scale * self.p_scale,
-            steering=self._next_steering(activate, deactivate),
-        )
+        moved = steer_raw_logits(scores, activate, deactivate, epsilon)
+        p_scale = torch.exp(torch.logsumexp(moved, dim=-1, keepdim=True))  # the others' p before / after
+        scaled = replace(self, p_scale=p_scale if self.p_scale is None else p_scale * self.p_scale)
+        return super(BiasedSoftmaxTopK, scaled).steer(logits, activate, deactivate, epsilon)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -217,6 +228,8 @@ class GroupLimitedSoftmax(_ChoiceRule):
     >>> sorted(rule.route(torch.tensor([3.0, 0.0, 2.0, 2.0])).indices.tolist())     # groups (0, 1) and (2, 3)
     [0, 1]
     """
+
+    transform: ClassVar[Transform] = staticmethod(steer_logits)
 
     scaling: float = 1.0
     in_order: bool = False
@@ -237,17 +250,6 @@ class GroupLimitedSoftmax(_ChoiceRule):
         makeshift = self._allowed_scores(logits).gather(-1, indices) <= 0
         chosen = (self.select(logits).unsqueeze(-2) == indices.unsqueeze(-1)).any(dim=-1)
         return weights.masked_fill(makeshift & chosen, 0.0) * self.scaling
-
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """`steer_logits`, and this rule with the experts put in and kept out."""
-        steering = self._next_steering(activate, deactivate)
-        return steer_logits(logits, activate, deactivate, epsilon), replace(self, steering=steering)
 
     @property
     def _left_out(self) -> float:

@@ -6,8 +6,9 @@ TopKSigmoid   the k largest, then a sigmoid of each            Llama 4
 SparseMixer   two masked arg-max rounds                        Phi-3.5-MoE
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,10 +18,28 @@ from moe_lens.rule_base import RoutingRule
 from moe_lens.steering_transform import steer_logits, steer_raw_logits
 
 Steered = tuple[Float[Tensor, "*batch expert"], RoutingRule]
+Transform = Callable[..., Float[Tensor, "*batch expert"]]
+
+
+class ByOrderOfLogits(RoutingRule):
+    """What these rules share: steering by the logits alone."""
+
+    transform: ClassVar[Transform]
+    """`steer_logits`, or `steer_raw_logits` where a shift of all logits would change weights."""
+
+    def steer(
+        self,
+        logits: Float[Tensor, "*batch expert"],
+        activate: Sequence[int],
+        deactivate: Sequence[int],
+        epsilon: float,
+    ) -> Steered:
+        """Transformed logits, and this rule."""
+        return self.transform(logits, activate, deactivate, epsilon), self
 
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxTopK(RoutingRule):
+class SoftmaxTopK(ByOrderOfLogits):
     """Softmax over all experts in float32, then the k largest: OLMoE, Mixtral, the Qwen family and others.
 
     With p = softmax(logits): select = top-k(p); the weight of expert i is p_i, divided by the sum of the
@@ -36,6 +55,8 @@ class SoftmaxTopK(RoutingRule):
     >>> rule.select(logits).tolist(), rule.routing_margin(logits).tolist()
     ([[0, 2]], [1.0])
     """
+
+    transform: ClassVar[Transform] = staticmethod(steer_logits)
 
     n_experts: int
     top_k: int
@@ -61,19 +82,9 @@ class SoftmaxTopK(RoutingRule):
         weights = weights * self.scaling
         return weights if self.float32_weights else weights.to(logits.dtype)
 
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """`steer_logits`, and this rule."""
-        return steer_logits(logits, activate, deactivate, epsilon), self
-
 
 @dataclass(frozen=True, eq=False)
-class TopKSoftmax(RoutingRule):
+class TopKSoftmax(ByOrderOfLogits):
     """The k largest logits, then softmax over those k: GPT-OSS, Granite MoE, JetMoE.
 
     Weights sum to 1. They come in `weights_dtype` (Granite, JetMoE: the hidden states'), or in the logits'
@@ -87,6 +98,8 @@ class TopKSoftmax(RoutingRule):
     >>> weights.tolist()
     [[0.5, 0.5]]
     """
+
+    transform: ClassVar[Transform] = staticmethod(steer_logits)
 
     n_experts: int
     top_k: int
@@ -103,19 +116,9 @@ class TopKSoftmax(RoutingRule):
         weights = torch.softmax(logits.gather(-1, indices), dim=-1)
         return weights.to(self.weights_dtype or logits.dtype)
 
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """`steer_logits`, and this rule."""
-        return steer_logits(logits, activate, deactivate, epsilon), self
-
 
 @dataclass(frozen=True, eq=False)
-class TopKSigmoid(RoutingRule):
+class TopKSigmoid(ByOrderOfLogits):
     """The k largest logits, each through a sigmoid of its own: Llama 4.
 
     The weight of expert i is sigmoid(z_i), in the logits' dtype. Llama 4 multiplies the expert's *input* by
@@ -128,6 +131,8 @@ class TopKSigmoid(RoutingRule):
     >>> rule.route(torch.tensor([[-1.0, 0.0, -2.0]])).weights.tolist()
     [[0.5]]
     """
+
+    transform: ClassVar[Transform] = staticmethod(steer_raw_logits)
 
     n_experts: int
     top_k: int
@@ -143,19 +148,9 @@ class TopKSigmoid(RoutingRule):
         # of all logits, as the router: torch rounds an element by its place in the tensor
         return torch.sigmoid(logits.float()).gather(-1, indices).to(logits.dtype)
 
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """`steer_raw_logits`, and this rule."""
-        return steer_raw_logits(logits, activate, deactivate, epsilon), self
-
 
 @dataclass(frozen=True, eq=False)
-class SparseMixer(RoutingRule):
+class SparseMixer(ByOrderOfLogits):
     """Phi-3.5-MoE's sparsemixer (arXiv 2409.12136) as it runs outside training; k is always 2.
 
     First the largest logit, then the largest of the rest. Each round's weight is the expert's share of a
@@ -169,6 +164,8 @@ class SparseMixer(RoutingRule):
     >>> rule.route(torch.tensor([[3.0, 1.0, -2.0]]))
     Route(indices=tensor([[0, 1]]), weights=tensor([[1., 1.]]))
     """
+
+    transform: ClassVar[Transform] = staticmethod(steer_raw_logits)
 
     n_experts: int
     jitter: float
@@ -199,16 +196,6 @@ class SparseMixer(RoutingRule):
             too_low = ((largest - logits) / factor) > (2 * self.jitter)
             too_low = too_low.scatter(-1, chosen, False)
         return torch.softmax(left.masked_fill(too_low, -torch.inf), dim=-1).gather(-1, chosen)
-
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """`steer_raw_logits`, and this rule."""
-        return steer_raw_logits(logits, activate, deactivate, epsilon), self
 
 
 def probabilities(logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers as T
 
-C: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 16,
@@ -47,7 +47,7 @@ _LINEAR = {
     "num_experts_per_tok": 2,
 }
 _DSV4 = {
-    **{k: v for k, v in C.items() if k != "intermediate_size"},
+    **{k: v for k, v in COMMON.items() if k != "intermediate_size"},
     "num_hidden_layers": 3,
     "num_key_value_heads": 1,
     "head_dim": 16,
@@ -68,7 +68,7 @@ _DSV4 = {
     "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
 }
 _GEMMA4_TEXT = {
-    **C,
+    **COMMON,
     "num_hidden_layers": 3,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -85,7 +85,7 @@ _GEMMA4_TEXT = {
     "tie_word_embeddings": True,
 }
 _LLAMA4_TEXT = {
-    **C,
+    **COMMON,
     "num_hidden_layers": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -96,7 +96,7 @@ _LLAMA4_TEXT = {
     "attention_chunk_size": 8,
 }
 _QWEN35_TEXT = {
-    **{k: v for k, v in C.items() if k != "intermediate_size"},
+    **{k: v for k, v in COMMON.items() if k != "intermediate_size"},
     **_LINEAR,
     "rope_parameters": {
         "rope_type": "default",
@@ -123,7 +123,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.AfmoeConfig,
         T.AfmoeForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 3,
             "num_dense_layers": 1,
             "num_key_value_heads": 2,
@@ -142,7 +142,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.DeepseekV2Config,
         T.DeepseekV2ForCausalLM,
         {
-            **C,
+            **COMMON,
             **_MLA,
             "num_hidden_layers": 3,
             "first_k_dense_replace": 1,
@@ -156,7 +156,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.DeepseekV2Config,
         T.DeepseekV2ForCausalLM,
         {
-            **C,
+            **COMMON,
             **_MLA,
             "num_hidden_layers": 3,
             "first_k_dense_replace": 1,
@@ -172,7 +172,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.DeepseekV3Config,
         T.DeepseekV3ForCausalLM,
         {
-            **C,
+            **COMMON,
             **_MLA,
             "num_hidden_layers": 3,
             "first_k_dense_replace": 1,
@@ -195,7 +195,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.Ernie4_5_MoeConfig,
         T.Ernie4_5_MoeForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 3,
             "num_key_value_heads": 2,
             "moe_intermediate_size": 8,
@@ -210,7 +210,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.FlexOlmoConfig,
         T.FlexOlmoForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 2,
             "num_key_value_heads": 2,
             "num_experts": 6,
@@ -247,7 +247,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.Glm4MoeConfig,
         T.Glm4MoeForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 3,
             "num_key_value_heads": 2,
             "head_dim": 8,
@@ -268,7 +268,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.Glm4MoeLiteConfig,
         T.Glm4MoeLiteForCausalLM,
         {
-            **C,
+            **COMMON,
             **_MLA,
             "num_hidden_layers": 3,
             "n_routed_experts": 8,
@@ -282,7 +282,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.GlmMoeDsaConfig,
         T.GlmMoeDsaForCausalLM,
         {
-            **C,
+            **COMMON,
             **_MLA,
             "num_hidden_layers": 3,
             "n_routed_experts": 8,
@@ -299,7 +299,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.GptOssConfig,
         T.GptOssForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 2,
             "num_key_value_heads": 2,
             "head_dim": 8,
@@ -312,7 +312,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.GraniteMoeConfig,
         T.GraniteMoeForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 2,
             "num_key_value_heads": 2,
             "num_local_experts": 6,
@@ -328,7 +328,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.GraniteMoeHybridConfig,
         T.GraniteMoeHybridForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 3,
             "num_key_value_heads": 2,
             "num_local_experts": 6,
@@ -351,7 +351,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.JambaConfig,
         T.JambaForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 4,
             "num_key_value_heads": 2,
             "num_experts": 6,
@@ -368,7 +368,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.JetMoeConfig,
         T.JetMoeForCausalLM,
         {
-            **{k: v for k, v in C.items() if k != "num_attention_heads"},
+            **{k: v for k, v in COMMON.items() if k != "num_attention_heads"},
             "num_hidden_layers": 2,
             "num_key_value_heads": 2,
             "kv_channels": 8,
@@ -380,7 +380,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.LagunaConfig,
         T.LagunaForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 3,
             "num_key_value_heads": 2,
             "head_dim": 8,
@@ -399,7 +399,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.Lfm2MoeConfig,
         T.Lfm2MoeForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 3,
             "num_key_value_heads": 2,
             "moe_intermediate_size": 8,
@@ -436,7 +436,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.MiniMaxM2Config,
         T.MiniMaxM2ForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 2,
             "num_key_value_heads": 2,
             "head_dim": 8,
@@ -449,7 +449,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.NemotronHConfig,
         T.NemotronHForCausalLM,
         {
-            **C,
+            **COMMON,
             "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
             "num_key_value_heads": 2,
             "head_dim": 8,
@@ -474,7 +474,7 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.PhimoeConfig,
         T.PhimoeForCausalLM,
         {
-            **C,
+            **COMMON,
             "num_hidden_layers": 2,
             "num_key_value_heads": 2,
             "num_local_experts": 5,
@@ -484,13 +484,13 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "router_jitter_noise": 0.5,  # with the default hardly an expert passes: all weights are 1
         },
     ),
-    "qwen3_next": (T.Qwen3NextConfig, T.Qwen3NextForCausalLM, {**C, **_LINEAR, "mlp_only_layers": [2]}),
+    "qwen3_next": (T.Qwen3NextConfig, T.Qwen3NextForCausalLM, {**COMMON, **_LINEAR, "mlp_only_layers": [2]}),
     "qwen3_vl_moe": (
         T.Qwen3VLMoeConfig,
         T.Qwen3VLMoeForConditionalGeneration,
         {
             "text_config": {
-                **C,
+                **COMMON,
                 "num_hidden_layers": 3,
                 "num_key_value_heads": 2,
                 "head_dim": 16,

@@ -41,28 +41,13 @@ SCALES = (0.3, 2.0, 10.0)
 LLAMA4 = ("llama4", "llama4_vl")
 
 
-CONFIG: dict[str, dict[str, Any]] = {
-    "phimoe": {"router_jitter_noise": 0.5},  # by default hardly an expert passes its threshold: weights are 1
-}
-
-
-@pytest.fixture(scope="module")
-def hooked(hooked: Hooked) -> Hooked:
-    """`hooked` of conftest, with `CONFIG`."""
-
-    def build(recipe: str, dtype: torch.dtype = torch.float32) -> HookedMoE:
-        return hooked(recipe, dtype, **CONFIG.get(recipe, {}))
-
-    return build
-
-
 @pytest.fixture(scope="module")
 def plain() -> Plain:
     """`plain("olmoe", torch.bfloat16)`: TransformerLens' own bridge around the same weights, built once."""
 
     @cache
     def build(recipe: str, dtype: torch.dtype = torch.float32) -> TransformerBridge:
-        bridge = plain_bridge(tiny_model(recipe, dtype, **CONFIG.get(recipe, {})), tokenizer())
+        bridge = plain_bridge(tiny_model(recipe, dtype), tokenizer())
         bridge.run_with_cache(tokens(1, 2))  # transformers puts hooks of its own at the first such run
         gc.freeze()  # the collector need not look at all these models again and again
         return bridge
@@ -290,7 +275,7 @@ def test_each_layer_has_its_own_point(hooked: Hooked, plain: Plain, recipe: str)
 
 @every_family
 def test_edited_logits_reroute_as_in_a_bare_hf_model(hooked: Hooked, recipe: str) -> None:
-    model, bare, edit = hooked(recipe), tiny_model(recipe, **CONFIG.get(recipe, {})), shuffle(1.0)
+    model, bare, edit = hooked(recipe), tiny_model(recipe), shuffle(1.0)
     actual = model.run_with_hooks(tokens(), fwd_hooks=on_logits(edit, *model.moe_layers))
     with oracle.rerouted(bare, edit):
         assert_near(actual, bare(input_ids=tokens(), use_cache=False).logits)
@@ -776,11 +761,26 @@ def test_statistics_count_what_hfs_routers_chose(hooked: Hooked, plain: Plain, r
 )
 def test_from_pretrained_gives_the_saved_model(hooked: Hooked, recipe: str, tmp_path: Path) -> None:
     in_memory = hooked(recipe)
-    config = CONFIG.get(recipe, {})
-    model = HookedMoE.from_pretrained(save(tiny_model(recipe, **config), tmp_path / "tiny-moe", tokenizer()))
+    model = HookedMoE.from_pretrained(save(tiny_model(recipe), tmp_path / "tiny-moe", tokenizer()))
     assert isinstance(model, HookedMoE)
     assert model.moe_shape == replace(in_memory.moe_shape, model="tiny-moe")
     assert not model.training
     for hooks in ([], on_logits(roll, *model.moe_layers)):  # another attention implementation may serve here
         expected = in_memory.run_with_hooks(tokens(), fwd_hooks=hooks)
         assert_near(model.run_with_hooks(tokens(), fwd_hooks=hooks), expected)
+
+
+@pytest.mark.parametrize("recipe", ["afmoe", "deepseek_v3", "ernie4_5_moe", "gemma4", "laguna", "minimax_m2"])
+def test_parameters_that_the_rule_needs_may_be_offloaded_to_disk(recipe: str, tmp_path: Path) -> None:
+    folder = save(tiny_model(recipe), tmp_path / "model", tokenizer())
+    in_memory = HookedMoE.from_pretrained(folder)
+    trunk: Any = in_memory.original_model.model
+    device_map = {f"model.{name}": "cpu" for name, _ in trunk.named_children() if name != "layers"}
+    device_map |= {f"model.layers.{n}": "disk" if n else "cpu" for n in range(in_memory.cfg.n_layers)}
+    device_map["lm_head"] = "cpu"
+    model = HookedMoE.from_pretrained(folder, device_map=device_map, offload_folder=str(tmp_path / "offload"))
+    layers = in_memory.moe_layers
+    steered = steer_hooks(SteeringPlan([(n, 3) for n in layers], [(n, 0) for n in layers]))
+    for hooks in ([], steered, on_logits(roll, *layers)):
+        expected = in_memory.run_with_hooks(tokens(), fwd_hooks=hooks)
+        assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=hooks), expected)

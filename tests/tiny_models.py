@@ -9,6 +9,7 @@ Weights are large enough that tokens choose different experts. Import as `from t
 """
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,6 @@ from tests import model_recipes
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = tuple(f"w{i}" for i in range(46))
 VOCAB_SIZE = len(SPECIAL) + len(WORDS)
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
 
 _OLMOE = (OlmoeConfig, OlmoeForCausalLM)
 _MIXTRAL = (MixtralConfig, MixtralForCausalLM)
@@ -156,7 +145,7 @@ def tiny_model(
     """
     if recipe in _RECIPES:
         (config_class, model_class), fields = _RECIPES[recipe]
-        fields = {**_COMMON, **fields}
+        fields = {**model_recipes.COMMON, **fields}
     else:
         config_class, model_class, fields = model_recipes.RECIPES[recipe]
     return randomised(lambda: model_class(config_class(**{**copy.deepcopy(fields), **config})), dtype, seed)
@@ -173,7 +162,9 @@ def randomised(build: Any, dtype: torch.dtype = torch.float32, seed: int = 0) ->
             for name, buffer in model.named_buffers():
                 _randomise_buffer(name, buffer, model.config)
     phases = {name: buffer for name, buffer in model.named_buffers() if buffer.is_complex()}
-    model = model.to(dtype)  # which would drop the imaginary part of Llama 4's phases
+    with warnings.catch_warnings():  # `to` drops the imaginary part of Llama 4's phases, with a warning
+        warnings.simplefilter("ignore", UserWarning)
+        model = model.to(dtype)
     for name, buffer in model.named_buffers():
         if name in phases:
             buffer.data = phases[name]
