@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lens.errors import HookError, PlanError
+from moe_lens.errors import HookError
 from moe_lens.expert_groups import GroupLimit, Steering
 from moe_lens.group_margin import group_margin
 from moe_lens.plain_rules import Steered, Transform, probabilities
@@ -61,9 +61,12 @@ class _ChoiceRule(RoutingRule):
         )
 
     def cannot_steer(self, activate: Sequence[int], deactivate: Sequence[int]) -> str | None:
-        """A reason where group limits exclude the plan, as `GroupLimit.obstacle` gives it."""
+        """As in `RoutingRule`, and where group limits exclude the plan (`GroupLimit.obstacle`)."""
+        reason = super().cannot_steer(activate, deactivate)
+        if reason is not None or self.groups is None:
+            return reason
         steering = Steering(tuple(activate), tuple(deactivate))
-        return self.groups and self.groups.obstacle(self.n_experts, self.top_k, steering)
+        return self.groups.obstacle(self.n_experts, self.top_k, steering)
 
     def steer(
         self,
@@ -77,13 +80,15 @@ class _ChoiceRule(RoutingRule):
         return self.transform(logits, activate, deactivate, epsilon), replace(self, steering=steering)
 
     def _next_steering(self, activate: Sequence[int], deactivate: Sequence[int]) -> Steering:
-        """That of these experts, beside that of an earlier plan as long as there is room for both."""
-        if (reason := self.cannot_steer(activate, deactivate)) is not None:
-            raise PlanError(f"This router cannot be steered so: {reason}.")
+        """That of these experts, beside as much of an earlier plan's as there is room for."""
+        self.refuse_plan(activate, deactivate)
         steering = Steering(tuple(activate), tuple(deactivate))
-        both = steering.after(self.steering or Steering())
-        fits = len(both.activate) <= self.top_k and len(both.deactivate) <= self.n_experts - self.top_k
-        return both if fits and self.cannot_steer(both.activate, both.deactivate) is None else steering
+        earlier = self.steering or Steering()
+        for kept in (earlier, Steering(deactivate=earlier.deactivate), Steering(activate=earlier.activate)):
+            both = steering.after(kept)
+            if self.cannot_steer(both.activate, both.deactivate) is None:
+                return both
+        return steering
 
     def _allowed_scores(self, logits: Tensor) -> Tensor:
         """Selection scores, experts of groups that were not chosen left out."""
@@ -169,7 +174,8 @@ class BiasedSoftmaxTopK(_ChoiceRule):
 
     Steering: epsilon is in nats of log-probability (SteerMoE's own formulas), which decides the weights. The
     choice is made directly, as the bias would overrule it; and as steering one expert scales every other p,
-    `p_scale` undoes that for the choice, token by token, so that the others keep their scores and order.
+    `p_scale` undoes that for the choice, token by token, so that the others keep their scores and order (up
+    to float32's rounding).
 
     >>> rule = BiasedSoftmaxTopK(n_experts=3, top_k=1, bias=torch.tensor([0.0, 0.5, 0.0]))
     >>> rule.route(torch.tensor([[1.0, 0.9, 0.0]]))
@@ -248,6 +254,7 @@ class GroupLimitedSoftmax(_ChoiceRule):
         """
         weights = probabilities(logits).gather(-1, indices)
         makeshift = self._allowed_scores(logits).gather(-1, indices) <= 0
+        # an expert outside the groups that an edit of the indices chose keeps its p
         chosen = (self.select(logits).unsqueeze(-2) == indices.unsqueeze(-1)).any(dim=-1)
         return weights.masked_fill(makeshift & chosen, 0.0) * self.scaling
 
@@ -272,6 +279,8 @@ class FixedExperts(RoutingRule):
 
     def for_call(self, *arguments: Any) -> "FixedExperts":
         """The rule for these token ids, [*batch]."""
+        if not arguments or not isinstance(arguments[0], Tensor):
+            raise HookError("Give the token ids as a tensor: rule.for_call(token_ids).")
         return replace(self, token_ids=arguments[0])
 
     def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
@@ -280,7 +289,11 @@ class FixedExperts(RoutingRule):
             raise HookError(
                 "This layer's experts depend on token ids, not on logits; use rule.for_call(token_ids)."
             )
-        return self.table[self.token_ids.to(self.table.device)].long().reshape(*logits.shape[:-1], self.top_k)
+        n_ids, n_tokens = self.token_ids.numel(), logits.shape[:-1].numel()
+        if n_ids != n_tokens:
+            raise HookError(f"There are {n_ids} token ids for the logits of {n_tokens} tokens.")
+        chosen = self.table[self.token_ids.to(self.table.device)].long()
+        return chosen.reshape(*logits.shape[:-1], self.top_k).to(logits.device)
 
     def weigh(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
@@ -304,4 +317,5 @@ class FixedExperts(RoutingRule):
         epsilon: float,
     ) -> Steered:
         """Raises PlanError."""
-        raise PlanError(f"This router cannot be steered: {self.cannot_steer(activate, deactivate)}.")
+        self.refuse_plan(activate, deactivate)
+        raise AssertionError("there is always a reason")

@@ -104,7 +104,7 @@ def _models(options: argparse.Namespace) -> None:
         return
     try:
         text = options.readme.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise MoELensError(f"{options.readme} cannot be read ({error}); give another --readme.") from error
     new = with_table(text)
     with atomic_write(options.readme) as temporary:

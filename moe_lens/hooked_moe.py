@@ -71,12 +71,18 @@ class HookedMoE(TransformerBridge):
         Raises:
             UnsupportedRouterError: the model has no router, or one without a routing rule.
             RouterMismatchError: a router does not compute what its rule says.
+            MoELensError: TransformerLens has no adapter for the architecture.
         """
         try:
             bridge = TransformerBridge.boot_transformers(str(name_or_path), **kwargs)
         except ValueError as error:  # raised before any weight is loaded
             names = _TRANSFORMER_LENS_NAMES.items()
             spelling = next((tl for hf, tl in names if repr(hf) in str(error)), None)
+            if "Could not determine supported architecture" in str(error) and spelling is None:
+                raise MoELensError(
+                    f"TransformerLens has no adapter for the architecture of {name_or_path}. "
+                    "moe_lens.supported_models() lists what can be loaded."
+                ) from error
             if spelling is None:
                 raise
             overrides = {**(kwargs.pop("hf_config_overrides", None) or {}), "original_architecture": spelling}

@@ -4,7 +4,9 @@ for moe in find_moe_layers(hf_model):      # works on a bare HF model and on one
     check_router(moe)                      # HF's forward and our rule must agree, number by number
 """
 
+import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -85,20 +87,20 @@ def check_router(moe: MoELayer) -> None:
     Raises:
         RouterMismatchError: logits, indices, weights or a dtype differ; the message says which and where.
     """
-    for scale, hidden in _hidden_states(moe.router, moe.block):
-        try:
-            with torch.no_grad():
+    with _evaluating(moe.router):
+        for scale, hidden in _hidden_states(moe.router, moe.block):
+            try:
                 difference = _difference(moe.router, moe.block, moe.rule, moe.row, hidden)
-        except UnsupportedRouterError:
-            raise
-        except Exception as error:  # whatever a changed router or an output of another form leads to
-            difference = f"it cannot be run and read: {type(error).__name__}: {error}"
-        if difference is not None:
-            raise RouterMismatchError(
-                f"{moe.where}: {type(moe.router).__name__} does not compute what its rule {moe.rule} says: "
-                f"{difference} (hidden states of scale {scale}). moe_lens leaves the model as it was rather "
-                "than route wrongly; has transformers changed this router?"
-            )
+            except UnsupportedRouterError:
+                raise
+            except Exception as error:  # whatever a changed router or an output of another form leads to
+                difference = f"it cannot be run and read: {type(error).__name__}: {error}"
+            if difference is not None:
+                raise RouterMismatchError(
+                    f"{moe.where}: {type(moe.router).__name__} does not compute what its rule {moe.rule} "
+                    f"says: {difference} (hidden states of scale {scale}). moe_lens leaves the model as it "
+                    "was rather than route wrongly; has transformers changed this router?"
+                )
 
 
 def closest_rules(router: nn.Module, block: nn.Module) -> list[str]:
@@ -108,30 +110,58 @@ def closest_rules(router: nn.Module, block: nn.Module) -> list[str]:
     of known routers whose parameters it has too, and with the common ones.
     """
     try:
-        _, hidden = next(iter(_hidden_states(router, block)))
-        with torch.no_grad():
-            output = router(hidden)
-        parts = [part for part in output if isinstance(part, Tensor) and len(part) == len(hidden)]
-        [indices] = [part for part in parts if not part.is_floating_point()]
-        k = indices.shape[-1]
-        weights = next(part for part in parts if part.is_floating_point() and part.shape[-1] == k)
-        logits = next(part for part in parts if part.is_floating_point() and part is not weights)
-        decision = RouterOutput(logits, weights, indices)
+        with torch.random.fork_rng(devices=[]), _evaluating(router):
+            decision = _read(copy.deepcopy(router), next(_hidden_states(router, block))[1])
     except Exception:  # anything may be wrong with a router that nobody knows; there is only less to say then
         return []
-    scored = []
-    for words, rule in _candidates(router, block, logits.shape[-1], k):
+    scored: list[tuple[tuple[float, float], RoutingRule, list[str]]] = []
+    for name, rule in _candidates(router, block, decision.logits.shape[-1], decision.indices.shape[-1]):
         try:
             agreement = _agreement(rule, decision)
         except Exception:  # a rule of another kind of router, whose parameters do not fit
             continue
-        scored.append((agreement, words))
+        if (same := next((names for _, known, names in scored if known == rule), None)) is not None:
+            same.extend(name)
+        else:
+            scored.append((agreement, rule, name))
     scored.sort(key=lambda item: item[0], reverse=True)
     return [
-        f"{words} (the same experts on {same:.0%} of random tokens"
-        + (f", weights off by {-off:.2g} on average)" if same == 1 else ")")
-        for (same, off), words in scored[:3]
+        f"{rule}{' as in ' + ', '.join(names) if names else ''} (the same experts on {same:.0%} of random "
+        f"tokens, weights off by {-off:.2g} on average)"
+        for (same, off), rule, names in scored[:3]
     ]
+
+
+def _read(router: Any, hidden: Tensor) -> RouterOutput:
+    """The decision of a router that nobody knows, as far as it shows; raises anything where it does not."""
+    with torch.no_grad():
+        try:
+            output = router(hidden)
+        except Exception:
+            output = router(hidden[None])
+    parts = list(output.values()) if isinstance(output, dict) else list(output)
+    tensors = [part.reshape(len(hidden), -1) for part in parts if isinstance(part, Tensor) and part.ndim > 1]
+    [indices] = [part for part in tensors if not part.is_floating_point()]
+    numbers = [part for part in tensors if part.is_floating_point()]
+    weights = next(part for part in reversed(numbers) if part.shape == indices.shape)
+    logits = next((part for part in numbers if part is not weights), None)
+    if logits is None:
+        [matrix] = [parameter for parameter in router.parameters() if parameter.ndim == 2]
+        logits = torch.nn.functional.linear(hidden, matrix.detach())
+    return RouterOutput(logits, weights, indices)
+
+
+@contextmanager
+def _evaluating(router: nn.Module) -> Iterator[None]:
+    """The router in eval mode, in which models route when they are hooked, without gradients."""
+    modes = [(module, module.training) for module in router.modules()]
+    router.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _hidden_states(router: nn.Module, block: nn.Module | None) -> Iterator[tuple[float, Tensor]]:
@@ -193,14 +223,15 @@ def _mismatch(rule: RoutingRule, layout: Layout, output: Any, theirs: RouterOutp
 
 def _candidates(
     router: nn.Module, block: nn.Module, n_experts: int, k: int
-) -> Iterator[tuple[str, RoutingRule]]:
+) -> Iterator[tuple[list[str], RoutingRule]]:
+    """Rules to compare with, and the known router that follows each, if any."""
     for name, row in sorted(RULES.items()):
         try:
             rule = row.rule(router, block)
         except Exception:  # a parameter of that router which this one does not have
             continue
         if (rule.n_experts, rule.top_k) == (n_experts, k):
-            yield f"the rule of {name}: {rule}", rule
+            yield [name], rule
     for rule in (
         SoftmaxTopK(n_experts, k, renormalize=True),
         SoftmaxTopK(n_experts, k, renormalize=False),
@@ -208,7 +239,7 @@ def _candidates(
         TopKSigmoid(n_experts, k),
         SigmoidTopK(n_experts=n_experts, top_k=k),
     ):
-        yield str(rule), rule
+        yield [], rule
 
 
 def _agreement(rule: RoutingRule, theirs: RouterOutput) -> tuple[float, float]:
@@ -223,13 +254,25 @@ def _why_refused(where: str, block: nn.Module, children: list[nn.Module]) -> str
         if (reason := REFUSED_ROUTERS.get(type(child).__name__)) is not None:
             return f"{where}: moe_lens does not hook {type(child).__name__}: {reason}."
     found = ", ".join(sorted(type(child).__name__ for child in children)) or "nothing"
-    close = next((words for child in children if (words := closest_rules(child, block))), [])
-    hint = f" Closest rules: {'; '.join(close)}." if close else ""
+    close = next((words for child in _routers_first(children) if (words := closest_rules(child, block))), [])
+    hint = (
+        f"Closest rules: {'; '.join(close)}" if close else "Its decision could not be compared with any rule"
+    )
     return (
         f"{where}: {type(block).__name__} holds experts but no router that moe_lens has a rule for (its "
-        f"parts: {found}).{hint} Known router classes: {', '.join(sorted(RULES))}. If a rule fits yours, add "
-        "it with moe_lens.register_rule(router_class_name, factory); CONTRIBUTING.md shows how."
+        f"parts: {found}). {hint}. Known router classes: {', '.join(sorted(RULES))}. If a rule fits yours, "
+        "add it with moe_lens.register_rule(router_class_name, factory); CONTRIBUTING.md shows how."
     )
+
+
+def _routers_first(children: list[nn.Module]) -> list[nn.Module]:
+    """What may be a router, by name; experts are none."""
+
+    def rank(child: nn.Module) -> int:
+        name = type(child).__name__.lower()
+        return 0 if "router" in name or "gat" in name else 2 if "expert" in name or "mlp" in name else 1
+
+    return sorted((child for child in children if rank(child) < 2), key=rank)
 
 
 def _unwrap(module: nn.Module) -> nn.Module:

@@ -35,6 +35,7 @@ class ByOrderOfLogits(RoutingRule):
         epsilon: float,
     ) -> Steered:
         """Transformed logits, and this rule."""
+        self.refuse_plan(activate, deactivate)
         return self.transform(logits, activate, deactivate, epsilon), self
 
 
@@ -187,6 +188,9 @@ class SparseMixer(ByOrderOfLogits):
         """
         first, second = indices.split(1, dim=-1)
         rest = logits.scatter(-1, first, -torch.inf)
+        rest = torch.where(
+            second == first, logits, rest
+        )  # an expert that an edit chose twice weighs the same
         return torch.cat([self._round(logits, logits, first), self._round(logits, rest, second)], dim=-1)
 
     def _round(self, logits: Tensor, left: Tensor, chosen: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class HookedRouter:
         if points.topk_weights.is_hooked:
             weights = self._fire(points.topk_weights, weights)
             self._check_weights(weights, "a hook on the weights returned NaN. Check that hook")
-            self._check_duplicates(indices, weights)
+        self._check_duplicates(indices, weights)
         flat = RouterOutput(logits.flatten(0, -2), weights.to(dtype).flatten(0, -2), indices.flatten(0, -2))
         return layout.pack(output, flat)
 
@@ -162,8 +162,8 @@ class HookedRouter:
             same = indices.unsqueeze(-1) == indices.unsqueeze(-2)
             if bool((same & (weights.unsqueeze(-1) != weights.unsqueeze(-2))).any()):
                 raise HookError(
-                    f"{self.points.topk_weights.name}: hooks chose an expert twice for a token and gave it "
-                    "two different weights. Give both the same weight."
+                    f"{self.moe.where}: hooks chose an expert twice for a token, and its two weights differ; "
+                    "TransformerLens keeps one weight an expert. Give both the same weight."
                 )
 
     def _check_weights(self, weights: Tensor, because: str) -> None:

@@ -25,7 +25,7 @@ from moe_lens.biased_rules import (
     GroupLimitedSoftmax,
     SigmoidTopK,
 )
-from moe_lens.errors import MoELensError, UnsupportedRouterError
+from moe_lens.errors import MoELensError, RouterMismatchError, UnsupportedRouterError
 from moe_lens.plain_rules import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
 from moe_lens.router_outputs import (
     ORDER,
@@ -276,7 +276,7 @@ def register_rule(
         raise MoELensError(
             f"{router_class_name} has a rule already; pass replace=True to put yours in its place."
         )
-    if not isinstance(order, tuple) or sorted(order) != sorted(ORDER):
+    if not isinstance(order, tuple) or len(order) != len(ORDER) or set(order) != set(ORDER):
         raise MoELensError(f"order must hold {', '.join(map(repr, ORDER))}, each once; got {order!r}.")
     if inputs is not None and not callable(inputs):
         raise MoELensError(f"inputs must be a function (block, hidden_states) -> tuple; got {inputs!r}.")
@@ -313,13 +313,22 @@ def rule_for(router: nn.Module, block: nn.Module | None = None) -> RoutingRule:
     Args:
         router: the router module.
         block: the MoE block around it; needed for AFMoE, LFM2-MoE and MiniMax-M2, whose correction bias lives
-            there.
+            there, and for ERNIE 4.5, where it tells the dtype of the hidden states.
 
     Raises:
         UnsupportedRouterError: no row of `RULES` names the router's class, or its parameters are none that
-            the rule knows.
+            the rule knows. RouterMismatchError: its parameters cannot be read.
     """
-    return row_for(router).rule(router, block)
+    row = row_for(router)
+    try:
+        return row.rule(router, block)
+    except MoELensError:
+        raise
+    except Exception as error:  # a parameter that has another name or form now
+        raise RouterMismatchError(
+            f"The parameters of {type(router).__name__} cannot be read ({type(error).__name__}: {error}). "
+            "Has transformers changed this router?"
+        ) from error
 
 
 def hidden_dtype(router: nn.Module, block: nn.Module | None) -> torch.dtype:
@@ -358,13 +367,14 @@ def _reader(name: str, factory: Callable[..., RoutingRule]) -> Callable[[Any, An
 
 
 def _n_required(factory: Any) -> int | None:
-    """How many arguments without a default a function takes by position; None where it is no function."""
+    """How many arguments a function needs, all by position; None where it is no such function."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         return None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(each.kind in positional and each.default is inspect.Parameter.empty for each in parameters)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [each for each in parameters if each.default is each.empty and each.kind not in variable]
+    return None if any(each.kind is each.KEYWORD_ONLY for each in needed) else len(needed)
 
 
 def _of_block(router: Any, block: Any, name: str) -> Tensor:

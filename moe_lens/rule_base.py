@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, PlanError
 from moe_lens.steering_transform import steer_raw_logits
 
 
@@ -81,11 +81,20 @@ class RoutingRule(ABC):
         return (lowest - highest).clamp(min=0)  # probabilities that round to equals may change places
 
     def cannot_steer(self, activate: Sequence[int], deactivate: Sequence[int]) -> str | None:
-        """Why no steering keeps its guarantee for these experts, in words; None where it does.
-
-        At most k activated and at most E − k deactivated experts are taken for granted.
-        """
+        """Why no steering keeps its guarantee for these experts, in words; None where it does."""
+        experts, room = [*activate, *deactivate], self.n_experts - self.top_k
+        if len(set(experts)) < len(experts):
+            return "an expert is named twice"
+        if any(not 0 <= expert < self.n_experts for expert in experts):
+            return f"the experts are 0 to {self.n_experts - 1}"
+        if len(activate) > self.top_k or len(deactivate) > room:
+            return f"at most {self.top_k} experts can be activated and {room} deactivated"
         return None
+
+    def refuse_plan(self, activate: Sequence[int], deactivate: Sequence[int]) -> None:
+        """Raise PlanError where `cannot_steer` gives a reason."""
+        if (reason := self.cannot_steer(activate, deactivate)) is not None:
+            raise PlanError(f"This router cannot be steered so: {reason}.")
 
     def steer(
         self,
@@ -100,8 +109,10 @@ class RoutingRule(ABC):
         others keep theirs; the rule stays the same. Activated and deactivated experts are different ones.
 
         Raises:
+            PlanError: `cannot_steer` gives a reason.
             HookError: the rule does not choose by the order of its logits, so that the guarantee is not met.
         """
+        self.refuse_plan(activate, deactivate)
         steered = steer_raw_logits(logits, activate, deactivate, epsilon)
         indices = self.select(steered)
         missing = [expert for expert in activate if not bool((indices == expert).any(-1).all())]
@@ -135,5 +146,5 @@ def at_least_float32(scores: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
     return type(a) is type(b) and a == b

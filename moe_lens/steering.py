@@ -1,4 +1,4 @@
-"""Steering by choosing the route (SteerMoE, arXiv 2509.09660): the transform and the hooks that apply it.
+"""Steering by choosing the route (SteerMoE, arXiv 2509.09660): the hooks that apply a plan.
 
     logits = model.run_with_hooks(prompt, fwd_hooks=steer_hooks(plan))
     with model.hooks(steer_hooks(plan)):
@@ -81,8 +81,9 @@ def steer_hooks(plan: SteeringPlan) -> HookList:
     ['blocks.0.mlp.hook_router_logits', 'blocks.2.mlp.hook_router_logits']
 
     Use them with `run_with_hooks(fwd_hooks=...)`, `hooks(...)` or `add_hook`. Hooks on the same point run in
-    the order of the list: what comes before the plan is steered, what comes after edits steered scores. The
-    guarantees are those of one plan: of two plans on one layer, the later one's hold.
+    the order of the list: what comes before the plan is steered, what comes after edits steered scores. (On
+    routers with a correction bias or expert groups, the plan's experts stay in or out whatever later hooks do
+    to the logits.) The guarantees are those of one plan: of two plans on one layer, the later one's hold.
     """
     if not isinstance(plan, SteeringPlan):
         raise PlanError(f"steer_hooks needs a SteeringPlan; got {type(plan).__name__}.")

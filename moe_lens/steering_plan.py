@@ -47,7 +47,8 @@ class SteeringPlan:
     Attributes:
         activate, deactivate: (layer, expert) pairs, in rank order where they come from scores. Where an
             expert stands in both, deactivation wins.
-        epsilon: distance in nats above the largest and below the smallest score, in `EPSILON_RANGE`.
+        epsilon: distance above the largest and below the smallest score, in `EPSILON_RANGE`; in nats on
+            softmax routers, for others see the docstring of their rule.
         shape: the model that the plan was made for; None for a plan written by hand, which is checked when
             it is applied.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_lens.biased_rules import BiasedSoftmaxTopK, FixedExperts, GroupLimitedSoftmax, SigmoidTopK
 from moe_lens.errors import HookError, PlanError
-from moe_lens.expert_groups import GroupLimit
+from moe_lens.expert_groups import GroupLimit, Steering
 from moe_lens.steering_plan import EPSILON_RANGE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -568,6 +568,22 @@ def test_steer_refuses_what_group_limits_exclude() -> None:
     assert rule.cannot_steer([0, 7], []) is not None
     with pytest.raises(PlanError, match="2 of the router's 4 groups"):
         rule.steer(torch.randn(5, 8), [0, 7], [], 0.01)
+
+
+def test_of_an_earlier_plan_what_there_is_room_for_stays() -> None:
+    rule = SigmoidTopK(n_experts=8, top_k=2, groups=GroupLimit(4, 2, 2))
+    z = torch.randn(5, 8)
+    _, first = rule.steer(z, [0], [5], 0.01)
+    _, second = first.steer(z, [2, 4], [], 0.01)  # no room for a third activated expert
+    assert isinstance(second, SigmoidTopK)
+    assert second.steering == Steering((2, 4), (5,))
+
+
+def test_for_call_and_select_say_what_token_ids_they_need() -> None:
+    with pytest.raises(HookError, match="for_call"):
+        FIXED.for_call()
+    with pytest.raises(HookError, match="3 token ids for the logits of 20 tokens"):
+        FIXED.for_call(torch.arange(3)).select(logits(20))
 
 
 # ---------------------------------------------------------------------------------- equality

@@ -982,3 +982,9 @@ def test_a_model_hooked_through_another_bridge_is_refused() -> None:
     HookedMoE.from_hf(hf_model)
     with pytest.raises(MoELensError, match="another bridge"):
         attach(plain_bridge(hf_model))
+
+
+def test_from_pretrained_of_an_architecture_without_adapter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "dbrx", "architectures": ["DbrxForCausalLM"]}')
+    with pytest.raises(MoELensError, match="no adapter for the architecture"):
+        HookedMoE.from_pretrained(tmp_path)

@@ -570,10 +570,69 @@ def test_a_router_with_the_attributes_of_a_known_one_is_compared_with_that_ones_
     moe = kinds("deepseek_v3")[0]
     moe.router.__class__ = type("BrandNewRouter", (nn.Module,), dict(vars(type(moe.router))))
     best, *_ = closest_rules(moe.router, moe.block)
-    assert best.startswith(
-        "the rule of DeepseekV3TopkRouter: SigmoidTopK(n_experts=8, top_k=3, groups=GroupLimit("
-    )
+    assert best.startswith("SigmoidTopK(n_experts=8, top_k=3, groups=GroupLimit(")
+    assert "as in DeepseekV3TopkRouter, Glm4MoeLiteTopkRouter," in best  # once, with all that follow it
     assert "100%" in best
+
+
+class Unknown(nn.Module):
+    """A softmax top-2 router of six experts; `form` says what its forward gives."""
+
+    def __init__(self, form: Callable[..., Any]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+        self.norm = nn.BatchNorm1d(8, affine=False)
+        self.form = form
+
+    def forward(self, hidden: Tensor) -> Any:
+        logits = nn.functional.linear(self.norm(hidden), self.weight)
+        weights, indices = logits.softmax(-1).topk(2, dim=-1)
+        return self.form(logits, weights / weights.sum(-1, keepdim=True), indices)
+
+
+FORMS: dict[str, Callable[..., Any]] = {
+    "with a loss": lambda logits, weights, indices: (logits, weights, indices, logits.mean()),
+    "without logits": lambda logits, weights, indices: (weights, indices),
+    "a dictionary": lambda logits, weights, indices: {"i": indices, "w": weights, "z": logits},
+    "indices first": lambda logits, weights, indices: (indices, logits, weights),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_closest_rule_is_found_in_other_forms_of_output_and_the_router_is_left_alone(
+    form: Callable[..., Any],
+) -> None:
+    router = Unknown(form).train()
+    before = copy.deepcopy(router.state_dict())
+    state = torch.get_rng_state()
+    best, *_ = closest_rules(router, nn.Module())
+    assert best.startswith("SoftmaxTopK(n_experts=6, top_k=2, renormalize=True")
+    assert router.training
+    assert all(torch.equal(before[name], value) for name, value in router.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_gate_that_decides_nothing_itself_has_no_closest_rule() -> None:
+    assert closest_rules(nn.Linear(8, 6), nn.Module()) == []
+
+
+def test_a_router_in_training_mode_is_checked_as_it_runs_in_eval_mode() -> None:
+    model = tiny_model("phimoe").train()  # its router draws experts at random in training
+    for moe in find_moe_layers(model):
+        check_router(moe)
+        assert moe.router.training
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [("deepseek_v3", "num_group"), ("olmoe", "norm_topk_prob"), ("ernie4_5_moe", "norm_min")],
+)
+def test_a_parameter_that_has_another_name_now_is_a_mismatch(recipe: str, name: str) -> None:
+    model = tiny_model(recipe)
+    for moe in find_moe_layers(model):
+        delattr(moe.router, name)
+    with pytest.raises(RouterMismatchError, match=f"cannot be read.*{name}"):
+        HookedMoE.from_hf(model)
 
 
 def test_an_unknown_router_inside_a_bridge_is_refused_by_its_layer() -> None:

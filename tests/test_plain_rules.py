@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, PlanError
 from moe_lens.plain_rules import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
 from moe_lens.rule_base import RoutingRule
 from moe_lens.steering_plan import EPSILON_RANGE
@@ -373,3 +373,27 @@ def test_tensors_among_the_parameters_are_compared_by_value() -> None:
         assert with_table(other) != with_table(table)
     assert Largest(N, K) != LastFirst(N, K)
     assert Largest(N, K) != (N, K)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (([0, 1, 2], []), "at most 2 experts can be activated"),
+        (([], [0, 1, 2, 3]), "and 3 deactivated"),
+        (([5], []), "experts are 0 to 4"),
+        (([1], [1]), "named twice"),
+    ],
+)
+def test_steer_refuses_what_is_no_plan_for_the_router(plan: tuple[list[int], list[int]], words: str) -> None:
+    activate, deactivate = plan
+    for rule in (SoftmaxTopK(5, 2, True), TopKSoftmax(5, 2), TopKSigmoid(5, 2), SparseMixer(5, 0.1)):
+        with pytest.raises(PlanError, match=words):
+            rule.steer(torch.randn(4, 5), activate, deactivate, 0.01)
+
+
+def test_an_expert_chosen_twice_weighs_the_same_both_times_in_sparsemixer() -> None:
+    z = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    indices = torch.full((50, 2), 3)
+    weights = SparseMixer(5, 0.3).weigh(z, indices)
+    assert torch.equal(weights[:, 0], weights[:, 1])
+    assert bool((weights > 0).all())

@@ -537,3 +537,11 @@ def test_a_factory_that_gives_no_rule_is_refused_when_it_is_read(rows: None) -> 
     register_rule("MyRouter", nothing)
     with pytest.raises(MoELensError, match=r"MyRouter gave str.*RoutingRule"):
         rule_for(MyRouter(3, 5))
+
+
+def test_an_order_of_other_things_and_a_keyword_only_factory_are_refused(rows: None) -> None:
+    order = ("logits", "weights", "scores")
+    with pytest.raises(MoELensError, match="order must hold"):
+        register_rule("MyRouter", lambda router: SoftmaxTopK(5, 2, False), order=order)
+    with pytest.raises(MoELensError, match="must be a function of the live router"):
+        register_rule("MyRouter", lambda *, router: SoftmaxTopK(5, 2, False))
