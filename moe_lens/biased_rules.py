@@ -7,9 +7,10 @@
 
 Here an expert with the lowest logit can still be chosen, and one with the highest be left out. So steering
 changes more than logits: it gives a rule that keeps deactivated experts out and puts activated ones in,
-whatever their bias and group (`Steering`).
+whatever their bias and group, until a later hook changes their logits (`Steering`).
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
@@ -39,6 +40,8 @@ class _ChoiceRule(RoutingRule):
 
     transform: ClassVar[Transform]
     """What steering does to the logits, on which the weights depend."""
+    _LEFT_OUT: ClassVar[float] = -torch.inf
+    """The selection score of experts in groups that were not chosen."""
 
     n_experts: int
     top_k: int
@@ -55,7 +58,7 @@ class _ChoiceRule(RoutingRule):
         """As in `RoutingRule`; under group limits `group_margin`, where steering is left out of account."""
         if self.groups is None:
             return super().routing_margin(logits)
-        groups, choice = self.groups, replace(self, steering=None).selection_scores(logits)
+        groups, choice = self.groups, self._choice(logits)
         return group_margin(
             at_least_float32(choice), self.top_k, groups.n_groups, groups.n_chosen, groups.n_summed
         )
@@ -77,7 +80,8 @@ class _ChoiceRule(RoutingRule):
     ) -> Steered:
         """Transformed logits, and this rule with the experts put in and kept out."""
         steering = self._next_steering(activate, deactivate)
-        return self.transform(logits, activate, deactivate, epsilon), replace(self, steering=steering)
+        steered = self.transform(logits, activate, deactivate, epsilon)
+        return steered, replace(self, steering=replace(steering, logits=steered.detach().clone()))
 
     def _next_steering(self, activate: Sequence[int], deactivate: Sequence[int]) -> Steering:
         """That of these experts, beside as much of an earlier plan's as there is room for."""
@@ -90,27 +94,27 @@ class _ChoiceRule(RoutingRule):
                 return both
         return steering
 
+    def selection_scores(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+        """What the choice compares, larger is better; ±inf for experts that steering holds in or out."""
+        return self._steered(self._choice(logits), logits)
+
     def _allowed_scores(self, logits: Tensor) -> Tensor:
         """Selection scores, experts of groups that were not chosen left out."""
-        if self.groups is None:
-            return self.selection_scores(logits)
-        unsteered = replace(self, steering=None).selection_scores(logits)
-        allowed = self.groups.allowed(unsteered, self.top_k, self.steering)
-        return self.selection_scores(logits).masked_fill(~allowed, self._left_out)
+        choice = self._choice(logits)
+        if self.groups is not None:
+            held = None if self.steering is None else self.steering.held(logits)
+            choice = choice.masked_fill(~self.groups.allowed(choice, self.top_k, held), self._LEFT_OUT)
+        return self._steered(choice, logits)
 
-    @property
-    def _left_out(self) -> float:
-        return -torch.inf
+    def _steered(self, choice: Tensor, logits: Tensor) -> Tensor:
+        if self.steering is None:
+            return choice
+        inside, outside = self.steering.held(logits)
+        return choice.masked_fill(inside, torch.inf).masked_fill(outside, -torch.inf)
 
-    def _steered(self, choice: Tensor) -> Tensor:
-        return choice if self.steering is None else self.steering.apply(choice)
-
-
-def _steer_in_their_dtype(
-    logits: Float[Tensor, "*batch expert"], activate: Sequence[int], deactivate: Sequence[int], epsilon: float
-) -> Float[Tensor, "*batch expert"]:
-    """`steer_raw_logits` for a choice that is made directly, so that rounding cannot change it."""
-    return steer_raw_logits(logits, activate, deactivate, epsilon).to(logits.dtype)
+    @abstractmethod
+    def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+        """Selection scores without steering."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -135,7 +139,7 @@ class SigmoidTopK(_ChoiceRule):
     [[2]]
     """
 
-    transform: ClassVar[Transform] = staticmethod(_steer_in_their_dtype)
+    transform: ClassVar[Transform] = staticmethod(steer_raw_logits)
 
     bias: Float[Tensor, " expert"] | None = field(default=None, repr=False)
     renormalize: bool = True
@@ -144,11 +148,11 @@ class SigmoidTopK(_ChoiceRule):
     score: str = "sigmoid"
     float32_scores: bool = True
     weights_dtype: torch.dtype | None = None
+    unsteered_dtype: torch.dtype | None = None
 
-    def selection_scores(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
-        """score(logits) + bias; ±inf for steered experts."""
+    def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
         scores = self._scores(logits)
-        return self._steered(scores if self.bias is None else scores + self.bias.to(scores.device))
+        return scores if self.bias is None else scores + self.bias.to(scores.device)
 
     def weigh(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
@@ -160,7 +164,19 @@ class SigmoidTopK(_ChoiceRule):
         return (weights * self.scaling).to(self.weights_dtype or weights.dtype)
 
     def _scores(self, logits: Tensor) -> Tensor:
-        return SCORES[self.score](logits.float() if self.float32_scores else logits)
+        dtype = torch.float32 if self.float32_scores else self.unsteered_dtype or logits.dtype
+        return SCORES[self.score](logits.to(dtype))
+
+    def steer(
+        self,
+        logits: Float[Tensor, "*batch expert"],
+        activate: Sequence[int],
+        deactivate: Sequence[int],
+        epsilon: float,
+    ) -> Steered:
+        """As in the other rules here; the float32 logits are scored in the dtype that they had before."""
+        rule = replace(self, unsteered_dtype=self.unsteered_dtype or logits.dtype)
+        return super(SigmoidTopK, rule).steer(logits, activate, deactivate, epsilon)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -189,11 +205,12 @@ class BiasedSoftmaxTopK(_ChoiceRule):
     weights_dtype: torch.dtype | None = None
     p_scale: Float[Tensor, "*batch 1"] | None = field(default=None, repr=False)
 
-    def selection_scores(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
-        """p + bias; ±inf for steered experts."""
+    def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
         p = probabilities(logits)
-        p = p if self.p_scale is None else p * self.p_scale
-        return self._steered(p + self.bias.to(p.device))
+        if self.p_scale is not None and self.steering is not None:
+            inside, outside = self.steering.held(logits)
+            p = torch.where((inside | outside).any(dim=-1, keepdim=True), p * self.p_scale, p)
+        return p + self.bias.to(p.device)
 
     def weigh(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
@@ -237,12 +254,13 @@ class GroupLimitedSoftmax(_ChoiceRule):
 
     transform: ClassVar[Transform] = staticmethod(steer_logits)
 
+    _LEFT_OUT: ClassVar[float] = 0.0
+
     scaling: float = 1.0
     in_order: bool = False
 
-    def selection_scores(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
-        """p, before groups are left out; ±inf for steered experts."""
-        return self._steered(probabilities(logits))
+    def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+        return probabilities(logits)
 
     def weigh(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
@@ -257,10 +275,6 @@ class GroupLimitedSoftmax(_ChoiceRule):
         # an expert outside the groups that an edit of the indices chose keeps its p
         chosen = (self.select(logits).unsqueeze(-2) == indices.unsqueeze(-1)).any(dim=-1)
         return weights.masked_fill(makeshift & chosen, 0.0) * self.scaling
-
-    @property
-    def _left_out(self) -> float:
-        return 0.0 if self.steering is None else -torch.inf
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,18 +1,26 @@
 """Choosing among groups of experts, and the experts that steering puts in and keeps out of the choice."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Held = tuple[Bool[Tensor, "*batch expert"], Bool[Tensor, "*batch expert"]]
+"""Which experts steering puts in, and which it keeps out, token by token."""
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Experts that a steered rule puts in and keeps out, whatever their scores."""
+    """Experts that a steered rule puts in and keeps out, whatever their scores.
+
+    It holds for an expert on a token as long as the logit is the one that steering gave it (`logits`): a hook
+    that changes it later sets the expert free again.
+    """
 
     activate: tuple[int, ...] = ()
     deactivate: tuple[int, ...] = ()
+    logits: Float[Tensor, "*batch expert"] | None = field(default=None, repr=False, compare=False)
 
     def after(self, earlier: "Steering") -> "Steering":
         """This steering and what it leaves of an earlier one."""
@@ -22,12 +30,15 @@ class Steering:
             (*self.deactivate, *(expert for expert in earlier.deactivate if expert not in taken)),
         )
 
-    def apply(self, choice: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
-        """Selection scores with those experts at +inf and -inf."""
-        choice = choice.clone()
-        choice[..., list(self.activate)] = torch.inf
-        choice[..., list(self.deactivate)] = -torch.inf
-        return choice
+    def held(self, logits: Float[Tensor, "*batch expert"]) -> Held:
+        """Which experts it holds in and out on each token with these logits."""
+        untouched = torch.ones_like(logits, dtype=torch.bool)
+        if self.logits is not None and self.logits.shape == logits.shape:
+            untouched = logits == self.logits.to(logits.device)
+        inside, outside = torch.zeros_like(untouched), torch.zeros_like(untouched)
+        inside[..., list(self.activate)] = True
+        outside[..., list(self.deactivate)] = True
+        return inside & untouched, outside & untouched
 
 
 @dataclass(frozen=True)
@@ -42,22 +53,26 @@ class GroupLimit:
     n_summed: int
 
     def allowed(
-        self, choice: Float[Tensor, "*batch expert"], top_k: int, steering: Steering | None
+        self, choice: Float[Tensor, "*batch expert"], top_k: int, held: Held | None
     ) -> Bool[Tensor, "*batch expert"]:
         """Which experts stand in a chosen group."""
-        n_experts = choice.shape[-1]
-        if steering is not None:  # a deactivated expert does not lift its group
-            lowest = choice.amin(dim=-1, keepdim=True)
-            choice = choice.clone()
-            choice[..., list(steering.deactivate)] = lowest
+        best = torch.topk(self._scores(choice), k=self.n_chosen, dim=-1, sorted=False).indices
+        chosen = torch.zeros_like(self._scores(choice), dtype=torch.bool).scatter(-1, best, True)
+        if held is not None:
+            inside, outside = held
+            lowest = choice.amin(dim=-1, keepdim=True)  # a deactivated expert does not lift its group
+            steered = self._feasible_groups(
+                self._scores(torch.where(outside, lowest, choice)),
+                required=inside.unflatten(-1, (self.n_groups, -1)).any(dim=-1),
+                available=(~outside).unflatten(-1, (self.n_groups, -1)).sum(dim=-1),
+                top_k=top_k,
+            )
+            chosen = torch.where((inside | outside).any(dim=-1, keepdim=True), steered, chosen)
+        return chosen.repeat_interleave(choice.shape[-1] // self.n_groups, dim=-1)
+
+    def _scores(self, choice: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch group"]:
         in_groups = choice.unflatten(-1, (self.n_groups, -1))
-        scores = in_groups.topk(self.n_summed, dim=-1).values.sum(dim=-1)
-        if steering is None:
-            best = torch.topk(scores, k=self.n_chosen, dim=-1, sorted=False).indices
-            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
-        else:
-            chosen = self._feasible_groups(scores, n_experts, top_k, steering)
-        return chosen.unsqueeze(-1).expand(in_groups.shape).flatten(-2)
+        return in_groups.topk(self.n_summed, dim=-1).values.sum(dim=-1)
 
     def required(self, n_experts: int, steering: Steering) -> list[int]:
         """The groups in which activated experts stand, ascending."""
@@ -88,15 +103,17 @@ class GroupLimit:
         return None
 
     def _feasible_groups(
-        self, scores: Float[Tensor, "*batch group"], n_experts: int, top_k: int, steering: Steering
+        self,
+        scores: Float[Tensor, "*batch group"],
+        required: Bool[Tensor, "*batch group"],
+        available: Int[Tensor, "*batch group"],
+        top_k: int,
     ) -> Bool[Tensor, "*batch group"]:
         """The best groups, one by one, passing over those after which fewer than k experts could run."""
-        available = torch.tensor(self.available(n_experts, steering), device=scores.device)
-        scores = scores.clone()
-        scores[..., self.required(n_experts, steering)] = torch.inf
-        picked = torch.zeros_like(scores, dtype=torch.bool)
+        scores = scores.masked_fill(required, torch.inf)
+        picked = torch.zeros_like(required)
         for still_to_come in reversed(range(self.n_chosen)):
-            room = torch.where(picked, -1, available)  # [*batch group]
+            room = torch.where(picked, -1, available)
             top = room.topk(still_to_come + 1, dim=-1).values
             least = top[..., -1:]
             best_with = top.sum(-1, keepdim=True) + (room - least).clamp(max=0)  # if this one is next

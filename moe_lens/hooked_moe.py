@@ -219,7 +219,10 @@ class HookedMoE(TransformerBridge):
                 if options.arguments[option] and (option != "fold_value_biases" or has_value_biases)
             ]
             if wrong:
-                off = ", ".join(f"{option}=False" for option in wrong)
+                biases = (
+                    ["fold_value_biases"] if has_value_biases and "fold_value_biases" not in wrong else []
+                )
+                off = ", ".join(f"{option}=False" for option in wrong + biases)
                 raise MoELensError(
                     f"enable_compatibility_mode with {' and '.join(wrong)} can change what "
                     f"{model.architecture} computes in TransformerLens 4.3. Pass {off} or no_processing=True."

@@ -201,6 +201,9 @@ def _difference(router: Any, block: Any, rule: RoutingRule, row: RouterRow, hidd
 
 def _mismatch(rule: RoutingRule, layout: Layout, output: Any, theirs: RouterOutput) -> str | None:
     logits, weights, indices = theirs
+    tensors = [each for each in vars(rule).values() if isinstance(each, Tensor)]
+    if any(each.is_floating_point() and not bool(each.isfinite().all()) for each in tensors):
+        return "a bias or scale of the router holds NaN or infinity"
     if indices.shape != (len(logits), rule.top_k):
         return f"indices have shape {tuple(indices.shape)}, not {(len(logits), rule.top_k)}"
     expected_indices = rule.select(logits)

@@ -46,7 +46,8 @@ class SoftmaxTopK(ByOrderOfLogits):
     With p = softmax(logits): select = top-k(p); the weight of expert i is p_i, divided by the sum of the
     chosen p if `renormalize`, times `scaling`, times `expert_scale[i]` where the router has one (Gemma 4).
     Weights come in float32 if `float32_weights`, else in the logits' dtype. `in_order=False` leaves the
-    experts in whatever order torch finds them (DeepSeek-V2).
+    experts in whatever order torch finds them (DeepSeek-V2). Among experts more than about 100 nats below the
+    best, p is 0 in float32 and the router's choice arbitrary.
 
     Steering: epsilon is in nats of log-probability above the largest and below the smallest (SteerMoE's own
     formulas). The others' log-probabilities move together, so their order and ratios stay.

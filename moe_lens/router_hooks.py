@@ -211,7 +211,7 @@ class _EnterBlock:
         points = self.hooked.points
         hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         points.token_shape, points.fired = tuple(hidden.shape[:-1]), False
-        if points.are_hooked and block.training:
+        if points.are_hooked and (block.training or self.hooked.moe.router.training):
             raise HookError(
                 f"{self.hooked.moe.where}: routing hooks are set and the model is in training mode, where a "
                 "router may add noise or be recomputed. Call model.eval() first."

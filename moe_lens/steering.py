@@ -82,8 +82,10 @@ def steer_hooks(plan: SteeringPlan) -> HookList:
 
     Use them with `run_with_hooks(fwd_hooks=...)`, `hooks(...)` or `add_hook`. Hooks on the same point run in
     the order of the list: what comes before the plan is steered, what comes after edits steered scores. (On
-    routers with a correction bias or expert groups, the plan's experts stay in or out whatever later hooks do
-    to the logits.) The guarantees are those of one plan: of two plans on one layer, the later one's hold.
+    routers with a correction bias or expert groups, the rule that steers travels on the hook point: the plan
+    holds for an expert on a token until a later hook changes that logit, and cached steered logits alone do
+    not repeat the route in another run; patch the indices and weights.) The guarantees are those of one plan:
+    of two plans on one layer, the later one's hold.
     """
     if not isinstance(plan, SteeringPlan):
         raise PlanError(f"steer_hooks needs a SteeringPlan; got {type(plan).__name__}.")

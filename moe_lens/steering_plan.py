@@ -113,7 +113,9 @@ class SteeringPlan:
     ) -> "SteeringPlan":
         """A random plan of the same size, the control: as many activated and deactivated experts.
 
-        Experts are drawn in random order, passing over those of layers that are full.
+        Experts are drawn in random order, passing over those of layers that are full. A shape knows nothing
+        of expert groups and of layers that cannot be steered; where a model refuses the plan for that, draw
+        again.
 
         Args:
             seed: the same seed gives the same plan.

@@ -284,9 +284,11 @@ def test_a_steered_sigmoid_rule_runs_the_best_of_all_sets_that_the_plan_allows(
     steered, after = rule.steer(z, *plan, epsilon)
     others = [expert for expert in range(n_experts) if expert not in plan[0] + plan[1]]
     assert torch.equal(steered[:, others], z[:, others])
-    assert steered.dtype == dtype
+    assert steered.dtype == torch.float32
+    assert isinstance(after, SigmoidTopK)
     indices, weights = after.route(steered)
-    scores, lowest = rule.selection_scores(z), rule.selection_scores(steered).amin(-1)
+    scores = rule.selection_scores(z)
+    lowest = replace(after, steering=None).selection_scores(steered).amin(-1)
     for token, low, chosen in zip(scores.tolist(), lowest.tolist(), indices.tolist(), strict=True):
         assert set(chosen) in best_sets(token, k, limit, plan, low)
     assert_weights_are_sound(rule, indices, weights, plan[0])
@@ -454,12 +456,28 @@ def test_two_plans_leave_a_biased_softmax_the_best_of_the_others() -> None:
 
 @every_rule
 @pytest.mark.parametrize("plan", [([5], [0, 1, 2]), ([2], [4, 6, 7]), ([], [0, 1, 6, 7])], ids=str)
-def test_a_plan_holds_whatever_a_later_edit_does_to_the_logits(rule: Any, plan: Plan) -> None:
+def test_logits_put_back_after_the_plan_route_as_if_there_had_been_none(rule: Any, plan: Plan) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        z = logits().to(dtype)
+        _, after = rule.steer(z, *plan, 0.01)
+        assert torch.equal(after.select(z), rule.select(z))
+        other = 3 * logits().flip(0).to(dtype)
+        assert torch.equal(after.route(other).indices, rule.route(other).indices)
+
+
+@every_rule
+@pytest.mark.parametrize("plan", [([5], [0, 1, 2]), ([2], [4, 6, 7]), ([], [0, 1, 6, 7])], ids=str)
+def test_a_later_edit_frees_the_experts_whose_logits_it_changes_and_no_others(rule: Any, plan: Plan) -> None:
     steered, after = rule.steer(logits(), *plan, 0.01)
-    for edited in (-steered, 300 * steered, -300 * steered, 0 * steered, steered.flip(-1)):  # p underflows
-        for chosen in after.select(edited).tolist():
-            assert set(plan[0]) <= set(chosen)
-            assert not set(plan[1]) & set(chosen)
+    edited = steered.clone()
+    edited[:, 3] += 2.0  # of no plan
+    edited[::2, plan[1][0]] += 50.0
+    for token, chosen in enumerate(after.select(edited).tolist()):
+        assert set(plan[0]) <= set(chosen)
+        assert not set(plan[1][1:]) & set(chosen)
+        assert token % 2 == 0 or plan[1][0] not in chosen
+    steered[:, plan[1][0]] += 50.0  # in place: the rule remembers what it gave
+    assert after.selection_scores(steered)[:, plan[1][0]].isfinite().all()
 
 
 @every_rule

@@ -784,3 +784,30 @@ def test_parameters_that_the_rule_needs_may_be_offloaded_to_disk(recipe: str, tm
     for hooks in ([], steered, on_logits(roll, *layers)):
         expected = in_memory.run_with_hooks(tokens(), fwd_hooks=hooks)
         assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=hooks), expected)
+
+
+@every_family
+@both_dtypes
+def test_logits_that_a_later_hook_puts_back_undo_the_plan(
+    hooked: Hooked, recipe: str, dtype: torch.dtype
+) -> None:
+    model = hooked(recipe, dtype)
+    layers = [n for n in model.moe_layers if model.routing_rule(n).cannot_steer([3], [0]) is None]
+    clean, cache = model.run_with_cache(tokens(), names_filter=is_routing_point)
+
+    def put_back(logits: Tensor, hook: HookPoint) -> Tensor:
+        return cache[str(hook.name)]
+
+    hooks: list[Any] = steer_hooks(SteeringPlan([(n, 3) for n in layers], [(n, 0) for n in layers]))
+    assert not torch.equal(model.run_with_hooks(tokens(), fwd_hooks=hooks), clean)
+    hooks += [(hook_names.router_logits(n), put_back) for n in layers]
+    assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=hooks), clean)
+
+
+def test_a_router_alone_in_training_mode_is_refused() -> None:
+    model = HookedMoE.from_hf(tiny_model("phimoe"))
+    model.run_with_cache(tokens())
+    for router in (module for module in model.modules() if type(module).__name__ == "PhimoeTopKRouter"):
+        router.train()
+    with pytest.raises(HookError, match="training mode"):
+        model.run_with_cache(tokens())

@@ -98,7 +98,10 @@ def test_the_groups_are_the_best_that_serve_the_steering(
     span = 3 if ties else 10**6
     scores = torch.randint(-span, span, (6, n_groups), generator=generator).float()
     steering = Steering(tuple(activate), tuple(deactivate))
-    picked = limit._feasible_groups(scores.view(2, 3, n_groups), n_experts, k, steering).view(6, n_groups)
+    available = torch.tensor(limit.available(n_experts, steering)).expand(2, 3, n_groups)
+    needed = torch.zeros(2, 3, n_groups, dtype=torch.bool)
+    needed[..., limit.required(n_experts, steering)] = True
+    picked = limit._feasible_groups(scores.view(2, 3, n_groups), needed, available, k).view(6, n_groups)
     required = {expert // (n_experts // n_groups) for expert in activate}
     for token, mask in zip(scores.tolist(), picked.tolist(), strict=True):
         worth = {
@@ -134,22 +137,32 @@ def test_a_deactivated_expert_counts_as_the_lowest_in_its_groups_sum() -> None:
     limit = GroupLimit(n_groups=2, n_chosen=1, n_summed=2)
     scores = torch.tensor([9.0, 9.0, 1.0, 4.0, 4.0, 4.0])  # 18 against 8; without expert 0, 9 + 1 against 8
     assert limit.allowed(scores, 1, None).tolist() == [True] * 3 + [False] * 3
-    assert limit.allowed(scores, 1, Steering((), (0,))).tolist() == [True] * 3 + [False] * 3
-    assert limit.allowed(scores, 1, Steering((), (0, 1))).tolist() == [False] * 3 + [True] * 3
+    assert limit.allowed(scores, 1, Steering((), (0,)).held(scores)).tolist() == [True] * 3 + [False] * 3
+    assert limit.allowed(scores, 1, Steering((), (0, 1)).held(scores)).tolist() == [False] * 3 + [True] * 3
 
 
 def test_the_group_of_an_activated_expert_is_chosen_however_low_it_stands() -> None:
     scores = torch.tensor([9.0, 9.0, 5.0, 5.0, -1e6, -1e6])
     for steering in (Steering((4,)), Steering((4,), (5,))):
-        assert GroupLimit(3, 1, 2).allowed(scores, 1, steering).tolist() == [False] * 4 + [True] * 2
+        assert (
+            GroupLimit(3, 1, 2).allowed(scores, 1, steering.held(scores)).tolist() == [False] * 4 + [True] * 2
+        )
 
 
-def test_steering_puts_experts_at_plus_and_minus_infinity_and_keeps_the_others() -> None:
-    scores = torch.tensor([[1.0, -2.0, 3.0, 4.0]])
-    steered = Steering((1,), (3, 2)).apply(scores)
-    assert steered.tolist() == [[1.0, torch.inf, -torch.inf, -torch.inf]]
-    assert scores.tolist() == [[1.0, -2.0, 3.0, 4.0]]
-    assert torch.equal(Steering().apply(scores), scores)
+def test_steering_holds_experts_as_long_as_their_logits_are_those_it_gave() -> None:
+    given = torch.tensor([[1.0, -2.0, 3.0, 4.0]])
+    inside, outside = Steering((1,), (3, 2), given).held(given)
+    assert inside.tolist() == [[False, True, False, False]]
+    assert outside.tolist() == [[False, False, True, True]]
+    inside, outside = Steering((1,), (3, 2), given).held(torch.tensor([[0.0, -2.0, 3.5, 4.0]]))
+    assert inside.tolist() == [[False, True, False, False]]
+    assert outside.tolist() == [[False, False, False, True]]
+
+
+def test_tokens_on_which_steering_holds_nobody_choose_their_groups_as_ever() -> None:
+    limit, scores = GroupLimit(4, 2, 2), torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    released = Steering((0,), (5,), scores + 1).held(scores)
+    assert torch.equal(limit.allowed(scores, 3, released), limit.allowed(scores, 3, None))
 
 
 def test_a_later_steering_overrules_an_earlier_one_expert_by_expert() -> None:

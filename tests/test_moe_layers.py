@@ -651,3 +651,14 @@ def test_switch_transformers_is_refused_with_the_reason() -> None:
     assert "SwitchTransformersTop1Router" in str(error.value)
     assert "drops the rest" in str(error.value)
     assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("recipe", ["deepseek_v3", "minimax_m2", "ernie4_5_moe"])
+def test_a_correction_bias_that_is_not_finite_is_refused(recipe: str, value: float) -> None:
+    model = tiny_model(recipe)
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if name.endswith("e_score_correction_bias"):
+            tensor.data.view(-1)[1] = value
+    with pytest.raises(RouterMismatchError, match=r"NaN or infinity|weights differ|indices differ"):
+        HookedMoE.from_hf(model)
