@@ -28,18 +28,24 @@ from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_lens import hook_names
-from moe_lens.errors import DataError, HookError, MoELensError, UnsupportedRouterError
+from moe_lens.bridge_layers import (
+    common_size,
+    find_routing_layers,
+    moe_shape,
+    no_moe,
+    register,
+    routing_layers,
+    shape_of,
+    unregister,
+)
+from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.model_table import supported_models
-from moe_lens.moe_layers import MoELayer, check_router, find_moe_layers
+from moe_lens.moe_layers import check_router, find_moe_layers
 from moe_lens.moe_shape import MoEShape
-from moe_lens.router_hooks import install, uninstall
 from moe_lens.rule_base import RoutingRule
 
 _TRANSFORMER_LENS_NAMES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 """Architectures that TransformerLens spells otherwise than transformers."""
-
-_LAYERS = "_routing_layers"
-"""Where an attached bridge keeps what `routing_layers` found."""
 
 
 class HookedMoE(TransformerBridge):
@@ -288,18 +294,16 @@ def attach(bridge: TransformerBridge) -> HookedMoE:
         MoELensError: not a TransformerBridge.
     """
     _require_bridge(bridge, "attach")
-    hooked_class, layers = _hooked_class(type(bridge)), _find_routing_layers(bridge)
+    hooked_class, layers = _hooked_class(type(bridge)), find_routing_layers(bridge)
     if any(moe.points and hook_names.router_logits(n) not in bridge.hook_dict for n, moe in layers.items()):
         raise MoELensError(
             "This model's routers are hooked through another bridge around the same model; detach that first."
         )
-    missing = {number: moe for number, moe in layers.items() if moe.points is None}
-    shape = _shape(bridge, layers)
-    for moe in missing.values():
-        check_router(moe)
-    if missing:
-        _register(bridge, missing, shape)
-    vars(bridge)[_LAYERS] = layers
+    shape = shape_of(bridge, layers)
+    for moe in layers.values():
+        if moe.points is None:
+            check_router(moe)
+    register(bridge, layers, shape)
     bridge.__class__ = hooked_class
     assert isinstance(bridge, HookedMoE)
     return bridge
@@ -317,26 +321,9 @@ def detach(bridge: TransformerBridge) -> TransformerBridge:
     instance of your own subclass of HookedMoE stays one, without points.)
     """
     _require_bridge(bridge, "detach")
-    for number, moe in routing_layers(bridge).items():
-        if moe.points is None:
-            continue
-        uninstall(moe)
-        block: Any = bridge.blocks[number]
-        for alias, target in hook_names.block_aliases().items():
-            delattr(block.mlp, alias)
-            block.__dict__.pop(alias, None)
-            block._hook_alias_registry.pop(alias, None)
-            for name in (alias, target):
-                bridge._hook_registry.pop(f"blocks.{number}.{name}", None)
-        if isinstance(block.mlp, _PointsOnly):
-            del block.mlp
-    vars(bridge).pop(_LAYERS, None)
+    unregister(bridge)
     bridge.__class__ = _plain_class(type(bridge))
     return bridge
-
-
-class _PointsOnly(nn.Module):
-    """Stands as `block.mlp` where TransformerLens gives the MoE block another name (`moe`, `mixer`)."""
 
 
 @cache
@@ -362,45 +349,6 @@ def _require_bridge(bridge: Any, verb: str) -> None:
         )
 
 
-def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
-    """Layer number -> MoE block and router, for every layer of the bridge that has a router.
-
-    Raises:
-        UnsupportedRouterError: the model has no MoE layer, or a router without a rule.
-    """
-    return vars(bridge).get(_LAYERS) or _find_routing_layers(bridge)
-
-
-def _find_routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
-    layers = {}
-    for number, block in enumerate(getattr(bridge, "blocks", ())):
-        for moe in find_moe_layers(block, prefix=f"blocks.{number}"):
-            layers[number] = MoELayer(f"blocks.{number}.mlp", moe.block, moe.router)
-    if not layers:
-        for _ in find_moe_layers(bridge):  # outside the blocks there may be routers to refuse by name
-            pass
-    return layers or _no_moe(bridge.cfg.model_name)
-
-
-def moe_shape(bridge: TransformerBridge) -> MoEShape:
-    """Name, MoE layers, number of experts and k of the model inside a bridge.
-
-    The name is the last part of the hub id or folder that the model was loaded from, so that results do
-    not carry a machine's paths.
-
-    Raises:
-        UnsupportedRouterError: as in `routing_layers`, or the layers differ in number of experts or k.
-    """
-    return _shape(bridge, routing_layers(bridge))
-
-
-def _shape(bridge: TransformerBridge, layers: dict[int, MoELayer]) -> MoEShape:
-    n_experts, top_k = _common_size(layers.values())
-    name = str(bridge.cfg.model_name)
-    name = Path(name).resolve().name if Path(name).is_dir() else name.rstrip("/").rsplit("/", 1)[-1]
-    return MoEShape(name, tuple(layers), n_experts, top_k)
-
-
 def _architecture(hf_model: nn.Module) -> str:
     """The name under which TransformerLens knows the model's class, or the class that it derives from."""
     names = [_TRANSFORMER_LENS_NAMES.get(cls.__name__, cls.__name__) for cls in type(hf_model).__mro__]
@@ -415,17 +363,10 @@ def _architecture(hf_model: nn.Module) -> str:
 
 def _check_routers(hf_model: nn.Module) -> None:
     """Everything that can be refused before the model is changed."""
-    layers = list(find_moe_layers(hf_model)) or _no_moe(type(hf_model).__name__)
-    _common_size(layers)
+    layers = list(find_moe_layers(hf_model)) or no_moe(type(hf_model).__name__)
+    common_size(layers)
     for moe in layers:
         check_router(moe)
-
-
-def _common_size(layers: Iterable[MoELayer]) -> tuple[int, int]:
-    sizes = {moe.where: (moe.rule.n_experts, moe.rule.top_k) for moe in layers}
-    if len(set(sizes.values())) > 1:
-        raise UnsupportedRouterError(f"The layers differ in (number of experts, k): {sizes}.")
-    return next(iter(sizes.values()))
 
 
 def _reloadable(tokenizer: Any, folder: str) -> Any:
@@ -440,29 +381,3 @@ def _reloadable(tokenizer: Any, folder: str) -> Any:
     loaded = AutoTokenizer.from_pretrained(folder)
     loaded.padding_side = tokenizer.padding_side
     return loaded
-
-
-def _no_moe(name: str) -> Any:
-    raise UnsupportedRouterError(
-        f"{name} has no Mixture-of-Experts layer, so there is no routing to hook. "
-        "Use TransformerLens' TransformerBridge for dense models."
-    )
-
-
-def _register(bridge: TransformerBridge, layers: dict[int, MoELayer], shape: MoEShape) -> None:
-    """Install the points of these layers and make the bridge know them under both names."""
-    blocks: dict[int, Any] = {number: bridge.blocks[number] for number in layers}
-    for number, block in blocks.items():
-        points = install(layers[number], shape)
-        if not hasattr(block, "mlp"):  # the MoE block has another name here; the points' names are the same
-            block.mlp = _PointsOnly()
-        for name, point in zip(
-            hook_names.POINTS, (points.router_logits, points.topk_indices, points.topk_weights), strict=True
-        ):
-            point.train(bridge.training)
-            setattr(block.mlp, name, point)
-    bridge._scan_existing_hooks(bridge, "")  # the first scan gives the points their canonical names ...
-    for block in blocks.values():
-        block._hook_alias_registry.update(hook_names.block_aliases())
-        block._register_aliases()
-    bridge._scan_existing_hooks(bridge, "")  # ... the second adds the block-level aliases

@@ -26,9 +26,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
 from moe_lens.batching import Prompts, padded_batches
+from moe_lens.bridge_layers import moe_shape
 from moe_lens.errors import DataError
 from moe_lens.files import atomic_write
-from moe_lens.hooked_moe import moe_shape
 from moe_lens.moe_shape import UNKNOWN_MODEL, MoEShape, shape_from_json
 
 Span = slice | Callable[[Int[Tensor, "pos"]], Bool[Tensor, "pos"]] | None

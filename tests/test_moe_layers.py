@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import RouterMismatchError, UnsupportedRouterError
-from moe_lens.hooked_moe import HookedMoE, attach, routing_layers
+from moe_lens.hooked_moe import HookedMoE, attach
 from moe_lens.moe_layers import MoELayer, check_router, closest_rules, find_moe_layers
 from moe_lens.routing_rules import RULES
 from tests.tiny_models import (

@@ -481,7 +481,7 @@ def test_a_plan_for_another_model_never_starts_the_forward(
 
 
 def _shape_of(bridge: Any) -> MoEShape:
-    from moe_lens.hooked_moe import moe_shape
+    from moe_lens.bridge_layers import moe_shape
 
     return moe_shape(bridge)
 

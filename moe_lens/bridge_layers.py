@@ -1,0 +1,123 @@
+"""The MoE layers of a TransformerBridge: finding them, and hook points there that the bridge knows by name.
+
+layers = routing_layers(bridge)            # layer number -> MoE block and router
+register(bridge, layers, shape)            # blocks.{l}.mlp.hook_router_logits and the others
+unregister(bridge)
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_lens import hook_names
+from moe_lens.errors import UnsupportedRouterError
+from moe_lens.moe_layers import MoELayer, find_moe_layers
+from moe_lens.moe_shape import MoEShape
+from moe_lens.router_hooks import install, uninstall
+
+_LAYERS: Final = "_routing_layers"
+"""Where an attached bridge keeps what `find_routing_layers` found."""
+
+
+def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
+    """Layer number -> MoE block and router, for every layer of the bridge that has a router.
+
+    Raises:
+        UnsupportedRouterError: the model has no MoE layer, or a router without a rule.
+    """
+    return vars(bridge).get(_LAYERS) or find_routing_layers(bridge)
+
+
+def find_routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
+    """`routing_layers`, looked for in the model itself."""
+    layers = {}
+    for number, block in enumerate(getattr(bridge, "blocks", ())):
+        for moe in find_moe_layers(block, prefix=f"blocks.{number}"):
+            layers[number] = MoELayer(f"blocks.{number}.mlp", moe.block, moe.router)
+    if not layers:
+        for _ in find_moe_layers(bridge):  # outside the blocks there may be routers to refuse by name
+            pass
+    return layers or no_moe(bridge.cfg.model_name)
+
+
+def moe_shape(bridge: TransformerBridge) -> MoEShape:
+    """Name, MoE layers, number of experts and k of the model inside a bridge.
+
+    The name is the last part of the hub id or folder that the model was loaded from, so that results do
+    not carry a machine's paths.
+
+    Raises:
+        UnsupportedRouterError: as in `routing_layers`, or the layers differ in number of experts or k.
+    """
+    return shape_of(bridge, routing_layers(bridge))
+
+
+def shape_of(bridge: TransformerBridge, layers: dict[int, MoELayer]) -> MoEShape:
+    """`moe_shape` of a bridge with these layers."""
+    n_experts, top_k = common_size(layers.values())
+    name = str(bridge.cfg.model_name)
+    name = Path(name).resolve().name if Path(name).is_dir() else name.rstrip("/").rsplit("/", 1)[-1]
+    return MoEShape(name, tuple(layers), n_experts, top_k)
+
+
+def common_size(layers: Iterable[MoELayer]) -> tuple[int, int]:
+    """Number of experts and k, which all layers must share."""
+    sizes = {moe.where: (moe.rule.n_experts, moe.rule.top_k) for moe in layers}
+    if len(set(sizes.values())) > 1:
+        raise UnsupportedRouterError(f"The layers differ in (number of experts, k): {sizes}.")
+    return next(iter(sizes.values()))
+
+
+def no_moe(name: str) -> Any:
+    """Raise UnsupportedRouterError for a model without routers."""
+    raise UnsupportedRouterError(
+        f"{name} has no Mixture-of-Experts layer, so there is no routing to hook. "
+        "Use TransformerLens' TransformerBridge for dense models."
+    )
+
+
+class _PointsOnly(nn.Module):
+    """Stands as `block.mlp` where TransformerLens gives the MoE block another name (`moe`, `mixer`)."""
+
+
+def register(bridge: TransformerBridge, layers: dict[int, MoELayer], shape: MoEShape) -> None:
+    """Install points in those of these layers that have none; the bridge knows them under both names."""
+    vars(bridge)[_LAYERS] = layers
+    blocks: dict[int, Any] = {n: bridge.blocks[n] for n, moe in layers.items() if moe.points is None}
+    if not blocks:
+        return
+    for number, block in blocks.items():
+        points = install(layers[number], shape)
+        if not hasattr(block, "mlp"):  # the MoE block has another name here; the points' names are the same
+            block.mlp = _PointsOnly()
+        for name, point in zip(
+            hook_names.POINTS, (points.router_logits, points.topk_indices, points.topk_weights), strict=True
+        ):
+            point.train(bridge.training)
+            setattr(block.mlp, name, point)
+    bridge._scan_existing_hooks(bridge, "")  # the first scan gives the points their canonical names ...
+    for block in blocks.values():
+        block._hook_alias_registry.update(hook_names.block_aliases())
+        block._register_aliases()
+    bridge._scan_existing_hooks(bridge, "")  # ... the second adds the block-level aliases
+
+
+def unregister(bridge: TransformerBridge) -> None:
+    """Take the points out of all layers again, with their names."""
+    for number, moe in routing_layers(bridge).items():
+        if moe.points is None:
+            continue
+        uninstall(moe)
+        block: Any = bridge.blocks[number]
+        for alias, target in hook_names.block_aliases().items():
+            delattr(block.mlp, alias)
+            block.__dict__.pop(alias, None)
+            block._hook_alias_registry.pop(alias, None)
+            for name in (alias, target):
+                bridge._hook_registry.pop(f"blocks.{number}.{name}", None)
+        if isinstance(block.mlp, _PointsOnly):
+            del block.mlp
+    vars(bridge).pop(_LAYERS, None)
