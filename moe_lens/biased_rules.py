@@ -58,6 +58,7 @@ class _ChoiceRule(RoutingRule):
         """As in `RoutingRule`; under group limits `group_margin`, where steering is left out of account."""
         if self.groups is None:
             return super().routing_margin(logits)
+        self.check_width(logits)
         groups, choice = self.groups, self._choice(logits)
         return group_margin(
             at_least_float32(choice), self.top_k, groups.n_groups, groups.n_chosen, groups.n_summed
@@ -322,14 +323,3 @@ class FixedExperts(RoutingRule):
     def cannot_steer(self, activate: Sequence[int], deactivate: Sequence[int]) -> str | None:
         """Always a reason."""
         return "its experts come from a table by token id, which no router logit changes"
-
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """Raises PlanError."""
-        self.refuse_plan(activate, deactivate)
-        raise AssertionError("there is always a reason")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.errors import HookError, PlanError
+from moe_lens.errors import DataError, HookError, PlanError
 from moe_lens.steering_transform import steer_raw_logits
 
 
@@ -59,7 +59,12 @@ class RoutingRule(ABC):
         """How much each expert of `indices` counts; they need not be the ones that `select` gives."""
 
     def route(self, logits: Float[Tensor, "*batch expert"]) -> Route:
-        """The experts that run and their weights: `select`, then `weigh`."""
+        """The experts that run and their weights: `select`, then `weigh`.
+
+        Raises:
+            DataError: the logits are not those of `n_experts` experts.
+        """
+        self.check_width(logits)
         indices = self.select(logits)
         return Route(indices, self.weigh(logits, indices))
 
@@ -74,11 +79,20 @@ class RoutingRule(ABC):
         experts: the lowest chosen score minus the highest score that was not chosen (`selection_scores`: nats
         of router logit, unless the rule says otherwise).
         """
+        self.check_width(logits)
         scores = at_least_float32(self.selection_scores(logits))
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, self.select(logits), True)
         lowest = scores.masked_fill(~chosen, torch.inf).amin(dim=-1)
         highest = scores.masked_fill(chosen, -torch.inf).amax(dim=-1)
         return (lowest - highest).clamp(min=0)  # probabilities that round to equals may change places
+
+    def check_width(self, logits: Tensor) -> None:
+        """Raise DataError unless the last dimension of the logits holds `n_experts` experts."""
+        if logits.ndim == 0 or logits.shape[-1] != self.n_experts:
+            raise DataError(
+                f"Logits of shape {tuple(logits.shape)} are not those of a router with {self.n_experts} "
+                "experts, which has them in the last dimension."
+            )
 
     def cannot_steer(self, activate: Sequence[int], deactivate: Sequence[int]) -> str | None:
         """Why no steering keeps its guarantee for these experts, in words; None where it does."""

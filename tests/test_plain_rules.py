@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.errors import HookError, PlanError
+from moe_lens.biased_rules import SigmoidTopK
+from moe_lens.errors import DataError, HookError, PlanError
+from moe_lens.expert_groups import GroupLimit
 from moe_lens.plain_rules import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
 from moe_lens.rule_base import RoutingRule
 from moe_lens.steering_plan import EPSILON_RANGE
@@ -397,3 +399,12 @@ def test_an_expert_chosen_twice_weighs_the_same_both_times_in_sparsemixer() -> N
     weights = SparseMixer(5, 0.3).weigh(z, indices)
     assert torch.equal(weights[:, 0], weights[:, 1])
     assert bool((weights > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (8, 3)])
+def test_logits_of_another_number_of_experts_are_refused(shape: tuple[int, ...]) -> None:
+    grouped = SigmoidTopK(n_experts=8, top_k=2, groups=GroupLimit(4, 2, 2))
+    for rule in (SoftmaxTopK(8, 2, True), TopKSigmoid(8, 2), SparseMixer(8, 0.1), grouped):
+        for verb in (rule.route, rule.routing_margin):
+            with pytest.raises(DataError, match="a router with 8 experts"):
+                verb(torch.randn(shape))
