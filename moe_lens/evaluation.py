@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from moe_lens.batching import padded_batches
+from moe_lens.batching import padded_batches, token_sequences
 from moe_lens.errors import DataError
 
 Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
@@ -49,6 +49,40 @@ def answers_with(
         logits[:, -1].argmax(-1).cpu() for _, _, logits in _batch_logits(model, prompts, hooks, batch_size)
     ]
     return torch.cat(predicted) == expected
+
+
+def continuation_log_probs(
+    model: TransformerBridge,
+    prompts: Sequence[Any],
+    continuations: Sequence[str],
+    *,
+    hooks: Hooks = (),
+    batch_size: int = 64,
+) -> Float[np.ndarray, "prompt"]:
+    """Mean log-probability a token, in nats, of each continuation after its prompt.
+
+    >>> from moe_lens import organisms
+    >>> model, facts = organisms.load("specialised"), organisms.world("specialised").facts("test")[:4]
+    >>> texts = [f"{fact.answer} ." for fact in facts]
+    >>> bool((continuation_log_probs(model, [f.question for f in facts], texts) < 0).all())
+    True
+
+    Args:
+        prompts: strings, chats or tokens; a continuation's tokens are put after its prompt's.
+
+    Raises:
+        DataError: no prompts, unequal numbers, or a continuation without tokens.
+    """
+    if len(continuations) != len(prompts):
+        raise DataError(f"{len(prompts)} prompts need as many continuations; got {len(continuations)}.")
+    added = [_continuation_tokens(model, text) for text in continuations]
+    sequences = [torch.cat(pair) for pair in zip(token_sequences(model, prompts), added, strict=True)]
+    found: list[float] = []
+    for tokens, _, logits in _batch_logits(model, sequences, hooks, batch_size):
+        log_probs = logits[:, :-1].double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        for row in log_probs:
+            found.append(float(row[-len(added[len(found)]) :].mean()))  # padding stands left
+    return np.array(found)
 
 
 def text_loss(
@@ -115,12 +149,21 @@ def pairwise_gaps(rates: Float[np.ndarray, "set"]) -> Float[np.ndarray, "pair"]:
     return np.abs(np.asarray(rates)[first] - np.asarray(rates)[second])
 
 
-def _batch_logits(model: TransformerBridge, prompts: Sequence[str], hooks: Hooks, batch_size: int) -> Any:
+def _batch_logits(model: TransformerBridge, prompts: Sequence[Any], hooks: Hooks, batch_size: int) -> Any:
     """Yields (tokens [batch pos], mask [batch pos], logits [batch pos vocab]), padding on the left."""
     for tokens, mask in padded_batches(model, prompts, batch_size):
         with torch.no_grad():
             logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), attention_mask=mask.long())
         yield tokens.to(logits.device), mask.to(logits.device), logits
+
+
+def _continuation_tokens(model: TransformerBridge, text: str) -> Int[Tensor, "pos"]:
+    if model.tokenizer is None:
+        raise DataError("continuation_log_probs needs a model with a tokenizer.")
+    tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if not tokens:
+        raise DataError(f"The continuation {text!r} has no tokens.")
+    return torch.tensor(tokens)
 
 
 def _single_token(model: TransformerBridge, answer: str) -> int:

@@ -68,9 +68,7 @@ class SteeringHook:
     @property
     def _experts(self) -> tuple[list[int], list[int]]:
         """Activated and deactivated experts of this layer; deactivation wins."""
-        deactivate = [expert for layer, expert in self.plan.deactivate if layer == self.layer]
-        activate = [expert for layer, expert in self.plan.activate if layer == self.layer]
-        return [expert for expert in activate if expert not in deactivate], deactivate
+        return self.plan.in_layer(self.layer)
 
 
 def steer_hooks(plan: SteeringPlan) -> HookList:

@@ -28,6 +28,7 @@ OnExcess = Literal["raise", "drop"]
 
 EPSILON_RANGE: Final = (1e-4, 30.0)
 """Nats; with a smaller or larger epsilon float32's rounding would merge scores that differ."""
+_ATTEMPTS: Final = 100
 _KIND: Final = "moe_lens.SteeringPlan"
 _SCHEMA: Final = 1
 
@@ -80,63 +81,146 @@ class SteeringPlan:
     def from_scores(
         cls,
         scores: ExpertScores,
-        n_activate: int = 0,
-        n_deactivate: int = 0,
+        n_activate: int | None = None,
+        n_deactivate: int | None = None,
         *,
+        q: float | None = None,
         epsilon: float = 0.01,
         on_excess: OnExcess = "raise",
     ) -> "SteeringPlan":
         """The experts with the `n_activate` most positive and the `n_deactivate` most negative scores.
 
+        >>> from moe_lens import ContrastivePairs, SteeringPlan, detect, organisms
+        >>> conflicts = organisms.world("planted").conflicts("detection")
+        >>> pairs = ContrastivePairs.from_lists(
+        ...     [c.open_book for c in conflicts], [c.closed_book for c in conflicts]
+        ... )
+        >>> scores = detect(organisms.load("planted"), pairs, progress=False)
+        >>> len(SteeringPlan.from_scores(scores, n_deactivate=4, q=0.05))
+        4
+
         Args:
+            n_activate, n_deactivate: how many. None means none; with `q`, every significant expert of that
+                sign which fits its layer (at most k activated, E − k deactivated), with a warning that names
+                those left out.
+            q: take significant experts only, those with a q-value up to this; needs scores from `detect`.
             on_excess: what to do with more than k activated or more than E − k deactivated experts in one
                 layer. "raise", or "drop" those of lower rank with a warning, as the paper's code does (which
                 drops activations beyond k without a word).
 
         Raises:
-            PlanError: a negative number, more experts asked for than have the sign, or an excess.
+            PlanError: a negative number, more experts asked for than have the sign (and the significance), an
+                excess, or scores without q-values where `q` is given.
         """
         if on_excess not in get_args(OnExcess):
             raise PlanError(f"on_excess must be one of {get_args(OnExcess)}; got {on_excess!r}.")
         if not isinstance(scores, ExpertScores):
             raise PlanError(f"from_scores needs ExpertScores; got {type(scores).__name__}.")
-        ranked = scores.ranked()
-        activate = _first("n_activate", n_activate, [score for score in ranked if score.delta > 0])
-        deactivate = _first("n_deactivate", n_deactivate, [score for score in ranked if score.delta < 0])
-        if on_excess == "drop":
-            activate = _drop_excess("activate", activate, scores.shape.top_k)
-            deactivate = _drop_excess("deactivate", deactivate, scores.shape.max_deactivated)
-        return cls(activate, deactivate, epsilon, scores.shape)
+        candidates = _candidates(scores, q)
+        chosen = {}
+        for name, number, sign, room in (
+            ("activate", n_activate, 1, scores.shape.top_k),
+            ("deactivate", n_deactivate, -1, scores.shape.max_deactivated),
+        ):
+            of_sign = [score for score in candidates if score.delta * sign > 0]
+            everything = number is None and q is not None
+            experts = _first(f"n_{name}", len(of_sign) if everything else number or 0, of_sign, q)
+            if everything or on_excess == "drop":
+                experts = _drop_excess(name, experts, room)
+            chosen[name] = experts
+        return cls(chosen["activate"], chosen["deactivate"], epsilon, scores.shape)
 
     def random_like(
-        self, *, seed: int, layer_matched: bool = False, shape: MoEShape | None = None
+        self,
+        *,
+        seed: int,
+        layer_matched: bool = False,
+        shape: MoEShape | None = None,
+        model: Any = None,
     ) -> "SteeringPlan":
         """A random plan of the same size, the control: as many activated and deactivated experts.
 
         Experts are drawn in random order, passing over those of layers that are full. A shape knows nothing
-        of expert groups and of layers that cannot be steered; where a model refuses the plan for that, draw
-        again.
+        of expert groups and of layers that cannot be steered; a model does, and with it only plans that its
+        routers accept are drawn.
 
         Args:
             seed: the same seed gives the same plan.
             layer_matched: keep the numbers in each layer too; otherwise any MoE layer may be drawn.
             shape: of the model to draw from (`model.moe_shape`); needed only where the plan has none.
+            model: a HookedMoE to draw from, instead of a shape.
 
         Raises:
             PlanError: no shape known, or the model has no room for so many experts.
         """
+        if model is not None:
+            shape = model.moe_shape
         shape = self.shape if shape is None else _checked_shape(shape)
         if shape is None:
             raise PlanError("random_like of a plan without shape: pass shape=model.moe_shape.")
         if (number := as_index(seed)) is None:
             raise PlanError(f"seed must be a number from 0 on; got {seed!r}.")
         self.check_fits(shape)
+        rng = random.Random(number)
+        refused: list[int] = []
+        for _ in range(_ATTEMPTS if model is not None else 1):
+            plan = self._drawn(rng, shape, layer_matched)
+            refused = [] if model is None else plan._refused_layers(model)
+            for layer in refused:
+                plan = plan._redrawn(rng, layer, model)
+            if model is None or not plan._refused_layers(model):
+                return plan
+        raise PlanError(
+            f"{_ATTEMPTS} random draws of {len(self)} experts gave none that the routers accept; layer "
+            f"{refused[0]} refuses most. Steer fewer experts, or none in that layer."
+        )
+
+    def reversed(self) -> "SteeringPlan":
+        """The same experts, activated ones deactivated and the other way round.
+
+        Not the plan for the opposite behaviour, which takes other experts:
+        `SteeringPlan.from_scores(-scores, ...)`.
+
+        Raises:
+            PlanError: more than k experts of a layer would be activated, or more than E − k deactivated.
+        """
+        return SteeringPlan(self.deactivate, self._activated, self.epsilon, self.shape)
+
+    def _drawn(self, rng: random.Random, shape: MoEShape, layer_matched: bool) -> "SteeringPlan":
         free = [(layer, expert) for layer in shape.layers for expert in range(shape.n_experts)]
-        random.Random(number).shuffle(free)
+        rng.shuffle(free)
         deactivate = _take(self.deactivate, free, shape.layers, shape.max_deactivated, layer_matched)
         free = [expert for expert in free if expert not in deactivate]
         activate = _take(self._activated, free, shape.layers, shape.top_k, layer_matched)
         return SteeringPlan(activate, deactivate, self.epsilon, shape)
+
+    def in_layer(self, layer: int) -> tuple[list[int], list[int]]:
+        """Activated and deactivated experts of a layer; deactivation wins."""
+        return (
+            [expert for own, expert in self._activated if own == layer],
+            [expert for own, expert in self.deactivate if own == layer],
+        )
+
+    def _refused_layers(self, model: Any) -> list[int]:
+        """The layers whose rule cannot obey the plan."""
+        layers = sorted({layer for layer, _ in self.activate + self.deactivate})
+        return [layer for layer in layers if model.routing_rule(layer).cannot_steer(*self.in_layer(layer))]
+
+    def _redrawn(self, rng: random.Random, layer: int, model: Any) -> "SteeringPlan":
+        """The same with other experts in one layer, if some that its rule accepts are soon found."""
+        assert self.shape is not None
+        n_activate, n_deactivate = (len(experts) for experts in self.in_layer(layer))
+        for _ in range(_ATTEMPTS):
+            drawn = rng.sample(range(self.shape.n_experts), n_activate + n_deactivate)
+            activate, deactivate = drawn[:n_activate], drawn[n_activate:]
+            if model.routing_rule(layer).cannot_steer(activate, deactivate) is None:
+                return SteeringPlan(
+                    [e for e in self.activate if e[0] != layer] + [(layer, e) for e in activate],
+                    [e for e in self.deactivate if e[0] != layer] + [(layer, e) for e in deactivate],
+                    self.epsilon,
+                    self.shape,
+                )
+        return self
 
     def check_fits(self, shape: MoEShape) -> None:
         """Raise PlanError unless the plan can be applied to a model of this shape and was made for one."""
@@ -172,15 +256,18 @@ class SteeringPlan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
         with atomic_write(path) as temporary:
-            content = {"kind": _KIND, "schema": _SCHEMA, **asdict(self)}
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        """What `save` writes, as a JSON object."""
+        return {"kind": _KIND, "schema": _SCHEMA, **asdict(self)}
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringPlan":
         """Read what `save` wrote. Raises PlanError, naming the file and the field at fault."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            return _plan_from_json(content)
+            return plan_from_json(content)
         except (OSError, ValueError, RecursionError, DataError, PlanError) as error:
             raise PlanError(f"{path} cannot be read as a steering plan: {error}") from error
 
@@ -229,12 +316,28 @@ def _checked_epsilon(epsilon: SupportsFloat) -> float:
     return value
 
 
-def _first(name: str, number: int, candidates: list[ExpertScore]) -> list[Expert]:
+def _candidates(scores: ExpertScores, q: float | None) -> list[ExpertScore]:
+    """All experts, ranked; with `q` the significant ones only."""
+    ranked = scores.ranked()
+    if q is None:
+        return ranked
+    if isinstance(q, bool) or not isinstance(q, Real) or not 0 < q <= 1:
+        raise PlanError(f"q must be a number above 0, at most 1; got {q!r}.")
+    if scores.q is None:
+        raise PlanError("These scores carry no q-values to choose by; use scores from detect(...), or no q.")
+    rows = {layer: row for row, layer in enumerate(scores.shape.layers)}
+    return [score for score in ranked if float(scores.q[rows[score.layer], score.expert]) <= q]
+
+
+def _first(name: str, number: int, candidates: list[ExpertScore], q: float | None) -> list[Expert]:
     if (wanted := as_index(number)) is None:
         raise PlanError(f"{name} must be a number from 0 on; got {number!r}.")
     if wanted > len(candidates):
         sign = "positive" if name == "n_activate" else "negative"
-        raise PlanError(f"{name}={wanted}, but only {len(candidates)} experts have a {sign} score.")
+        significant = "" if q is None else f" and a q-value up to {q:g}"
+        raise PlanError(
+            f"{name}={wanted}, but only {len(candidates)} experts have a {sign} score{significant}."
+        )
     return [(score.layer, score.expert) for score in candidates[:wanted]]
 
 
@@ -269,7 +372,8 @@ def _take(
     return taken
 
 
-def _plan_from_json(content: Any) -> SteeringPlan:
+def plan_from_json(content: Any) -> SteeringPlan:
+    """The plan that `save` wrote as a JSON object. Raises PlanError, naming the field at fault."""
     if not isinstance(content, dict):
         raise PlanError("the file holds no JSON object.")
     expected = {"kind", "schema", "activate", "deactivate", "epsilon", "shape"}

@@ -1,0 +1,317 @@
+"""What an evaluation of steering found: numbers beside their controls, and a verdict in words.
+
+report = evaluate_steering(model, plan, task)          # steering_evaluation.py
+print(report)                                          # table and verdict
+report.verdict, report.explanation
+report.save("report.json"); SteeringReport.load("report.json")
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from moe_lens.errors import DataError, MoELensError
+from moe_lens.evaluation import clustered_interval
+from moe_lens.files import atomic_write
+from moe_lens.steering_plan import SteeringPlan, plan_from_json
+
+DIRECTIONS: Final = ("+", "−")
+"""The plan's own direction, and the opposite one."""
+LAYER_MATCHED: Final = "layer-matched"
+ANY_LAYER: Final = "any layer"
+_KIND: Final = "moe_lens.SteeringReport"
+_SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a model does under one plan.
+
+    Attributes:
+        values: [prompt], the behaviour.
+        collateral: name -> what should not suffer.
+    """
+
+    values: Float[np.ndarray, "prompt"]
+    collateral: Mapping[str, float]
+
+    @property
+    def rate(self) -> float:
+        """Mean behaviour: a share in [0, 1] where the values are zeros and ones."""
+        return float(self.values.mean())
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How much worse a plan may make a collateral measure."""
+
+    limit: float
+    larger_is_worse: bool
+
+
+def gap_p_value(plus: Sequence[float], minus: Sequence[float]) -> float:
+    """Exact p-value of the two-way gap `plus[0] − minus[0]` against the other sets of both lists.
+
+    Under the null hypothesis the plan's set is exchangeable with the random sets of its own list, in each of
+    the two lists independently. The gap is then one of the (M + 1)(M' + 1) differences plus[i] − minus[j],
+    each as probable as the others, and p is the share of them that are at least as large (a permutation test
+    over the product of two symmetric groups). It never falls below 1 / ((M + 1)(M' + 1)).
+
+    >>> gap_p_value([0.9, 0.5, 0.4], [0.1, 0.5, 0.6])
+    0.1111111111111111
+    """
+    x, y = np.asarray(plus, dtype=float), np.asarray(minus, dtype=float)
+    gaps = x[:, None] - y[None, :]
+    return float((gaps >= x[0] - y[0] - 1e-12).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringReport:
+    """The effect of a plan and of its opposite, beside random sets of as many experts.
+
+    Attributes:
+        task, model: their names.
+        plans: direction ("+" the plan, "−" the reverse) -> plan.
+        clusters: of each prompt; resampled whole for the intervals.
+        unsteered: without any plan.
+        steered: direction -> outcome.
+        controls: "layer-matched" and "any layer" -> direction -> outcomes of random sets of the size of that
+            direction's plan.
+        bottom: of as many experts with the smallest |score|; None where the scores are unknown.
+        limits: collateral measure -> how much worse a plan may make it.
+        alpha: error rate of the verdict. level: of the intervals. seed: of random sets and bootstrap.
+    """
+
+    task: str
+    model: str
+    plans: dict[str, SteeringPlan]
+    clusters: tuple[str, ...]
+    unsteered: Outcome
+    steered: dict[str, Outcome]
+    controls: dict[str, dict[str, list[Outcome]]]
+    bottom: Outcome | None
+    limits: dict[str, Limit]
+    alpha: float
+    level: float
+    seed: int
+
+    @property
+    def gap(self) -> float:
+        """Two-way gap: mean behaviour under the plan minus that under the reverse."""
+        return self.steered["+"].rate - self.steered["−"].rate
+
+    @cached_property
+    def gap_interval(self) -> tuple[float, float]:
+        """Bootstrap interval of the gap over the clusters of prompts."""
+        return self._interval(self.steered["+"].values - self.steered["−"].values)
+
+    @property
+    def p_matched(self) -> float:
+        """`gap_p_value` against random sets with as many experts in each layer as the two plans."""
+        return self._p(LAYER_MATCHED)
+
+    @property
+    def p_any(self) -> float:
+        """`gap_p_value` against random sets in any layers."""
+        return self._p(ANY_LAYER)
+
+    @property
+    def verdict(self) -> bool:
+        """Whether the two-way gap exceeds its controls.
+
+        It does if its interval lies above 0 and both p-values are at most alpha. All three must hold, so for
+        plans that are no better than random sets of either kind the rate of wrong verdicts is at most alpha.
+        """
+        return self.gap_interval[0] > 0 and self.p_matched <= self.alpha and self.p_any <= self.alpha
+
+    @property
+    def explanation(self) -> str:
+        """The verdict in words: which criteria hold, which directions move, what suffers."""
+        low, high = self.gap_interval
+        gap = f"The two-way gap of {self.gap:+.2f} [{low:+.2f}, {high:+.2f}]"
+        ps = f"p = {self.p_matched:.3f} against layer-matched, {self.p_any:.3f} against any-layer random sets"
+        if self.verdict:
+            first = f"{gap} exceeds its controls ({ps})."
+        else:
+            failed = []
+            if not low > 0:
+                failed.append("its interval reaches 0 or lies below")
+            if self.p_matched > self.alpha:
+                failed.append("layer-matched random sets do as much")
+            if self.p_any > self.alpha:
+                failed.append("random sets in any layers do as much")
+            first = (
+                f"No effect beyond the controls: {gap[0].lower()}{gap[1:]} ({ps}); {', and '.join(failed)}."
+            )
+        return " ".join([first, self._directions(), *self._collateral_words()])
+
+    def effect_interval(self, direction: str) -> tuple[float, float]:
+        """Bootstrap interval of the mean change against the unsteered model."""
+        return self._interval(self.steered[direction].values - self.unsteered.values)
+
+    def harms(self) -> dict[str, dict[str, float]]:
+        """Collateral measure -> direction -> how much worse than unsteered."""
+        return {
+            name: {
+                direction: (outcome.collateral[name] - self.unsteered.collateral[name])
+                * (1 if limit.larger_is_worse else -1)
+                for direction, outcome in self.steered.items()
+            }
+            for name, limit in self.limits.items()
+        }
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a condition: unsteered, both directions, bottom set, and the random sets (mean, sd)."""
+        rows = [self._row("unsteered", [self.unsteered], 0)]
+        for direction in DIRECTIONS:
+            outcome = self.steered[direction]
+            row = self._row(f"steered {direction}", [outcome], len(self.plans[direction]))
+            row["low"], row["high"] = self._interval(outcome.values)
+            rows.append(row)
+        rows[0]["low"], rows[0]["high"] = self._interval(self.unsteered.values)
+        if self.bottom is not None:
+            rows.append(self._row("least-scoring experts", [self.bottom], len(self.plans["+"])))
+        for kind, sides in self.controls.items():
+            for direction, outcomes in sides.items():
+                name = f"{len(outcomes)} random sets, {kind}, as {direction}"
+                rows.append(self._row(name, outcomes, len(self.plans[direction])))
+        return pd.DataFrame(rows)
+
+    def to_markdown(self) -> str:
+        """The table and the verdict as Markdown."""
+        frame = self.to_dataframe()
+        lines = [list(frame.columns), ["---"] * len(frame.columns)]
+        lines += [[_shown(value) for value in row] for row in frame.itertuples(index=False)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{table}\n\n{self.explanation}\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it; the verdict too."""
+        content = {name: getattr(self, name) for name in ("task", "model", "alpha", "level", "seed")}
+        return {
+            "kind": _KIND,
+            "schema": _SCHEMA,
+            **content,
+            "clusters": list(self.clusters),
+            "plans": {direction: plan.to_json() for direction, plan in self.plans.items()},
+            "limits": {name: asdict(limit) for name, limit in self.limits.items()},
+            "unsteered": _to_json(self.unsteered),
+            "steered": {direction: _to_json(outcome) for direction, outcome in self.steered.items()},
+            "controls": {
+                kind: {direction: [_to_json(o) for o in outcomes] for direction, outcomes in sides.items()}
+                for kind, sides in self.controls.items()
+            },
+            "bottom": None if self.bottom is None else _to_json(self.bottom),
+            "gap": self.gap,
+            "gap_interval": list(self.gap_interval),
+            "p_matched": self.p_matched,
+            "p_any": self.p_any,
+            "verdict": self.verdict,
+            "explanation": self.explanation,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON, atomically."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringReport":
+        """Read what `save` wrote. Raises DataError, naming the file and what is wrong with it."""
+        content = read_json(path, _KIND, _SCHEMA)
+        try:
+            return cls(
+                task=content["task"],
+                model=content["model"],
+                plans={side: plan_from_json(plan) for side, plan in content["plans"].items()},
+                clusters=tuple(content["clusters"]),
+                unsteered=_from_json(content["unsteered"]),
+                steered={side: _from_json(o) for side, o in content["steered"].items()},
+                controls={
+                    kind: {side: [_from_json(o) for o in outcomes] for side, outcomes in sides.items()}
+                    for kind, sides in content["controls"].items()
+                },
+                bottom=None if content["bottom"] is None else _from_json(content["bottom"]),
+                limits={name: Limit(**limit) for name, limit in content["limits"].items()},
+                alpha=content["alpha"],
+                level=content["level"],
+                seed=content["seed"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, MoELensError) as error:
+            raise DataError(f"{path} is damaged: {error!r}") from error
+
+    def __str__(self) -> str:
+        frame = self.to_dataframe().map(_shown)
+        return f"{self.task} ({self.model})\n{frame.to_string(index=False)}\n\n{self.explanation}"
+
+    def _p(self, kind: str) -> float:
+        rates = {
+            side: [self.steered[side].rate, *(o.rate for o in self.controls[kind][side])]
+            for side in DIRECTIONS
+        }
+        return gap_p_value(rates["+"], rates["−"])
+
+    def _interval(self, values: Float[np.ndarray, "prompt"]) -> tuple[float, float]:
+        return clustered_interval(values, self.clusters, level=self.level, seed=self.seed)
+
+    def _row(self, name: str, outcomes: Sequence[Outcome], n_experts: int) -> dict[str, Any]:
+        rates = np.array([outcome.rate for outcome in outcomes])
+        row: dict[str, Any] = {"condition": name, "experts": n_experts, "mean": rates.mean()}
+        row |= {"low": np.nan, "high": np.nan, "sd": rates.std(ddof=1) if len(rates) > 1 else np.nan}
+        for measure in self.limits:
+            row[measure] = float(np.mean([outcome.collateral[measure] for outcome in outcomes]))
+        return row
+
+    def _directions(self) -> str:
+        words = []
+        for direction in DIRECTIONS:
+            low, high = self.effect_interval(direction)
+            change = self.steered[direction].rate - self.unsteered.rate
+            meant = low > 0 if direction == "+" else high < 0
+            moved = "moves as meant" if meant else "does not move as meant"
+            words.append(f"{direction} {moved} ({change:+.2f} [{low:+.2f}, {high:+.2f}] against unsteered)")
+        return f"Direction {'; direction '.join(words)}."
+
+    def _collateral_words(self) -> list[str]:
+        words = []
+        for name, sides in self.harms().items():
+            limit = self.limits[name]
+            worst = max(sides, key=lambda side: sides[side])
+            fine = sides[worst] <= limit.limit + 1e-12
+            words.append(
+                f"Collateral: {name} gets worse by at most {max(sides[worst], 0.0):.2f} (direction {worst}), "
+                f"{'within' if fine else 'MORE than'} the limit of {limit.limit:g}."
+            )
+        return words
+
+
+def read_json(path: str | Path, kind: str, schema: int) -> dict[str, Any]:
+    """The JSON object in a file of a kind. Raises DataError for anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as {kind}: {error}.") from error
+    if not isinstance(content, dict) or (content.get("kind"), content.get("schema")) != (kind, schema):
+        raise DataError(f"{path} is no file of kind {kind!r} and schema {schema}.")
+    return content
+
+
+def _to_json(outcome: Outcome) -> dict[str, Any]:
+    return {"values": outcome.values.tolist(), "collateral": dict(outcome.collateral)}
+
+
+def _from_json(content: dict[str, Any]) -> Outcome:
+    return Outcome(np.asarray(content["values"], dtype=np.float64), dict(content["collateral"]))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.3f}"
+    return str(value)
