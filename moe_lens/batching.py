@@ -4,9 +4,9 @@ for tokens, mask in padded_batches(model, ["a prompt", "another, longer prompt"]
     model(tokens, attention_mask=mask)          # [batch pos], [batch pos]; padding stands left
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,31 +15,58 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens.errors import DataError
 from moe_lens.moe_shape import as_index
+from moe_lens.prompts import Message, Prompt, as_prompt, is_chat, render
 
 Prompts = Any
-"""A string, strings, a token tensor [pos] or [batch pos], or token sequences of any lengths. Not typed more
-closely, since prompts come from users' files: what is none of these is refused with its number."""
+"""A string, a chat (a list of messages), a `Prompt`, or any number of them; a token tensor [pos] or [batch
+pos], or token sequences of any lengths. Not typed more closely, since prompts come from users' files: what is
+none of these is refused with its number."""
+
+Item = TypeVar("Item")
 
 
 def token_sequences(model: TransformerBridge, prompts: Prompts) -> Iterator[Int[Tensor, "pos"]]:
     """The tokens of each prompt, without padding, on the CPU; one prompt is looked at at a time.
 
-    Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`.
+    Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`; chats through
+    the tokenizer's chat template, which writes its own special tokens.
 
     Raises:
         DataError: (when its turn comes) no prompt at all, an empty prompt, one longer than the model's
-            context, a token outside the vocabulary, strings without a tokenizer, or something that is
-            neither text nor tokens.
+            context, a token outside the vocabulary, text without a tokenizer, a chat without a chat template,
+            or something that is neither text nor tokens.
     """
-    if isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1):
+    return (tokens for _, tokens in prompts_with_tokens(model, prompts))
+
+
+def prompts_with_tokens(
+    model: TransformerBridge, prompts: Prompts
+) -> Iterator[tuple[Prompt | None, Int[Tensor, "pos"]]]:
+    """Like `token_sequences`, each with its `Prompt`; None where the prompt was given as tokens."""
+    if _is_single(prompts):
         prompts = [prompts]
-    if not isinstance(prompts, Iterable) or (isinstance(prompts, Tensor) and prompts.ndim != 2):
-        raise DataError(f"Prompts must be strings or token sequences; got {prompts!r}.")
+    if (
+        not isinstance(prompts, Iterable)
+        or isinstance(prompts, Mapping | Message)
+        or (isinstance(prompts, Tensor) and prompts.ndim != 2)
+    ):
+        raise DataError(
+            f"Prompts must be strings, chats (each a list of messages) or token sequences; got {prompts!r}."
+        )
     index = -1
-    for index, prompt in enumerate(prompts):
-        yield _tokens_of(model, index, prompt)
+    for index, given in enumerate(prompts):
+        prompt = _prompt_of(index, given)
+        tokens = given if prompt is None else _tokens_of_prompt(model, index, prompt)
+        yield prompt, _checked_tokens(model, index, tokens)
     if index < 0:
         raise DataError("The list of prompts is empty; give at least one prompt.")
+
+
+def how_many(prompts: Prompts) -> int | None:
+    """The number of prompts; None for a stream, which does not know it."""
+    if _is_single(prompts):
+        return 1
+    return len(prompts) if hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) else None
 
 
 def padded_batches(
@@ -50,29 +77,69 @@ def padded_batches(
     Raises:
         DataError: batch_size below 1, or as in `token_sequences`.
     """
+    for chunk in chunks(token_sequences(model, prompts), batch_size):
+        yield pad_sequences(model, chunk)
+
+
+def chunks(items: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Lists of at most `batch_size` items, in order. Raises DataError for a batch_size below 1."""
     size = as_index(batch_size)
     if not size:
         raise DataError(f"batch_size must be a number from 1 on; got {batch_size!r}.")
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def pad_sequences(
+    model: TransformerBridge, sequences: Sequence[Int[Tensor, "_"]], side: str = "left"
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """(tokens, mask of the real ones) as long as the longest sequence, on the model's device."""
     pad = getattr(model.tokenizer, "pad_token_id", None) or 0  # masked out, so any token does
-    sequences = token_sequences(model, prompts)
-    while chunk := list(islice(sequences, size)):
-        longest = max(len(sequence) for sequence in chunk)
-        tokens = torch.full((len(chunk), longest), pad, dtype=torch.int64)
-        mask = torch.zeros(len(chunk), longest, dtype=torch.bool)
-        for row, sequence in enumerate(chunk):
-            tokens[row, longest - len(sequence) :] = sequence
-            mask[row, longest - len(sequence) :] = True
-        yield tokens.to(model.cfg.device), mask.to(model.cfg.device)
+    longest = max(len(sequence) for sequence in sequences)
+    tokens = torch.full((len(sequences), longest), pad, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        start = longest - len(sequence) if side == "left" else 0
+        tokens[row, start : start + len(sequence)] = sequence
+        mask[row, start : start + len(sequence)] = True
+    return tokens.to(model.cfg.device), mask.to(model.cfg.device)
 
 
-def _tokens_of(model: TransformerBridge, index: int, prompt: Any) -> Int[Tensor, "pos"]:
-    if isinstance(prompt, str):
-        prompt = _tokens_of_text(model, index, prompt)
+def _is_single(prompts: Any) -> bool:
+    is_sequence = isinstance(prompts, Tensor) and prompts.ndim == 1
+    return is_sequence or isinstance(prompts, str | Prompt) or is_chat(prompts)
+
+
+def _prompt_of(index: int, given: Any) -> Prompt | None:
+    """None for tokens, and for what will be refused as tokens."""
+    if not isinstance(given, str | Prompt) and not is_chat(given):
+        return None
+    if isinstance(given, str) and not given:
+        raise DataError(f"Prompt {index} is an empty string.")
+    try:
+        return as_prompt(given)
+    except DataError as error:
+        raise DataError(f"Prompt {index}: {error}") from error
+
+
+def _tokens_of_prompt(model: TransformerBridge, index: int, prompt: Prompt) -> Any:
+    if model.tokenizer is None:
+        raise DataError(f"Prompt {index} is text and the model has no tokenizer; give tokens instead.")
+    if isinstance(prompt.content, str):
+        return model.to_tokens(prompt.content, move_to_device=False, truncate=False)[0]
+    try:
+        text = render(model.tokenizer, prompt, names=()).text
+    except DataError as error:
+        raise DataError(f"Prompt {index}: {error}") from error
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _checked_tokens(model: TransformerBridge, index: int, prompt: Any) -> Int[Tensor, "pos"]:
     try:
         tokens = torch.as_tensor(prompt).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"Prompt {index} is neither a string nor a sequence of tokens: {prompt!r}."
+            f"Prompt {index} is neither a string, a chat nor a sequence of tokens: {prompt!r}."
         ) from error
     if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise DataError(
@@ -86,11 +153,3 @@ def _tokens_of(model: TransformerBridge, index: int, prompt: Any) -> Int[Tensor,
             f"Prompt {index} has {len(tokens)} tokens, the model's context is {model.cfg.n_ctx}; shorten it."
         )
     return tokens.long()
-
-
-def _tokens_of_text(model: TransformerBridge, index: int, text: str) -> Int[Tensor, "pos"]:
-    if model.tokenizer is None:
-        raise DataError(f"Prompt {index} is a string and the model has no tokenizer; give tokens instead.")
-    if not text:
-        raise DataError(f"Prompt {index} is an empty string.")
-    return model.to_tokens(text, move_to_device=False, truncate=False)[0]

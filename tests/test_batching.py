@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lens.batching import padded_batches, token_sequences
+from moe_lens.batching import how_many, pad_sequences, padded_batches, token_sequences
 from moe_lens.errors import DataError
 from moe_lens.hooked_moe import HookedMoE
-from tests.tiny_models import prompt, tiny_model, tokens
+from moe_lens.prompts import Message, Prompt
+from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., HookedMoE]
 
@@ -68,7 +69,9 @@ def test_a_bad_prompt_is_refused_by_its_number(hooked: Hooked, bad: Any) -> None
         list(token_sequences(hooked("olmoe"), [[4, 5], bad]))
 
 
-@pytest.mark.parametrize("bad", [None, 3, 2.5, torch.tensor(3)], ids=str)
+@pytest.mark.parametrize(
+    "bad", [None, 3, 2.5, torch.tensor(3), {"role": "user", "content": "w1"}, Message("user", "w1")], ids=str
+)
 def test_what_is_no_list_of_prompts_at_all_is_refused(hooked: Hooked, bad: Any) -> None:
     with pytest.raises(DataError):
         list(token_sequences(hooked("olmoe"), bad))
@@ -119,3 +122,49 @@ def test_a_model_without_tokenizer_gets_batches_too() -> None:
 def test_a_batch_size_below_one_is_refused(hooked: Hooked, size: int) -> None:
     with pytest.raises(DataError, match="batch_size"):
         list(padded_batches(hooked("olmoe"), list(tokens(2, 3)), size))
+
+
+TURNS = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+
+
+@pytest.fixture(scope="module")
+def chatting() -> HookedMoE:
+    made = tokenizer()
+    made.chat_template = "<bos> {% for m in messages %}{{ m.content }} <eos> {% endfor %}"
+    return HookedMoE.from_hf(tiny_model("olmoe", num_hidden_layers=1), made)
+
+
+def test_a_list_of_messages_is_one_chat_with_its_templates_tokens(chatting: HookedMoE) -> None:
+    expected = [1, 5, 6, 2, 7, 2]  # one BOS, the template's
+    assert lists(token_sequences(chatting, TURNS)) == [expected]
+    assert lists(token_sequences(chatting, Prompt(TURNS))) == [expected]
+    beside = [TURNS, "w1", tuple(TURNS), Prompt("w2"), [7]]
+    assert lists(token_sequences(chatting, beside)) == [expected, [1, 5], expected, [1, 6], [7]]
+
+
+def test_bad_chats_are_refused_by_their_number(hooked: Hooked, chatting: HookedMoE) -> None:
+    with pytest.raises(DataError, match=r"Prompt 1: Message 1"):
+        list(token_sequences(chatting, ["w1", [TURNS[0], {"role": "user"}]]))
+    with pytest.raises(DataError, match=r"Prompt 1: .*chat_template"):
+        list(token_sequences(hooked("olmoe"), ["w1", TURNS]))
+    long = [{"role": "user", "content": prompt(70)}]
+    with pytest.raises(DataError, match=r"Prompt 0 has 72 tokens"):
+        list(token_sequences(chatting, long))
+
+
+def test_how_many_prompts_there_are() -> None:
+    for one in ("w1", TURNS, Prompt("w1"), torch.tensor([4, 5]), ["w1"]):
+        assert how_many(one) == 1
+    assert how_many([TURNS, "w1", [4]]) == 3
+    assert how_many(torch.zeros(2, 5)) == 2
+    assert how_many(iter(["w1"])) is how_many(3) is None
+
+
+def test_sequences_are_padded_on_either_side(hooked: Hooked) -> None:
+    sequences = [torch.tensor([5]), torch.tensor([6, 7])]
+    for side, rows, masks in (
+        ("left", [[0, 5], [6, 7]], [[False, True], [True, True]]),
+        ("right", [[5, 0], [6, 7]], [[True, False], [True, True]]),
+    ):
+        batch, mask = pad_sequences(hooked("olmoe"), sequences, side)
+        assert (batch.tolist(), mask.tolist()) == (rows, masks)
