@@ -10,14 +10,13 @@ Counts are exact integers; means come from sums in float64.
 """
 
 import json
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,23 +24,50 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
-from moe_lens.batching import Prompts, padded_batches
-from moe_lens.bridge_layers import moe_shape
+from moe_lens.batching import Prompts, how_many
+from moe_lens.bridge_layers import moe_shape, routing_layers
+from moe_lens.co_routing import AdjacentOverlap, CoActivation, CoRouting, Transitions, adjacent_overlap
 from moe_lens.errors import DataError
 from moe_lens.files import atomic_write
+from moe_lens.load_balance import LoadBalance, load_balance
 from moe_lens.moe_shape import UNKNOWN_MODEL, MoEShape, shape_from_json
-
-Span = slice | Callable[[Int[Tensor, "pos"]], Bool[Tensor, "pos"]] | None
-"""Which tokens of a prompt count: None for all, a slice of its positions (`slice(-1, None)` for the last), or
-a function from the prompt's tokens [pos] to a bool [pos]."""
+from moe_lens.prompt_counts import (
+    PositionCounts,
+    PromptCounts,
+    as_prompts,
+    checked_mask,
+    every_token,
+    known_padding,
+    layer_sums,
+    own_positions,
+    own_tokens,
+    points_by_layer,
+    probabilities_by_prompt,
+)
+from moe_lens.rule_base import RoutingRule
+from moe_lens.spans import Span, counted_batches
+from moe_lens.vocabulary import TokenCounts
 
 _KIND: Final = "moe_lens.RoutingStats"
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
+_READABLE: Final = (1, 2)
+"""Schemas that `load` reads; files of schema 1 have counts, probability_sums and weight_sums only."""
+
+_MATRICES: Final = ("counts", "probability_sums", "weight_sums")
+_VECTORS: Final = ("entropy_sums", "margin_sums")
+_TABLES: Final[dict[str, Any]] = {
+    "co_routing": CoRouting,
+    "per_prompt": PromptCounts,
+    "by_position": PositionCounts,
+    "vocabulary": TokenCounts,
+}
+OPTIONAL: Final = (*_VECTORS, *_TABLES)
+"""Fields of RoutingStats that may be None."""
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingStats:
-    """Routing counts over `n_tokens` token positions; every tensor is [layer expert], on the CPU.
+    """Routing counts over `n_tokens` token positions; every tensor is on the CPU.
 
     >>> from moe_lens import RoutingStats, organisms
     >>> model = organisms.load("specialised")
@@ -49,13 +75,26 @@ class RoutingStats:
     >>> stats = RoutingStats.from_cache(cache)
     >>> stats.rates.shape, float(stats.rates.sum(-1)[0])     # rates of one layer sum to k
     (torch.Size([4, 8]), 2.0)
+    >>> stats.coactivation.lift.shape, stats.load_balance().gini.shape, stats.mean_entropy.shape
+    (torch.Size([4, 8, 8]), torch.Size([4]), torch.Size([4]))
+
+    Statistics of other tokens are added with `+`, which adds every field; only fields that both have can be
+    added (`without`, `summary` drop some).
 
     Attributes:
         shape: the model, its MoE layers (the rows), number of experts (the columns) and k.
         n_tokens: how many token positions were counted.
-        counts: int64, at how many of them the expert was among the top-k.
-        probability_sums: float64, sum over tokens of softmax(router logits), over all experts.
-        weight_sums: float64, sum over tokens of the routing weight, 0 where the expert was not chosen.
+        counts: [layer expert], int64, at how many of them the expert was among the top-k.
+        probability_sums: [layer expert], float64, sum over tokens of softmax(router logits) over all.
+        weight_sums: [layer expert], float64, sum over tokens of the routing weight, 0 where not chosen.
+        entropy_sums: [layer], float64, nats, sum over tokens of `router_entropy`.
+        margin_sums: [layer], float64, sum over tokens of the rule's `routing_margin`; inf where no change of
+            logits changes the choice (a table by token id, k = number of experts), NaN where the rule cannot
+            tell. None where the rules were not known.
+        co_routing: experts that run together: in one layer, at adjacent tokens, in consecutive MoE layers.
+        per_prompt: counts of each prompt, if asked for.
+        by_position: counts at each position, if asked for.
+        vocabulary: counts by token of the vocabulary, if asked for.
     """
 
     shape: MoEShape
@@ -63,19 +102,17 @@ class RoutingStats:
     counts: Int[Tensor, "layer expert"]
     probability_sums: Float[Tensor, "layer expert"]
     weight_sums: Float[Tensor, "layer expert"]
+    entropy_sums: Float[Tensor, "layer"] | None = None
+    margin_sums: Float[Tensor, "layer"] | None = None
+    co_routing: CoRouting | None = None
+    per_prompt: PromptCounts | None = None
+    by_position: PositionCounts | None = None
+    vocabulary: TokenCounts | None = None
 
     def __post_init__(self) -> None:
-        size = (len(self.shape.layers), self.shape.n_experts)
-        for name, tensor in self._tensors().items():
-            dtype = torch.int64 if name == "counts" else torch.float64
-            if tuple(tensor.shape) != size or tensor.dtype != dtype:
-                raise DataError(
-                    f"RoutingStats.{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {size}."
-                )
-            if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
-                raise DataError(
-                    f"RoutingStats.{name} holds NaN, infinite or negative values; were the router logits NaN?"
-                )
+        for name in (*_MATRICES, *_VECTORS):
+            if getattr(self, name) is not None or name in _MATRICES:
+                self._check_sums(name, getattr(self, name))
         if not isinstance(self.n_tokens, int) or self.n_tokens < 1:
             raise DataError(
                 f"RoutingStats over {self.n_tokens!r} tokens: the mask or the span must select some."
@@ -90,42 +127,83 @@ class RoutingStats:
                 f"RoutingStats.counts: a layer's counts must sum to n_tokens × k = "
                 f"{self.n_tokens * self.shape.top_k}; got {self.counts.sum(-1).tolist()}."
             )
+        for table in self._tables().values():
+            table.check(self.counts, self.n_tokens, self.shape.top_k)
 
     @classmethod
     def from_cache(
-        cls, cache: Mapping[str, Tensor] | Any, mask: Shaped[Tensor, "*batch"] | Any = None
+        cls,
+        cache: Mapping[str, Tensor] | Any,
+        mask: Shaped[Tensor, "*batch"] | Any = None,
+        *,
+        rules: Mapping[int, RoutingRule] | None = None,
+        tokens: Shaped[Tensor, "*batch"] | Any = None,
+        attention_mask: Shaped[Tensor, "*batch"] | Any = None,
+        per_prompt: bool = False,
+        positions: bool = False,
+        vocabulary: bool = False,
     ) -> "RoutingStats":
         """Count the routing in a cache of `run_with_cache` (or a dictionary of its tensors).
 
         Args:
             cache: must hold router logits [*batch expert], top-k indices and weights [*batch k] of every MoE
-                layer that is to be counted (`names_filter=is_routing_point` keeps just those).
-            mask: [*batch], true (or 1) where a token counts. None: every position but padding, where the
-                cache of a HookedMoE knows it (`cache.attention_mask`: the run got a list of strings, an
-                attention_mask, or tokens without a pad token). Otherwise every position counts, with a
-                warning if there are several prompts.
+                layer that is to be counted (`names_filter=is_routing_point` keeps just those). The last
+                dimension of the batch are the positions of one prompt; a batch [pos] (remove_batch_dim=True)
+                is a single prompt.
+            mask: [*batch], true (or 1) where a token counts. None: every position but padding, where that is
+                known. Otherwise every position counts, with a warning if there are several prompts.
+            rules: the routing rule of each layer, for margins. None: those of the cache's model.
+            tokens: [*batch], the tokens of the run, for `vocabulary`.
+            attention_mask: [*batch], true where a prompt's own tokens are. None: what the cache of a
+                HookedMoE knows (`cache.attention_mask`: the run got a list of strings, an attention_mask, or
+                tokens without a pad token).
+            per_prompt: keep the counts of each prompt, too.
+            positions: keep the counts at each position, too, from each prompt's own first token on.
+            vocabulary: keep the counts by token, too.
 
         Raises:
             DataError: no routing in the cache, a layer without one of the three tensors, a mask of another
-                shape, of other values, or one that selects nothing, NaN logits.
+                shape, of other values, or one that selects nothing, NaN logits, `vocabulary` without tokens,
+                `positions` under a mask where the padding is not known.
         """
-        points = _points_by_layer(cache)
-        layers = tuple(points)
-        batch = points[layers[0]][hook_names.TOPK_INDICES].shape[:-1]
-        keep = _checked_mask(_known_mask(cache, batch) if mask is None else mask, batch)
-        rows, sizes = [], set()
-        for tensors in points.values():
-            logits, indices, weights = (tensors[point] for point in hook_names.POINTS)
-            here = keep.to(indices.device)
-            rows.append(_count_layer(logits[here], indices[here], weights[here]))
-            sizes.add((logits.shape[-1], indices.shape[-1]))
+        points = points_by_layer(cache)
+        batch = next(iter(points.values()))[hook_names.TOPK_INDICES].shape[:-1]
+        real = known_padding(cache, attention_mask, batch)
+        keep = checked_mask(every_token(real, batch) if mask is None else mask, batch)
+        rows = as_prompts(keep)
+        prompt_of = rows.nonzero()[:, 0]
+        model = getattr(cache, "model", None)
+        model = model if isinstance(model, TransformerBridge) else None
+        if rules is None and model is not None:
+            rules = {layer: moe.rule for layer, moe in routing_layers(model).items()}
+        if rules is not None and (missing := sorted(set(points) - set(rules))):
+            raise DataError(f"rules lacks layer {missing[0]}; it has {sorted(rules)}.")
+        sums, indices, by_prompt, sizes = [], [], [], set()
+        for layer, tensors in points.items():
+            logits, chosen, weights = (tensors[point] for point in hook_names.POINTS)
+            here = keep.to(chosen.device)
+            logits, chosen, weights = logits[here], chosen[here], weights[here]
+            sizes.add((logits.shape[-1], chosen.shape[-1]))
+            indices.append(chosen)
+            sums.append(layer_sums(logits, chosen, weights, None if rules is None else rules[layer]))
+            if per_prompt:
+                by_prompt.append(probabilities_by_prompt(logits, prompt_of, len(rows)))
         if len(sizes) > 1:
             raise DataError(f"The layers differ in (number of experts, k): {sorted(sizes)}.")
-        counts, probabilities, weight_sums = (torch.stack(column) for column in zip(*rows, strict=True))
-        model = getattr(cache, "model", None)
-        name = moe_shape(model).model if isinstance(model, TransformerBridge) else UNKNOWN_MODEL
-        shape = MoEShape(name, layers, *sizes.pop())
-        return cls(shape, int(keep.sum()), counts, probabilities, weight_sums)
+        name = UNKNOWN_MODEL if model is None else moe_shape(model).model
+        shape = MoEShape(name, tuple(points), *sizes.pop())
+        stacked = {name: torch.stack([layer[name] for layer in sums]) for name in sums[0]}
+        tables: dict[str, Any] = {"co_routing": CoRouting.count(indices, rows, shape.n_experts)}
+        if per_prompt:
+            tables["per_prompt"] = PromptCounts.count(indices, by_prompt, prompt_of)
+        if positions:
+            position = own_positions(rows, real, mask is not None)
+            tables["by_position"] = PositionCounts.count(indices, position, shape.n_experts)
+        if vocabulary:
+            n_vocab = 0 if model is None else model.cfg.d_vocab
+            of_tokens = own_tokens(tokens, keep)
+            tables["vocabulary"] = TokenCounts.count(indices, of_tokens, shape.n_experts, n_vocab)
+        return cls(shape, len(prompt_of), **stacked, **tables)
 
     @property
     def rates(self) -> Float[Tensor, "layer expert"]:
@@ -151,13 +229,72 @@ class RoutingStats:
         """Mean routing weight over the tokens that chose the expert; NaN for an expert never chosen."""
         return self.weight_sums / self.counts.double()
 
+    @property
+    def mean_entropy(self) -> Float[Tensor, "layer"]:
+        """Mean over tokens of `router_entropy`, nats, in [0, ln n_experts], float64."""
+        return self._have("entropy_sums") / self.n_tokens
+
+    @property
+    def mean_margin(self) -> Float[Tensor, "layer"]:
+        """Mean over tokens of the rule's `routing_margin`, ≥ 0, float64, in units of its selection scores.
+
+        The rule is the model's own, without steering. inf and NaN as in `margin_sums`.
+        """
+        return self._have("margin_sums") / self.n_tokens
+
+    @property
+    def coactivation(self) -> CoActivation:
+        """Pairs of experts of a layer that run for the same token: counts, Jaccard, lift."""
+        return CoActivation(self._have("co_routing").coactivation, self.n_tokens)
+
+    @property
+    def adjacent_overlap(self) -> AdjacentOverlap:
+        """Share of experts that consecutive tokens have in common, beside what independence would give."""
+        return adjacent_overlap(self._have("co_routing"), self.counts, self.n_tokens, self.shape.top_k)
+
+    @property
+    def transitions(self) -> Transitions:
+        """From the experts of one MoE layer to those of the next: counts, P(j | i), lift."""
+        return Transitions(self._have("co_routing").transitions, self.counts, self.n_tokens)
+
+    @property
+    def position_rates(self) -> Float[Tensor, "pos layer expert"]:
+        """Activation rate at each position of the prompts, in [0, 1], float64; NaN where no token counts."""
+        return self._have("by_position").rates
+
+    def load_balance(self) -> LoadBalance:
+        """How evenly each layer's choices fall on its experts: entropy, Gini, max / mean, busiest experts."""
+        return load_balance(self)
+
+    def without(self, *names: str) -> "RoutingStats":
+        """The same statistics without these optional fields. Raises DataError for other names."""
+        if wrong := [name for name in names if name not in OPTIONAL]:
+            raise DataError(f"{wrong[0]!r} is no optional field of RoutingStats; those are {OPTIONAL}.")
+        return replace(self, **dict.fromkeys(names))
+
+    def summary(self) -> "RoutingStats":
+        """Only counts and the sums of probabilities and weights, which any two statistics of a model have."""
+        return self.without(*OPTIONAL)
+
     def __add__(self, other: "RoutingStats") -> "RoutingStats":
-        """The statistics of both sets of tokens together. Raises DataError for different models."""
+        """The statistics of both sets of tokens together; prompts of `per_prompt` in this order.
+
+        Raises:
+            DataError: different models, or an optional field that only one of them has.
+        """
         if not isinstance(other, RoutingStats):
             return NotImplemented
         if differences := self.shape.differences(other.shape):
             raise DataError(f"RoutingStats of different models cannot be added: {'; '.join(differences)}.")
-        summed = {name: tensor + other._tensors()[name] for name, tensor in self._tensors().items()}
+        summed: dict[str, Any] = {}
+        for name in (*_MATRICES, *OPTIONAL):
+            first, second = getattr(self, name), getattr(other, name)
+            if (first is None) != (second is None):
+                raise DataError(
+                    f"Only one of the two RoutingStats has {name}, so they cannot be added. "
+                    f"Collect both alike, or drop it: stats.without({name!r}), or stats.summary()."
+                )
+            summed[name] = None if first is None else first + second
         return RoutingStats(self.shape, self.n_tokens + other.n_tokens, **summed)
 
     def __radd__(self, zero: int) -> "RoutingStats":
@@ -166,9 +303,9 @@ class RoutingStats:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (never pickle), atomically; the model's shape goes into the metadata."""
-        about = {"kind": _KIND, "schema": _SCHEMA, "n_tokens": self.n_tokens, "shape": asdict(self.shape)}
+        about = {"kind": _KIND, "schema": _SCHEMA, **self.about()}
         with atomic_write(path) as temporary:
-            save_file(self._tensors(), temporary, metadata={key: json.dumps(v) for key, v in about.items()})
+            save_file(self.tensors(), temporary, metadata={key: json.dumps(v) for key, v in about.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> "RoutingStats":
@@ -179,21 +316,81 @@ class RoutingStats:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as routing statistics: {error}.") from error
-        if (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
+        schema = about.pop("schema", None)
+        if about.pop("kind", None) != _KIND or schema is True or schema not in _READABLE:
             raise DataError(
-                f"{path} is no file of routing statistics of schema {_SCHEMA}: {about or 'no metadata'}."
+                f"{path} is no file of routing statistics of schema {' or '.join(map(str, _READABLE))}: its "
+                f"schema is {schema!r}, {about or 'no metadata'}."
             )
         try:
-            return cls(shape_from_json(about["shape"]), about["n_tokens"], **tensors)
-        except (KeyError, TypeError, OverflowError, DataError) as error:
+            return cls.from_tensors(about, tensors)
+        except DataError as error:
             raise DataError(f"{path} is damaged: {error}") from error
 
-    def _tensors(self) -> dict[str, Tensor]:
-        names = ("counts", "probability_sums", "weight_sums")
-        return {name: getattr(self, name) for name in names}
+    def about(self) -> dict[str, Any]:
+        """What `tensors` does not hold, ready for JSON: n_tokens and the shape."""
+        return {"n_tokens": self.n_tokens, "shape": asdict(self.shape)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, those of tables as "co_routing.overlaps"; what is None is left out."""
+        plain = {name: getattr(self, name) for name in (*_MATRICES, *_VECTORS)}
+        inside = {
+            f"{name}.{field}": tensor
+            for name, table in self._tables().items()
+            for field, tensor in vars(table).items()
+        }
+        return {
+            name: tensor.contiguous() for name, tensor in {**plain, **inside}.items() if tensor is not None
+        }
+
+    @classmethod
+    def from_tensors(cls, about: Any, tensors: Mapping[str, Tensor]) -> "RoutingStats":
+        """What `about` and `tensors` came from. Raises DataError for anything else."""
+        sums: dict[str, Any] = {}
+        tables: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            table, _, inside = name.partition(".")
+            if inside:
+                tables.setdefault(table, {})[inside] = tensor
+            else:
+                sums[name] = tensor
+        try:
+            built = {name: _TABLES[name](**fields) for name, fields in tables.items()}
+            return cls(shape_from_json(about["shape"]), about["n_tokens"], **sums, **built)
+        except (KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+            raise DataError(f"The tensors and metadata are no routing statistics: {error}") from error
+
+    def _check_sums(self, name: str, tensor: Tensor) -> None:
+        size = (len(self.shape.layers), self.shape.n_experts)[: 2 if name in _MATRICES else 1]
+        dtype = torch.int64 if name == "counts" else torch.float64
+        if tuple(tensor.shape) != size or tensor.dtype != dtype:
+            raise DataError(
+                f"RoutingStats.{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {size}."
+            )
+        finite = bool(torch.isfinite(tensor).all()) or name == "margin_sums"
+        if not finite or bool((tensor < 0).any()):
+            raise DataError(
+                f"RoutingStats.{name} holds NaN, infinite or negative values; were the router logits NaN?"
+            )
+
+    def _tables(self) -> dict[str, Any]:
+        return {name: table for name in _TABLES if (table := getattr(self, name)) is not None}
+
+    def _have(self, name: str) -> Any:
+        if (value := getattr(self, name)) is None:
+            raise DataError(
+                f"These RoutingStats hold no {name}; {_REMEDIES.get(name, 'collect them again.')}"
+            )
+        return value
 
     def __repr__(self) -> str:
         return f"RoutingStats({self.n_tokens} tokens, {self.shape})"
+
+
+_REMEDIES: Final = {
+    "margin_sums": "give from_cache the rules of the layers, or use collect_routing.",
+    "by_position": "collect them with positions=True.",
+}
 
 
 def collect_routing(
@@ -202,7 +399,11 @@ def collect_routing(
     *,
     batch_size: int = 8,
     span: Span = None,
+    special_tokens: bool = False,
     progress: bool = True,
+    per_prompt: bool = False,
+    positions: bool = False,
+    vocabulary: bool = False,
 ) -> RoutingStats:
     """Routing statistics over many prompts, one batch in memory at a time.
 
@@ -214,31 +415,91 @@ def collect_routing(
 
     Args:
         model: a HookedMoE, or a bridge after `attach`.
-        prompts_or_tokens: a string, strings, a token tensor [batch pos], or token sequences of any lengths;
-            a generator is read batch by batch, so that memory does not grow with the number of prompts.
+        prompts_or_tokens: a string, strings, chats, a token tensor [batch pos], or token sequences of any
+            lengths; a generator is read batch by batch, so that memory does not grow with the number of
+            prompts (but with per_prompt=True).
         batch_size: prompts a forward.
-        span: which tokens of each prompt count: None (all), a slice of its positions, or a function from its
-            tokens [pos], BOS included, to a bool [pos].
+        span: which tokens of each prompt count: see `moe_lens.spans.Span`; None for all.
+        special_tokens: let spans that are strings count special tokens too.
         progress: show a progress bar.
+        per_prompt, positions, vocabulary: keep counts of each prompt, at each position, by token, too.
 
     Raises:
         DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
     """
-    total: RoutingStats | None = None
-    done = 0
-    known = 1 if isinstance(prompts_or_tokens, str) else _length(prompts_or_tokens)
+    total = RunningTotal()
+    for stats in iterate_routing(
+        model, prompts_or_tokens, batch_size=batch_size, span=span, special_tokens=special_tokens,
+        progress=progress, per_prompt=per_prompt, positions=positions, vocabulary=vocabulary,
+    ):  # fmt: skip
+        total.add(stats)
+    return total.stats()
+
+
+def iterate_routing(
+    model: TransformerBridge,
+    prompts_or_tokens: Prompts,
+    *,
+    batch_size: int = 8,
+    span: Span = None,
+    special_tokens: bool = False,
+    progress: bool = False,
+    per_prompt: bool = False,
+    positions: bool = False,
+    vocabulary: bool = False,
+    skip: int = 0,
+) -> Iterator[RoutingStats]:
+    """The statistics of each batch, in order: what `collect_routing` sums, with the same arguments.
+
+    Added one after the other they give its result bit for bit, so a sum that was saved after some batches
+    can be continued with the rest: with `skip`, so many batches are not run.
+
+    >>> from moe_lens import organisms
+    >>> model = organisms.load("specialised")
+    >>> parts = iterate_routing(model, ["Question : what is", "Document : the"], batch_size=1)
+    >>> [stats.n_tokens for stats in parts]
+    [5, 4]
+    """
+    rules = {layer: moe.rule for layer, moe in routing_layers(model).items()}
+    known = how_many(prompts_or_tokens)
     with tqdm(total=known, desc="routing", unit="prompt", disable=not progress) as bar:
-        for tokens, mask in padded_batches(model, prompts_or_tokens, batch_size):
-            counted = mask.clone()
-            for row in range(len(tokens)):
-                chosen = _in_span(tokens[row, mask[row]].cpu(), span, done + row)
-                counted[row, mask[row]] = chosen.to(mask.device)
-            stats = RoutingStats.from_cache(_routing_cache(model, tokens, mask), counted)
-            total = stats if total is None else total + stats
-            done += len(tokens)
+        batches = counted_batches(model, prompts_or_tokens, span, batch_size, special_tokens=special_tokens)
+        for number, (tokens, mask, counted) in enumerate(batches):
             bar.update(len(tokens))
-    assert total is not None  # padded_batches refuses an empty list
-    return total
+            if number < skip:
+                continue
+            yield RoutingStats.from_cache(
+                _routing_cache(model, tokens, mask), counted, rules=rules, tokens=tokens, attention_mask=mask,
+                per_prompt=per_prompt, positions=positions, vocabulary=vocabulary,
+            )  # fmt: skip
+
+
+class RunningTotal:
+    """A sum of batches: floats one after the other; tables, which are exact, merged in pairs of like size.
+
+    Adding each batch's tables to the whole would copy the whole for every batch.
+    """
+
+    def __init__(self) -> None:
+        self.sums: RoutingStats | None = None
+        self.tables: list[tuple[int, dict[str, Any]]] = []  # (batches in it, tables), in order, falling size
+
+    def add(self, stats: RoutingStats) -> None:
+        sums = stats.without(*_TABLES)
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tables.append((1, stats._tables()))
+        while len(self.tables) > 1 and self.tables[-1][0] == self.tables[-2][0]:
+            self._merge_last()
+
+    def stats(self) -> RoutingStats:
+        assert self.sums is not None  # counted_batches refuses an empty list
+        while len(self.tables) > 1:
+            self._merge_last()
+        return replace(self.sums, **self.tables[0][1])
+
+    def _merge_last(self) -> None:
+        (size, first), (other, second) = self.tables[-2:]
+        self.tables[-2:] = [(size + other, {name: table + second[name] for name, table in first.items()})]
 
 
 def is_routing_point(name: str) -> bool:
@@ -258,93 +519,3 @@ def _routing_cache(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> An
     padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
     with torch.no_grad():
         return model.run_with_cache(tokens, names_filter=is_routing_point, return_type=None, **padding)[1]
-
-
-def _length(prompts: Any) -> int | None:
-    return len(prompts) if hasattr(prompts, "__len__") else None
-
-
-def _in_span(tokens: Int[Tensor, "pos"], span: Span, index: int) -> Bool[Tensor, "pos"]:
-    try:
-        if callable(span):
-            chosen = torch.as_tensor(span(tokens), dtype=torch.bool).cpu()
-        else:
-            chosen = torch.zeros(len(tokens), dtype=torch.bool)
-            chosen[slice(None) if span is None else span] = True
-    except (TypeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"The span {span!r} cannot be applied to prompt {index}: {error}. Give None, a slice with a "
-            "positive step, or a function from tokens [pos] to a bool [pos]."
-        ) from error
-    if chosen.shape != tokens.shape:
-        raise DataError(
-            f"The span gave shape {tuple(chosen.shape)} for prompt {index} with {len(tokens)} tokens; "
-            "it must give one bool a token."
-        )
-    if not bool(chosen.any()):
-        raise DataError(f"The span selects no token of prompt {index} ({len(tokens)} tokens).")
-    return chosen
-
-
-def _points_by_layer(cache: Mapping[str, Tensor] | Any) -> dict[int, dict[str, Tensor]]:
-    """Layer -> short name of the hook point -> cached tensor, ascending; each layer must have all three."""
-    if not hasattr(cache, "keys"):
-        raise DataError(
-            f"from_cache needs a cache, got {type(cache).__name__}; it is the second of the two things that "
-            "run_with_cache returns."
-        )
-    found: dict[int, dict[str, Tensor]] = {}
-    for name in cache.keys():  # noqa: SIM118 (an ActivationCache iterates over its tensors' axis)
-        if parsed := hook_names.parse(name):
-            found.setdefault(parsed[0], {})[parsed[1]] = cache[name]
-    if not found:
-        raise DataError(
-            "The cache holds no routing: run a HookedMoE (or a bridge after attach), and let the "
-            "names_filter keep the routing points (names_filter=moe_lens.is_routing_point)."
-        )
-    for layer, tensors in found.items():
-        if missing := [point for point in hook_names.POINTS if point not in tensors]:
-            raise DataError(
-                f"The cache lacks {', '.join(missing)} of layer {layer}; let the names_filter keep it."
-            )
-    return dict(sorted(found.items()))
-
-
-def _known_mask(cache: Any, batch: torch.Size) -> Tensor:
-    """Where the prompts' own tokens are, as far as the cache knows."""
-    mask = getattr(cache, "attention_mask", None)
-    if mask is None:
-        if len(batch) > 1 and batch[0] > 1:
-            warnings.warn(
-                "This cache does not say which positions are padding, so every position is counted. "
-                "Pass mask= if the prompts were padded.",
-                stacklevel=3,
-            )
-        return torch.ones(batch, dtype=torch.bool)
-    dropped_batch = mask.ndim == len(batch) + 1 and mask.shape[0] == 1  # remove_batch_dim=True
-    return mask[0] if dropped_batch else mask
-
-
-def _checked_mask(mask: Any, batch: torch.Size) -> Bool[Tensor, "*batch"]:
-    try:
-        mask = torch.as_tensor(mask)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"The mask must be a tensor of shape {tuple(batch)}; got {mask!r}.") from error
-    if mask.shape != batch:
-        raise DataError(f"The mask has shape {tuple(mask.shape)}, the routing is over {tuple(batch)}.")
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise DataError("The mask must hold true and false, or 1 and 0, only.")
-    if not bool(mask.any()):
-        raise DataError("The mask selects no token; nothing would be counted.")
-    return mask.bool()
-
-
-def _count_layer(
-    logits: Float[Tensor, "token expert"], indices: Int[Tensor, "token k"], weights: Float[Tensor, "token k"]
-) -> tuple[Int[Tensor, "expert"], Float[Tensor, "expert"], Float[Tensor, "expert"]]:
-    n_experts = logits.shape[-1]
-    counts = torch.bincount(indices.flatten(), minlength=n_experts)
-    probabilities = torch.softmax(logits.float(), dim=-1).double().sum(0)
-    weight_sums = torch.zeros(n_experts, dtype=torch.float64, device=weights.device)
-    weight_sums.index_add_(0, indices.flatten(), weights.flatten().double())
-    return counts.cpu(), probabilities.cpu(), weight_sums.cpu()  # layers may lie on different devices
