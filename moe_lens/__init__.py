@@ -7,32 +7,66 @@ Causal hook points on routing (`HookedMoE`, `attach`), routing statistics (`Rout
 (`SteeringPlan`, `steer_hooks`), and small trained models to try it all on (`moe_lens.organisms`).
 """
 
-from moe_lens import hook_names, organisms
+from moe_lens import contrasts, hook_names, organisms
 from moe_lens.contrast import ExpertScores, risk_difference
+from moe_lens.contrastive_pairs import ContrastivePairs
+from moe_lens.detection import compare_routing, detect, selection_stability, template_agreement
 from moe_lens.errors import MoELensError
+from moe_lens.generation_routing import collect_generation
 from moe_lens.hooked_moe import HookedMoE, attach, detach
+from moe_lens.load_balance import domain_specialisation
 from moe_lens.model_table import supported_models
+from moe_lens.prompt_routing import route_prompt
+from moe_lens.prompts import Prompt
+from moe_lens.published import read_published_ranking
 from moe_lens.routing_rules import register_rule
 from moe_lens.routing_stats import RoutingStats, collect_routing, is_routing_point
 from moe_lens.rule_base import RoutingRule
+from moe_lens.spans import TextSpan, span_mask
 from moe_lens.steering import steer_hooks
+from moe_lens.steering_evaluation import evaluate_steering
 from moe_lens.steering_plan import SteeringPlan
+from moe_lens.steering_report import SteeringReport
+from moe_lens.steering_sweep import sweep
+from moe_lens.tasks import SteeringTask, answer_task, load_task, split_clusters
+from moe_lens.vocabulary import vocabulary_specialisation
 
 __all__ = [
+    "ContrastivePairs",
     "ExpertScores",
     "HookedMoE",
     "MoELensError",
+    "Prompt",
     "RoutingRule",
     "RoutingStats",
     "SteeringPlan",
+    "SteeringReport",
+    "SteeringTask",
+    "TextSpan",
+    "answer_task",
     "attach",
+    "collect_generation",
     "collect_routing",
+    "compare_routing",
+    "contrasts",
     "detach",
+    "detect",
+    "domain_specialisation",
+    "evaluate_steering",
     "hook_names",
     "is_routing_point",
+    "load_task",
     "organisms",
+    "read_published_ranking",
     "register_rule",
     "risk_difference",
+    "route_prompt",
+    "selection_stability",
+    "span_mask",
+    "split_clusters",
     "steer_hooks",
     "supported_models",
+    "sweep",
+    "template_agreement",
+    "vocabulary_specialisation",
 ]

@@ -5,62 +5,48 @@ import pytest
 import torch
 
 from moe_lens import organisms
-from moe_lens.demo import (
-    LEGEND,
-    DemoResult,
-    best_size,
-    compare_sizes,
-    detect_document_experts,
-    run_demo,
-    table,
-    two_plans,
-)
-from moe_lens.errors import DataError, MoELensError, PlanError
+from moe_lens.demo import LEGEND, DemoResult, detect_document_experts, run_demo, table
+from moe_lens.errors import DataError, MoELensError
 from moe_lens.steering import steer_hooks
 from moe_lens.steering_plan import SteeringPlan
+from moe_lens.steering_report import ANY_LAYER
+from moe_lens.tasks import CLOSED_BOOK
 
 
 def test_planted_steers_almost_completely_and_beyond_its_controls(planted_demo: DemoResult) -> None:
-    assert planted_demo.gap >= 0.85
-    assert planted_demo.gap_interval[0] > 0.8
-    assert (planted_demo.random_gaps >= planted_demo.gap).mean() <= 0.05
-    assert (planted_demo.layer_matched_gaps >= planted_demo.gap).mean() <= 0.05
-    assert planted_demo.unsteered.closed_book >= 0.95
+    report = planted_demo.report
+    assert report.gap >= 0.85
+    assert report.gap_interval[0] > 0.8
+    assert report.p_matched <= 0.05
+    assert report.p_any <= 0.05
+    assert report.verdict
+    assert report.unsteered.collateral[CLOSED_BOOK] >= 0.95
 
 
 def test_specialised_steers_both_ways_beyond_its_controls() -> None:
-    result = run_demo("specialised", progress=False)
-    assert result.gap_interval[0] > 0.4
-    assert (result.random_gaps >= result.gap).mean() <= 0.05
-    assert result.steered["+"].document_rate > result.unsteered.document_rate
-    assert result.steered["−"].document_rate < result.unsteered.document_rate
+    report = run_demo("specialised", n_random=10, progress=False).report
+    assert report.gap_interval[0] > 0.4
+    assert report.verdict
+    assert report.effect_interval("+")[0] > 0
+    assert report.effect_interval("−")[1] < 0
 
 
 def test_null_stays_inside_its_controls() -> None:
-    result = run_demo("null", progress=False)
-    assert (result.random_gaps >= abs(result.gap)).mean() > 0.05
-
-
-def test_layer_matched_gaps_are_those_of_every_pair(planted_demo: DemoResult) -> None:
-    expected = [
-        plus.document_rate - minus.document_rate
-        for plus in planted_demo.layer_matched["+"]
-        for minus in planted_demo.layer_matched["−"]
-    ]
-    assert planted_demo.layer_matched_gaps.tolist() == pytest.approx(expected)
-    assert len(expected) == 400
+    report = run_demo("null", n_random=10, progress=False).report
+    assert not report.verdict
+    assert report.explanation.startswith("No effect beyond the controls")
 
 
 def test_outcomes_equal_a_prompt_by_prompt_count(planted_demo: DemoResult) -> None:
     model, world = organisms.load("planted"), organisms.world("planted")
     for plan, outcome in (
-        (SteeringPlan(), planted_demo.unsteered),
-        (planted_demo.plans["−"], planted_demo.steered["−"]),
+        (SteeringPlan(), planted_demo.report.unsteered),
+        (planted_demo.plans["−"], planted_demo.report.steered["−"]),
     ):
         for index, conflict in list(enumerate(world.conflicts("test")))[::16]:
             logits = model.run_with_hooks(conflict.open_book, fwd_hooks=steer_hooks(plan))
             said = str(model.to_string(logits[0, -1].argmax().reshape(1))).strip()
-            assert (said == conflict.document_answer) == bool(outcome.says_document[index])
+            assert (said == conflict.document_answer) == bool(outcome.values[index])
 
 
 def test_detection_sees_the_detection_split_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,30 +76,17 @@ def test_detection_counts_from_the_question_on(planted_demo: DemoResult) -> None
 
 
 def test_plans_deactivate_the_experts_of_the_other_condition(planted_demo: DemoResult) -> None:
-    plans = two_plans(planted_demo.scores, 3)
+    size, plans = planted_demo.size, planted_demo.plans
     deltas = {(s.layer, s.expert): s.delta for s in planted_demo.scores.ranked()}
     in_order = sorted(deltas, key=lambda expert: deltas[expert])
-    assert set(plans["+"].deactivate) == set(in_order[:3])
-    assert set(plans["−"].deactivate) == set(in_order[-3:])
+    assert set(plans["+"].deactivate) == set(in_order[:size])
+    assert set(plans["−"].deactivate) == set(in_order[-size:])
     assert not plans["+"].activate
 
 
-def test_best_size_takes_the_smallest_plan_near_the_largest_gap_that_does_little_harm() -> None:
-    assert best_size({2: (0.3, 0.0), 4: (0.6, 0.05), 6: (0.9, 0.5)}) == 4
-    assert best_size({2: (0.3, 0.0), 4: (0.81, 0.05), 6: (0.9, 0.05)}) == 4
-    assert best_size({2: (0.3, 0.0), 4: (0.79, 0.05), 6: (0.9, 0.05)}) == 6
-    assert best_size({2: (0.3, 0.4), 4: (0.6, 0.3)}) == 4
-    with pytest.raises(PlanError, match="possible"):
-        best_size({})
-
-
-def test_compare_sizes_leaves_out_what_is_impossible(planted_demo: DemoResult) -> None:
-    def measure(plan: SteeringPlan):
-        return planted_demo.unsteered
-
-    sizes = compare_sizes(measure, planted_demo.scores)
-    assert set(sizes) <= {2, 4, 6, 8, 10, 12}
-    assert all(gap == 0 and harm == 0 for gap, harm in sizes.values())
+def test_the_size_is_that_of_the_development_split(planted_demo: DemoResult) -> None:
+    assert planted_demo.size == planted_demo.development.best_size()
+    assert set(planted_demo.development.sizes) <= {2, 4, 6, 8, 10, 12}
 
 
 def test_table_shows_the_effect_beside_its_controls(planted_demo: DemoResult) -> None:
@@ -121,29 +94,32 @@ def test_table_shows_the_effect_beside_its_controls(planted_demo: DemoResult) ->
     cells = dict(
         zip(*([c.strip() for c in line.strip("|").split(" | ")] for line in (header, row)), strict=True)
     )
+    report = planted_demo.report
     assert set(rule) == set("| -")
-    assert cells["toward doc"] == f"{planted_demo.steered['+'].document_rate:.2f}"
-    assert cells["pairs ≥ gap"].endswith(
-        f"of {len(planted_demo.random) * (len(planted_demo.random) - 1) // 2}"
-    )
-    assert f"{np.mean([o.document_rate for o in planted_demo.random]):.2f}" in cells["random sets"]
+    assert cells["toward doc"] == f"{report.steered['+'].rate:.2f}"
+    assert cells["p matched"] == f"{report.p_matched:.3f}"
+    assert cells["verdict"] == "exceeds controls"
+    rates = [np.mean(o.values) for side in "+−" for o in report.controls[ANY_LAYER][side]]
+    assert f"{np.mean(rates):.2f}" in cells["random sets"]
 
 
 def test_the_same_seed_gives_the_same_result(planted_demo: DemoResult) -> None:
-    again = run_demo("planted", n_random=2, progress=False)
+    again = run_demo("planted", n_random=4, progress=False)
     assert again.plans == planted_demo.plans
-    assert np.array_equal(again.random_rates[0], planted_demo.random_rates[0])
+    ours, theirs = (r.report.controls[ANY_LAYER]["+"][0].values for r in (again, planted_demo))
+    assert np.array_equal(ours, theirs)
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(MoELensError, match="no organism 'typo'"):
         run_demo("typo")
     with pytest.raises(DataError, match="n_random"):
-        run_demo("planted", n_random=1)
+        run_demo("planted", n_random=3)
 
 
 def test_the_legend_gives_the_numbers_of_the_test_split() -> None:
     for name in organisms.names():
         conflicts = organisms.world(name).conflicts("test")
         countries = {conflict.entity for conflict in conflicts}
-        assert f"{len(conflicts)} held-out conflicts ({len(countries)} countries)" in LEGEND
+        words = " ".join(LEGEND.split())
+        assert f"{len(conflicts)} held-out conflicts ({len(countries)} countries)" in words

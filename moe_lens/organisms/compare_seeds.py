@@ -12,19 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lens.demo import (
-    DIRECTIONS,
-    Outcome,
-    best_size,
-    compare_sizes,
-    detect_document_experts,
-    measure_outcome,
-    two_plans,
-)
+from moe_lens.demo import compare_sizes, detect_document_experts
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.organisms.recipes import recipe
 from moe_lens.organisms.world import World
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.steering_sweep import SweepPoint, SweepResult
+from moe_lens.tasks import CLOSED_BOOK, LOSS
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +26,27 @@ class SeedResult:
 
     name: str
     seed: int
-    size: int
-    unsteered: Outcome
-    steered: dict[str, Outcome]
+    sweep: SweepResult
+
+    @property
+    def size(self) -> int:
+        """The chosen size of the plans."""
+        return self.sweep.best_size()
+
+    @property
+    def steered(self) -> tuple[SweepPoint, SweepPoint]:
+        """Toward the document, toward memory."""
+        return self.sweep.point(self.size, "+"), self.sweep.point(self.size, "−")
 
     @property
     def gap(self) -> float:
         """Two-way gap on the development split, in [-1, 1]."""
-        return self.steered["+"].document_rate - self.steered["−"].document_rate
+        return self.sweep.gap(self.size)
 
     @property
     def worst_closed_book(self) -> float:
         """The lower closed-book accuracy of the two directions, in [0, 1]."""
-        return min(outcome.closed_book for outcome in self.steered.values())
+        return min(point.collateral[CLOSED_BOOK] for point in self.steered)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,15 +64,8 @@ def development_result(folder: Path) -> SeedResult:
     """Detect on the detection split, choose the size and measure on the development split."""
     about = json.loads((folder / "training.json").read_text())
     model, world = HookedMoE.from_pretrained(folder), World(recipe(about["name"]).variant)
-    scores = detect_document_experts(model, world)
-    outcomes: dict[SteeringPlan, Outcome] = {}
-
-    def measure(plan: SteeringPlan) -> Outcome:
-        return outcomes.setdefault(plan, measure_outcome(model, world, "development", plan))
-
-    size = best_size(compare_sizes(measure, scores))
-    steered = {direction: outcomes[plan] for direction, plan in two_plans(scores, size).items()}
-    return SeedResult(about["name"], about["seed"], size, outcomes[SteeringPlan()], steered)
+    found = compare_sizes(model, world, detect_document_experts(model, world))
+    return SeedResult(about["name"], about["seed"], found)
 
 
 def best(results: Sequence[SeedResult]) -> SeedResult:
@@ -88,13 +82,14 @@ def table(results: Sequence[SeedResult]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        outcomes = [result.unsteered, *(result.steered[direction] for direction in DIRECTIONS)]
+        sweep, collateral = result.sweep, [point.collateral for point in result.steered]
+        collateral.insert(0, sweep.unsteered_collateral)
         columns = [
             " / ".join(f"{value:.2f}" for value in values)
             for values in (
-                [outcome.document_rate for outcome in outcomes],
-                [outcome.closed_book for outcome in outcomes],
-                [outcome.loss for outcome in outcomes],
+                [sweep.unsteered, *(point.mean for point in result.steered)],
+                [values[CLOSED_BOOK] for values in collateral],
+                [values[LOSS] for values in collateral],
             )
         ]
         lines.append(

@@ -2,21 +2,29 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from moe_lens import organisms
-from moe_lens.demo import Outcome, run_demo
+from moe_lens.demo import run_demo
 from moe_lens.organisms.compare_seeds import SeedResult, best, development_result, main, table
 from moe_lens.organisms.world import World
+from moe_lens.steering_report import Limit
+from moe_lens.steering_sweep import SweepPoint, SweepResult
+from moe_lens.tasks import CLOSED_BOOK, LOSS
 
 
 def result(
     seed: int, plus: float, minus: float, closed_book: float = 1.0, name: str = "planted"
 ) -> SeedResult:
-    """A seed that answers with the document on these shares of 100 prompts."""
-    outcomes = [Outcome(np.arange(100) < 100 * rate, closed_book, 1.0) for rate in (0.5, plus, minus)]
-    return SeedResult(name, seed, 4, outcomes[0], {"+": outcomes[1], "−": outcomes[2]})
+    """A seed that answers with the document on these shares of the prompts."""
+    collateral = {CLOSED_BOOK: closed_book, LOSS: 1.0}
+    points = tuple(
+        SweepPoint(4, side, rate, rate, rate, dict(collateral), [])
+        for side, rate in (("+", plus), ("−", minus))
+    )
+    limits = {CLOSED_BOOK: Limit(0.1, False), LOSS: Limit(0.1, True)}
+    unsteered = {CLOSED_BOOK: 1.0, LOSS: 1.0}
+    return SeedResult(name, seed, SweepResult("", "", "deactivate", 0.5, unsteered, limits, points))
 
 
 def test_the_largest_gap_wins() -> None:
@@ -47,12 +55,12 @@ def test_table_has_a_row_a_seed() -> None:
 def test_development_numbers_are_those_of_the_demo_and_test_prompts_stay_unseen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo = run_demo("planted", n_random=2, progress=False)
+    demo = run_demo("planted", n_random=4, progress=False)
     original, asked = World.conflicts, set()
     monkeypatch.setattr(World, "conflicts", lambda self, split: (asked.add(split), original(self, split))[1])
     found = development_result(organisms.path("planted"))
     assert asked == {"detection", "development"}
-    assert found.gap == pytest.approx(demo.development[found.size][0])
+    assert found.gap == pytest.approx(demo.development.gap(found.size))
     assert found.size == demo.size
     assert found.seed == best([found, replace(found, seed=9)]).seed
     main([str(organisms.path("planted"))])

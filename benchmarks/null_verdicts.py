@@ -1,0 +1,133 @@
+"""How often the verdict is wrong: python benchmarks/null_verdicts.py null --seeds 100
+
+All countries that an organism knows are pooled and split anew by each seed: 12 for detection, 12 to choose
+the plan's size, 24 to judge it. Detection, choice and verdict are those of the demo. Prints the share of
+splits on which the verdict says that steering exceeds its controls: on the null organism a false positive.
+The splits share one model and its 48 countries, so they are no independent trials.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from tqdm.auto import tqdm
+
+from moe_lens import organisms
+from moe_lens.contrast import ExpertScores
+from moe_lens.contrastive_pairs import ContrastivePairs
+from moe_lens.demo import SIZES, document_pairs
+from moe_lens.detection import detect
+from moe_lens.errors import PlanError
+from moe_lens.evaluation import answers_with, text_loss
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.organisms.world import SPLITS, Conflict
+from moe_lens.steering import steer_hooks
+from moe_lens.steering_evaluation import opposite_plan, run_controls
+from moe_lens.steering_plan import SteeringPlan
+from moe_lens.steering_report import Limit, Outcome, SteeringReport
+from moe_lens.steering_sweep import SweepPoint, SweepResult
+from moe_lens.tasks import LOSS, split_clusters
+
+
+class Bench:
+    """One organism, every conflict of its world, and what has been measured so far."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.model: HookedMoE = organisms.load(name)
+        self.world = organisms.world(name)
+        self.conflicts: list[Conflict] = [c for split in SPLITS for c in self.world.conflicts(split)]
+        every = [document_pairs(self.world, split) for split in SPLITS]
+        self.pairs: ContrastivePairs = every[0] + every[1] + every[2]
+        self.values: dict[SteeringPlan, np.ndarray] = {}
+        self.losses: dict[SteeringPlan, float] = {}
+
+    def says_document(self, plan: SteeringPlan, rows: np.ndarray) -> np.ndarray:
+        """For these conflicts, 1 where the model answers with the document's value under the plan."""
+        known = self.values.setdefault(plan, np.full(len(self.conflicts), np.nan))
+        if missing := [row for row in rows if np.isnan(known[row])]:
+            asked = [self.conflicts[row] for row in missing]
+            known[missing] = answers_with(
+                self.model, [c.open_book for c in asked], [c.document_answer for c in asked],
+                hooks=steer_hooks(plan), batch_size=192,
+            ).numpy()  # fmt: skip
+        return known[rows]
+
+    def loss(self, plan: SteeringPlan) -> float:
+        """Generic loss on the development sentences."""
+        if plan not in self.losses:
+            sentences = self.world.generic("development")
+            self.losses[plan] = text_loss(self.model, sentences, hooks=steer_hooks(plan))
+        return self.losses[plan]
+
+    def report(self, seed: int, n_random: int) -> SteeringReport:
+        """Detection, choice of the size and verdict on the splits of a seed."""
+        splits = split_clusters([c.entity for c in self.conflicts], (0.25, 0.25, 0.5), seed=seed)
+        scores = detect(self.model, self.pairs.select(splits[0].tolist()), batch_size=128, progress=False)
+        plan = SteeringPlan.from_scores(scores, n_deactivate=self._size(scores, splits[1]))
+        test = splits[2]
+
+        def measure(one: SteeringPlan) -> Outcome:
+            return Outcome(self.says_document(one, test), {})
+
+        plans = {"+": plan, "−": opposite_plan(scores, plan)}
+        return SteeringReport(
+            task="answers with the document's value",
+            model=self.name,
+            plans=plans,
+            clusters=tuple(self.conflicts[row].entity for row in test),
+            unsteered=measure(SteeringPlan()),
+            steered={side: measure(one) for side, one in plans.items()},
+            controls=run_controls(self.model, plans, measure, n_random, seed),
+            bottom=None,
+            limits={},
+            alpha=0.05,
+            level=0.95,
+            seed=seed,
+        )
+
+    def _size(self, scores: ExpertScores, rows: np.ndarray) -> int:
+        points = []
+        for size in SIZES:
+            try:
+                plans = [
+                    (side, SteeringPlan.from_scores(own, n_deactivate=size))
+                    for side, own in (("+", scores), ("−", -scores))
+                ]
+            except PlanError:  # too few experts of one sign, or too many in one layer
+                continue
+            for side, plan in plans:
+                rate = float(self.says_document(plan, rows).mean())
+                points.append(SweepPoint(size, side, rate, rate, rate, {LOSS: self.loss(plan)}, []))
+        base, limits = {LOSS: self.loss(SteeringPlan())}, {LOSS: Limit(0.1, True)}
+        return SweepResult("", "", "deactivate", 0.0, base, limits, tuple(points)).best_size()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("organism", choices=organisms.names())
+    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--n-random", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(options.organism)
+    reports = []
+    for seed in tqdm(range(options.seeds)):
+        reports.append(bench.report(seed, options.n_random))
+    positive = sum(report.verdict for report in reports)
+    interval = binomtest(positive, len(reports)).proportion_ci()
+    gaps = [report.gap for report in reports]
+    print(
+        f"{options.organism}: verdict 'exceeds controls' on {positive} of {len(reports)} splits "
+        f"({positive / len(reports):.3f}, Clopper–Pearson 95 % [{interval.low:.3f}, {interval.high:.3f}]); "
+        f"two-way gap {np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1):.2f}; criteria alone: "
+        f"interval {np.mean([r.gap_interval[0] > 0 for r in reports]):.2f}, "
+        f"layer-matched {np.mean([r.p_matched <= 0.05 for r in reports]):.2f}, "
+        f"any layer {np.mean([r.p_any <= 0.05 for r in reports]):.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
