@@ -30,6 +30,10 @@ from moe_lens.steering_sweep import SweepPoint, SweepResult
 from moe_lens.tasks import LOSS, split_clusters
 
 
+POOLS = 10
+"""Seeds of random sets, taken in turn; splits with the same one share many sets, which are measured once."""
+
+
 class Bench:
     """One organism, every conflict of its world, and what has been measured so far."""
 
@@ -79,7 +83,7 @@ class Bench:
             clusters=tuple(self.conflicts[row].entity for row in test),
             unsteered=measure(SteeringPlan()),
             steered={side: measure(one) for side, one in plans.items()},
-            controls=run_controls(self.model, plans, measure, n_random, seed),
+            controls=run_controls(self.model, plans, measure, n_random, seed % POOLS),
             bottom=None,
             limits={},
             alpha=0.05,
@@ -114,8 +118,10 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(options.organism)
     reports = []
-    for seed in tqdm(range(options.seeds)):
-        reports.append(bench.report(seed, options.n_random))
+    with tqdm(range(options.seeds), desc=options.organism) as seeds:
+        for seed in seeds:
+            reports.append(bench.report(seed, options.n_random))
+            seeds.set_postfix(positive=sum(report.verdict for report in reports))
     positive = sum(report.verdict for report in reports)
     interval = binomtest(positive, len(reports)).proportion_ci()
     gaps = [report.gap for report in reports]

@@ -96,16 +96,21 @@ def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axe
         )
     ax.axhline(-np.log10(q), color="black", linestyle="--", linewidth=1)
     ax.axvline(0, color="black", linewidth=0.6)
-    named = [s for s in scores.ranked() if values[scores.shape.layers.index(s.layer), s.expert] <= q]
-    for score in named[:n_labels]:
-        place = (score.delta, height[scores.shape.layers.index(score.layer), score.expert])
-        side = 5 if score.delta > 0 else -5
+    rows = {layer: row for row, layer in enumerate(scores.shape.layers)}
+    named = [s for s in scores.ranked() if values[rows[s.layer], s.expert] <= q][:n_labels]
+    for number, score in enumerate(sorted(named, key=lambda s: s.delta)):
         ax.annotate(
-            f"L{score.layer} E{score.expert}", place, xytext=(side, 3), fontsize=8,
-            textcoords="offset points", ha="left" if score.delta > 0 else "right",
+            f"L{score.layer} E{score.expert}", (score.delta, height[rows[score.layer], score.expert]),
+            xytext=(0, 5 + 11 * (number % 3)), textcoords="offset points", fontsize=8, ha="center",
         )  # fmt: skip
     limit = 1.25 * max(float(np.abs(delta).max()), 1e-9)
-    ax.set(xlim=(-limit, limit), ylabel="−log10 q", title=f"{scores.shape.model}: effect and evidence")
+    top = 1.3 * max(float(height.max()), -float(np.log10(q)))
+    ax.set(
+        xlim=(-limit, limit),
+        ylim=(-0.05 * top, top),
+        ylabel="−log₁₀ q",
+        title=f"{scores.shape.model}: effect and evidence",
+    )
     ax.set_xlabel(f"{_SCORE_LABELS.get(scores.score, scores.score)} (> 0: more under condition 1)")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
     return ax
@@ -160,7 +165,7 @@ def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = No
     size = 3.6 + 0.18 * min(stats.shape.n_experts, 24)
     ax = ax or _new_axes(size + 1.6, rows=int(2 * (size - 1.9)))
     ax.set_facecolor("#BBBBBB")
-    image = ax.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit, origin="lower")
+    image = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, origin="lower")
     _count_axis(ax, stats.shape.n_experts)
     step = max(1, stats.shape.n_experts // 16)
     ax.set_yticks(range(0, stats.shape.n_experts, step))
@@ -203,12 +208,15 @@ def sweep_curves(found: SweepResult, *, ax: Axes | None = None) -> Axes:
             sizes, means, yerr=np.maximum(errors, 0), color=COLORS[side], marker=marker, capsize=3,
             label=f"{side} {name}",
         )  # fmt: skip
-        if all(point.control_means for point in points):
-            bands = np.array([point.band for point in points])
-            ax.fill_between(
-                sizes, bands[:, 0], bands[:, 1], color=COLORS[side], alpha=0.15, linewidth=0,
-                label=f"random sets as {side}, middle 90 %",
-            )  # fmt: skip
+    pooled = [
+        [rate for p in found.points if p.size == size for rate in p.control_means] for size in found.sizes
+    ]
+    if all(pooled):
+        low, high = (np.array([np.quantile(rates, level) for rates in pooled]) for level in (0.05, 0.95))
+        ax.fill_between(
+            found.sizes, low, high, color=COLORS["random"], alpha=0.25, linewidth=0,
+            label="random sets of as many experts, middle 90 %",
+        )  # fmt: skip
     ax.axhline(found.unsteered, color=COLORS["unsteered"], linestyle="--", linewidth=1, label="unsteered")
     verb = {"deactivate": "deactivated", "activate": "activated"}.get(found.mode, "activated and deactivated")
     ax.set_xticks(found.sizes)
