@@ -183,10 +183,12 @@ def _plan(commands_: Any) -> None:
         the gentler lever.""",
     )
     command.add_argument("scores", type=Path, metavar="SCORES", help="file of scores")
-    command.add_argument("--activate", type=_number, metavar="N", help="how many experts to activate")
-    command.add_argument("--deactivate", type=_number, metavar="N", help="how many experts to deactivate")
+    for verb in ("activate", "deactivate"):
+        command.add_argument(
+            f"--{verb}", type=_number_or_all, metavar="N", help=f'how many experts to {verb}, or "all"'
+        )
     command.add_argument(
-        "--q", type=float, help="only experts with a q-value up to this; without N, all that fit a layer"
+        "--q", type=float, help="only experts with a q-value up to this; without any N, all that fit a layer"
     )
     command.add_argument("--reverse", action="store_true", help="for the opposite contrast")
     command.add_argument("--epsilon", type=float, default=0.01, help="of the transform (default: 0.01)")
@@ -308,6 +310,10 @@ def _number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
+
+
+def _number_or_all(text: str) -> int | str:
+    return text if text == "all" else _number(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -84,6 +84,8 @@ def plan(options: Options) -> None:
             raise DataError("--moe-layers needs --model, whose MoE layers are meant.")
         layers = shape.layers if shape is not None and options.moe_layers else None
         ranking = read_published_ranking(options.scores, shape=shape, layers=layers)
+        if "all" in numbers.values():
+            raise DataError("A published ranking needs numbers for --activate and --deactivate.")
         given = {name: number or 0 for name, number in numbers.items()}
         chosen = ranking.plan(**given, reverse=options.reverse, **common)
     else:

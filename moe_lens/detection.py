@@ -2,7 +2,7 @@
 
 scores = detect(model, pairs)                          # ExpertScores with intervals, p- and q-values
 scores = compare_routing(stats_1, stats_2)             # the same from counts that somebody already has
-plan = SteeringPlan.from_scores(scores, n_deactivate=None, q=0.05)
+plan = SteeringPlan.from_scores(scores, n_deactivate="all", q=0.05)
 selection_stability(scores, n=10)                      # would other prompts have selected the same experts?
 template_agreement(scores)                             # would other templates have?
 

@@ -25,6 +25,7 @@ from moe_lens.moe_shape import MoEShape, as_index, shape_from_json
 Expert = tuple[int, int]
 """(layer, expert)"""
 OnExcess = Literal["raise", "drop"]
+HowMany = int | Literal["all"]
 
 EPSILON_RANGE: Final = (1e-4, 30.0)
 """Nats; with a smaller or larger epsilon float32's rounding would merge scores that differ."""
@@ -81,8 +82,8 @@ class SteeringPlan:
     def from_scores(
         cls,
         scores: ExpertScores,
-        n_activate: int | None = None,
-        n_deactivate: int | None = None,
+        n_activate: HowMany | None = None,
+        n_deactivate: HowMany | None = None,
         *,
         q: float | None = None,
         epsilon: float = 0.01,
@@ -100,10 +101,11 @@ class SteeringPlan:
         4
 
         Args:
-            n_activate, n_deactivate: how many. None means none; with `q`, every significant expert of that
-                sign which fits its layer (at most k activated, E − k deactivated), with a warning that names
-                those left out.
+            n_activate, n_deactivate: how many; none by default. "all" takes every expert of that sign which
+                fits its layer (at most k activated, E − k deactivated), with a warning that names those left
+                out.
             q: take significant experts only, those with a q-value up to this; needs scores from `detect`.
+                With neither number given, "all" of both signs.
             on_excess: what to do with more than k activated or more than E − k deactivated experts in one
                 layer. "raise", or "drop" those of lower rank with a warning, as the paper's code does (which
                 drops activations beyond k without a word).
@@ -117,15 +119,17 @@ class SteeringPlan:
         if not isinstance(scores, ExpertScores):
             raise PlanError(f"from_scores needs ExpertScores; got {type(scores).__name__}.")
         candidates = _candidates(scores, q)
+        if q is not None and n_activate is None and n_deactivate is None:
+            n_activate = n_deactivate = "all"
         chosen = {}
         for name, number, sign, room in (
             ("activate", n_activate, 1, scores.shape.top_k),
             ("deactivate", n_deactivate, -1, scores.shape.max_deactivated),
         ):
             of_sign = [score for score in candidates if score.delta * sign > 0]
-            everything = number is None and q is not None
-            experts = _first(f"n_{name}", len(of_sign) if everything else number or 0, of_sign, q)
-            if everything or on_excess == "drop":
+            wanted = len(of_sign) if number == "all" else 0 if number is None else number
+            experts = _first(f"n_{name}", wanted, of_sign, q)
+            if number == "all" or on_excess == "drop":
                 experts = _drop_excess(name, experts, room)
             chosen[name] = experts
         return cls(chosen["activate"], chosen["deactivate"], epsilon, scores.shape)
@@ -329,9 +333,9 @@ def _candidates(scores: ExpertScores, q: float | None) -> list[ExpertScore]:
     return [score for score in ranked if float(scores.q[rows[score.layer], score.expert]) <= q]
 
 
-def _first(name: str, number: int, candidates: list[ExpertScore], q: float | None) -> list[Expert]:
+def _first(name: str, number: Any, candidates: list[ExpertScore], q: float | None) -> list[Expert]:
     if (wanted := as_index(number)) is None:
-        raise PlanError(f"{name} must be a number from 0 on; got {number!r}.")
+        raise PlanError(f'{name} must be a number from 0 on, or "all"; got {number!r}.')
     if wanted > len(candidates):
         sign = "positive" if name == "n_activate" else "negative"
         significant = "" if q is None else f" and a q-value up to {q:g}"
