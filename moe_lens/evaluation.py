@@ -139,14 +139,21 @@ def clustered_interval(
     return float(low), float(high)
 
 
-def pairwise_gaps(rates: Float[np.ndarray, "set"]) -> Float[np.ndarray, "pair"]:
-    """|difference| between the rates of every pair of sets: what a two-way gap is held against.
+def cluster_weights(
+    clusters: Sequence[str], n_resamples: int, seed: int
+) -> Float[np.ndarray, "resample unit"]:
+    """How often each unit is drawn when whole clusters are resampled with replacement.
 
-    >>> pairwise_gaps(np.array([0.1, 0.4, 0.8])).round(1).tolist()
-    [0.3, 0.7, 0.4]
+    >>> weights = cluster_weights(["a", "a", "b"], 100, seed=0)
+    >>> bool((weights[:, 0] == weights[:, 1]).all()), weights[:, 1:].sum(1).tolist() == [2.0] * 100
+    (True, True)
     """
-    first, second = np.triu_indices(len(rates), k=1)
-    return np.abs(np.asarray(rates)[first] - np.asarray(rates)[second])
+    _, member_of = np.unique(np.asarray(clusters), return_inverse=True)
+    n_clusters = int(member_of.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(
+        n_clusters, np.full(n_clusters, 1 / n_clusters), n_resamples
+    )
+    return drawn[:, member_of].astype(np.float64)
 
 
 def _batch_logits(model: TransformerBridge, prompts: Sequence[Any], hooks: Hooks, batch_size: int) -> Any:

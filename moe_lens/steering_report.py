@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.evaluation import clustered_interval
+from moe_lens.evaluation import cluster_weights, clustered_interval
 from moe_lens.files import atomic_write
 from moe_lens.steering_plan import SteeringPlan, plan_from_json
 
@@ -28,6 +28,7 @@ LAYER_MATCHED: Final = "layer-matched"
 ANY_LAYER: Final = "any layer"
 _KIND: Final = "moe_lens.SteeringReport"
 _SCHEMA: Final = 1
+_N_RESAMPLES: Final = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,18 @@ def gap_p_value(plus: Sequence[float], minus: Sequence[float]) -> float:
     x, y = np.asarray(plus, dtype=float), np.asarray(minus, dtype=float)
     gaps = x[:, None] - y[None, :]
     return float((gaps >= x[0] - y[0] - 1e-12).mean())
+
+
+class Excess(NamedTuple):
+    """How far the two-way gap exceeds all but a share alpha of the gaps between random sets.
+
+    `value` is the gap minus the (1 − alpha) quantile of the random sets' differences plus[i] − minus[j];
+    `low` and `high` are its bootstrap interval, the prompts' clusters resampled for plan and controls alike.
+    """
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +136,25 @@ class SteeringReport:
         return self._p(ANY_LAYER)
 
     @property
+    def excess_matched(self) -> Excess:
+        """How far the gap exceeds those of layer-matched random sets; for what, see `Excess`."""
+        return self._excesses[LAYER_MATCHED]
+
+    @property
+    def excess_any(self) -> Excess:
+        """How far the gap exceeds those of random sets in any layers."""
+        return self._excesses[ANY_LAYER]
+
+    @property
     def verdict(self) -> bool:
         """Whether the two-way gap exceeds its controls.
 
-        It does if its interval lies above 0 and both p-values are at most alpha. All three must hold, so for
-        plans that are no better than random sets of either kind the rate of wrong verdicts is at most alpha.
+        It does if both p-values are at most alpha, and if, with the prompts resampled, the gap still exceeds
+        all but a share alpha of the random sets' gaps, of both kinds. The p-values alone hold for the prompts
+        at hand: a plan that does a little more than random sets on these may do no more on others.
         """
-        return self.gap_interval[0] > 0 and self.p_matched <= self.alpha and self.p_any <= self.alpha
+        sure = all(excess.low > 0 for excess in self._excesses.values())
+        return sure and self.gap_interval[0] > 0 and max(self.p_matched, self.p_any) <= self.alpha
 
     @property
     def explanation(self) -> str:
@@ -140,17 +165,9 @@ class SteeringReport:
         if self.verdict:
             first = f"{gap} exceeds its controls ({ps})."
         else:
-            failed = []
-            if not low > 0:
-                failed.append("its interval reaches 0 or lies below")
-            if self.p_matched > self.alpha:
-                failed.append("layer-matched random sets do as much")
-            if self.p_any > self.alpha:
-                failed.append("random sets in any layers do as much")
-            first = (
-                f"No effect beyond the controls: {gap[0].lower()}{gap[1:]} ({ps}); {', and '.join(failed)}."
-            )
-        return " ".join([first, self._directions(), *self._collateral_words()])
+            why = ", and ".join(self._failed())
+            first = f"No effect beyond the controls: {gap[0].lower()}{gap[1:]} ({ps}); {why}."
+        return " ".join([first, self._excess_words(), self._directions(), *self._collateral_words()])
 
     def effect_interval(self, direction: str) -> tuple[float, float]:
         """Bootstrap interval of the mean change against the unsteered model."""
@@ -213,6 +230,8 @@ class SteeringReport:
             "gap_interval": list(self.gap_interval),
             "p_matched": self.p_matched,
             "p_any": self.p_any,
+            "excess_matched": list(self.excess_matched),
+            "excess_any": list(self.excess_any),
             "verdict": self.verdict,
             "explanation": self.explanation,
         }
@@ -257,6 +276,47 @@ class SteeringReport:
             for side in DIRECTIONS
         }
         return gap_p_value(rates["+"], rates["−"])
+
+    @cached_property
+    def _excesses(self) -> dict[str, Excess]:
+        return {kind: self._excess(kind) for kind in self.controls}
+
+    def _excess(self, kind: str) -> Excess:
+        weights = cluster_weights(self.clusters, _N_RESAMPLES, self.seed)
+        weights = np.vstack([np.ones(weights.shape[1]), weights])  # first the prompts as they are
+        rates = {}
+        for side in DIRECTIONS:
+            outcomes = [self.steered[side], *self.controls[kind][side]]
+            values = np.stack([outcome.values for outcome in outcomes], axis=1)  # [prompt set]
+            rates[side] = weights @ values / weights.sum(1, keepdims=True)
+        gaps = rates["+"][:, :, None] - rates["−"][:, None, :]  # [resample set set]
+        controls = gaps[:, 1:, 1:].reshape(len(gaps), -1)
+        excess = gaps[:, 0, 0] - np.quantile(controls, 1 - self.alpha, axis=1)
+        low, high = np.quantile(excess[1:], [(1 - self.level) / 2, (1 + self.level) / 2])
+        return Excess(float(excess[0]), float(low), float(high))
+
+    def _failed(self) -> list[str]:
+        """Why the verdict is no."""
+        failed = []
+        if not self.gap_interval[0] > 0:
+            failed.append("its interval reaches 0 or lies below")
+        for words, p, excess in (
+            ("layer-matched random sets", self.p_matched, self.excess_matched),
+            ("random sets in any layers", self.p_any, self.excess_any),
+        ):
+            if p > self.alpha:
+                failed.append(f"{words} do as much")
+            elif not excess.low > 0:
+                failed.append(f"on other prompts {words} may do as much")
+        return failed
+
+    def _excess_words(self) -> str:
+        parts = [
+            f"{excess.value:+.2f} [{excess.low:+.2f}, {excess.high:+.2f}] ({kind})"
+            for kind, excess in self._excesses.items()
+        ]
+        share = f"{100 * (1 - self.alpha):g} %"
+        return f"Beyond {share} of the random sets' gaps it lies by {' and '.join(parts)}."
 
     def _interval(self, values: Float[np.ndarray, "prompt"]) -> tuple[float, float]:
         return clustered_interval(values, self.clusters, level=self.level, seed=self.seed)

@@ -37,7 +37,7 @@ def test_every_source_gives_the_same_pairs(tmp_path: Path) -> None:
     jsonl, table = tmp_path / "pairs.jsonl", tmp_path / "pairs.csv"
     jsonl.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n", "utf-8")
     with open(table, "w", encoding="utf-8-sig", newline="") as file:  # as Excel does it
-        writer = csv.DictWriter(file, ROWS[0])
+        writer = csv.DictWriter(file, ["safe", "unsafe", "topic", "made_by", "id"])
         writer.writeheader()
         writer.writerows(ROWS)
     columns = list(zip(*EXPECTED, strict=True))

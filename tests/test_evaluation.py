@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens.errors import DataError
-from moe_lens.evaluation import answers_with, clustered_interval, pairwise_gaps, text_loss
+from moe_lens.evaluation import answers_with, cluster_weights, clustered_interval, text_loss
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.steering import steer_hooks
 from moe_lens.steering_plan import SteeringPlan
@@ -186,8 +186,14 @@ def test_values_and_labels_must_match(values: list[float], clusters: list[str]) 
         clustered_interval(np.array(values), clusters)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(0, 1), max_size=8))
-def test_gaps_are_those_of_every_pair(rates: list[float]) -> None:
-    expected = [abs(rates[i] - rates[j]) for i in range(len(rates)) for j in range(i + 1, len(rates))]
-    assert pairwise_gaps(np.array(rates)).tolist() == expected
+def test_cluster_weights_draw_whole_clusters_and_repeat_the_interval() -> None:
+    labels = ["a", "b", "a", "c", "b", "b"]
+    weights = cluster_weights(labels, 500, seed=3)
+    assert np.array_equal(weights[:, 0], weights[:, 2])
+    assert np.array_equal(weights[:, 1], weights[:, 5])
+    assert (weights[:, [0, 1, 3]].sum(1) == 3).all()  # as many clusters as there are
+    assert weights[:, 3].mean() == pytest.approx(1, abs=0.15)
+    values = np.array([0.0, 1.0, 0.0, 1.0, 0.5, 0.25])
+    means = weights @ values / weights.sum(1)
+    low, high = clustered_interval(values, labels, seed=4)
+    assert np.quantile(means, [0.025, 0.975]) == pytest.approx([low, high], abs=0.05)

@@ -205,6 +205,22 @@ def test_a_template_that_looks_into_contents_falls_back_on_a_unique_occurrence()
         render(made, Prompt(chat("user: w1 w2", "assistant: w1")))
 
 
+def test_a_unique_occurrence_in_another_message_is_none() -> None:
+    last_alone = with_template(
+        "{% for m in messages %}{% if 'w' not in m.content %}{{ raise_exception('no w') }}{% endif %}"
+        "{% endfor %}<{{ messages[-1].content }}>"
+    )
+    prompt = Prompt(chat("user: w1", "assistant: w1 w2"))
+    assert pieces_of(last_alone, prompt, "answer") == ["w1 w2"]
+    with pytest.raises(DataError, match="Message 0, 'w1', cannot be located"):
+        render(last_alone, prompt, ["question"])
+
+
+def test_what_is_left_of_a_message_must_be_one_part_of_it() -> None:
+    with pytest.raises(DataError, match="cannot be located"):  # which of the two was kept?
+        render(with_template(UNTHINKING), Prompt(chat("assistant: ab</think>ab")))
+
+
 def test_a_message_written_twice_is_ambiguous() -> None:
     made = with_template("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}")
     with pytest.raises(DataError, match="cannot be located"):

@@ -432,6 +432,17 @@ def test_no_bos_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
         assert without == with_bos[1:]
 
 
+def test_a_bos_that_is_written_into_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with("bytes_no_bos")
+    monkeypatch.setattr(model.cfg, "default_prepend_bos", True)
+    monkeypatch.setattr(model.cfg, "tokenizer_prepends_bos", False)
+    ids = model.to_tokens("the cat sat")[0].tolist()
+    assert ids[0] == model.tokenizer.bos_token_id
+    for target in ("the", "cat", "sat"):
+        assert words("bytes", model, ids, chosen(model, "the cat sat", target)) == target
+    assert not chosen(model, "the cat sat", "all")[0]
+
+
 def test_an_eos_that_the_tokenizer_appends_does_not_shift_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tokenizer()
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
