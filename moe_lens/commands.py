@@ -32,6 +32,7 @@ from moe_lens.steering_evaluation import evaluate_steering
 from moe_lens.steering_plan import SteeringPlan
 from moe_lens.steering_sweep import SweepResult
 from moe_lens.steering_sweep import sweep as sweep_sizes
+from moe_lens.table_rows import csv_rows, jsonl_rows
 from moe_lens.tasks import load_task
 
 Options = argparse.Namespace
@@ -51,10 +52,14 @@ def stats(options: Options) -> None:
 
 
 def detect(options: Options) -> None:
+    is_csv = options.pairs.suffix == ".csv"
+    rows = (csv_rows if is_csv else jsonl_rows)(options.pairs)
     columns = {name: getattr(options, name) for name in ("first", "second", "cluster", "template")}
-    read = ContrastivePairs.from_csv if options.pairs.suffix == ".csv" else ContrastivePairs.from_jsonl
+    for name in ("cluster", "template"):
+        if columns[name] is None and rows and name in rows[-1][1]:
+            columns[name] = name
     given = {name: column for name, column in columns.items() if column is not None}
-    pairs = read(options.pairs, **given)
+    pairs = (ContrastivePairs.from_csv if is_csv else ContrastivePairs.from_jsonl)(options.pairs, **given)
     scores = detect_experts(
         _model(options), pairs, score=options.score, span=options.span or "pairs", seed=options.seed,
         special_tokens=options.special_tokens, level=options.level, n_resamples=options.resamples,

@@ -6,9 +6,7 @@ fitting, held_out = pairs.split(0.5, seed=0)           # no cluster is in both
 collect_routing(model, fitting.first, span=fitting.span)
 """
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +14,22 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from moe_lens.errors import DataError
 from moe_lens.files import atomic_write
 from moe_lens.moe_shape import as_index
 from moe_lens.prompts import Prompt, as_prompt, from_json, short, to_json
 from moe_lens.spans import Span, TextSpan
+from moe_lens.table_rows import (
+    at_least_one,
+    cell,
+    csv_rows,
+    jsonl_rows,
+    label_of,
+    parsed_json,
+    records,
+    text_cell,
+)
 
 _KIND: Final = "moe_lens.ContrastivePairs"
 _SCHEMA: Final = 1
@@ -164,14 +171,14 @@ class ContrastivePairs:
 
         Arguments and errors are those of `from_records`; the errors name the file and the line.
         """
-        rows = _jsonl_rows(path)
+        rows = jsonl_rows(path)
         if rows and rows[0][1].get("kind") == _KIND:
             (where, about), *rows = rows
             if about.get("schema") != _SCHEMA:
                 raise DataError(f"{where}: pairs of schema {about.get('schema')!r}, not {_SCHEMA}.")
             saved = {"span": _span_from_json(where, about.get("span"))}
             options = {**saved, "cluster": "cluster", "template": "template", **options}
-        return _pairs_of_rows(_some(path, rows), first, second, **options)
+        return _pairs_of_rows(at_least_one(path, rows), first, second, **options)
 
     @classmethod
     def from_csv(
@@ -190,10 +197,10 @@ class ContrastivePairs:
         Args:
             chat: the cells of prompts are lists of messages, written as JSON.
         """
-        rows = _some(path, _csv_rows(path))
+        rows = at_least_one(path, csv_rows(path))
         for where, row in rows if chat else []:
             for column in (first, second):
-                row[column] = _json(f"{where}, column {column!r}", row.get(column) or "")
+                row[column] = parsed_json(f"{where}, column {column!r}", row.get(column) or "")
         return _pairs_of_rows(rows, first, second, **options)
 
     def save_jsonl(self, path: str | Path) -> None:
@@ -295,55 +302,6 @@ class ContrastivePairs:
         )
 
 
-def records(rows: Any) -> list[tuple[str, dict[str, Any]]]:
-    """("row 0", {column: cell}) of each row of dictionaries, a DataFrame or a dataset.
-
-    Raises:
-        DataError: no rows, or something that is none, by its number.
-    """
-    if isinstance(rows, pd.DataFrame):
-        rows = rows.to_dict("records")
-    if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
-        raise DataError(
-            f"Rows must be dictionaries, a DataFrame or one split of a dataset (dataset['train']); got a "
-            f"{type(rows).__name__}."
-        )
-    found = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataError(f"row {number} must be a dictionary of columns; got {short(row)}.")
-        found.append((f"row {number}", dict(row)))
-    return _some("The table", found)
-
-
-def cell(where: str, row: Mapping[str, Any], column: str) -> Any:
-    """The content of a cell. Raises DataError where the column is missing or the cell is empty."""
-    if column not in row:
-        columns = [str(name) for name in row]
-        raise DataError(f"{where} has no column {column!r}; its columns are {columns}.")
-    content = row[column]
-    missing = pd.api.types.is_scalar(content) and bool(pd.isna(content))
-    if missing or (isinstance(content, str | list | tuple) and not content):
-        raise DataError(f"{where}, column {column!r} is empty ({content!r}); fill it or take the row out.")
-    return content
-
-
-def text_cell(where: str, row: Mapping[str, Any], column: str) -> str:
-    """Like `cell`, for a cell that must hold text."""
-    content = cell(where, row, column)
-    if not isinstance(content, str):
-        raise DataError(f"{where}, column {column!r} must be text; got {short(content)}.")
-    return content
-
-
-def label_of(where: str, content: Any) -> str:
-    """A label for clusters and templates, from a text or a number. Raises DataError for anything else."""
-    number = as_index(content)
-    if not isinstance(content, str) and number is None:
-        raise DataError(f"{where} must be a label (a text or a whole number); got {short(content)}.")
-    return content if isinstance(content, str) else str(number)
-
-
 def _pairs_of_rows(
     rows: list[tuple[str, dict[str, Any]]],
     first: str,
@@ -418,59 +376,6 @@ def _has(prompt: Prompt, target: str) -> bool:
 def _digest(first: Prompt, second: Prompt) -> str:
     content = json.dumps([to_json(first), to_json(second)])
     return f"pair-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def _json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON: {error}.") from error
-
-
-def _jsonl_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    rows = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):  # splitlines() also splits at U+2028
-        where = f"{path}, line {number}"
-        if line.strip():
-            row = _json(where, line)
-            if not isinstance(row, dict):
-                raise DataError(f"{where} must be a JSON object; got {short(row)}.")
-            rows.append((where, row))
-    return rows
-
-
-def _csv_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
-    limit = csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072 characters
-    rows = []
-    try:
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row:
-                raise DataError(f"{where} has more cells than the header has columns; quote commas in texts.")
-            rows.append((where, dict(row)))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num} is no CSV: {error}.") from error
-    finally:
-        csv.field_size_limit(limit)
-    names = list(reader.fieldnames or [])
-    if len(set(names)) != len(names):
-        raise DataError(f"{path} has two columns of the same name: {names}.")
-    return rows
-
-
-def _some(what: str | Path, rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    if not rows:
-        raise DataError(f"{what} has no rows; give at least one.")
-    return rows
-
-
-def _read(path: str | Path) -> str:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            return file.read()
-    except (OSError, UnicodeError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a file of pairs: {error}.") from error
 
 
 def _span_to_json(span: Span) -> Any:

@@ -11,99 +11,15 @@ holds under all of them. What is counted (`pairs.span`) is where possible the sa
 with the wording before it, since a causal model reads nothing that comes later.
 """
 
-import string
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from moe_lens.contrastive_pairs import ContrastivePair, ContrastivePairs, cell, label_of, records, text_cell
+from moe_lens.contrastive_pairs import ContrastivePair, ContrastivePairs
 from moe_lens.errors import DataError
-from moe_lens.prompts import Message, Prompt, is_chat, short
+from moe_lens.prompts import Message, Prompt, short
 from moe_lens.spans import PARTS
-
-Side = str | Sequence[Any]
-"""A text with {fields}, or messages {"role": ..., "content": text with {fields}}."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a row becomes a pair: two texts (or chats) with {fields}.
-
-    >>> template = Template("plain", first="{document} {question}", second="{question}")
-    >>> fill(template.second, {"question": "why?"}).named
-    {'question': ((0, 4),)}
-
-    Attributes:
-        name: the label of its pairs.
-        first, second: the two conditions; `{{` and `}}` write braces.
-        refusal: a sentence that refuses, for `refusal_against_compliance` where the rows have none.
-
-    Raises:
-        DataError: a side that is neither, a field that is no plain name, no name.
-    """
-
-    name: str
-    first: Side
-    second: Side
-    refusal: str = ""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise DataError(f"A template must have a name; got {self.name!r}.")
-        for side in ("first", "second"):
-            try:
-                for text in _texts(getattr(self, side)):
-                    _parsed(text)
-            except DataError as error:
-                raise DataError(f"Template {self.name!r}, {side}: {error}") from error
-
-
-def fill(side: Side, fields: Mapping[str, str]) -> Prompt:
-    """One side of a template with its fields written in, each a named part of the prompt.
-
-    The parts' ranges are noted while writing, never searched; braces in the fields' texts stay as they are.
-
-    >>> fill("Q: {question}", {"question": "why {x}?"}).spans
-    {'question': ((3, 11),)}
-
-    Raises:
-        DataError: a field that is not given, or whose text is empty.
-    """
-    spans: dict[str, list[tuple[int, ...]]] = {}
-    filled = []
-    for number, text in enumerate(_texts(side)):
-        written = ""
-        for literal, name in _parsed(text):
-            written += literal
-            if name is not None:
-                value = fields.get(name)
-                if not isinstance(value, str) or not value:
-                    raise DataError(f"The field {{{name}}} must be a text; got {value!r} (of {[*fields]}).")
-                here = (len(written), len(written) + len(value))
-                spans.setdefault(name, []).append(here if isinstance(side, str) else (number, *here))
-                written += value
-        filled.append(written)
-    if isinstance(side, str):
-        return Prompt(filled[0], spans)
-    roles = [message.role for message in Prompt(side).messages or ()]
-    return Prompt([Message(*turn) for turn in zip(roles, filled, strict=True)], spans)
-
-
-def default_templates(contrast: str, *, chat: bool = False) -> tuple[Template, ...]:
-    """The three templates of a contrast, as plain text or as chats.
-
-    >>> [template.name for template in default_templates("document")]
-    ['labelled', 'quoted', 'instructed']
-
-    Args:
-        contrast: "document", "refusal", "calibrated", "cited" or "attributed".
-
-    Raises:
-        DataError: another contrast.
-    """
-    if contrast not in _DEFAULTS:
-        raise DataError(f"There is no contrast {contrast!r}; there are {list(_DEFAULTS)}.")
-    return tuple(turns.template(chat) for turns in _DEFAULTS[contrast])
+from moe_lens.table_rows import cell, label_of, records, text_cell
+from moe_lens.templates import SIDES, Template, default_templates, fill, parsed, texts_of
 
 
 def document_against_question(
@@ -190,7 +106,7 @@ def refusal_against_compliance(
         raise DataError("No prompt has an unsafe response, so there is nothing to contrast.")
     chosen = _templates("refusal", templates, chat)
     for template in chosen:
-        for side in _SIDES:
+        for side in SIDES:
             _fields(template, side, ("question", "answer"))
     made = []
     for asked in found:
@@ -348,7 +264,7 @@ def _pairs(
 ) -> ContrastivePairs:
     """Every row under every template; `columns`: field -> column."""
     chosen = _templates(contrast, templates, chat)
-    used = {template.name: [_fields(template, side, columns) for side in _SIDES] for template in chosen}
+    used = {template.name: [_fields(template, side, columns) for side in SIDES] for template in chosen}
     made = []
     for where, row in records(rows):
         label = _cluster(where, row, cluster, text_cell(where, row, columns["question"]))
@@ -374,7 +290,7 @@ def _templates(contrast: str, templates: Iterable[Template] | None, chat: bool) 
 
 def _fields(template: Template, side: str, known: Iterable[str]) -> list[str]:
     names = [
-        name for text in _texts(getattr(template, side)) for _, name in _parsed(text) if name is not None
+        name for text in texts_of(getattr(template, side)) for _, name in parsed(text) if name is not None
     ]
     if unknown := sorted(set(names) - set(known)):
         raise DataError(f"Template {template.name!r}, {side}: unknown fields {unknown}; use {sorted(known)}.")
@@ -391,7 +307,7 @@ def _pair(where: str, template: Template, sides: list[dict[str, str]], label: st
 
 def _together(made: list[ContrastivePair], span: str) -> ContrastivePairs:
     for pair in made:
-        for side, prompt in zip(_SIDES, (pair.first, pair.second), strict=True):
+        for side, prompt in zip(SIDES, (pair.first, pair.second), strict=True):
             if span in PARTS and span not in prompt.named:
                 raise DataError(
                     f"Template {pair.template!r}, {side}, has no part {span!r} to count; write the field "
@@ -424,162 +340,5 @@ def _read_until(prompt: Prompt, span: str) -> Any:
     return [*prompt.messages[: end[0]], Message(message.role, message.content[: end[2]])]
 
 
-def _texts(side: Any) -> list[str]:
-    """The texts of a template's side: one, or one a message."""
-    if isinstance(side, str):
-        return [side]
-    if not is_chat(side):
-        raise DataError(f"must be a text with {{fields}} or a list of messages; got {short(side)}.")
-    return [message.content for message in Prompt(side).messages or ()]
-
-
-def _parsed(text: str) -> list[tuple[str, str | None]]:
-    """(literal text, name of the field after it or None) from left to right."""
-    try:
-        parts = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise DataError(f"{short(text)}: {error}; write {{{{ and }}}} for braces.") from error
-    for _, name, form, conversion in parts:
-        if name is not None and (not name.isidentifier() or form or conversion):
-            raise DataError(
-                f"{short(text)}: a field must be a plain {{name}}, {{{{ writes a brace; got {name!r}."
-            )
-    return [(literal, name) for literal, name, _, _ in parts]
-
-
 def _cluster(where: str, row: Mapping[str, Any], column: str | None, default: str) -> str:
     return default if column is None else label_of(f"{where}, column {column!r}", cell(where, row, column))
-
-
-@dataclass(frozen=True)
-class _Turns:
-    """A default template: what the user says and what the assistant says, under both conditions."""
-
-    name: str
-    user: tuple[str, str]
-    assistant: tuple[str, str] = ("", "")
-    labels: tuple[str, str] = ("Question: ", "\nAnswer:")
-    refusal: str = ""
-
-    def template(self, chat: bool) -> Template:
-        write = self._chat if chat else self._plain
-        return Template(self.name, write(0), write(1), self.refusal)
-
-    def _plain(self, side: int) -> str:
-        answer = self.assistant[side]
-        return f"{self.labels[0]}{self.user[side]}{self.labels[1]}{' ' if answer else ''}{answer}"
-
-    def _chat(self, side: int) -> list[dict[str, str]]:
-        turns = [("user", self.user[side]), ("assistant", self.assistant[side])]
-        return [{"role": role, "content": content} for role, content in turns if content]
-
-
-_SIDES: Final = ("first", "second")
-_ASK: Final = ("{question}", "{question}")
-_SAY: Final = ("{answer}", "{answer}")
-
-# The character before a counted field is the same in both conditions, so that its tokens are the same, too.
-_DEFAULTS: Final[dict[str, tuple[_Turns, ...]]] = {
-    "document": (
-        _Turns(
-            "labelled",
-            ("Document: {document}\nQuestion: {question}", "Question: {question}"),
-            labels=("", "\nAnswer:"),
-        ),
-        _Turns(
-            "quoted",
-            ('"{document}"\n\nQ: {question}', "Q: {question}"),
-            labels=("", "\nA:"),
-        ),
-        _Turns(
-            "instructed",
-            (
-                "Use this passage: {document}\nNow answer the following: {question}",
-                "Use what you know.\nNow answer the following: {question}",
-            ),
-            labels=("", "\nThe answer is"),
-        ),
-    ),
-    "refusal": (
-        _Turns("direct", _ASK, _SAY, ("User: ", "\nAssistant:"), "I'm sorry, but I can't help with that."),
-        _Turns(
-            "request",
-            ("A request: {question}", "A request: {question}"),
-            _SAY,
-            ("", "\nThe reply:"),
-            "I won't assist with this request.",
-        ),
-        _Turns(
-            "polite",
-            ("Please respond to this. {question}", "Please respond to this. {question}"),
-            _SAY,
-            ("Human: ", "\n\nAI:"),
-            "That is something I cannot do, because it could hurt people.",
-        ),
-    ),
-    "calibrated": (
-        _Turns(
-            "certainty",
-            _ASK,
-            (
-                "I'm not certain, but I believe the answer is {answer}",
-                "I'm absolutely certain that the answer is {answer}",
-            ),
-        ),
-        _Turns(
-            "likelihood",
-            _ASK,
-            (
-                "Most likely, though I could be wrong: {answer}",
-                "Without any possible doubt whatsoever: {answer}",
-            ),
-            ("Q: ", "\nA:"),
-        ),
-        _Turns(
-            "confidence",
-            _ASK,
-            (
-                "My confidence is moderate. I would say {answer}",
-                "My confidence is 100 %. Everyone must say {answer}",
-            ),
-            ("User: ", "\nAssistant:"),
-        ),
-    ),
-    "cited": (
-        _Turns("bracketed", _ASK, ("[{source}] The answer is {answer}", "The answer is {answer}")),
-        _Turns(
-            "reference",
-            _ASK,
-            ("Reference: {source}. Answer: {answer}", "Reference: none. Answer: {answer}"),
-            ("Q: ", "\nA:"),
-        ),
-        _Turns(
-            "footnote",
-            _ASK,
-            ("(1) {source}\nAs cited in (1), it is {answer}", "As far as is known, it is {answer}"),
-            ("User: ", "\nAssistant:"),
-        ),
-    ),
-    "attributed": (
-        _Turns(
-            "stated",
-            _ASK,
-            (
-                "The source {source} gives this answer: {answer}",
-                "As everybody surely knows, the answer is: {answer}",
-            ),
-        ),
-        _Turns(
-            "according",
-            _ASK,
-            ("According to {source}, it is {answer}", "Trust me, I looked into it, it is {answer}"),
-            ("Q: ", "\nA:"),
-        ),
-        _Turns(
-            "read",
-            _ASK,
-            ("I read in {source} that it is {answer}", "All the experts agree with me that it is {answer}"),
-            ("User: ", "\nAssistant:"),
-        ),
-    ),
-}
