@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens.contrastive_pairs import ContrastivePairs
-from moe_lens.table_rows import records
 from moe_lens.errors import DataError
 from moe_lens.prompts import Prompt
 from moe_lens.spans import TextSpan
+from moe_lens.table_rows import records
 from tests.test_prompts import chat
 
 ROWS = [

@@ -6,7 +6,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from moe_lens.prompt_counts import PromptCounts
 from scipy.stats import spearmanr, ttest_rel
 
 from moe_lens import organisms
@@ -17,6 +16,7 @@ from moe_lens.errors import DataError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.moe_shape import MoEShape
 from moe_lens.paired_statistics import ScoreName
+from moe_lens.prompt_counts import PromptCounts
 from moe_lens.prompts import Prompt
 from moe_lens.routing_stats import RoutingStats, collect_routing
 from moe_lens.steering_plan import SteeringPlan
@@ -58,7 +58,8 @@ def synthetic(
         torch.from_numpy(counts.astype(np.uint8)),
         torch.from_numpy((counts * 0.5).astype(np.float32)),
     )
-    return RoutingStats(shape, n_prompts * n_tokens, total, total.double() * 0.5, total.double() * 0.7, per_prompt=per_prompt)
+    sums = total.double()
+    return RoutingStats(shape, n_prompts * n_tokens, total, 0.5 * sums, 0.7 * sums, per_prompt=per_prompt)
 
 
 def test_delta_is_the_risk_difference_of_the_counted_tokens(planted: HookedMoE, scores: ExpertScores) -> None:

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moe_lens.errors import DataError
 from moe_lens.evaluation import answers_with, cluster_weights, clustered_interval, text_loss
