@@ -29,7 +29,6 @@ from moe_lens.steering_report import Limit, Outcome, SteeringReport
 from moe_lens.steering_sweep import SweepPoint, SweepResult
 from moe_lens.tasks import LOSS, split_clusters
 
-
 POOLS = 10
 """Seeds of random sets, taken in turn; splits with the same one share many sets, which are measured once."""
 
