@@ -1,22 +1,51 @@
-"""The command `moe-lens`."""
+"""The command `moe-lens`: its help, its exit status and what it says of bad input."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from moe_lens import cli, demo
+from moe_lens import cli, commands, demo, organisms
+from moe_lens.contrast import risk_difference
 from moe_lens.demo import DemoResult
 from moe_lens.model_table import markdown_table
+from moe_lens.routing_stats import collect_routing
+from moe_lens.steering_evaluation import evaluate_steering
+from moe_lens.steering_plan import SteeringPlan
+from moe_lens.steering_sweep import sweep
+from moe_lens.tasks import CLOSED_BOOK, LOSS, CollateralMeasure, SteeringTask
+
+
+@pytest.fixture(scope="module")
+def small_demo() -> DemoResult:
+    """A demo of a behaviour that is made up, on prompts that are few."""
+    model, conflicts = organisms.load("planted"), organisms.world("planted").conflicts("detection")[::12]
+    scores = risk_difference(
+        collect_routing(model, [c.open_book for c in conflicts], progress=False),
+        collect_routing(model, [c.closed_book for c in conflicts], progress=False),
+    )
+    collateral = {name: CollateralMeasure(lambda *_: 1.0, 0.1) for name in (LOSS, CLOSED_BOOK)}
+    task = SteeringTask("made up", lambda *_: [1.0, 0.0, 1.0], ("a", "b", "c"), collateral)
+    plan = SteeringPlan.from_scores(scores, n_deactivate=2)
+    settings = {"n_random": 2, "progress": False}
+    return DemoResult(
+        "planted",
+        scores,
+        sweep(model, scores, task, sizes=(2,), **settings),
+        evaluate_steering(model, plan, task, scores=scores, alpha=0.2, **settings),
+    )
 
 
 @pytest.fixture
-def quick_demo(planted_demo: DemoResult, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def quick_demo(small_demo: DemoResult, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The demo answers at once; the list notes what it was asked."""
     asked: list[tuple[str, int]] = []
 
     def run_demo(name: str, *, seed: int) -> DemoResult:
         asked.append((name, seed))
-        return planted_demo
+        return small_demo
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     return asked
@@ -61,8 +90,6 @@ def test_models_says_what_is_wrong_with_a_readme(
 def test_demo_runs_the_whole_ladder_unless_told_otherwise(
     quick_demo: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    from moe_lens import organisms
-
     cli.main(["demo", "--out", str(tmp_path)])
     assert [name for name, _ in quick_demo] == list(organisms.names())
     assert len(quick_demo) == 5
@@ -101,3 +128,279 @@ def test_bad_options_are_refused_before_any_work(
     with pytest.raises(SystemExit):
         cli.main(["demo", "--seed", "-1"])
     assert quick_demo == []
+
+
+_HELP = {
+    "demo": ("--out", "figures", "--seed"),
+    "models": ("--readme", "Markdown"),
+    "stats": (".txt", ".jsonl", ".csv", "safetensors", "--span", "interrupted"),
+    "detect": (".jsonl", ".csv", "first", "second", "cluster", "template", "safetensors", "--table"),
+    "plan": ("SCORES", "--steermoe", "JSON", "--reverse", "--q"),
+    "steer": ("PLAN", "--prompts", "JSON lines", "unsteered"),
+    "evaluate": ("PLAN", "TASK", "load_task", "--reverse", "--scores", "report"),
+    "sweep": ("SCORES", "TASK", "--sizes"),
+    "plot": ("FILE", ".png", "heatmap", "volcano", "layers", "coactivation", "balance", "sweep", "tokens"),
+}
+
+
+@pytest.mark.parametrize("command", _HELP)
+def test_every_command_explains_itself_and_its_files(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: moe-lens {command}")
+    assert [words for words in _HELP[command] if words not in text] == []
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {command} " in text for command in _HELP)
+    assert all(kind in _HELP["plot"] for kind in commands.PLOTS)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of good and bad files."""
+    folder = tmp_path_factory.mktemp("files")
+    model = organisms.load("null")
+    conflicts = organisms.world("null").conflicts("detection")[::4]
+    first, second = (
+        collect_routing(model, prompts, progress=False)
+        for prompts in ([c.open_book for c in conflicts], [c.closed_book for c in conflicts])
+    )
+    first.save(folder / "stats")
+    scores = risk_difference(first, second)
+    scores.save(folder / "scores")
+    SteeringPlan.from_scores(scores, n_deactivate=2).save(folder / "plan.json")
+    SteeringPlan(deactivate=[(0, 1)]).save(folder / "hand.json")
+    SteeringPlan(deactivate=[(77, 1)]).save(folder / "other-layer.json")
+    SteeringPlan(deactivate=[(0, 300)]).save(folder / "other-expert.json")
+    SteeringPlan().save(folder / "empty-plan.json")
+    rows = [{"prompt": c.open_book, "answer": c.document_answer, "cluster": c.entity} for c in conflicts[:3]]
+    task: dict[str, Any] = {"kind": "moe_lens.SteeringTask", "prompts": rows}
+    long = [{**row, "answer": "Bergen Kyoto"} for row in rows]
+    tasks = {
+        "task": task,
+        "unknown-field": {**task, "promts": []},
+        "no-answer": {**task, "prompts": [*rows, {"prompt": "Question :"}]},
+        "number-answer": {**task, "prompts": [{**rows[0], "answer": 3}]},
+        "no-prompts": {**task, "prompts": []},
+        "half": {**task, "prompts": [{**rows[0], "alternative": "Kyoto"}, rows[1]]},
+        "texts": {**task, "neutral_texts": "text"},
+        "one-cluster": {**task, "prompts": [rows[0]]},
+        "unknown-word": {**task, "prompts": [{**row, "answer": "zebra-crossing"} for row in rows]},
+        "long-answer": {**task, "prompts": long},
+        "bad-prompt": {**task, "prompts": [rows[0], {**rows[1], "prompt": 7}]},
+        "list": [task],
+    }
+    for name, content in tasks.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    texts: dict[str, str | bytes] = {
+        "p.txt": "Question : what\nDocument :\n",
+        "none.txt": "\n  \n",
+        "latin.txt": b"caf\xe9",
+        "p.md": "Question :",
+        "broken.jsonl": '"Question :"\n{"prompt": \n',
+        "number.jsonl": '"Question :"\n7\n',
+        "field.jsonl": '{"prompt": "a"}\n{"other": "b"}\n',
+        "null.jsonl": '{"prompt": null}\n',
+        "token.jsonl": "[1, 99999]\n",
+        "half.jsonl": "[1.5]\n",
+        "chat.jsonl": '[{"role": "user", "content": "Question :"}]\n',
+        "message.jsonl": '"Question :"\n[{"role": "user"}]\n',
+        "columns.csv": "x,y\na,b\n",
+        "gap.csv": 'prompt\nQuestion :\n""\n',
+        "cells.csv": "prompt\nQuestion , what , is\n",
+        "open.csv": 'prompt\n"Question :\n',
+        "nothing.csv": "",
+        "pairs.jsonl": '{"first": "Document", "second": "Question"}\n{"first": "the", "second": "what"}\n',
+        "one-sided.jsonl": '{"first": "Document :", "second": "Question :"}\n{"first": "the"}\n',
+        "same.jsonl": '{"first": "the", "second": "the"}\n',
+        "label.jsonl": '{"first": "the", "second": "what", "cluster": [1]}\n',
+        "pairs.csv": "first,second\nthe,\n",
+        "no-pairs.jsonl": "",
+        "noise": b"\x00\x01noise",
+        "no.json": "{",
+    }
+    for name, text in texts.items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / "folder").mkdir()
+    return folder
+
+
+_OUT = ("--out", "result")
+_QUICK = ("--resamples", "20", "--permutations", "20", *_OUT)
+_EVALUATE = ("--n-random", "4", "--reverse", "plan.json")
+_BAD = [
+    # stats
+    (("stats", "null", "missing.txt", *_OUT), "missing.txt"),
+    (("stats", "null", "folder", *_OUT), "folder"),
+    (("stats", "null", "none.txt", *_OUT), "none.txt holds no prompts"),
+    (("stats", "null", "latin.txt", *_OUT), "latin.txt"),
+    (("stats", "null", "p.md", *_OUT), "p.md: prompts are read from .txt, .jsonl and .csv"),
+    (("stats", "null", "broken.jsonl", *_OUT), "broken.jsonl, line 2"),
+    (("stats", "null", "number.jsonl", *_OUT), "number.jsonl, line 2"),
+    (("stats", "null", "field.jsonl", *_OUT), "field.jsonl, line 2"),
+    (("stats", "null", "null.jsonl", *_OUT), "null.jsonl, line 1"),
+    (("stats", "null", "token.jsonl", *_OUT), "Prompt 0"),
+    (("stats", "null", "half.jsonl", *_OUT), "Prompt 0"),
+    (("stats", "null", "chat.jsonl", *_OUT), "chat template"),
+    (("stats", "null", "message.jsonl", *_OUT), "Prompt 1"),
+    (("stats", "null", "columns.csv", *_OUT), "columns.csv, row 1"),
+    (("stats", "null", "columns.csv", "--column", "z", *_OUT), "no z"),
+    (("stats", "null", "gap.csv", *_OUT), "gap.csv, row 2"),
+    (("stats", "null", "cells.csv", *_OUT), "cells.csv"),
+    (("stats", "null", "open.csv", *_OUT), "open.csv"),
+    (("stats", "null", "nothing.csv", *_OUT), "nothing.csv"),
+    (("stats", "null", "p.txt", "--column", "x", *_OUT), "column"),
+    (("stats", "null", "p.txt", "--span", "zebra", *_OUT), "zebra"),
+    (("stats", "null", "p.txt", "--span", "answer", *_OUT), "answer"),
+    (("stats", "null", "p.txt", "--batch-size", "0", *_OUT), "batch_size"),
+    (("stats", "null", "p.txt", "--out", "folder"), "folder"),
+    (("stats", "null", "p.txt", "--out", "noise/result"), "noise"),
+    (("stats", "null", "p.txt", "--device", "toaster", *_OUT), "toaster"),
+    (("stats", "no-such-model", "p.txt", *_OUT), "no-such-model"),
+    (("stats", "folder", "p.txt", *_OUT), "folder"),
+    # detect
+    (("detect", "null", "missing.jsonl", *_QUICK), "missing.jsonl"),
+    (("detect", "null", "missing.csv", *_QUICK), "missing.csv"),
+    (("detect", "null", "no-pairs.jsonl", *_QUICK), "no-pairs.jsonl"),
+    (("detect", "null", "one-sided.jsonl", *_QUICK), "one-sided.jsonl, line 2"),
+    (("detect", "null", "broken.jsonl", *_QUICK), "broken.jsonl"),
+    (("detect", "null", "same.jsonl", *_QUICK), "same prompt"),
+    (("detect", "null", "label.jsonl", "--cluster", "cluster", *_QUICK), "label.jsonl, line 1"),
+    (("detect", "null", "pairs.csv", *_QUICK), "pairs.csv"),
+    (("detect", "null", "pairs.jsonl", "--first", "before", *_QUICK), "before"),
+    (("detect", "null", "pairs.jsonl", "--cluster", "topic", *_QUICK), "topic"),
+    (("detect", "null", "pairs.jsonl", "--level", "2", *_QUICK), "level"),
+    (("detect", "null", "pairs.jsonl", "--resamples", "0", *_OUT), "n_resamples"),
+    (("detect", "null", "pairs.jsonl", "--permutations", "0", *_OUT), "n_permutations"),
+    (("detect", "null", "pairs.jsonl", "--span", "zebra", *_QUICK), "zebra"),
+    (("detect", "null", "pairs.jsonl", "--top", "0", *_QUICK), "--top"),
+    # plan
+    (("plan", "missing", "--deactivate", "1", *_OUT), "missing"),
+    (("plan", "noise", "--deactivate", "1", *_OUT), "noise"),
+    (("plan", "stats", "--deactivate", "1", *_OUT), "stats"),
+    (("plan", "scores", *_OUT), "--deactivate"),
+    (("plan", "scores", "--deactivate", "0", *_OUT), "--deactivate"),
+    (("plan", "scores", "--deactivate", "999", *_OUT), "999"),
+    (("plan", "scores", "--q", "0.05", *_OUT), "q-values"),
+    (("plan", "scores", "--deactivate", "1", "--epsilon", "-1", *_OUT), "epsilon"),
+    (("plan", "missing", "--steermoe", "--deactivate", "1", *_OUT), "missing"),
+    (("plan", "noise", "--steermoe", "--deactivate", "1", *_OUT), "noise"),
+    (("plan", "noise", "--steermoe", "--q", "0.1", *_OUT), "--q"),
+    # steer
+    (("steer", "null", "plan.json"), "--prompt"),
+    (("steer", "null", "plan.json", "--prompt", "the", "--prompts", "p.txt"), "--prompt"),
+    (("steer", "null", "missing", "--prompt", "the"), "missing"),
+    (("steer", "null", "no.json", "--prompt", "the"), "no.json"),
+    (("steer", "null", "task.json", "--prompt", "the"), "task.json"),
+    (("steer", "null", "other-layer.json", "--prompt", "the"), "77"),
+    (("steer", "null", "other-expert.json", "--prompt", "the"), "300"),
+    (("steer", "null", "plan.json", "--prompt", ""), "empty"),
+    (("steer", "null", "plan.json", "--prompts", "broken.jsonl"), "broken.jsonl, line 2"),
+    (("steer", "null", "plan.json", "--prompt", "the", "--max-new-tokens", "0"), "new"),
+    # evaluate, sweep
+    (("evaluate", "null", "plan.json", "missing", *_EVALUATE), "missing"),
+    (("evaluate", "null", "plan.json", "no.json", *_EVALUATE), "no.json"),
+    (("evaluate", "null", "plan.json", "plan.json", *_EVALUATE), "plan.json is no task"),
+    (("evaluate", "null", "plan.json", "list.json", *_EVALUATE), "list.json is no task"),
+    (("evaluate", "null", "plan.json", "unknown-field.json", *_EVALUATE), "'promts'"),
+    (("evaluate", "null", "plan.json", "no-answer.json", *_EVALUATE), "prompts[3]"),
+    (("evaluate", "null", "plan.json", "number-answer.json", *_EVALUATE), "prompts[0]"),
+    (("evaluate", "null", "plan.json", "no-prompts.json", *_EVALUATE), "prompts is empty"),
+    (("evaluate", "null", "plan.json", "half.json", *_EVALUATE), "alternative"),
+    (("evaluate", "null", "plan.json", "texts.json", *_EVALUATE), "neutral_texts"),
+    (("evaluate", "null", "plan.json", "one-cluster.json", *_EVALUATE), "cluster"),
+    (("evaluate", "null", "plan.json", "unknown-word.json", *_EVALUATE), "zebra-crossing"),
+    (("evaluate", "null", "plan.json", "long-answer.json", *_EVALUATE), "Bergen Kyoto"),
+    (("evaluate", "null", "plan.json", "bad-prompt.json", *_EVALUATE), "rompt"),
+    (("evaluate", "null", "empty-plan.json", "task.json", *_EVALUATE), "names experts"),
+    (("evaluate", "null", "other-layer.json", "task.json", *_EVALUATE), "77"),
+    (("evaluate", "null", "plan.json", "task.json", "--n-random", "1"), "n_random"),
+    (("evaluate", "null", "plan.json", "task.json", *_EVALUATE, "--alpha", "2"), "alpha"),
+    (("evaluate", "null", "plan.json", "task.json", "--scores", "stats"), "stats"),
+    (("sweep", "null", "plan.json", "task.json"), "plan.json"),
+    (("sweep", "null", "scores", "missing"), "missing"),
+    (("sweep", "null", "scores", "task.json", "--sizes", "0"), "sizes"),
+    (("sweep", "null", "scores", "task.json", "--sizes", "900"), "900"),
+    # plot
+    *((("plot", kind, "--out", "f.png"), "FILE") for kind in commands.PLOTS if kind != "tokens"),
+    *((("plot", kind, "noise", "--out", "f.png"), "noise") for kind in commands.PLOTS if kind != "tokens"),
+    *((("plot", kind, "gone", "--out", "f.png"), "gone") for kind in commands.PLOTS if kind != "tokens"),
+    (("plot", "tokens", "--out", "f.png"), "--prompt"),
+    (("plot", "tokens", "--model", "null", "--prompt", "", "--out", "f.png"), "empty"),
+    (("plot", "volcano", "scores", "--out", "f.png"), "q-values"),
+    (("plot", "layers", "hand.json", "--out", "f.png"), "shape"),
+    (("plot", "coactivation", "stats", "--layer", "99", "--out", "f.png"), "99"),
+    (("plot", "heatmap", "scores", "--plan", "other-layer.json", "--out", "f.png"), "77"),
+    (("plot", "heatmap", "scores", "--plan", "other-expert.json", "--out", "f.png"), "300"),
+    (("plot", "heatmap", "scores", "--out", "f.xyz"), "xyz"),
+    (("plot", "heatmap", "scores", "--out", "noise/f.png"), "noise"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), _BAD, ids=[" ".join(words) for words, _ in _BAD])
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_bad_input_gets_one_line_that_names_it(
+    arguments: tuple[str, ...],
+    words: str,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(files)
+    before = sorted(path.name for path in files.rglob("*"))
+    assert cli.main(arguments) == 1
+    streams = capsys.readouterr()
+    lines = streams.err.rstrip("\n").splitlines()
+    assert lines[-1].startswith("moe-lens: ")
+    assert words in lines[-1]
+    assert sum(line.startswith("moe-lens: ") for line in lines) == 1
+    assert "Traceback" not in streams.err
+    assert sorted(path.name for path in files.rglob("*")) == before  # nothing half-written stays
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("stats", "null", "p.txt"),
+        ("stats", "null", "p.txt", "--out", "r", "--batch-size", "many"),
+        ("stats", "null", "p.txt", "--out", "r", "--dtype", "int8"),
+        ("detect", "null", "pairs.jsonl", "--out", "r", "--score", "best"),
+        ("detect", "null", "pairs.jsonl", "--out", "r", "--level", "high"),
+        ("plan", "scores", "--deactivate", "-2", "--out", "r"),
+        ("plan", "scores", "--deactivate", "1.5", "--out", "r"),
+        ("plan", "scores", "--on-excess", "shrug", "--out", "r"),
+        ("sweep", "null", "scores", "task.json", "--sizes", "2,,4"),
+        ("plot", "pie", "scores", "--out", "r"),
+        ("bake", "null"),
+    ],
+)
+def test_unknown_words_and_numbers_are_refused_with_the_usage(
+    arguments: tuple[str, ...],
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: moe-lens" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_so(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> torch.nn.Module:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(organisms, "load", load)
+    assert cli.main(["stats", "null", str(files / "p.txt"), "--out", "r"]) == 130
+    assert capsys.readouterr().err == "moe-lens: interrupted\n"

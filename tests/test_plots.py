@@ -1,69 +1,450 @@
 """Figures show the numbers that they were given."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cbook import is_math_text
+from matplotlib.collections import PathCollection, PolyCollection
+from matplotlib.colors import to_hex
+from matplotlib.container import BarContainer, ErrorbarContainer
 
-from moe_lens import plots
-from moe_lens.demo import DemoResult
+from moe_lens import organisms, plots
+from moe_lens.contrast import Evidence, ExpertScores, risk_difference
+from moe_lens.errors import DataError, MoELensError
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.moe_shape import MoEShape
+from moe_lens.prompt_routing import PromptRouting, route_prompt
+from moe_lens.routing_stats import RoutingStats, collect_routing
+from moe_lens.steering_plan import SteeringPlan
+from moe_lens.steering_report import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, Limit, Outcome, SteeringReport
+from moe_lens.steering_sweep import SweepPoint, SweepResult
+from tests.tiny_models import tokens
 
 mpl.use("Agg")
+
+PLANS = {
+    "toward": SteeringPlan(deactivate=[(0, 1), (3, 5)], activate=[(2, 0)]),
+    "away": SteeringPlan(deactivate=[(1, 7), (3, 4)]),
+}
 
 
 @pytest.fixture(autouse=True)
 def _close_figures() -> Iterator[None]:
+    plt.close("all")
     yield
     plt.close("all")
 
 
-def test_heat_map_shows_every_score_on_a_scale_centred_on_zero(planted_demo: DemoResult) -> None:
-    image = plots.expert_heat_map(planted_demo.scores).get_images()[0]
-    assert np.array_equal(np.asarray(image.get_array()), planted_demo.scores.delta.numpy())
-    low, high = image.get_clim()
-    assert low == -high == -planted_demo.scores.delta.abs().max()
-
-
-def test_heat_map_marks_exactly_the_experts_of_each_plan(planted_demo: DemoResult) -> None:
-    ax = plots.expert_heat_map(planted_demo.scores, planted_demo.plans)
-    layers = planted_demo.scores.shape.layers
-    for line, (label, plan) in zip(ax.get_lines(), planted_demo.plans.items(), strict=True):
-        marked = {(layers[int(y)], int(x)) for x, y in np.asarray(line.get_xydata())}
-        assert marked == set(plan.deactivate)
-        assert line.get_label() == label
-
-
-def test_rates_show_both_directions_and_every_random_set(planted_demo: DemoResult) -> None:
-    ax = plots.steering_rates([planted_demo])
-    dots = [c for c in ax.collections if isinstance(c, PathCollection)]
-    heights = {str(c.get_label()): np.asarray(c.get_offsets())[:, 1].tolist() for c in dots}
-    assert heights["+ toward the document"] == [planted_demo.steered["+"].document_rate]
-    assert heights["− toward memory"] == [planted_demo.steered["−"].document_rate]
-    assert sorted(heights["20 random sets, any layers"]) == sorted(planted_demo.random_rates)
-    for direction, outcomes in planted_demo.layer_matched.items():
-        rates = [outcome.document_rate for outcome in outcomes]
-        assert sorted(heights[f"20 random sets, layers as {direction}"]) == sorted(rates)
-
-
-@pytest.mark.parametrize("draw", ["heat map", "rates"])
-def test_figures_have_title_and_axis_labels_and_use_the_axes_they_are_given(
-    draw: str, planted_demo: DemoResult
-) -> None:
-    _, given = plt.subplots()
-    ax = (
-        plots.expert_heat_map(planted_demo.scores, ax=given)
-        if draw == "heat map"
-        else plots.steering_rates([planted_demo], ax=given)
+@pytest.fixture(scope="module")
+def scores() -> ExpertScores:
+    """Of an organism, with q-values made up here: layers 0 and 2 below 0.05."""
+    conflicts = organisms.world("null").conflicts("detection")[::6]
+    model = organisms.load("null")
+    found = risk_difference(
+        *(
+            collect_routing(model, prompts, progress=False)
+            for prompts in ([c.open_book for c in conflicts], [c.closed_book for c in conflicts])
+        )
     )
+    q = torch.full_like(found.delta, 0.5)
+    q[0], q[2] = 0.01, 0.001
+    q[found.delta == 0] = 1.0
+    evidence = Evidence(found.delta - 0.1, found.delta + 0.1, q / 2, q, 0.95, 10, 10, 0, ("a",), ("t",))
+    return replace(found, evidence=evidence)
+
+
+@pytest.fixture(scope="module")
+def stats(hooked: Callable[..., HookedMoE]) -> RoutingStats:
+    """Of a model whose MoE layers are 0, 2 and 3."""
+    return collect_routing(hooked("qwen2_moe"), tokens(6, 9), progress=False)
+
+
+@pytest.fixture(scope="module")
+def routing(hooked: Callable[..., HookedMoE]) -> PromptRouting:
+    return route_prompt(hooked("qwen2_moe"), "w1 w2 w1 w9 w4")
+
+
+def outcome(*values: float) -> Outcome:
+    return Outcome(np.array(values, dtype=float), {"loss": 2.0})
+
+
+def report(shift: float = 0.0) -> SteeringReport:
+    """Three random sets of each kind and direction, of rates that all differ."""
+    controls = {
+        kind: {
+            side: [outcome(0.1 + 0.2 * first + 0.1 * second + 0.01 * i + shift, 0.3) for i in range(3)]
+            for second, side in enumerate(DIRECTIONS)
+        }
+        for first, kind in enumerate((LAYER_MATCHED, ANY_LAYER))
+    }
+    return SteeringReport(
+        "follows", "some/model", {"+": PLANS["toward"], "−": PLANS["away"]}, ("a", "b"),
+        outcome(0.5 + shift, 0.6), {"+": outcome(0.9 + shift, 1.0), "−": outcome(0.0, 0.1 + shift)},
+        controls, None, {"loss": Limit(0.1, True)}, 0.05, 0.95, 0,
+    )  # fmt: skip
+
+
+def sweep_result(
+    mode: str = "deactivate", n_random: int = 3, directions: tuple[str, ...] = DIRECTIONS
+) -> SweepResult:
+    points = tuple(
+        SweepPoint(
+            size, side, 0.5 + sign * size / 20, 0.4 + sign * size / 20, 0.65 + sign * size / 20, {},
+            [0.4 + sign / 50 + size / 100 + i / 10 for i in range(n_random)],
+        )
+        for size in (2, 4, 8)
+        for side, sign in zip(DIRECTIONS, (1, -1), strict=True)
+        if side in directions
+    )  # fmt: skip
+    return SweepResult("follows", "some/model", mode, 0.55, {}, {}, points)
+
+
+def legend(ax: Axes) -> list[str]:
+    found = ax.get_legend()
+    assert found is not None
+    return [text.get_text() for text in found.get_texts()]
+
+
+def points_of(ax: Axes) -> dict[str, np.ndarray]:
+    """Label -> [point 2] of every scatter."""
+    dots = [c for c in ax.collections if isinstance(c, PathCollection)]
+    return {str(c.get_label()): np.asarray(c.get_offsets()) for c in dots}
+
+
+def shown_values(ax: Axes) -> np.ndarray:
+    """The values of a map, NaN where it has none."""
+    return np.ma.filled(np.ma.asarray(ax.get_images()[0].get_array(), dtype=float), np.nan)
+
+
+# every figure
+
+
+_FIGURES: dict[str, tuple[Callable[..., Axes], tuple[str, str]]] = {
+    "heat map": (lambda get, ax: plots.expert_heat_map(get("scores"), PLANS, ax=ax), ("expert", "layer")),
+    "volcano": (lambda get, ax: plots.volcano(get("scores"), ax=ax), ("risk difference", "log10 q")),
+    "layers": (
+        lambda get, ax: plots.selected_by_layer(PLANS["toward"].made_for(get("scores").shape), ax=ax),
+        ("layer", "8 experts (%)"),
+    ),
+    "coactivation": (lambda get, ax: plots.coactivation_matrix(get("stats"), 2, ax=ax), ("expert", "expert")),
+    "balance": (lambda get, ax: plots.load_balance(get("stats").load_balance(), ax=ax), ("layer", "0 to 1")),
+    "tokens": (lambda get, ax: plots.token_routing(get("routing"), ax=ax), ("token", "layer")),
+    "sweep": (lambda get, ax: plots.sweep_curves(sweep_result(), ax=ax), ("experts deactivated", "follows")),
+    "rates": (lambda get, ax: plots.steering_rates({"a": report()}, ax=ax), ("", "follows")),
+}
+
+
+@pytest.mark.parametrize("kind", _FIGURES)
+def test_figures_have_title_and_labels_and_use_the_axes_they_are_given(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    draw, (x, y) = _FIGURES[kind]
+    _, given = plt.subplots()
+    ax = draw(request.getfixturevalue, given)
     assert ax is given
+    assert len(plt.get_fignums()) == 1
     assert ax.get_title()
-    assert ax.get_ylabel()
+    assert x in ax.get_xlabel()
+    assert y in ax.get_ylabel().replace("−", "").replace("₁₀", "10")
+    ax.figure.canvas.draw()
 
 
-def test_save_writes_and_closes(planted_demo: DemoResult, tmp_path) -> None:
-    plots.save(plots.steering_rates([planted_demo]), tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+@pytest.mark.parametrize("kind", _FIGURES)
+def test_figures_make_a_new_figure_and_can_be_saved(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    ax = _FIGURES[kind][0](request.getfixturevalue, None)
+    assert len(plt.get_fignums()) == 1
+    plots.save(ax, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert plt.get_fignums() == []
+
+
+# scores
+
+
+def test_heat_map_shows_every_score_on_a_scale_centred_on_zero(scores: ExpertScores) -> None:
+    image = plots.expert_heat_map(scores).get_images()[0]
+    assert np.array_equal(np.asarray(image.get_array()), scores.delta.numpy())
+    low, high = image.get_clim()
+    assert low == -high == -scores.delta.abs().max()
+
+
+def test_heat_map_marks_exactly_the_experts_of_each_plan(scores: ExpertScores) -> None:
+    ax = plots.expert_heat_map(scores, PLANS)
+    layers = scores.shape.layers
+    for line, (label, plan) in zip(ax.get_lines(), PLANS.items(), strict=True):
+        marked = {(layers[int(y)], int(x)) for x, y in np.asarray(line.get_xydata())}
+        assert marked == {*plan.activate, *plan.deactivate}
+        assert line.get_label() == label
+    assert legend(ax) == list(PLANS)
+    assert len({str(line.get_marker()) for line in ax.get_lines()}) == len(PLANS)
+
+
+@pytest.mark.parametrize("expert", [(77, 0), (0, 300)])
+def test_heat_map_refuses_a_plan_of_another_model(expert: tuple[int, int], scores: ExpertScores) -> None:
+    with pytest.raises(MoELensError, match=str(max(expert))):
+        plots.expert_heat_map(scores, {"other": SteeringPlan(deactivate=[expert])})
+
+
+def test_volcano_has_every_expert_once_at_its_score_and_q(scores: ExpertScores) -> None:
+    ax = plots.volcano(scores)
+    groups = points_of(ax)
+    found = np.concatenate(list(groups.values()))
+    assert scores.q is not None
+    expected = np.stack([scores.delta.numpy().ravel(), -np.log10(scores.q.numpy().ravel())], axis=1)
+    order = [np.lexsort(points.T) for points in (found, expected)]
+    assert np.allclose(found[order[0]], expected[order[1]])
+    for label, points in groups.items():
+        assert label.endswith(f": {len(points)} experts")
+    colours = {
+        str(c.get_label()).split(":")[0]: to_hex(np.asarray(c.get_facecolor())[0].tolist())
+        for c in ax.collections
+    }
+    assert len(set(colours.values())) == 3
+    for label, points in groups.items():
+        if "q > 0.05" in label:
+            assert (points[:, 1] < -np.log10(0.05)).all()
+        else:
+            assert (points[:, 1] >= -np.log10(0.05)).all()
+            assert (points[:, 0] > 0).all() or "condition 2" in label
+            assert (points[:, 0] < 0).all() or "condition 1" in label
+    assert legend(ax) == list(groups)
+
+
+@pytest.mark.parametrize(("q", "row_numbers"), [(0.05, (0, 2)), (0.005, (2,)), (0.0001, ())])
+def test_volcano_names_the_largest_of_those_below_q(
+    q: float, row_numbers: tuple[int, ...], scores: ExpertScores
+) -> None:
+    ax = plots.volcano(scores, q=q, n_labels=5)
+    layers = scores.shape.layers
+    assert scores.q is not None
+    below = [(layers[r], e) for r in row_numbers for e in range(8) if scores.q[r, e] < 1]
+    size = {place: abs(float(scores.delta[layers.index(place[0]), place[1]])) for place in below}
+    named = [text.get_text() for text in ax.texts]
+    assert len(named) == min(5, len(below))
+    expected = sorted(below, key=lambda place: -size[place])[:5]
+    assert set(named) == {f"L{layer} E{expert}" for layer, expert in expected}
+    assert any(np.allclose(line.get_ydata(), -np.log10(q)) for line in ax.get_lines())
+
+
+def test_volcano_of_q_zero_is_finite_and_within_the_axes(scores: ExpertScores) -> None:
+    assert scores.evidence is not None
+    q = torch.zeros_like(scores.evidence.q)
+    ax = plots.volcano(replace(scores, evidence=replace(scores.evidence, q=q)))
+    assert np.isfinite(np.concatenate(list(points_of(ax).values()))).all()
+
+
+def test_volcano_needs_q_values(scores: ExpertScores) -> None:
+    with pytest.raises(DataError, match="q-values"):
+        plots.volcano(replace(scores, evidence=None))
+
+
+# plans
+
+
+def test_selected_by_layer_shows_shares_of_both_kinds() -> None:
+    shape = MoEShape("some/model", (1, 3, 4), 8, 2)
+    plan = SteeringPlan(
+        activate=[(1, 0), (4, 2), (4, 3)], deactivate=[(1, 5), (3, 1), (3, 2), (3, 7), (4, 3)], shape=shape
+    )
+    ax = plots.selected_by_layer(plan)
+    bars = [c for c in ax.containers if isinstance(c, BarContainer)]
+    heights = [[bar.get_height() for bar in container] for container in bars]
+    assert heights == [[12.5, 0, 12.5], [-12.5, -37.5, -12.5]]  # (4, 3) stands in both: deactivation wins
+    assert legend(ax) == ["activated: 2 experts", "deactivated: 5 experts"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "3", "4"]
+    assert "some/model" in ax.get_title()
+    assert len({to_hex(container[0].get_facecolor()) for container in bars}) == 2
+
+
+def test_selected_by_layer_needs_a_shape() -> None:
+    with pytest.raises(DataError, match="shape"):
+        plots.selected_by_layer(PLANS["away"])
+
+
+# routing statistics
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_coactivation_shows_the_lift_of_every_pair(layer: int, stats: RoutingStats) -> None:
+    ax = plots.coactivation_matrix(stats, layer)
+    shown = shown_values(ax)
+    row, n = stats.shape.layers.index(layer), stats.shape.n_experts
+    assert stats.co_routing is not None
+    pairs, own = stats.coactivation.counts[row].tolist(), stats.counts[row].tolist()
+    for i in range(n):
+        for j in range(n):
+            if i == j or not pairs[i][j]:
+                assert np.isnan(shown[i, j])
+            else:
+                lift = pairs[i][j] * stats.n_tokens / (own[i] * own[j])
+                assert shown[i, j] == pytest.approx(np.log2(lift))
+    low, high = ax.get_images()[0].get_clim()
+    assert low == -high == -np.nanmax(np.abs(shown))
+    assert f"layer {layer}" in ax.get_title()
+
+
+@pytest.mark.parametrize("layer", [1, 99, -1])
+def test_coactivation_refuses_a_layer_without_router(layer: int, stats: RoutingStats) -> None:
+    with pytest.raises(DataError, match=f"Layer {layer} has no router"):
+        plots.coactivation_matrix(stats, layer)
+
+
+def test_coactivation_where_one_expert_runs_alone(hooked: Callable[..., HookedMoE]) -> None:
+    """k = 1: no two experts ever run together."""
+    stats = collect_routing(hooked("qwen3_moe_k1"), tokens(2, 5), progress=False)
+    ax = plots.coactivation_matrix(stats, stats.shape.layers[0])
+    assert not np.isfinite(shown_values(ax)).any()
+    ax.figure.canvas.draw()
+
+
+def test_load_balance_shows_three_measures_by_layer(stats: RoutingStats) -> None:
+    balance = stats.load_balance()
+    ax = plots.load_balance(balance)
+    drawn = {str(line.get_label()).split(" (")[0]: line for line in ax.get_lines()}
+    expected = {
+        "normalised entropy": balance.normalised_entropy,
+        "Gini coefficient": balance.gini,
+        "share of the busiest 10 %": balance.top_10,
+    }
+    assert set(drawn) == set(expected)
+    for name, values in expected.items():
+        assert np.array_equal(np.asarray(drawn[name].get_ydata()), values.numpy())
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "2", "3"]
+    assert len({to_hex(line.get_color()) for line in drawn.values()}) == 3
+    assert any("0.14: even" in text for text in legend(ax))  # one expert of seven
+
+
+# one prompt
+
+
+def test_token_routing_colours_the_expert_with_most_weight(routing: PromptRouting) -> None:
+    ax = plots.token_routing(routing)
+    shown = np.asarray(ax.get_images()[0].get_array())
+    texts = {tuple(int(x) for x in t.get_position()): t.get_text() for t in ax.texts}
+    for row in range(len(routing.shape.layers)):
+        for pos in range(len(routing.tokens)):
+            chosen = zip(routing.weights[row, pos].tolist(), routing.indices[row, pos].tolist(), strict=True)
+            experts = [expert for _, expert in sorted(chosen, key=lambda pair: -pair[0])]
+            assert shown[row, pos] == experts[0]
+            assert texts[pos, row] == " ".join(map(str, experts))
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(routing.tokens)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "2", "3"]
+
+
+def test_token_routing_gives_every_expert_a_colour_of_its_own(routing: PromptRouting) -> None:
+    image = plots.token_routing(routing).get_images()[0]
+    rgba = [image.to_rgba(np.array([expert])).tobytes() for expert in range(routing.shape.n_experts)]
+    assert len(set(rgba)) == routing.shape.n_experts
+
+
+def test_token_routing_of_some_layers(routing: PromptRouting) -> None:
+    ax = plots.token_routing(routing, layers=[3, 0])
+    shown = np.asarray(ax.get_images()[0].get_array())
+    assert np.array_equal(shown, torch.stack([routing.top_expert(3), routing.top_expert(0)]).numpy())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["3", "0"]
+    with pytest.raises(DataError, match="Layer 1 has no router"):
+        plots.token_routing(routing, layers=[1])
+
+
+@pytest.mark.parametrize("token", ["$x", "a$b$c", "\n", "<|end_of_text|>", "_^{"])
+def test_token_routing_shows_odd_tokens_as_they_are(token: str, routing: PromptRouting) -> None:
+    odd = replace(routing, tokens=(token, *routing.tokens[1:]))
+    ax = plots.token_routing(odd)
+    ax.figure.canvas.draw()
+    label = ax.get_xticklabels()[0]
+    assert label.get_text().replace("\\$", "$") == repr(token)[1:-1]
+    assert not (label.get_parse_math() and is_math_text(label.get_text()))  # "$" is no formula
+
+
+def test_token_routing_of_no_layers_is_refused(routing: PromptRouting) -> None:
+    with pytest.raises(DataError, match="layer"):
+        plots.token_routing(routing, layers=[])
+
+
+# steering
+
+
+def test_rates_show_both_directions_and_every_random_set() -> None:
+    reports = {"first": report(), "second": report(0.05)}
+    ax = plots.steering_rates(reports)
+    groups = points_of(ax)
+    for label, side in (("+ the plan", "+"), ("− its reverse", "−")):
+        expected = [[i, one.steered[side].rate] for i, one in enumerate(reports.values())]
+        assert np.allclose(groups[label], expected)
+    for kind in (LAYER_MATCHED, ANY_LAYER):
+        for side in DIRECTIONS:
+            points = groups[f"3 random sets, {kind}, as {side}"]
+            expected_rates = [o.rate for one in reports.values() for o in one.controls[kind][side]]
+            assert np.allclose(points[:, 1], expected_rates)
+            assert points[:, 0].round().tolist() == [0, 0, 0, 1, 1, 1]
+    captions = [label.get_text() for label in ax.get_xticklabels()]
+    for (name, one), caption in zip(reports.items(), captions, strict=True):
+        assert caption.startswith(f"{name}\n3 experts")
+        assert f"gap {one.gap:.2f}" in caption
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("deactivate", "deactivated"), ("activate", "activated"), ("both", "activated and")]
+)
+def test_sweep_curves_show_means_intervals_and_random_sets(mode: str, words: str) -> None:
+    found = sweep_result(mode)
+    ax = plots.sweep_curves(found)
+    curves = [c for c in ax.containers if isinstance(c, ErrorbarContainer)]
+    assert len(curves) == 2
+    for curve, side in zip(curves, DIRECTIONS, strict=True):
+        line, _, (bars,) = curve
+        own = [point for point in found.points if point.direction == side]
+        assert np.allclose(line.get_xydata(), [[point.size, point.mean] for point in own])
+        ends = [segment[:, 1] for segment in bars.get_segments()]
+        assert np.allclose(ends, [[point.low, point.high] for point in own])
+        assert to_hex(line.get_color()) == plots.COLORS[side].lower()
+        assert str(curve.get_label()).startswith(side)
+    (band,) = [c for c in ax.collections if isinstance(c, PolyCollection)]
+    outline = np.asarray(band.get_paths()[0].vertices)
+    for size in (2, 4, 8):  # random sets of both directions together
+        rates = [rate for point in found.points if point.size == size for rate in point.control_means]
+        heights = outline[outline[:, 0] == size, 1]
+        assert [heights.min(), heights.max()] == pytest.approx(np.quantile(rates, [0.05, 0.95]).tolist())
+    level = [line for line in ax.get_lines() if line.get_label() == "unsteered"]
+    assert np.allclose(level[0].get_ydata(), 0.55)
+    assert ax.get_xticks().tolist() == [2, 4, 8]
+    assert words in ax.get_xlabel()
+
+
+def test_sweep_curves_of_one_direction_without_random_sets() -> None:
+    ax = plots.sweep_curves(sweep_result(n_random=0, directions=("−",)))
+    assert len([c for c in ax.containers if isinstance(c, ErrorbarContainer)]) == 1
+    assert not [c for c in ax.collections if isinstance(c, PolyCollection)]
+    assert len(legend(ax)) == 2
+
+
+# files
+
+
+@pytest.mark.parametrize("path", ["figure.xyz", "file/figure.png", "folder.png"])
+def test_save_refuses_what_it_cannot_write(path: str, tmp_path: Path, stats: RoutingStats) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(MoELensError, match=path.split("/")[0]):
+        plots.save(plots.load_balance(stats.load_balance()), tmp_path / path)
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_save_makes_folders_and_writes_by_the_ending(
+    ending: str, tmp_path: Path, stats: RoutingStats
+) -> None:
+    starts: dict[str, Any] = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+    path = tmp_path / "new" / f"figure.{ending}"
+    plots.save(plots.load_balance(stats.load_balance()), path)
+    assert path.read_bytes().startswith(starts[ending])

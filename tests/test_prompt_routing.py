@@ -32,7 +32,7 @@ def test_the_top_expert_is_the_one_with_the_largest_weight(hooked: Callable[...,
     for layer in routing.shape.layers:
         rows = frame[frame["layer"] == layer]
         expected = [
-            max(group.itertuples(), key=lambda row: row.weight).expert
+            max(group.to_dict("records"), key=lambda row: row["weight"])["expert"]
             for _, group in rows.groupby("pos", sort=True)
         ]
         assert routing.top_expert(layer).tolist() == expected
