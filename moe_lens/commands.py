@@ -1,6 +1,7 @@
 """What each command of `moe-lens` does: files in, files out. `cli.py` has the parser and the help."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from moe_lens.contrastive_pairs import ContrastivePairs
 from moe_lens.detection import detect as detect_experts
 from moe_lens.detection import selection_stability, template_agreement
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.files import atomic_write
+from moe_lens.files import atomic_write, check_writable
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model_table import markdown_table, with_table
 from moe_lens.prompt_files import digest_of, read_prompts
@@ -41,7 +42,7 @@ Options = argparse.Namespace
 def stats(options: Options) -> None:
     model = _model(options)
     prompts = read_prompts(options.prompts, column=options.column)
-    about = f"{options.model} {model.moe_shape} {options.dtype} {digest_of(options.prompts)} {options.column}"
+    about = f"{_weights_digest(model)} {model.moe_shape} {digest_of(options.prompts)} {options.column}"
     found = collect_to_file(
         model, prompts, options.out, about=about, batch_size=options.batch_size, span=options.span,
         special_tokens=options.special_tokens, per_prompt=options.per_prompt, positions=options.positions,
@@ -60,16 +61,19 @@ def detect(options: Options) -> None:
             columns[name] = name
     given = {name: column for name, column in columns.items() if column is not None}
     pairs = (ContrastivePairs.from_csv if is_csv else ContrastivePairs.from_jsonl)(options.pairs, **given)
+    if not options.top:
+        raise DataError("--top must be at least 1.")
+    check_writable(options.out)
     scores = detect_experts(
         _model(options), pairs, score=options.score, span=options.span or "pairs", seed=options.seed,
         special_tokens=options.special_tokens, level=options.level, n_resamples=options.resamples,
         n_permutations=options.permutations, batch_size=options.batch_size,
     )  # fmt: skip
+    scores.save(options.out)
     print(f"{scores}\n{scores.to_dataframe().head(options.top).round(4).to_string(index=False)}")
     print(selection_stability(scores, n=min(options.top, scores.delta.numel())))
     if len(set(pairs.templates)) > 1:
         print(f"rank correlation between templates:\n{template_agreement(scores).round(2).to_string()}")
-    scores.save(options.out)
     written = [options.out]
     if options.table is not None:
         with atomic_write(options.table) as temporary:
@@ -108,6 +112,8 @@ def steer(options: Options) -> None:
     if (options.prompt is None) == (options.prompts is None):
         raise DataError("Give the prompts either as --prompt TEXT (repeatable) or as --prompts FILE.")
     prompts = options.prompt or read_prompts(options.prompts, column=options.column)
+    if not options.max_new_tokens:
+        raise DataError("--max-new-tokens must be at least 1.")
     model, chosen = _model(options), SteeringPlan.load(options.plan)
     settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "verbose": False}
     rows = []
@@ -202,14 +208,38 @@ def _model(options: Options) -> HookedMoE:
     kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
     if options.device is not None:
         kwargs["device"] = options.device
-    if options.model in organisms.names():
+    shipped = options.model in organisms.names()
+    if shipped:
         torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
-        return organisms.load(options.model, **kwargs)
-    return HookedMoE.from_pretrained(options.model, **kwargs)
+    load = organisms.load if shipped else HookedMoE.from_pretrained
+    try:
+        return load(options.model, **kwargs)
+    except MoELensError:
+        raise
+    except Exception as error:  # transformers, the hub and torch raise all kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"The model {options.model} cannot be loaded: {reason}") from error
+
+
+def _weights_digest(model: HookedMoE) -> str:
+    """Of the first numbers of every parameter: partial counts of other weights must never be continued."""
+    digest = hashlib.sha256()
+    for name, parameter in model.original_model.named_parameters():
+        first = parameter.detach().flatten()[:64].double().cpu() if not parameter.is_meta else parameter.shape
+        digest.update(
+            f"{name} {parameter.dtype} {first.tolist() if torch.is_tensor(first) else first}".encode()
+        )
+    return digest.hexdigest()
+
+
+def _file(options: Options) -> Path:
+    if options.file is None:
+        raise DataError(f"plot {options.kind} needs a FILE to draw.")
+    return options.file
 
 
 def _scores(options: Options) -> ExpertScores:
-    return ExpertScores.load(options.file)
+    return ExpertScores.load(_file(options))
 
 
 def _heat_map(options: Options) -> Axes:
@@ -225,7 +255,7 @@ def _tokens(options: Options) -> Axes:
 
 
 def _coactivation(options: Options) -> Axes:
-    found = RoutingStats.load(options.file)
+    found = RoutingStats.load(_file(options))
     layer = found.shape.layers[0] if options.layer is None else options.layer
     return plots.coactivation_matrix(found, layer)
 
@@ -233,11 +263,11 @@ def _coactivation(options: Options) -> Axes:
 PLOTS: dict[str, Callable[[Options], Axes]] = {
     "heatmap": _heat_map,
     "volcano": lambda options: plots.volcano(_scores(options)),
-    "layers": lambda options: plots.selected_by_layer(SteeringPlan.load(options.file)),
+    "layers": lambda options: plots.selected_by_layer(SteeringPlan.load(_file(options))),
     "coactivation": _coactivation,
-    "balance": lambda options: plots.load_balance(RoutingStats.load(options.file).load_balance()),
+    "balance": lambda options: plots.load_balance(RoutingStats.load(_file(options)).load_balance()),
     "tokens": _tokens,
-    "sweep": lambda options: plots.sweep_curves(SweepResult.load(options.file)),
+    "sweep": lambda options: plots.sweep_curves(SweepResult.load(_file(options))),
 }
 """Kind of figure -> how it is drawn."""
 

@@ -1,13 +1,13 @@
 """What an effect is held against: as many random experts, or those that score least.
 
 sets = random_sets(model, plan, 20, seed=0, layer_matched=True)
-set_ = bottom_set(scores, plan)
+set_ = bottom_set(scores, plan, model)
 
 Random sets are not inert: a single one can move a behaviour as far as a plan does, so it takes many.
 """
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from moe_lens.contrast import ExpertScores
 from moe_lens.errors import DataError, PlanError
@@ -36,28 +36,43 @@ def random_sets(
     ]
 
 
-def bottom_set(scores: ExpertScores, plan: SteeringPlan) -> SteeringPlan:
+def bottom_set(scores: ExpertScores, plan: SteeringPlan, model: HookedMoE | None = None) -> SteeringPlan:
     """As many experts as the plan names, those with the smallest |score|, as far as they fit a layer.
+
+    Args:
+        model: with it, experts that its routers cannot steer are passed over (expert groups, hash layers).
 
     Raises:
         PlanError: more experts than the layers have room for.
     """
     shape = scores.shape
+
+    def fits(layer: int, activate: Sequence[int], deactivate: Sequence[int]) -> bool:
+        if model is None:
+            return len(activate) <= shape.top_k and len(deactivate) <= shape.max_deactivated
+        return model.routing_rule(layer).cannot_steer(activate, deactivate) is None
+
     ranked = [(score.layer, score.expert) for score in reversed(scores.ranked())]
-    deactivate = _fitting(ranked, len(plan.deactivate), shape.max_deactivated)
-    rest = [expert for expert in ranked if expert not in deactivate]
-    activated = [expert for expert in plan.activate if expert not in plan.deactivate]
-    activate = _fitting(rest, len(activated), shape.top_k)
+    deactivate = _fitting(ranked, len(plan.deactivate), lambda layer, experts: fits(layer, [], experts))
+    out = set(deactivate)
+    activate = _fitting(
+        [expert for expert in ranked if expert not in out],
+        len([expert for expert in plan.activate if expert not in plan.deactivate]),
+        lambda layer, experts: fits(layer, experts, [expert for own, expert in deactivate if own == layer]),
+    )
     return SteeringPlan(activate, deactivate, plan.epsilon, shape)
 
 
-def _fitting(experts: Iterable[Expert], number: int, room: int) -> list[Expert]:
-    used: Counter[int] = Counter()
+def _fitting(experts: Sequence[Expert], number: int, fits: Callable[[int, list[int]], bool]) -> list[Expert]:
+    """The first `number` experts that fit their layer beside those already taken there."""
     taken: list[Expert] = []
+    in_layer: dict[int, list[int]] = defaultdict(list)
     for layer, expert in experts:
-        if len(taken) < number and used[layer] < room:
-            used[layer] += 1
+        if len(taken) == number:
+            break
+        if fits(layer, [*in_layer[layer], expert]):
+            in_layer[layer].append(expert)
             taken.append((layer, expert))
     if len(taken) < number:
-        raise PlanError(f"A bottom set of {number} experts does not fit: at most {room} in a layer.")
+        raise PlanError(f"A bottom set of {number} experts does not fit; the layers take {len(taken)}.")
     return taken

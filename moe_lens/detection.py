@@ -107,6 +107,13 @@ def compare_routing(
 ) -> ExpertScores:
     """`detect` from statistics with per-prompt counts; prompt i of one is paired with prompt i of the other.
 
+    >>> from moe_lens import collect_routing, compare_routing, organisms
+    >>> model, conflicts = organisms.load("null"), organisms.world("null").conflicts("detection")
+    >>> one = collect_routing(model, [c.open_book for c in conflicts], per_prompt=True, progress=False)
+    >>> two = collect_routing(model, [c.closed_book for c in conflicts], per_prompt=True, progress=False)
+    >>> compare_routing(one, two, score="log_odds_ratio").q.shape
+    torch.Size([4, 8])
+
     Args:
         stats_1, stats_2: from `collect_routing(..., per_prompt=True)`.
         clusters: one label a pair; pairs of one label are one unit. By default every pair is its own.
@@ -205,6 +212,16 @@ def template_agreement(scores: ExpertScores) -> pd.DataFrame:
 
     Experts that follow the behaviour rank alike under every template; experts that follow a template's words
     do not. Values in [-1, 1], NaN where all experts score the same.
+
+    >>> from moe_lens import contrasts, detect, organisms, template_agreement
+    >>> rows = [
+    ...     {"context": c.open_book, "question": c.closed_book}
+    ...     for c in organisms.world("specialised").conflicts("detection")
+    ... ]
+    >>> pairs = contrasts.document_against_question(rows)
+    >>> scores = detect(organisms.load("specialised"), pairs, n_resamples=20, progress=False)
+    >>> template_agreement(scores).shape
+    (3, 3)
 
     Raises:
         DataError: scores without evidence, or pairs of a single template.

@@ -22,7 +22,7 @@ Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 def answers_with(
     model: TransformerBridge,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     answers: Sequence[str],
     *,
     hooks: Hooks = (),
@@ -79,9 +79,11 @@ def continuation_log_probs(
     sequences = [torch.cat(pair) for pair in zip(token_sequences(model, prompts), added, strict=True)]
     found: list[float] = []
     for tokens, _, logits in _batch_logits(model, sequences, hooks, batch_size):
-        log_probs = logits[:, :-1].double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-        for row in log_probs:
-            found.append(float(row[-len(added[len(found)]) :].mean()))  # padding stands left
+        for row in range(len(tokens)):
+            n_added = len(added[len(found)])  # padding stands left
+            found.append(
+                float(_next_log_probs(logits[row, -n_added - 1 :], tokens[row, -n_added - 1 :]).mean())
+            )
     return np.array(found)
 
 
@@ -95,10 +97,10 @@ def text_loss(
     """
     total, n_tokens = 0.0, 0
     for tokens, mask, logits in _batch_logits(model, texts, hooks, batch_size):
-        predicts = mask[:, :-1] & mask[:, 1:]
-        log_probs = logits[:, :-1].double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-        total -= float(log_probs[predicts].sum())
-        n_tokens += int(predicts.sum())
+        for row in range(len(tokens)):
+            real = mask[row]
+            total -= float(_next_log_probs(logits[row, real], tokens[row, real]).sum())
+            n_tokens += int(real.sum()) - 1
     if n_tokens == 0:
         raise DataError("text_loss needs texts of at least two tokens.")
     return total / n_tokens
@@ -164,6 +166,11 @@ def _batch_logits(model: TransformerBridge, prompts: Sequence[Any], hooks: Hooks
         yield tokens.to(logits.device), mask.to(logits.device), logits
 
 
+def _next_log_probs(logits: Float[Tensor, "pos vocab"], tokens: Int[Tensor, "pos"]) -> Float[Tensor, "next"]:
+    """Log-probability, in nats, of every token after the first; one text at a time, to save memory."""
+    return logits[:-1].double().log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+
+
 def _continuation_tokens(model: TransformerBridge, text: str) -> Int[Tensor, "pos"]:
     if model.tokenizer is None:
         raise DataError("continuation_log_probs needs a model with a tokenizer.")
@@ -178,7 +185,10 @@ def _single_token(model: TransformerBridge, answer: str) -> int:
         raise DataError("answers_with needs a model with a tokenizer.")
     tokens = model.to_tokens(answer, prepend_bos=False)[0]
     if len(tokens) != 1:
-        raise DataError(f"The answer {answer!r} is {len(tokens)} tokens; answers_with needs a single one.")
+        raise DataError(
+            f"The answer {answer!r} is {len(tokens)} tokens; answers_with needs a single one. Mind the space "
+            "before a word, or give alternatives to answer_task, which compares longer continuations."
+        )
     token = int(tokens[0])
     if token == getattr(model.tokenizer, "unk_token_id", None):
         raise DataError(f"The answer {answer!r} is not in the model's vocabulary.")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_lens.errors import DataError
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -15,7 +17,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     ...     _ = temporary.write_text("{}")
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -25,6 +27,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Make the folder that the file is to stand in. Raises DataError where no file can be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error}. Give another path.") from error
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the path of a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"{path} cannot be written: its folder is read-only. Give another path.")
 
 
 def _umask() -> int:

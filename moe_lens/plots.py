@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 
 from moe_lens.contrast import ExpertScores
 from moe_lens.errors import DataError
+from moe_lens.files import check_writable
 from moe_lens.load_balance import LoadBalance
 from moe_lens.prompt_routing import PromptRouting
 from moe_lens.routing_stats import RoutingStats
@@ -52,6 +53,7 @@ def expert_heat_map(
         scores.delta.numpy(), cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower"
     )
     for (label, plan), marker in zip((plans or {}).items(), cycle(_MARKERS), strict=False):
+        plan.check_fits(scores.shape)
         experts = sorted({*plan.activate, *plan.deactivate})
         rows = [scores.shape.layers.index(layer) for layer, _ in experts]
         ax.plot(
@@ -87,7 +89,7 @@ def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axe
     height = -np.log10(np.maximum(values, 1e-300))
     for chosen, color, label in (
         (values > q, COLORS["random"], f"q > {q:g}"),
-        ((values <= q) & (delta > 0), COLORS["+"], f"q ≤ {q:g}, more under condition 1"),
+        ((values <= q) & (delta >= 0), COLORS["+"], f"q ≤ {q:g}, more under condition 1"),
         ((values <= q) & (delta < 0), COLORS["−"], f"q ≤ {q:g}, more under condition 2"),
     ):
         label = f"{label}: {int(chosen.sum())} experts"
@@ -238,6 +240,8 @@ def token_routing(
         layers: which layers to show, upward; all if None.
     """
     layers = routing.shape.layers if layers is None else tuple(layers)
+    if not layers:
+        raise DataError("layers is empty; name at least one, or None for all.")
     rows = [routing.row(layer) for layer in layers]
     order = routing.weights[rows].argsort(dim=-1, descending=True, stable=True)
     experts = routing.indices[rows].gather(-1, order).numpy()
@@ -250,10 +254,8 @@ def token_routing(
     for (row, pos), _ in np.ndenumerate(experts[..., 0]):
         text = " ".join(str(expert) for expert in experts[row, pos, :shown])
         ax.text(pos, row, text, ha="center", va="center", fontsize=8)
-    ax.set_xticks(
-        range(len(routing.tokens)), [repr(token)[1:-1] for token in routing.tokens], rotation=60, ha="right",
-        rotation_mode="anchor",
-    )  # fmt: skip
+    tokens = [repr(token)[1:-1].replace("$", r"\$") for token in routing.tokens]  # $ would open a formula
+    ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     more = "" if shown == routing.shape.top_k else f" (the first {shown} of {routing.shape.top_k})"
     ax.set(xlabel="token", ylabel="layer")
@@ -308,8 +310,13 @@ def save(ax: Axes, path: str | Path) -> None:
     """Write the figure of an Axes as PNG (or whatever the path's ending says) and close it."""
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.savefig(path)
-    plt.close(figure)
+    try:
+        check_writable(path)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+        raise DataError(f"{path} cannot be written as a figure: {error}.") from error
+    finally:
+        plt.close(figure)
 
 
 def _caption(label: str, report: SteeringReport) -> str:

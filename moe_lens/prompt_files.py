@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-import pandas as pd
-
 from moe_lens.errors import DataError
+from moe_lens.table_rows import csv_rows
 
 FIELDS: Final = ("prompt", "messages", "text")
 """Where an object's prompt is looked for if no column is named."""
@@ -34,7 +33,7 @@ def read_prompts(path: str | Path, *, column: str | None = None) -> list[Any]:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .csv files.")
     try:
         prompts = readers[path.suffix](path, column)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); give another file.") from error
     if not prompts:
         raise DataError(f"{path} holds no prompts.")
@@ -52,12 +51,12 @@ def digest_of(path: str | Path) -> str:
 def _lines(path: Path, column: str | None) -> list[Any]:
     if column is not None:
         raise DataError(f"{path}: a .txt file has no columns, only one prompt a line.")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in _text(path).split("\n") if line.strip()]
 
 
 def _records(path: Path, column: str | None) -> list[Any]:
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -72,12 +71,17 @@ def _records(path: Path, column: str | None) -> list[Any]:
 
 
 def _rows(path: Path, column: str | None) -> list[Any]:
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    rows = frame.to_dict("records")
-    prompts = [_prompt_of(row, column, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
-    if "" in prompts:
-        raise DataError(f"{path}, row {prompts.index('') + 1}: the prompt is empty.")
+    prompts = []
+    for where, row in csv_rows(path):
+        prompts.append(_prompt_of(row, column, where))
+        if not prompts[-1]:
+            raise DataError(f"{where}: the prompt is empty.")
     return prompts
+
+
+def _text(path: Path) -> str:
+    text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # not splitlines, which splits at U+2028 too
 
 
 def _prompt_of(record: dict[Any, Any], column: str | None, where: str) -> Any:

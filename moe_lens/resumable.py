@@ -8,8 +8,8 @@ after each batch (less often where writing it would cost more than a twentieth o
 everything that the counts depend on, so a run with other settings never continues this one.
 """
 
-import glob
 import hashlib
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Final
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens.errors import DataError
+from moe_lens.files import check_writable
 from moe_lens.routing_stats import RoutingStats, RunningTotal, iterate_routing
 
 SAVING_SHARE: Final = 0.05
@@ -48,40 +49,48 @@ def collect_to_file(
         DataError: as `collect_routing`; what was counted before the error stays in the partial file.
     """
     path = Path(path)
+    check_writable(path)
     digest = hashlib.sha256(f"{about} {batch_size} {sorted(settings.items())}".encode()).hexdigest()[:16]
-    found, done = _newest_partial(path, digest)
+    found, before = _newest_partial(path, digest)
     total = RunningTotal()
     if found is not None:
         total.add(found)
+        before -= 1  # what was found counts as one batch below
     saved, cost = time.monotonic(), 0.0
     try:
         for stats in iterate_routing(
-            model, prompts, batch_size=batch_size, progress=progress, skip=done, **settings
+            model,
+            prompts,
+            batch_size=batch_size,
+            progress=progress,
+            skip=before + total.n_batches,
+            **settings,
         ):
             total.add(stats)
-            done += 1
             if cost <= SAVING_SHARE * (time.monotonic() - saved):
-                cost = _save_partial(path, digest, total.stats(), done)
+                cost = _save_partial(path, digest, total, before)
                 saved = time.monotonic()
     except BaseException:  # also KeyboardInterrupt: what was counted is kept
-        if done:
-            _save_partial(path, digest, total.stats(), done)
+        if total.n_batches:
+            _save_partial(path, digest, total, before)
         raise
     result = total.stats()
     result.save(path)
-    for old in _partials(path):
+    for _, old in _partials(path):
         old.unlink(missing_ok=True)
     return result
 
 
-def _partials(path: Path, digest: str = "*") -> list[Path]:
-    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{digest}.*.partial"))
+def _partials(path: Path, digest: str = "[0-9a-f]{16}") -> list[tuple[int, Path]]:
+    """(number of batches, file) of the partial files of a result."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{digest}\.(\d+)\.partial")
+    files = path.parent.iterdir() if path.parent.is_dir() else ()
+    return [(int(match.group(1)), file) for file in files if (match := name.fullmatch(file.name))]
 
 
 def _newest_partial(path: Path, digest: str) -> tuple[RoutingStats | None, int]:
     """The counts so far and the number of batches in them; files that cannot be read are passed over."""
-    numbered = [(int(file.name.split(".")[-2]), file) for file in _partials(path, digest)]
-    for done, file in sorted(numbered, reverse=True):
+    for done, file in sorted(_partials(path, digest), reverse=True):
         try:
             return RoutingStats.load(file), done
         except DataError:
@@ -89,12 +98,12 @@ def _newest_partial(path: Path, digest: str) -> tuple[RoutingStats | None, int]:
     return None, 0
 
 
-def _save_partial(path: Path, digest: str, stats: RoutingStats, done: int) -> float:
+def _save_partial(path: Path, digest: str, total: RunningTotal, before: int) -> float:
     """Write the counts, drop the older ones; the seconds that it took."""
     start = time.monotonic()
-    new = path.parent / f".{path.name}.{digest}.{done}.partial"
-    stats.save(new)
-    for old in _partials(path, digest):
+    new = path.parent / f".{path.name}.{digest}.{before + total.n_batches}.partial"
+    total.stats().save(new)
+    for _, old in _partials(path, digest):
         if old != new:
             old.unlink(missing_ok=True)
     return time.monotonic() - start

@@ -477,29 +477,40 @@ def iterate_routing(
 class RunningTotal:
     """A sum of batches: floats one after the other; tables, which are exact, merged in pairs of like size.
 
-    Adding each batch's tables to the whole would copy the whole for every batch.
+    Adding each batch's tables to the whole would copy the whole for every batch. `add` takes effect in one
+    assignment, so that an interrupt finds the batch counted or not, never half.
     """
 
     def __init__(self) -> None:
-        self.sums: RoutingStats | None = None
-        self.tables: list[tuple[int, dict[str, Any]]] = []  # (batches in it, tables), in order, falling size
+        # number of batches; their sums; (batches in it, tables), in order, of falling size
+        self._state: tuple[int, RoutingStats | None, list[tuple[int, dict[str, Any]]]] = (0, None, [])
+
+    @property
+    def n_batches(self) -> int:
+        """How many batches were added."""
+        return self._state[0]
 
     def add(self, stats: RoutingStats) -> None:
-        sums = stats.without(*_TABLES)
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.tables.append((1, stats._tables()))
-        while len(self.tables) > 1 and self.tables[-1][0] == self.tables[-2][0]:
-            self._merge_last()
+        n, sums, tables = self._state
+        own = stats.without(*_TABLES)
+        tables = [*tables, (1, stats._tables())]
+        while len(tables) > 1 and tables[-1][0] == tables[-2][0]:
+            tables = _last_merged(tables)
+        self._state = (n + 1, own if sums is None else sums + own, tables)
 
     def stats(self) -> RoutingStats:
-        assert self.sums is not None  # counted_batches refuses an empty list
-        while len(self.tables) > 1:
-            self._merge_last()
-        return replace(self.sums, **self.tables[0][1])
+        """The statistics of all batches together."""
+        _, sums, tables = self._state
+        assert sums is not None  # counted_batches refuses an empty list
+        while len(tables) > 1:
+            tables = _last_merged(tables)
+        return replace(sums, **tables[0][1])
 
-    def _merge_last(self) -> None:
-        (size, first), (other, second) = self.tables[-2:]
-        self.tables[-2:] = [(size + other, {name: table + second[name] for name, table in first.items()})]
+
+def _last_merged(tables: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+    (size, first), (other, second) = tables[-2:]
+    merged = {name: table + second[name] for name, table in first.items()}
+    return [*tables[:-2], (size + other, merged)]
 
 
 def is_routing_point(name: str) -> bool:

@@ -37,6 +37,16 @@ def evaluate_steering(
     The test prompts must be others than those that the plan was chosen on; `split_clusters` and
     `ContrastivePairs.split` make such splits.
 
+    >>> from moe_lens import SteeringPlan, answer_task, evaluate_steering, organisms
+    >>> model, conflicts = organisms.load("null"), organisms.world("null").conflicts("test")[:12]
+    >>> task = answer_task(
+    ...     [c.open_book for c in conflicts], [c.document_answer for c in conflicts],
+    ...     clusters=[c.entity for c in conflicts],
+    ... )
+    >>> plan, reverse = SteeringPlan(deactivate=[(2, 5), (3, 7)]), SteeringPlan(deactivate=[(0, 1), (2, 2)])
+    >>> evaluate_steering(model, plan, task, reverse=reverse, n_random=4, progress=False).verdict
+    False
+
     Args:
         model: a HookedMoE.
         plan: toward the behaviour that the task measures.
@@ -51,13 +61,17 @@ def evaluate_steering(
 
     Raises:
         DataError: too few random sets for the error rate, or a task that gives no number a prompt.
-        PlanError: an empty plan, or one that does not fit the model; no reverse plan known.
+        PlanError: an empty plan, or one that the model's routers refuse; no reverse plan known.
     """
-    _check(plan, n_random, alpha)
+    check_model_and_task(model, task, seed, level)
+    _check(plan, scores, n_random, alpha)
     plans = {"+": plan, "−": _reverse(plan, reverse, scores)}
     for one in plans.values():
         one.check_fits(model.moe_shape)
-    bottom = None if scores is None else bottom_set(scores, plan)
+        if refused := one.refused_layers(model):
+            reason = model.routing_rule(refused[0]).cannot_steer(*one.in_layer(refused[0]))
+            raise PlanError(f"Layer {refused[0]} cannot be steered by this plan: {reason}.")
+    bottom = None if scores is None else bottom_set(scores, plan, model)
     with tqdm(total=3 + 4 * n_random + (bottom is not None), unit="run", disable=not progress) as bar:
 
         def measure(one: SteeringPlan) -> Outcome:
@@ -84,8 +98,8 @@ def evaluate_steering(
 def measure_outcome(model: HookedMoE, task: SteeringTask, plan: SteeringPlan) -> Outcome:
     """The task's behaviour and collateral measures under a plan."""
     hooks = steer_hooks(plan)
-    collateral = {name: float(one.measure(model, hooks)) for name, one in task.collateral.items()}
-    return Outcome(task.values(model, hooks), collateral)
+    values = task.values(model, hooks)
+    return Outcome(values, {name: one.value(model, hooks) for name, one in task.collateral.items()})
 
 
 def run_controls(
@@ -123,6 +137,8 @@ def opposite_plan(scores: ExpertScores, plan: SteeringPlan) -> SteeringPlan:
 
 def _reverse(plan: SteeringPlan, reverse: SteeringPlan | None, scores: ExpertScores | None) -> SteeringPlan:
     if reverse is not None:
+        if not isinstance(reverse, SteeringPlan) or not len(reverse):
+            raise PlanError(f"reverse must be a SteeringPlan that names experts; got {reverse!r}.")
         return reverse
     if scores is not None:
         return opposite_plan(scores, plan)
@@ -135,9 +151,22 @@ def _reverse(plan: SteeringPlan, reverse: SteeringPlan | None, scores: ExpertSco
         ) from error
 
 
-def _check(plan: SteeringPlan, n_random: int, alpha: float) -> None:
+def check_model_and_task(model: HookedMoE, task: SteeringTask, seed: int, level: float) -> None:
+    """Raise DataError before anything runs, rather than after."""
+    for given, wanted in ((model, HookedMoE), (task, SteeringTask)):
+        if not isinstance(given, wanted):
+            raise DataError(f"A {wanted.__name__} is needed here; got {type(given).__name__}.")
+    if as_index(seed) is None:
+        raise DataError(f"seed must be a number from 0 on; got {seed!r}.")
+    if not isinstance(level, float) or not 0 < level < 1:
+        raise DataError(f"level must be a number between 0 and 1; got {level!r}.")
+
+
+def _check(plan: SteeringPlan, scores: ExpertScores | None, n_random: int, alpha: float) -> None:
     if not isinstance(plan, SteeringPlan) or not len(plan):
         raise PlanError("evaluate_steering needs a SteeringPlan that names experts.")
+    if scores is not None and not isinstance(scores, ExpertScores):
+        raise DataError(f"scores must be ExpertScores; got {type(scores).__name__}.")
     if isinstance(alpha, bool) or not isinstance(alpha, float) or not 0 < alpha < 1:
         raise DataError(f"alpha must be a number between 0 and 1; got {alpha!r}.")
     if (number := as_index(n_random)) is None or 1 / (number + 1) ** 2 > alpha:

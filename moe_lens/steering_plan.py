@@ -146,7 +146,7 @@ class SteeringPlan:
 
         Experts are drawn in random order, passing over those of layers that are full. A shape knows nothing
         of expert groups and of layers that cannot be steered; a model does, and with it only plans that its
-        routers accept are drawn.
+        routers accept are drawn, from the layers that can be steered at all.
 
         Args:
             seed: the same seed gives the same plan.
@@ -158,7 +158,9 @@ class SteeringPlan:
             PlanError: no shape known, or the model has no room for so many experts.
         """
         if model is not None:
-            shape = model.moe_shape
+            shape = getattr(model, "moe_shape", None)
+            if shape is None or not hasattr(model, "routing_rule"):
+                raise PlanError(f"random_like needs a HookedMoE as model; got {type(model).__name__}.")
         shape = self.shape if shape is None else _checked_shape(shape)
         if shape is None:
             raise PlanError("random_like of a plan without shape: pass shape=model.moe_shape.")
@@ -166,13 +168,19 @@ class SteeringPlan:
             raise PlanError(f"seed must be a number from 0 on; got {seed!r}.")
         self.check_fits(shape)
         rng = random.Random(number)
+        closed = set() if model is None or layer_matched else _closed_layers(model, shape)
         refused: list[int] = []
         for _ in range(_ATTEMPTS if model is not None else 1):
-            plan = self._drawn(rng, shape, layer_matched)
-            refused = [] if model is None else plan._refused_layers(model)
+            plan = self._drawn(rng, shape, layer_matched, closed)
+            if len(plan) < len(self):
+                raise PlanError(
+                    f"No room for {len(self)} experts beside the layers {sorted(closed)}, which "
+                    "cannot be steered."
+                )
+            refused = [] if model is None else plan.refused_layers(model)
             for layer in refused:
                 plan = plan._redrawn(rng, layer, model)
-            if model is None or not plan._refused_layers(model):
+            if model is None or not plan.refused_layers(model):
                 return plan
         raise PlanError(
             f"{_ATTEMPTS} random draws of {len(self)} experts gave none that the routers accept; layer "
@@ -190,8 +198,11 @@ class SteeringPlan:
         """
         return SteeringPlan(self.deactivate, self._activated, self.epsilon, self.shape)
 
-    def _drawn(self, rng: random.Random, shape: MoEShape, layer_matched: bool) -> "SteeringPlan":
-        free = [(layer, expert) for layer in shape.layers for expert in range(shape.n_experts)]
+    def _drawn(
+        self, rng: random.Random, shape: MoEShape, layer_matched: bool, closed: set[int]
+    ) -> "SteeringPlan":
+        layers = [layer for layer in shape.layers if layer not in closed]
+        free = [(layer, expert) for layer in layers for expert in range(shape.n_experts)]
         rng.shuffle(free)
         deactivate = _take(self.deactivate, free, shape.layers, shape.max_deactivated, layer_matched)
         free = [expert for expert in free if expert not in deactivate]
@@ -205,8 +216,8 @@ class SteeringPlan:
             [expert for own, expert in self.deactivate if own == layer],
         )
 
-    def _refused_layers(self, model: Any) -> list[int]:
-        """The layers whose rule cannot obey the plan."""
+    def refused_layers(self, model: Any) -> list[int]:
+        """The layers of a HookedMoE whose rule cannot obey the plan (`RoutingRule.cannot_steer`)."""
         layers = sorted({layer for layer, _ in self.activate + self.deactivate})
         return [layer for layer in layers if model.routing_rule(layer).cannot_steer(*self.in_layer(layer))]
 
@@ -358,6 +369,16 @@ def _drop_excess(name: str, experts: list[Expert], room: int) -> list[Expert]:
             f"{name}: dropped {len(dropped)} experts beyond {room} in their layer: {dropped}", stacklevel=3
         )
     return kept
+
+
+def _closed_layers(model: Any, shape: MoEShape) -> set[int]:
+    """The layers of which no single expert can be steered."""
+
+    def is_closed(layer: int) -> bool:
+        refuses = model.routing_rule(layer).cannot_steer
+        return all(refuses([], [e]) and refuses([e], []) for e in range(shape.n_experts))
+
+    return {layer for layer in shape.layers if is_closed(layer)}
 
 
 def _take(

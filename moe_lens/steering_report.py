@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -89,6 +91,14 @@ class Excess(NamedTuple):
 class SteeringReport:
     """The effect of a plan and of its opposite, beside random sets of as many experts.
 
+    >>> from moe_lens.demo import run_demo
+    >>> report = run_demo("planted", n_random=4, progress=False).report
+    >>> report.gap > 0.8, sorted(report.controls)
+    (True, ['any layer', 'layer-matched'])
+
+    Raises:
+        DataError: an outcome missing, or not of one finite value a prompt; alpha or level outside (0, 1).
+
     Attributes:
         task, model: their names.
         plans: direction ("+" the plan, "−" the reverse) -> plan.
@@ -114,6 +124,26 @@ class SteeringReport:
     alpha: float
     level: float
     seed: int
+
+    def __post_init__(self) -> None:
+        sides, kinds = set(DIRECTIONS), {LAYER_MATCHED, ANY_LAYER}
+        complete = set(self.plans) == set(self.steered) == sides and set(self.controls) == kinds
+        if not complete or not all(set(lists) == sides for lists in self.controls.values()):
+            raise DataError(f"A report needs both directions {DIRECTIONS}, with controls {sorted(kinds)}.")
+        lists = [outcomes for both in self.controls.values() for outcomes in both.values()]
+        if not all(lists):
+            raise DataError("A report needs at least one random set of each kind and direction.")
+        bottom = [] if self.bottom is None else [self.bottom]
+        for outcome in [self.unsteered, *self.steered.values(), *bottom, *chain(*lists)]:
+            if outcome.values.shape != (len(self.clusters),) or not np.isfinite(outcome.values).all():
+                raise DataError(
+                    f"Every outcome needs a finite value for each of {len(self.clusters)} prompts."
+                )
+            if missing := [name for name in self.limits if not isfinite(outcome.collateral.get(name, nan))]:
+                raise DataError(f"An outcome lacks the collateral measure {missing[0]!r}.")
+        for name, share in (("alpha", self.alpha), ("level", self.level)):
+            if not isinstance(share, float) or not 0 < share < 1:
+                raise DataError(f"{name} must be a number between 0 and 1; got {share!r}.")
 
     @property
     def gap(self) -> float:
@@ -346,7 +376,7 @@ class SteeringReport:
             worst = max(sides, key=lambda side: sides[side])
             fine = sides[worst] <= limit.limit + 1e-12
             words.append(
-                f"Collateral: {name} gets worse by at most {max(sides[worst], 0.0):.2f} (direction {worst}), "
+                f"Collateral: {name} gets worse by at most {max(0.0, sides[worst]):.2f} (direction {worst}), "
                 f"{'within' if fine else 'MORE than'} the limit of {limit.limit:g}."
             )
         return words

@@ -5,7 +5,7 @@ size = found.best_size()                               # to be evaluated on othe
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -21,7 +21,7 @@ from moe_lens.evaluation import clustered_interval
 from moe_lens.files import atomic_write
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.moe_shape import as_index
-from moe_lens.steering_evaluation import measure_outcome
+from moe_lens.steering_evaluation import check_model_and_task, measure_outcome
 from moe_lens.steering_plan import SteeringPlan
 from moe_lens.steering_report import DIRECTIONS, Limit, Outcome, read_json
 from moe_lens.tasks import SteeringTask
@@ -166,6 +166,15 @@ def sweep(
 
     Choose a size here, on development prompts; `evaluate_steering` then judges it on others.
 
+    >>> from moe_lens import organisms, sweep
+    >>> from moe_lens.demo import detect_document_experts, document_task
+    >>> model, world = organisms.load("planted"), organisms.world("planted")
+    >>> scores = detect_document_experts(model, world)
+    >>> task = document_task(world, "development")
+    >>> found = sweep(model, scores, task, sizes=(2, 4), n_random=0, progress=False)
+    >>> found.sizes, found.gap(4) > found.gap(2)
+    ((2, 4), True)
+
     Args:
         scores: the plans take the experts with the most negative and most positive ones.
         sizes: numbers of experts; those that the model has no room for are left out.
@@ -176,9 +185,10 @@ def sweep(
     Raises:
         DataError: no sizes, an unknown direction or mode. PlanError: no size is possible.
     """
+    check_model_and_task(model, task, seed, level)
     _check_sweep(sizes, directions, mode, n_random)
+    plans = _plans(model, scores, sizes, directions, mode)
     unsteered = measure_outcome(model, task, SteeringPlan())
-    plans = _plans(scores, sizes, directions, mode)
     points = []
     with tqdm(total=len(plans) * (1 + n_random), unit="run", disable=not progress) as bar:
 
@@ -208,7 +218,7 @@ def sweep(
 
 
 def _plans(
-    scores: ExpertScores, sizes: Sequence[int], directions: Sequence[str], mode: str
+    model: HookedMoE, scores: ExpertScores, sizes: Sequence[int], directions: Sequence[str], mode: str
 ) -> dict[tuple[int, str], SteeringPlan]:
     """(size, direction) -> plan, of the sizes that are possible in every direction."""
     plans: dict[tuple[int, str], SteeringPlan] = {}
@@ -216,19 +226,24 @@ def _plans(
     for size in sorted(set(sizes)):
         numbers = (size if mode != "deactivate" else 0, size if mode != "activate" else 0)
         try:
-            plans |= {
+            both = {
                 (size, direction): SteeringPlan.from_scores(scores if direction == "+" else -scores, *numbers)
                 for direction in directions
             }
         except PlanError as error:  # fewer experts of one sign, or more than fit a layer
             reason = error
+            continue
+        if refused := [layer for plan in both.values() for layer in plan.refused_layers(model)]:
+            reason = PlanError(f"layer {refused[0]} cannot be steered so.")
+            continue
+        plans |= both
     if not plans:
         raise PlanError(f"No plan of {tuple(sizes)} experts is possible on this model: {reason}")
     return plans
 
 
 def _check_sweep(sizes: Sequence[int], directions: Sequence[str], mode: str, n_random: int) -> None:
-    if not sizes or any(not as_index(size) for size in sizes):
+    if not isinstance(sizes, Iterable) or not (sizes := list(sizes)) or not all(map(as_index, sizes)):
         raise DataError(f"sizes must be numbers of experts from 1 on, at least one; got {sizes!r}.")
     if not directions or not set(directions) <= set(DIRECTIONS):
         raise DataError(f"directions must be of {DIRECTIONS}; got {directions!r}.")

@@ -47,6 +47,13 @@ class CollateralMeasure:
         """How much worse `value` is than the unsteered one."""
         return value - unsteered if self.larger_is_worse else unsteered - value
 
+    def value(self, model: TransformerBridge, hooks: Hooks = ()) -> float:
+        """The number under the hooks. Raises DataError unless it is finite."""
+        value = _numbers(self.measure(model, hooks), "A collateral measure")
+        if value.shape != () or not np.isfinite(value):
+            raise DataError(f"A collateral measure must give one finite number; got {value}.")
+        return float(value)
+
 
 @dataclass(frozen=True, eq=False)
 class SteeringTask:
@@ -75,7 +82,8 @@ class SteeringTask:
     collateral: Mapping[str, CollateralMeasure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "clusters", tuple(str(label) for label in self.clusters))
+        labels = _listed(self.clusters, "clusters")
+        object.__setattr__(self, "clusters", tuple(str(label) for label in labels))
         if len(set(self.clusters)) < 2:
             raise DataError(
                 f"The task {self.name!r} needs prompts of at least two clusters for an interval; it has "
@@ -84,7 +92,7 @@ class SteeringTask:
 
     def values(self, model: TransformerBridge, hooks: Hooks = ()) -> Float[np.ndarray, "prompt"]:
         """The behaviour of each prompt under the hooks. Raises DataError unless it is a number a prompt."""
-        values = np.asarray(self.measure(model, hooks), dtype=np.float64)
+        values = _numbers(self.measure(model, hooks), f"The task {self.name!r}")
         if values.shape != (len(self.clusters),) or not np.isfinite(values).all():
             raise DataError(
                 f"The task {self.name!r} must give one finite number for each of its {len(self.clusters)} "
@@ -129,10 +137,19 @@ def answer_task(
     Raises:
         DataError: unequal numbers, or (when measured) an answer that is no single token.
     """
-    labels = [str(i) for i in range(len(prompts))] if clusters is None else list(clusters)
+    prompts, answers = _listed(prompts, "prompts"), _listed(answers, "answers")
+    neutral_texts, closed_book = _listed(neutral_texts, "neutral_texts"), _listed(closed_book, "closed_book")
+    labels = [str(i) for i in range(len(prompts))] if clusters is None else _listed(clusters, "clusters")
+    if alternatives is not None:
+        alternatives = _listed(alternatives, "alternatives")
     for what, given in (("answers", answers), ("clusters", labels), ("alternatives", alternatives)):
         if given is not None and len(given) != len(prompts):
             raise DataError(f"{len(prompts)} prompts need as many {what}; got {len(given)}.")
+    _check_texts("answers", answers)
+    _check_texts("alternatives", alternatives or [])
+    _check_texts("neutral_texts", neutral_texts)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in closed_book):
+        raise DataError("closed_book must be (question, answer) pairs.")
 
     def measure(model: TransformerBridge, hooks: Hooks) -> Any:
         if alternatives is None:
@@ -162,6 +179,13 @@ def answer_task(
 
 def load_task(path: str | Path) -> SteeringTask:
     """Read a task from JSON.
+
+    >>> import json
+    >>> from pathlib import Path
+    >>> rows = [{"prompt": "Question : what is", "answer": "the", "cluster": c} for c in ("a", "b")]
+    >>> _ = Path("task.json").write_text(json.dumps({"kind": "moe_lens.SteeringTask", "prompts": rows}))
+    >>> load_task("task.json").clusters
+    ('a', 'b')
 
     The file holds {"kind": "moe_lens.SteeringTask", "name": ..., "prompts": [{"prompt": text or messages,
     "answer": text, "alternative": text (optional), "cluster": label (optional)}, ...], "neutral_texts":
@@ -216,9 +240,11 @@ def split_clusters(labels: Sequence[Any], fractions: Sequence[float], *, seed: i
     Raises:
         DataError: fractions that are not positive or sum to more than 1; fewer clusters than splits.
     """
+    labels = [str(label) for label in _listed(labels, "labels")]
+    fractions = _numbers(fractions, "fractions").tolist()
     clusters = list(dict.fromkeys(labels))
     total = float(sum(fractions))
-    if not fractions or min(fractions) <= 0 or total > 1 + 1e-9:
+    if not fractions or not min(fractions) > 0 or not total <= 1 + 1e-9:
         raise DataError(f"fractions must be positive and sum to at most 1; got {tuple(fractions)}.")
     if (number := as_index(seed)) is None:
         raise DataError(f"seed must be a number from 0 on; got {seed!r}.")
@@ -228,6 +254,26 @@ def split_clusters(labels: Sequence[Any], fractions: Sequence[float], *, seed: i
     if not all(groups):
         raise DataError(f"{len(clusters)} clusters are too few for splits of {tuple(fractions)}.")
     return [np.array([i for i, label in enumerate(labels) if label in group]) for group in groups]
+
+
+def _listed(given: Any, name: str) -> list[Any]:
+    """The items of anything but a text, which is one item by mistake."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise DataError(f"{name} must be a list; got {given!r}.")
+    return list(given)
+
+
+def _check_texts(name: str, texts: Sequence[Any]) -> None:
+    for index, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise DataError(f"{name}[{index}] must be a text; got {text!r}.")
+
+
+def _numbers(given: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must give numbers; got {given!r}.") from error
 
 
 def _rows(

@@ -52,9 +52,9 @@ def test_a_named_column_wins(tmp_path: Path) -> None:
         ("p.jsonl", '"a"\n{"id": 1}', "line 2 has no prompt or messages or text, only id"),
         ("p.jsonl", '{"prompt": 3}', "line 1: a prompt is text"),
         ("p.jsonl", '""', "line 1: a prompt is text"),
-        ("p.csv", "", "cannot be read"),
-        ("p.csv", "id\n1\n", "row 1 has no prompt"),
-        ("p.csv", "prompt,x\na,1\n,2\n", "row 2: the prompt is empty"),
+        ("p.csv", "", "holds no prompts"),
+        ("p.csv", "id\n1\n", "line 2 has no prompt"),
+        ("p.csv", "prompt,x\na,1\n,2\n", "line 3: the prompt is empty"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(name: str, text: str, words: str, tmp_path: Path) -> None:
