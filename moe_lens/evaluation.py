@@ -177,6 +177,9 @@ def _continuation_tokens(model: TransformerBridge, text: str) -> Int[Tensor, "po
     tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     if not tokens:
         raise DataError(f"The continuation {text!r} has no tokens.")
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if unknown in tokens and str(model.tokenizer.unk_token) not in text:
+        raise DataError(f"The continuation {text!r} has words outside the model's vocabulary.")
     return torch.tensor(tokens)
 
 

@@ -65,12 +65,8 @@ def evaluate_steering(
     """
     check_model_and_task(model, task, seed, level)
     _check(plan, scores, n_random, alpha)
-    plans = {"+": plan, "−": _reverse(plan, reverse, scores)}
-    for one in plans.values():
-        one.check_fits(model.moe_shape)
-        if refused := one.refused_layers(model):
-            reason = model.routing_rule(refused[0]).cannot_steer(*one.in_layer(refused[0]))
-            raise PlanError(f"Layer {refused[0]} cannot be steered by this plan: {reason}.")
+    _check_fits(model, plan)
+    plans = {"+": plan, "−": _reverse(model, plan, reverse, scores)}
     bottom = None if scores is None else bottom_set(scores, plan, model)
     with tqdm(total=3 + 4 * n_random + (bottom is not None), unit="run", disable=not progress) as bar:
 
@@ -135,20 +131,34 @@ def opposite_plan(scores: ExpertScores, plan: SteeringPlan) -> SteeringPlan:
     return SteeringPlan.from_scores(-scores, len(activated), len(plan.deactivate), epsilon=plan.epsilon)
 
 
-def _reverse(plan: SteeringPlan, reverse: SteeringPlan | None, scores: ExpertScores | None) -> SteeringPlan:
+def _reverse(
+    model: HookedMoE, plan: SteeringPlan, reverse: SteeringPlan | None, scores: ExpertScores | None
+) -> SteeringPlan:
     if reverse is not None:
         if not isinstance(reverse, SteeringPlan) or not len(reverse):
             raise PlanError(f"reverse must be a SteeringPlan that names experts; got {reverse!r}.")
+        _check_fits(model, reverse)
         return reverse
     if scores is not None:
-        return opposite_plan(scores, plan)
+        opposite = opposite_plan(scores, plan)
+        _check_fits(model, opposite)
+        return opposite
     try:
-        return plan.reversed()
+        swapped = plan.reversed()
+        _check_fits(model, swapped)
+        return swapped
     except PlanError as error:
         raise PlanError(
             f"The plan cannot simply be reversed ({error}). Pass reverse=, a plan for the opposite "
             "direction, or scores=, from which one is chosen."
         ) from error
+
+
+def _check_fits(model: HookedMoE, plan: SteeringPlan) -> None:
+    plan.check_fits(model.moe_shape)
+    for layer in plan.refused_layers(model):
+        reason = model.routing_rule(layer).cannot_steer(*plan.in_layer(layer))
+        raise PlanError(f"Layer {layer} cannot be steered by this plan: {reason}.")
 
 
 def check_model_and_task(model: HookedMoE, task: SteeringTask, seed: int, level: float) -> None:

@@ -108,7 +108,7 @@ class SweepResult:
 
         A smaller plan does less damage. If no size keeps the limits, the one that exceeds them least.
         """
-        gentle = [size for size in self.sizes if self.excess(size) <= 0]
+        gentle = [size for size in self.sizes if self.excess(size) <= 1e-12]
         if not gentle:
             return min(self.sizes, key=self.excess)
         largest = max(self.gap(size) for size in gentle)

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from moe_lens.errors import DataError
 from moe_lens.evaluation import Hooks, answers_with, continuation_log_probs, text_loss
 from moe_lens.moe_shape import as_index
+from moe_lens.prompts import as_prompt
 
 Measure = Callable[[TransformerBridge, Hooks], Any]
 """From a model and forward hooks to the behaviour's values, one a prompt."""
@@ -139,7 +140,9 @@ def answer_task(
     """
     prompts, answers = _listed(prompts, "prompts"), _listed(answers, "answers")
     neutral_texts, closed_book = _listed(neutral_texts, "neutral_texts"), _listed(closed_book, "closed_book")
-    labels = [str(i) for i in range(len(prompts))] if clusters is None else _listed(clusters, "clusters")
+    labels = [
+        str(label) for label in _listed(range(len(prompts)) if clusters is None else clusters, "clusters")
+    ]
     if alternatives is not None:
         alternatives = _listed(alternatives, "alternatives")
     for what, given in (("answers", answers), ("clusters", labels), ("alternatives", alternatives)):
@@ -214,14 +217,20 @@ def load_task(path: str | Path) -> SteeringTask:
     texts = content.get("neutral_texts", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise DataError(f"{path}: neutral_texts must be a list of texts.")
+    clusters = [row.get("cluster", f"prompt {index}") for index, row in enumerate(rows)]
+    if len(set(clusters)) < 2:
+        raise DataError(f"{path}: the prompts are of one cluster; an interval needs at least two.")
+    name = content.get("name", Path(path).stem)
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{path}: name must be text; got {name!r}.")
     return answer_task(
         [row["prompt"] for row in rows],
         [row["answer"] for row in rows],
         alternatives=[row["alternative"] for row in rows] if with_alternative else None,
-        clusters=[row.get("cluster", f"prompt {index}") for index, row in enumerate(rows)],
+        clusters=clusters,
         neutral_texts=texts,
         closed_book=[(row["question"], row["answer"]) for row in facts],
-        name=str(content.get("name", Path(path).stem)),
+        name=name,
     )
 
 
@@ -293,4 +302,9 @@ def _rows(
         texts = [row[key] for key in (*required, *optional) if key in row and key != "prompt"]
         if not all(isinstance(text, str) and text for text in texts):
             raise DataError(f"{path}: {name}[{index}]: every field but the prompt must be text; got {row!r}.")
+        try:
+            if "prompt" in row:
+                as_prompt(row["prompt"] or None)
+        except DataError as error:
+            raise DataError(f"{path}: {name}[{index}]: {error}") from error
     return rows
