@@ -40,9 +40,9 @@ MODEL is the name of a shipped model (specialised, planted, null, ...), a folder
 Face hub. `moe-lens COMMAND --help` explains each command and its files.
 """
 _SPANS = (
-    'which tokens count: "all" (default), "last", "question" or "answer" (of chats, or of pairs that name '
-    "them), or any other text: its last occurrence in each prompt. Special tokens never count, unless "
-    "--special-tokens"
+    'which tokens count: "all" (default; for pairs: what their file says), "last", "question" or "answer" '
+    "(of chats, or of pairs that name them), or any other text: its last occurrence in each prompt. Special "
+    "tokens never count, unless --special-tokens"
 )
 
 

@@ -44,7 +44,7 @@ def stats(options: Options) -> None:
     prompts = read_prompts(options.prompts, column=options.column)
     about = f"{_weights_digest(model)} {model.moe_shape} {digest_of(options.prompts)} {options.column}"
     found = collect_to_file(
-        model, prompts, options.out, about=about, batch_size=options.batch_size, span=options.span,
+        model, prompts, options.out, about=about, batch_size=options.batch_size, span=options.span or "all",
         special_tokens=options.special_tokens, per_prompt=options.per_prompt, positions=options.positions,
         vocabulary=options.vocabulary,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def detect(options: Options) -> None:
     rows = (csv_rows if is_csv else jsonl_rows)(options.pairs)
     columns = {name: getattr(options, name) for name in ("first", "second", "cluster", "template")}
     for name in ("cluster", "template"):
-        if columns[name] is None and rows and name in rows[-1][1]:
+        if columns[name] is None and any(name in row for _, row in rows):
             columns[name] = name
     given = {name: column for name, column in columns.items() if column is not None}
     pairs = (ContrastivePairs.from_csv if is_csv else ContrastivePairs.from_jsonl)(options.pairs, **given)
@@ -72,13 +72,13 @@ def detect(options: Options) -> None:
     scores.save(options.out)
     print(f"{scores}\n{scores.to_dataframe().head(options.top).round(4).to_string(index=False)}")
     print(selection_stability(scores, n=min(options.top, scores.delta.numel())))
-    if len(set(pairs.templates)) > 1:
-        print(f"rank correlation between templates:\n{template_agreement(scores).round(2).to_string()}")
     written = [options.out]
     if options.table is not None:
         with atomic_write(options.table) as temporary:
             scores.to_dataframe().to_csv(temporary, index=False)
         written.append(options.table)
+    if len(set(pairs.templates)) > 1:
+        print(f"rank correlation between templates:\n{template_agreement(scores).round(2).to_string()}")
     _wrote(*written)
 
 

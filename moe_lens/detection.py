@@ -224,7 +224,7 @@ def template_agreement(scores: ExpertScores) -> pd.DataFrame:
     (3, 3)
 
     Raises:
-        DataError: scores without evidence, or pairs of a single template.
+        DataError: scores without evidence, pairs of a single template, or a template with one cluster only.
     """
     evidence = _evidence(scores)
     names = list(dict.fromkeys(evidence.templates))
@@ -234,6 +234,8 @@ def template_agreement(scores: ExpertScores) -> pd.DataFrame:
     for name in names:
         rows = [row for row, own in enumerate(evidence.templates) if own == name]
         clusters = tuple(evidence.clusters[row] for row in rows)
+        if len(set(clusters)) < 2:
+            raise DataError(f"Template {name!r} has pairs of one cluster only; agreement needs at least two.")
         counts = _paired_counts(scores.score, scores.stats_1, scores.stats_2, clusters, rows)
         ranks.append(rankdata(paired_statistics.score(scores.score, counts)))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -71,6 +71,8 @@ def gap_p_value(plus: Sequence[float], minus: Sequence[float]) -> float:
     0.1111111111111111
     """
     x, y = np.asarray(plus, dtype=float), np.asarray(minus, dtype=float)
+    if not len(x) or not len(y) or not np.isfinite([*x, *y]).all():
+        raise DataError("gap_p_value needs finite numbers, at least one under each direction.")
     gaps = x[:, None] - y[None, :]
     return float((gaps >= x[0] - y[0] - 1e-12).mean())
 

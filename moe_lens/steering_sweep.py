@@ -100,7 +100,8 @@ class SweepResult:
         for point in self.points:
             for name, limit in self.limits.items() if point.size == size else ():
                 change = point.collateral[name] - self.unsteered_collateral[name]
-                worst = max(worst, change * (1 if limit.larger_is_worse else -1) - limit.limit)
+                harm = change * (1 if limit.larger_is_worse else -1) - limit.limit
+                worst = max(worst, harm if np.isfinite(harm) else np.inf)  # NaN: the plan broke the model
         return float(worst)
 
     def best_size(self, tolerance: float = 0.1) -> int:

@@ -217,6 +217,11 @@ def load_task(path: str | Path) -> SteeringTask:
     texts = content.get("neutral_texts", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise DataError(f"{path}: neutral_texts must be a list of texts.")
+    with_cluster = sum("cluster" in row for row in rows)
+    if with_cluster not in (0, len(rows)):
+        raise DataError(
+            f"{path}: {with_cluster} of {len(rows)} prompts have a cluster; give it to all or none."
+        )
     clusters = [row.get("cluster", f"prompt {index}") for index, row in enumerate(rows)]
     if len(set(clusters)) < 2:
         raise DataError(f"{path}: the prompts are of one cluster; an interval needs at least two.")

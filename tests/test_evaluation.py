@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from moe_lens.errors import DataError
-from moe_lens.evaluation import answers_with, cluster_weights, clustered_interval, text_loss
+from moe_lens.evaluation import (
+    answers_with,
+    cluster_weights,
+    clustered_interval,
+    continuation_log_probs,
+    text_loss,
+)
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.steering import steer_hooks
 from moe_lens.steering_plan import SteeringPlan
@@ -110,6 +116,89 @@ def test_without_prompts_there_is_nothing_to_say(hooked: Hooked) -> None:
 def test_texts_of_one_token_have_no_loss(hooked: Hooked) -> None:
     with pytest.raises(DataError, match="two tokens"):
         text_loss(hooked("qwen2_moe"), ["w1", "w2"])  # Qwen's prompts get no BOS
+
+
+# Continuations
+
+CONTINUATIONS = [prompt(length, 50 + length) for length in (1, 3, 2, 5, 4, 1)]
+
+
+def log_prob_of_one(model: Any, tokens: list[int], added: list[int]) -> float:
+    """Mean log-probability a token, each from a forward of its own."""
+    found = []
+    for token in added:
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]))
+        row = getattr(logits, "logits", logits)[0, -1].double()
+        found.append(float(row[token] - torch.logsumexp(row, 0)))
+        tokens = [*tokens, token]
+    return sum(found) / len(found)
+
+
+def log_probs_one_by_one(forward: Any, model: HookedMoE) -> list[float]:
+    return [
+        log_prob_of_one(
+            forward, model.to_tokens(text)[0].tolist(), [VOCABULARY.index(word) for word in words.split()]
+        )
+        for text, words in zip(PROMPTS, CONTINUATIONS, strict=True)
+    ]
+
+
+@every_family
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_continuations_are_those_of_one_token_at_a_time(hooked: Hooked, recipe: str, batch_size: int) -> None:
+    model = hooked(recipe)
+    expected = log_probs_one_by_one(tiny_model(recipe), model)
+    got = continuation_log_probs(model, PROMPTS, CONTINUATIONS, batch_size=batch_size)
+    assert got.dtype == np.float64
+    assert got.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_continuations_run_under_the_hooks_and_leave_none(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    hooks = steer_hooks(SteeringPlan(activate=[(layer, 0) for layer in MOE_LAYERS["olmoe"]]))
+    plain, before = continuation_log_probs(model, PROMPTS, CONTINUATIONS), hook_census(model)
+    with model.hooks(hooks):
+        expected = log_probs_one_by_one(model, model)
+    got = continuation_log_probs(model, PROMPTS, CONTINUATIONS, hooks=hooks)
+    assert not np.allclose(got, plain, rtol=1e-3)
+    assert got.tolist() == pytest.approx(expected, rel=1e-4)
+    assert continuation_log_probs(model, PROMPTS, CONTINUATIONS).tolist() == plain.tolist()
+    assert hook_census(model) == before
+
+
+def test_probabilities_of_all_single_tokens_sum_to_one(hooked: Hooked) -> None:
+    found = continuation_log_probs(hooked("olmoe"), ["w1 w2"] * VOCAB_SIZE, list(VOCABULARY))
+    assert np.exp(found).sum() == pytest.approx(1.0)
+
+
+def test_prompts_may_be_tokens(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    sequences = [model.to_tokens(text)[0] for text in PROMPTS]
+    from_tokens = continuation_log_probs(model, sequences, CONTINUATIONS)
+    assert from_tokens.tolist() == continuation_log_probs(model, PROMPTS, CONTINUATIONS).tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "continuations", "says"),
+    [
+        (["w1", "w2"], ["w3"], "2 prompts need as many continuations; got 1"),
+        (["w1"], ["w3", "w4"], "1 prompts need"),
+        (["w1", "w2"], ["w3", ""], "has no tokens"),
+        (["w1"], ["  "], "has no tokens"),
+        ([], [], "empty"),
+    ],
+)
+def test_what_has_no_continuation_is_refused(
+    hooked: Hooked, prompts: list[str], continuations: list[str], says: str
+) -> None:
+    with pytest.raises(DataError, match=says):
+        continuation_log_probs(hooked("olmoe"), prompts, continuations)
+
+
+def test_a_continuation_outside_the_vocabulary_is_refused(hooked: Hooked) -> None:
+    with pytest.raises(DataError, match="vocabulary"):
+        continuation_log_probs(hooked("olmoe"), ["w1"], ["w2 unheard"])
 
 
 # Intervals

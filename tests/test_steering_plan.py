@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from moe_lens import steering_plan
-from moe_lens.contrast import ExpertScores
+from moe_lens.contrast import Evidence, ExpertScores
 from moe_lens.errors import PlanError
 from moe_lens.hooked_moe import HookedMoE, attach
 from moe_lens.moe_shape import MoEShape
@@ -246,6 +246,118 @@ def test_the_opposite_contrast_gives_the_opposite_plan() -> None:
     assert (opposite.activate, opposite.deactivate) == (plan.deactivate, plan.activate)
 
 
+# By significance
+
+
+def with_q(delta: Any, q: Any) -> ExpertScores:
+    tensor = torch.as_tensor(q, dtype=torch.float64)
+    plain = scores(delta)
+    evidence = Evidence(plain.delta, plain.delta, tensor, tensor, 0.95, 10, 10, 0, ("a", "b"), ("t", "t"))
+    return replace(plain, evidence=evidence)
+
+
+def by_rank(delta: Any, sign: int, keep: Callable[[int, int], bool]) -> list[tuple[int, int]]:
+    found = [
+        (-sign * delta[row][e], layer, e)
+        for row, layer in enumerate((1, 4))
+        for e in range(6)
+        if delta[row][e] * sign > 0 and keep(row, e)
+    ]
+    return [(layer, e) for _, layer, e in sorted(found)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    deltas(),
+    st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=2, max_size=2),
+    st.sampled_from([0.01, 0.05, 1.0]),
+)
+def test_q_takes_every_significant_expert_that_fits_and_names_the_others(
+    delta: Any, levels: Any, q: float
+) -> None:
+    values = [[(0.005, 0.01, 0.03, 0.05, 0.4)[level] for level in row] for row in levels]
+    kept, dropped = {}, []
+    for name, sign, room in (("activate", 1, 2), ("deactivate", -1, 4)):
+        own = by_rank(delta, sign, lambda row, e: values[row][e] <= q)
+        kept[name] = [x for i, x in enumerate(own) if sum(y[0] == x[0] for y in own[:i]) < room]
+        dropped += [x for x in own if x not in kept[name]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = SteeringPlan.from_scores(with_q(delta, values), q=q)
+    assert plan == SteeringPlan(kept["activate"], kept["deactivate"], shape=SHAPE)
+    said = " ".join(str(warning.message) for warning in caught if warning.category is UserWarning)
+    assert all(str(expert) in said for expert in dropped)
+    assert ("dropped" in said) == bool(dropped)
+
+
+def test_a_number_and_q_take_the_first_significant_ones() -> None:
+    q = [[0.2, 0.01, 0.2, 0.02, 0.01, 0.3], [0.01, 0.2, 0.04, 0.01, 0.2, 0.05]]
+    plan = SteeringPlan.from_scores(with_q(DELTA, q), 2, 3, q=0.05)
+    assert plan == SteeringPlan([(1, 1), (1, 3)], [(4, 2), (4, 3), (4, 5)], shape=SHAPE)
+    assert SteeringPlan.from_scores(with_q(DELTA, q), 0, 1, q=0.05).deactivate == ((4, 2),)
+    assert SteeringPlan.from_scores(with_q(DELTA, q), 0, 1).deactivate == ((4, 1),)
+    some = SteeringPlan.from_scores(with_q(DELTA, q), n_deactivate="all", q=0.05)
+    assert some == SteeringPlan((), [(4, 2), (4, 3), (4, 5), (1, 4)], shape=SHAPE)
+    one = SteeringPlan.from_scores(with_q(DELTA, q), n_activate=1, q=0.05)  # of the other sign none
+    assert one == SteeringPlan([(1, 1)], (), shape=SHAPE)
+
+
+def test_all_without_q_takes_every_sign_that_fits() -> None:
+    with pytest.warns(UserWarning, match=re.escape("activate: dropped 2 experts beyond 2")):
+        plan = SteeringPlan.from_scores(scores(DELTA), n_activate="all")
+    assert plan == SteeringPlan([(1, 0), (1, 1), (4, 0)], (), shape=SHAPE)
+
+
+def test_more_than_are_significant_is_refused() -> None:
+    q = [[0.2] * 6, [0.01, 0.2, 0.04, 0.01, 0.2, 0.05]]
+    with pytest.raises(PlanError, match=r"n_deactivate=4, but only 3 .* q-value up to 0.05"):
+        SteeringPlan.from_scores(with_q(DELTA, q), n_deactivate=4, q=0.05)
+    with pytest.raises(PlanError, match=r"n_activate=2, but only 1"):
+        SteeringPlan.from_scores(with_q(DELTA, q), 2, 0, q=0.05)
+
+
+def test_an_excess_of_a_number_asked_for_is_still_refused() -> None:
+    q = [[0.01] * 6] * 2
+    with pytest.raises(PlanError, match="at most 2"):
+        SteeringPlan.from_scores(with_q(DELTA, q), 3, 0, q=0.05)
+
+
+@pytest.mark.parametrize("q", [0.0, -0.1, 1.5, math.nan, math.inf, True, "0.05"])
+def test_q_is_a_rate(q: Any) -> None:
+    with pytest.raises(REFUSED, match="q"):
+        SteeringPlan.from_scores(with_q(DELTA, [[0.01] * 6] * 2), 1, 1, q=q)
+
+
+def test_scores_without_evidence_have_no_q() -> None:
+    with pytest.raises(PlanError, match="no q-values"):
+        SteeringPlan.from_scores(scores(DELTA), q=0.05)
+
+
+# The other way round
+
+
+@beartype_samples
+@settings(max_examples=60, deadline=None)
+@given(plans())
+def test_reversed_swaps_or_refuses_and_twice_is_the_plan(plan: SteeringPlan) -> None:
+    shape = plan.shape
+    assert shape is not None
+    fits = all(n <= shape.top_k for n in numbers_by_layer(plan.deactivate).values()) and all(
+        n <= shape.max_deactivated for n in numbers_by_layer(plan.activate).values()
+    )
+    if not fits:
+        with pytest.raises(PlanError, match="at most"):
+            plan.reversed()
+        return
+    assert plan.reversed() == SteeringPlan(plan.deactivate, plan.activate, plan.epsilon, shape)
+    assert plan.reversed().reversed() == plan
+
+
+def test_reversed_leaves_overruled_activations_out() -> None:
+    plan = SteeringPlan([(1, 0), (1, 1)], [(1, 1)], 0.2, SHAPE)
+    assert plan.reversed() == SteeringPlan([(1, 1)], [(1, 0)], 0.2, SHAPE)
+
+
 # Random controls
 
 
@@ -295,6 +407,35 @@ def test_a_plan_without_shape_needs_one_to_draw_from() -> None:
     assert plan.random_like(seed=0, shape=SHAPE).shape == SHAPE
     with pytest.raises(PlanError, match="another model"):
         PLAN.random_like(seed=0, shape=replace(SHAPE, model="other"))
+
+
+@pytest.mark.parametrize("recipe", ["olmoe", "deepseek_v3", "deepseek_v2_grouped", "deepseek_v4_hash"])
+@pytest.mark.parametrize("layer_matched", [True, False])
+def test_draws_from_a_model_are_obeyed_by_its_routers(
+    hooked: Hooked, recipe: str, layer_matched: bool
+) -> None:
+    model = hooked(recipe)
+    plan = SteeringPlan([(1, 0), (1, 1)], [(1, 4), (2, 0), (2, 3)], 0.2)
+    if recipe == "olmoe":  # no rule refuses anything: the draw is that of the shape
+        by_shape = plan.random_like(seed=3, layer_matched=layer_matched, shape=model.moe_shape)
+        assert plan.random_like(seed=3, layer_matched=layer_matched, model=model) == by_shape
+    for seed in range(15):
+        control = plan.random_like(seed=seed, layer_matched=layer_matched, model=model)
+        assert control == plan.random_like(seed=seed, layer_matched=layer_matched, model=model)
+        assert (len(control.activate), len(control.deactivate)) == (2, 3)
+        assert (control.epsilon, control.shape) == (0.2, model.moe_shape)
+        if layer_matched:
+            assert numbers_by_layer(control.activate) == {1: 2}
+            assert numbers_by_layer(control.deactivate) == {1: 1, 2: 2}
+        model.run_with_hooks(tokens(1, 3), fwd_hooks=steer_hooks(control))  # a rule that cannot obey raises
+
+
+def test_a_layer_that_no_draw_can_steer_is_named(hooked: Hooked) -> None:
+    plan = SteeringPlan([(0, 1)])  # routed by a table
+    with pytest.raises(PlanError, match="layer 0"):
+        plan.random_like(seed=0, layer_matched=True, model=hooked("deepseek_v4_hash"))
+    with pytest.raises(PlanError, match="seed"):
+        plan.random_like(seed=-1, model=hooked("olmoe"))
 
 
 # Files
@@ -517,10 +658,15 @@ def test_hooks_name_the_layers_of_the_plan_once_in_order() -> None:
     assert MOE_LAYERS["qwen2_moe"] == (0, 2, 3)
 
 
-@pytest.mark.parametrize("number", [2.0, True, "1", None])
+@pytest.mark.parametrize("number", [2.0, True, "1"])
 def test_only_whole_numbers_count_experts(number: Any) -> None:
     with pytest.raises((PlanError, TypeCheckError), match=r"n_deactivate|from_scores"):
         SteeringPlan.from_scores(scores(torch.zeros(len(SHAPE.layers), SHAPE.n_experts)), n_deactivate=number)
+
+
+def test_none_means_none_without_q() -> None:
+    assert SteeringPlan.from_scores(scores(DELTA)) == SteeringPlan(shape=SHAPE)
+    assert SteeringPlan.from_scores(scores(DELTA), None, 2) == SteeringPlan.from_scores(scores(DELTA), 0, 2)
 
 
 def test_numpy_and_torch_integers_are_numbers() -> None:
