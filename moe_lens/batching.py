@@ -4,6 +4,7 @@ for tokens, mask in padded_batches(model, ["a prompt", "another, longer prompt"]
     model(tokens, attention_mask=mask)          # [batch pos], [batch pos]; padding stands left
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -53,6 +54,7 @@ def prompts_with_tokens(
         raise DataError(
             f"Prompts must be strings, chats (each a list of messages) or token sequences; got {prompts!r}."
         )
+    _warn_of_padding(model, prompts)
     index = -1
     for index, given in enumerate(prompts):
         prompt = _prompt_of(index, given)
@@ -60,6 +62,20 @@ def prompts_with_tokens(
         yield prompt, _checked_tokens(model, index, tokens)
     if index < 0:
         raise DataError("The list of prompts is empty; give at least one prompt.")
+
+
+def _warn_of_padding(model: TransformerBridge, prompts: Prompts) -> None:
+    """A tensor cannot say which of its tokens are padding; where some seem to be, the user should know."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    marks = (getattr(model.tokenizer, "bos_token_id", None), getattr(model.tokenizer, "eos_token_id", None))
+    if not isinstance(prompts, Tensor) or prompts.ndim != 2 or pad is None or pad in marks:
+        return
+    if prompts.shape[1] and bool((prompts[:, [0, -1]] == pad).any()):
+        warnings.warn(
+            "Some rows of this token tensor begin or end with the padding token; all tokens of a tensor are "
+            "taken for prompts' own. Give text, or a list of sequences without padding.",
+            stacklevel=3,
+        )
 
 
 def how_many(prompts: Prompts) -> int | None:

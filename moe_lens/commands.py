@@ -222,13 +222,15 @@ def _model(options: Options) -> HookedMoE:
 
 
 def _weights_digest(model: HookedMoE) -> str:
-    """Of the first numbers of every parameter: partial counts of other weights must never be continued."""
+    """Of numbers all over every parameter and buffer: counts of other weights should not be continued."""
     digest = hashlib.sha256()
-    for name, parameter in model.original_model.named_parameters():
-        first = parameter.detach().flatten()[:64].double().cpu() if not parameter.is_meta else parameter.shape
-        digest.update(
-            f"{name} {parameter.dtype} {first.tolist() if torch.is_tensor(first) else first}".encode()
-        )
+    network = model.original_model
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        numbers: Any = tensor.shape
+        if not tensor.is_meta:  # offloaded weights are elsewhere
+            flat = tensor.detach().flatten()
+            numbers = flat[:: max(1, len(flat) // 4096)].tolist()
+        digest.update(f"{name} {tensor.dtype} {numbers}".encode())
     return digest.hexdigest()
 
 

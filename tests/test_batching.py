@@ -1,5 +1,6 @@
 """Prompts to tokens to left-padded batches: nothing lost, nothing invented, in order."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,13 @@ def test_sequences_are_padded_on_either_side(hooked: Hooked) -> None:
     ):
         batch, mask = pad_sequences(hooked("olmoe"), sequences, side)
         assert (batch.tolist(), mask.tolist()) == (rows, masks)
+
+
+def test_a_tensor_that_seems_to_hold_padding_warns(hooked: Callable[..., HookedMoE]) -> None:
+    model = hooked("olmoe")
+    padded = model.to_tokens([prompt(3), prompt(6)])
+    with pytest.warns(UserWarning, match="padding token"):
+        list(token_sequences(model, padded))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(token_sequences(model, padded[1:]))
