@@ -115,7 +115,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stats_of_a_text_file(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("stats", NAME, work / "prompts.txt", "--out", tmp_path / "s") == 0
     prompts = [c.open_book for c in CONFLICTS[:13]]  # the empty lines between are none
-    expected = collect_routing(organisms.load(NAME), prompts, batch_size=8, progress=False)
+    expected = collect_routing(organisms.load(NAME), prompts, batch_size=8, span="all", progress=False)
     found = RoutingStats.load(tmp_path / "s")
     assert content(found) == content(expected)
     printed = capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_stats_of_a_named_column(ending: str, tmp_path: Path) -> None:
     for column in ("prompt", "asked"):
         options = () if column == "prompt" else ("--column", column)
         assert run("stats", NAME, file, *options, "--out", tmp_path / "s") == 0
-        expected = collect_routing(organisms.load(NAME), list(frame[column]), progress=False)
+        expected = collect_routing(organisms.load(NAME), list(frame[column]), span="all", progress=False)
         assert content(RoutingStats.load(tmp_path / "s")) == content(expected)
 
 
@@ -181,7 +181,7 @@ def test_stats_of_files_from_elsewhere(ending: str, tmp_path: Path) -> None:
     text = "\r\n".join(["prompt", *lines] if ending == "csv" else lines) + "\r\n"
     (tmp_path / f"p.{ending}").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert run("stats", NAME, tmp_path / f"p.{ending}", "--out", tmp_path / "s") == 0
-    expected = collect_routing(organisms.load(NAME), prompts, progress=False)
+    expected = collect_routing(organisms.load(NAME), prompts, span="all", progress=False)
     assert content(RoutingStats.load(tmp_path / "s")) == content(expected)
 
 
@@ -189,7 +189,7 @@ def test_stats_in_another_precision(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("w1 w2 w3\nw4 w5\n")
     assert run("stats", tiny, tmp_path / "p.txt", "--dtype", "bfloat16", "--out", tmp_path / "s") == 0
     model = HookedMoE.from_pretrained(str(tiny), dtype=torch.bfloat16)
-    expected = collect_routing(model, ["w1 w2 w3", "w4 w5"], progress=False)
+    expected = collect_routing(model, ["w1 w2 w3", "w4 w5"], span="all", progress=False)
     assert content(RoutingStats.load(tmp_path / "s")) == content(expected)
 
 
@@ -241,7 +241,7 @@ def test_stats_continues_where_it_was_interrupted(
     assert len(ran) == 7 - 4
     prompts = [c.open_book for c in CONFLICTS[:13]]
     model = organisms.load(NAME)
-    expected = collect_routing(model, prompts, batch_size=2, per_prompt=True, progress=False)
+    expected = collect_routing(model, prompts, batch_size=2, per_prompt=True, span="all", progress=False)
     assert content(RoutingStats.load(tmp_path / "s")) == content(expected)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
@@ -284,7 +284,7 @@ def test_stats_never_continues_a_run_of_other_weights(tmp_path: Path) -> None:
     tiny_models.save(tiny_models.tiny_model(seed=1), tmp_path / "m", tiny_models.tokenizer())
     assert run(*command) == 0
     model = HookedMoE.from_pretrained(str(tmp_path / "m"))
-    expected = collect_routing(model, ["w1 w2 w3", "w4 w5", "w6"], batch_size=1, progress=False)
+    expected = collect_routing(model, ["w1 w2 w3", "w4 w5", "w6"], batch_size=1, span="all", progress=False)
     assert content(RoutingStats.load(tmp_path / "s")) == content(expected)
 
 

@@ -24,7 +24,7 @@ def test_planted_steers_almost_completely_and_beyond_its_controls(planted_demo: 
 
 
 def test_specialised_steers_both_ways_beyond_its_controls() -> None:
-    report = run_demo("specialised", n_random=10, progress=False).report
+    report = run_demo("specialised", n_random=6, progress=False).report
     assert report.gap_interval[0] > 0.4
     assert report.verdict
     assert report.effect_interval("+")[0] > 0
@@ -32,7 +32,7 @@ def test_specialised_steers_both_ways_beyond_its_controls() -> None:
 
 
 def test_null_stays_inside_its_controls() -> None:
-    report = run_demo("null", n_random=10, progress=False).report
+    report = run_demo("null", n_random=6, progress=False).report
     assert not report.verdict
     assert report.explanation.startswith("No effect beyond the controls")
 
