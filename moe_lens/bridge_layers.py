@@ -2,6 +2,7 @@
 
 layers = routing_layers(bridge)            # layer number -> MoE block and router
 register(bridge, layers, shape)            # blocks.{l}.mlp.hook_router_logits and the others
+register_expert_out(bridge)                # blocks.{l}.mlp.hook_expert_out; unregister_expert_out(bridge)
 unregister(bridge)
 """
 
@@ -14,12 +15,17 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
 from moe_lens.errors import UnsupportedRouterError
+from moe_lens.expert_hooks import install_expert_out, uninstall_expert_out
+from moe_lens.forward_state import ForwardState, unwatch, watch
 from moe_lens.moe_layers import MoELayer, find_moe_layers
 from moe_lens.moe_shape import MoEShape
 from moe_lens.router_hooks import install, uninstall
 
 _LAYERS: Final = "_routing_layers"
 """Where an attached bridge keeps what `find_routing_layers` found."""
+
+_STATE: Final = "_forward_state"
+"""Where it keeps its `ForwardState`."""
 
 
 def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
@@ -86,38 +92,85 @@ class _PointsOnly(nn.Module):
 def register(bridge: TransformerBridge, layers: dict[int, MoELayer], shape: MoEShape) -> None:
     """Install points in those of these layers that have none; the bridge knows them under both names."""
     vars(bridge)[_LAYERS] = layers
-    blocks: dict[int, Any] = {n: bridge.blocks[n] for n, moe in layers.items() if moe.points is None}
-    if not blocks:
+    new = {n: moe for n, moe in layers.items() if moe.points is None}
+    if not new:
         return
-    for number, block in blocks.items():
-        points = install(layers[number], shape)
-        if not hasattr(block, "mlp"):  # the MoE block has another name here; the points' names are the same
-            block.mlp = _PointsOnly()
-        for name, point in zip(
-            hook_names.POINTS, (points.router_logits, points.topk_indices, points.topk_weights), strict=True
-        ):
-            point.train(bridge.training)
-            setattr(block.mlp, name, point)
-    bridge._scan_existing_hooks(bridge, "")  # the first scan gives the points their canonical names ...
-    for block in blocks.values():
-        block._hook_alias_registry.update(hook_names.block_aliases())
-        block._register_aliases()
-    bridge._scan_existing_hooks(bridge, "")  # ... the second adds the block-level aliases
+    state = vars(bridge)[_STATE] = vars(bridge).get(_STATE) or watch(bridge.original_model)
+    added = {}
+    for number, moe in new.items():
+        points = install(moe, shape, state)
+        named = (points.router_logits, points.topk_indices, points.topk_weights)
+        added[number] = dict(zip(hook_names.POINTS, named, strict=True))
+    _name(bridge, added)
+
+
+def register_expert_out(bridge: TransformerBridge) -> None:
+    """Install the points on expert outputs in all layers, or in none if one of them cannot have it.
+
+    Raises:
+        HookError: as in `install_expert_out`.
+    """
+    layers = {n: moe for n, moe in routing_layers(bridge).items() if moe.points.expert_out is None}
+    try:
+        added = {n: {hook_names.EXPERT_OUT: install_expert_out(moe)} for n, moe in layers.items()}
+    except Exception:
+        for moe in layers.values():
+            uninstall_expert_out(moe)
+        raise
+    _name(bridge, added)
+
+
+def unregister_expert_out(bridge: TransformerBridge) -> None:
+    """Take the points on expert outputs out again, with their names and the hooks that were on them."""
+    for number, moe in routing_layers(bridge).items():
+        if moe.points is not None and moe.points.expert_out is not None:
+            uninstall_expert_out(moe)
+            _forget(bridge, number, (hook_names.EXPERT_OUT,))
+
+
+def forward_state(bridge: TransformerBridge) -> ForwardState:
+    """What an attached bridge is running at the moment; one that knows nothing for other bridges."""
+    return vars(bridge).get(_STATE) or ForwardState()
 
 
 def unregister(bridge: TransformerBridge) -> None:
     """Take the points out of all layers again, with their names."""
+    unregister_expert_out(bridge)
     for number, moe in routing_layers(bridge).items():
         if moe.points is None:
             continue
         uninstall(moe)
+        _forget(bridge, number, hook_names.POINTS)
         block: Any = bridge.blocks[number]
-        for alias, target in hook_names.block_aliases().items():
-            delattr(block.mlp, alias)
-            block.__dict__.pop(alias, None)
-            block._hook_alias_registry.pop(alias, None)
-            for name in (alias, target):
-                bridge._hook_registry.pop(f"blocks.{number}.{name}", None)
         if isinstance(block.mlp, _PointsOnly):
             del block.mlp
+    if (state := vars(bridge).pop(_STATE, None)) is not None:
+        unwatch(state)
     vars(bridge).pop(_LAYERS, None)
+
+
+def _name(bridge: TransformerBridge, added: dict[int, dict[str, Any]]) -> None:
+    """Let the bridge know points (layer -> short name -> point) under both of their names."""
+    for number, points in added.items():
+        block: Any = bridge.blocks[number]
+        if not hasattr(block, "mlp"):  # the MoE block has another name here; the points' names are the same
+            block.mlp = _PointsOnly()
+        for name, point in points.items():
+            point.train(bridge.training)
+            setattr(block.mlp, name, point)
+    bridge._scan_existing_hooks(bridge, "")  # the first scan gives the points their canonical names ...
+    for number, points in added.items():
+        block = bridge.blocks[number]
+        block._hook_alias_registry.update(hook_names.block_aliases(tuple(points)))
+        block._register_aliases()
+    bridge._scan_existing_hooks(bridge, "")  # ... the second adds the block-level aliases
+
+
+def _forget(bridge: TransformerBridge, number: int, points: tuple[str, ...]) -> None:
+    block: Any = bridge.blocks[number]
+    for alias, target in hook_names.block_aliases(points).items():
+        delattr(block.mlp, alias)
+        block.__dict__.pop(alias, None)
+        block._hook_alias_registry.pop(alias, None)
+        for name in (alias, target):
+            bridge._hook_registry.pop(f"blocks.{number}.{name}", None)

@@ -12,10 +12,11 @@ import re
 ROUTER_LOGITS = "hook_router_logits"
 TOPK_INDICES = "hook_topk_indices"
 TOPK_WEIGHTS = "hook_topk_weights"
+EXPERT_OUT = "hook_expert_out"
 POINTS = (ROUTER_LOGITS, TOPK_INDICES, TOPK_WEIGHTS)
-"""Short names of the hook points of one MoE layer, in the order in which they fire."""
+"""Short names of the routing points of one MoE layer, in the order in which they fire."""
 
-_NAME = re.compile(rf"^blocks\.(\d+)\.(?:mlp\.)?({'|'.join(POINTS)})$")
+_NAME = re.compile(rf"^blocks\.(\d+)\.(?:mlp\.)?({'|'.join((*POINTS, EXPERT_OUT))})$")
 
 
 def router_logits(layer: int) -> str:
@@ -33,13 +34,21 @@ def topk_weights(layer: int) -> str:
     return _name(layer, TOPK_WEIGHTS)
 
 
-def block_aliases() -> dict[str, str]:
+def expert_out(layer: int) -> str:
+    """Name of the point on the chosen experts' outputs of `layer`, shape [batch pos k d_model].
+
+    It is there after `model.set_use_expert_out(True)`, and fires after the other three.
+    """
+    return _name(layer, EXPERT_OUT)
+
+
+def block_aliases(points: tuple[str, ...] = POINTS) -> dict[str, str]:
     """Block-level aliases: what `cache["router_logits", layer]` and TransformerLens' patching resolve."""
-    return {point: f"mlp.{point}" for point in POINTS}
+    return {point: f"mlp.{point}" for point in points}
 
 
 def parse(name: str) -> tuple[int, str] | None:
-    """Layer and short name of a routing hook point (full name or block-level alias); None for other names."""
+    """Layer and short name of one of these points (full name or block-level alias); None for other names."""
     match = _NAME.match(name)
     return (int(match.group(1)), match.group(2)) if match else None
 

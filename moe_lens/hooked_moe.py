@@ -6,7 +6,8 @@
     detach(bridge)                              # ... and what it was before, with HF's own router code
 
 Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and .hook_topk_weights
-(see hook_names), with block-level aliases, and they work in every TransformerLens tool.
+(see hook_names), with block-level aliases, and they work in every TransformerLens tool; and, when asked for,
+hook_expert_out.
 """
 
 import inspect
@@ -31,12 +32,15 @@ from moe_lens import hook_names
 from moe_lens.bridge_layers import (
     common_size,
     find_routing_layers,
+    forward_state,
     moe_shape,
     no_moe,
     register,
+    register_expert_out,
     routing_layers,
     shape_of,
     unregister,
+    unregister_expert_out,
 )
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.model_table import supported_models
@@ -175,6 +179,52 @@ class HookedMoE(TransformerBridge):
             raise HookError(f"layer {layer} has no router; the MoE layers are {tuple(layers)}.")
         return layers[layer].rule
 
+    @property
+    def use_expert_out(self) -> bool:
+        """Whether the points on expert outputs are there; see `set_use_expert_out`."""
+        return any(moe.points.expert_out is not None for moe in routing_layers(self).values())
+
+    def set_use_expert_out(self, use_expert_out: bool) -> None:
+        """Put hook_expert_out [batch pos k d_model] into every MoE layer's `mlp`, or take it out again.
+
+        >>> from moe_lens import organisms
+        >>> model = organisms.load("specialised")
+        >>> model.set_use_expert_out(True)
+        >>> _, cache = model.run_with_cache("Question : what is")
+        >>> cache["expert_out", 0].shape                         # [batch pos k d_model]
+        torch.Size([1, 5, 2, 64])
+
+        It holds what each chosen expert gives, before its weight; an edit counts, and gradients flow. The
+        sum of weight × output is the block's routed output, shared experts apart, bit for bit (with
+        transformers' eager experts: up to the order of additions). Three families differ: Llama 4 weights
+        what an expert reads, so that its outputs are added as they are; Nemotron-H with latent experts has
+        them in the latent space [batch pos k latent]; Laguna scales the sum.
+
+        It costs memory in caches, so it is off at first. Off, nothing is left of it, hooks on it included.
+
+        Raises:
+            HookError: the model does not run its experts in a way that moe_lens knows.
+        """
+        if use_expert_out:
+            register_expert_out(self)
+        else:
+            unregister_expert_out(self)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        with forward_state(self).generation():
+            return super().generate(*args, **kwargs)
+
+    def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        with forward_state(self).generation():
+            return super().hf_generate(*args, **kwargs)
+
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        with forward_state(self).generation():
+            yield from super().generate_stream(*args, **kwargs)
+
     def run_with_cache(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; the cache also gets an attribute `attention_mask`, bool [batch pos] or None.
 
@@ -255,6 +305,8 @@ class HookedMoE(TransformerBridge):
             for name, parsed in asked.items():
                 if parsed is not None and parsed[0] not in layers:
                     raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {layers}.")
+                if parsed is not None and parsed[1] == hook_names.EXPERT_OUT and not self.use_expert_out:
+                    raise HookError(f"{name} is switched off; call model.set_use_expert_out(True) first.")
 
     def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
         """Which positions are not padding; None where that is not known or does not matter (one string)."""

@@ -53,6 +53,12 @@ class MoELayer:
         return rule_for(self.router, self.block)
 
     @property
+    def experts(self) -> nn.Module | None:
+        """The module whose forward `expert_hooks` stands in for; None where experts are run otherwise."""
+        experts = self.row.experts.module(self.block)
+        return None if experts is None else _unwrap(experts)
+
+    @property
     def points(self) -> Any:
         """The installed hook points (`router_hooks.RoutingPoints`); None where there are none."""
         return getattr(self.router.__dict__.get("forward"), "points", None)

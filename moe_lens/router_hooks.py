@@ -6,7 +6,7 @@
 
 As long as no point has a hook, HF's own router code runs and nothing else. With a hook, the order is:
 HF's logits -> HookPoint -> rule.select -> HookPoint -> rule.weigh -> HookPoint -> HF's experts.
-A hook that could not fire raises; it never does nothing.
+A hook that could not fire raises; it never does nothing. (`expert_hooks` adds the point on their outputs.)
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens.errors import HookError
+from moe_lens.forward_state import ForwardState
 from moe_lens.moe_layers import MoELayer
 from moe_lens.moe_shape import MoEShape
 from moe_lens.router_outputs import RouterOutput
@@ -34,10 +35,11 @@ class RoutingPoint(HookPoint):
     forward starts.
     """
 
-    def __init__(self, moe: MoELayer, shape: MoEShape):
+    def __init__(self, moe: MoELayer, shape: MoEShape, state: ForwardState):
         super().__init__()
         self.moe = moe
         self.shape = shape
+        self.state = state
         self._rule: RoutingRule | None = None
 
     @property
@@ -64,38 +66,71 @@ class RoutingPoint(HookPoint):
 
 
 class RoutingPoints:
-    """The hook points of one MoE layer, and the shape of the tokens that the block is working on."""
+    """The hook points of one MoE layer, and what is known during a forward of its block."""
 
-    def __init__(self, moe: MoELayer, shape: MoEShape):
-        self.router_logits = RoutingPoint(moe, shape)
-        self.topk_indices = RoutingPoint(moe, shape)
-        self.topk_weights = RoutingPoint(moe, shape)
-        self.token_shape: tuple[int, ...] | None = None
-        self.fired = False
+    def __init__(self, moe: MoELayer, shape: MoEShape, state: ForwardState):
+        self.router_logits = RoutingPoint(moe, shape, state)
+        self.topk_indices = RoutingPoint(moe, shape, state)
+        self.topk_weights = RoutingPoint(moe, shape, state)
+        self.expert_out: RoutingPoint | None = None
+        self.shape = shape
+        self.state = state
+        self.token_shape: tuple[int, ...] | None = None  # [batch pos] that the block is working on
+        self.hidden: Tensor | None = None  # what the block was given, while the experts' outputs are hooked
+        self.decision: RouterOutput | None = None  # what the router decided, during the block's forward
+        self.router_fired = self.experts_fired = False
 
     @property
     def are_hooked(self) -> bool:
         """Whether any of the points has a hook."""
-        return self.router_logits.is_hooked or self.topk_indices.is_hooked or self.topk_weights.is_hooked
+        points = (self.router_logits, self.topk_indices, self.topk_weights)
+        return any(point.is_hooked for point in points) or self.expert_out_is_hooked
+
+    @property
+    def expert_out_is_hooked(self) -> bool:
+        """Whether the point on the experts' outputs is there and has a hook."""
+        return self.expert_out is not None and self.expert_out.is_hooked
+
+
+def fire(point: RoutingPoint, value: Tensor) -> Tensor:
+    """What a point's hooks make of a value. Raises HookError where it is of another shape or kind."""
+    edited = point(value)
+    if not isinstance(edited, Tensor) or edited.shape != value.shape:
+        got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise HookError(
+            f"{point.name}: a hook returned {got} where shape {tuple(value.shape)} is needed. "
+            "Return a tensor of the same shape, or None to leave it as it is."
+        )
+    if edited.is_floating_point() != value.is_floating_point() or edited.dtype in _NO_NUMBERS:
+        raise HookError(
+            f"{point.name}: a hook returned dtype {edited.dtype} where {value.dtype} is needed. "
+            "Convert it before returning it."
+        )
+    return edited
 
 
 class HookedRouter:
     """Stands in for a router's `forward`. An object, not a closure: `copy.deepcopy` then gives a copy
     whose points are those of the copied model."""
 
-    def __init__(self, moe: MoELayer, shape: MoEShape, original: Callable[..., Any], was_on_instance: bool):
+    def __init__(
+        self,
+        moe: MoELayer,
+        points: RoutingPoints,
+        original: Callable[..., Any],
+        was_on_instance: bool,
+    ):
         self.moe = moe
-        self.points = RoutingPoints(moe, shape)
+        self.points = points
         self.original = original
         self.was_on_instance = was_on_instance  # accelerate, for one, puts its own forward there
         self.handles: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.points.router_fired = True
         if not self.points.are_hooked:
-            self.points.fired = True
             return self.original(*args, **kwargs)
         output, logits = self.moe.row.layout.call(self.moe.router, self.original, *args, **kwargs)
-        self.points.fired = True
         rule = self.moe.rule.for_call(*args[1:], *kwargs.values())
         return self._route(rule, output, logits)
 
@@ -103,11 +138,11 @@ class HookedRouter:
         points, layout = self.points, self.moe.row.layout
         points.router_logits.rule = rule
         try:
-            logits = self._fire(points.router_logits, logits.reshape(*self._token_shape(logits), -1))
+            logits = fire(points.router_logits, logits.reshape(*self._token_shape(logits), -1))
             rule = points.router_logits.rule
         finally:
             points.router_logits.rule = None
-        indices = self._fire(points.topk_indices, rule.select(logits)).long()
+        indices = fire(points.topk_indices, rule.select(logits)).long()
         self._check_indices(indices, rule)
         dtype = layout.weights_dtype(output)
         weights = rule.weigh(logits, indices).to(dtype)
@@ -117,10 +152,11 @@ class HookedRouter:
             "hooks on this layer's router and, in half precision, the model's own activations",
         )
         if points.topk_weights.is_hooked:
-            weights = self._fire(points.topk_weights, weights)
+            weights = fire(points.topk_weights, weights)
             self._check_weights(weights, "a hook on the weights returned NaN. Check that hook")
         self._check_duplicates(indices, weights)
         flat = RouterOutput(logits.flatten(0, -2), weights.to(dtype).flatten(0, -2), indices.flatten(0, -2))
+        points.decision = flat
         return layout.pack(output, flat)
 
     def _token_shape(self, logits: Tensor) -> tuple[int, ...]:
@@ -131,21 +167,6 @@ class HookedRouter:
                 "Routing hooks work only when the router is called by its own block: run the whole model."
             )
         return shape
-
-    def _fire(self, point: RoutingPoint, value: Tensor) -> Tensor:
-        edited = point(value)
-        if not isinstance(edited, Tensor) or edited.shape != value.shape:
-            got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise HookError(
-                f"{point.name}: a hook returned {got} where shape {tuple(value.shape)} is needed. "
-                "Return a tensor of the same shape, or None to leave it as it is."
-            )
-        if edited.is_floating_point() != value.is_floating_point() or edited.dtype in _NO_NUMBERS:
-            raise HookError(
-                f"{point.name}: a hook returned dtype {edited.dtype} where {value.dtype} is needed. "
-                "Convert it before returning it."
-            )
-        return edited
 
     def _check_indices(self, indices: Tensor, rule: RoutingRule) -> None:
         if self.points.topk_indices.is_hooked and indices.numel():
@@ -176,10 +197,11 @@ class HookedRouter:
             )
 
 
-def install(moe: MoELayer, shape: MoEShape) -> RoutingPoints:
+def install(moe: MoELayer, shape: MoEShape, state: ForwardState) -> RoutingPoints:
     """Put hook points into the router of `moe`, a layer of a model of this shape; it must have none yet."""
     instance_forward = moe.router.__dict__.get("forward")
-    hooked = HookedRouter(moe, shape, instance_forward or moe.router.forward, instance_forward is not None)
+    points = RoutingPoints(moe, shape, state)
+    hooked = HookedRouter(moe, points, instance_forward or moe.router.forward, instance_forward is not None)
     hooked.handles = [
         moe.block.register_forward_pre_hook(_EnterBlock(hooked), with_kwargs=True),
         moe.block.register_forward_hook(_LeaveBlock(hooked)),
@@ -203,14 +225,16 @@ def uninstall(moe: MoELayer) -> None:
 
 @dataclass
 class _EnterBlock:
-    """Notes the tokens' shape: HF routers see them flattened. Refuses hooks in training mode."""
+    """Notes what the block is given: HF routers see it flattened. Refuses hooks in training mode."""
 
     hooked: HookedRouter
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         points = self.hooked.points
         hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
-        points.token_shape, points.fired = tuple(hidden.shape[:-1]), False
+        points.token_shape, points.decision = tuple(hidden.shape[:-1]), None
+        points.hidden = hidden.flatten(0, -2) if points.expert_out_is_hooked else None
+        points.router_fired = points.experts_fired = False
         if points.are_hooked and (block.training or self.hooked.moe.router.training):
             raise HookError(
                 f"{self.hooked.moe.where}: routing hooks are set and the model is in training mode, where a "
@@ -226,9 +250,14 @@ class _LeaveBlock:
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
         points = self.hooked.points
-        points.token_shape = None
-        if points.are_hooked and not points.fired:
-            raise HookError(
-                f"{self.hooked.moe.where}: {type(block).__name__} ran without calling its router, so the "
-                "routing hooks could not fire. Load the model without fused MoE kernels (use_kernels=False)."
-            )
+        points.token_shape = points.hidden = points.decision = None
+        if points.are_hooked and not points.router_fired:
+            self._refuse(block, "router", "routing hooks")
+        if points.expert_out_is_hooked and not points.experts_fired:
+            self._refuse(block, "experts", "hooks on their outputs")
+
+    def _refuse(self, block: nn.Module, what: str, hooks: str) -> None:
+        raise HookError(
+            f"{self.hooked.moe.where}: {type(block).__name__} ran without calling its {what}, so the {hooks} "
+            "could not fire. Load the model without fused MoE kernels (use_kernels=False)."
+        )

@@ -26,6 +26,7 @@ from moe_lens.biased_rules import (
     SigmoidTopK,
 )
 from moe_lens.errors import MoELensError, RouterMismatchError, UnsupportedRouterError
+from moe_lens.expert_outputs import Batched, ExpertsLayout, InputWeighted, Sorted
 from moe_lens.plain_rules import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
 from moe_lens.router_outputs import (
     ORDER,
@@ -47,11 +48,13 @@ class RouterRow:
         layout: how its forward returns its decision.
         inputs: function of the block and hidden states [token d_model]; all that the block passes to the
             router's forward for them.
+        experts: how the block around it runs its experts.
     """
 
     rule: Callable[[Any, Any], RoutingRule]
     layout: Layout = InOrder()  # noqa: RUF009 (frozen)
     inputs: Callable[[Any, Tensor], tuple[Any, ...]] = lambda block, hidden: (hidden,)
+    experts: ExpertsLayout = Batched()  # noqa: RUF009 (frozen)
 
 
 def _softmax(router: Any, block: Any, renormalize: bool | None = None, **fields: Any) -> SoftmaxTopK:
@@ -218,10 +221,10 @@ RULES: dict[str, RouterRow] = {
     "GraniteMoeHybridTopKRouter": RouterRow(_granite),
     "GraniteMoeTopKRouter": RouterRow(_granite),
     "JambaTopKRouter": RouterRow(partial(_softmax, renormalize=False)),
-    "JetMoeTopKGating": RouterRow(_granite, SortedTokens()),
+    "JetMoeTopKGating": RouterRow(_granite, SortedTokens(), experts=Sorted()),
     "LagunaTopKRouter": RouterRow(_laguna),
     "Lfm2MoeTopKRouter": RouterRow(_lfm2, inputs=_with_bias("expert_bias")),
-    "Llama4Router": RouterRow(_llama4, AllExperts()),
+    "Llama4Router": RouterRow(_llama4, AllExperts(), experts=InputWeighted()),
     "MiniMaxM2TopKRouter": RouterRow(_minimax_m2, inputs=_with_bias("e_score_correction_bias")),
     "MixtralTopKRouter": RouterRow(partial(_renormalized, float32_weights=True)),
     "NemotronHTopkRouter": RouterRow(_deepseek_v3),

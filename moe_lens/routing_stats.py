@@ -522,7 +522,8 @@ def is_routing_point(name: str) -> bool:
     >>> RoutingStats.from_cache(cache).n_tokens
     4
     """
-    return hook_names.parse(name) is not None
+    parsed = hook_names.parse(name)
+    return parsed is not None and parsed[1] in hook_names.POINTS
 
 
 def _routing_cache(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> Any:

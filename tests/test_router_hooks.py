@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lens.errors import HookError, MoELensError
+from moe_lens.forward_state import ForwardState
 from moe_lens.moe_layers import MoELayer, find_moe_layers
 from moe_lens.moe_shape import MoEShape
 from moe_lens.router_hooks import RoutingPoints, install, uninstall
@@ -35,7 +36,7 @@ def with_points(recipe: str, dtype: torch.dtype = torch.float32) -> tuple[Any, l
     """A tiny model with points in every router; the points get the names that a bridge would give them."""
     model = tiny_model(recipe, dtype)
     shape = MoEShape(recipe, MOE_LAYERS[recipe], N_EXPERTS[recipe], TOP_K[recipe])
-    return model, [install(moe, shape) for moe in find_moe_layers(model)]
+    return model, [install(moe, shape, ForwardState()) for moe in find_moe_layers(model)]
 
 
 def logits_of(model: Any) -> Tensor:
@@ -70,7 +71,7 @@ def test_without_hooks_hfs_own_code_runs_and_the_rule_does_not(
     monkeypatch.setattr(router_class, "forward", counted)
     layers = list(find_moe_layers(model))
     for moe in layers:
-        install(moe, MoEShape("m", (0,), N_EXPERTS[recipe], TOP_K[recipe]))
+        install(moe, MoEShape("m", (0,), N_EXPERTS[recipe], TOP_K[recipe]), ForwardState())
     monkeypatch.setattr(SoftmaxTopK, "select", forbidden)
     monkeypatch.setattr(SoftmaxTopK, "weigh", forbidden)
     logits_of(model)
@@ -94,7 +95,7 @@ def test_uninstall_gives_back_a_forward_that_was_on_the_instance() -> None:
     original = type(moe.router).forward
     own = MethodType(lambda self, hidden: original(self, hidden), moe.router)
     moe.router.forward = own
-    install(moe, MoEShape("m", (0,), 6, 3))
+    install(moe, MoEShape("m", (0,), 6, 3), ForwardState())
     uninstall(moe)
     assert vars(moe.router)["forward"] is own
 
@@ -110,7 +111,7 @@ def test_points_can_be_installed_again() -> None:
     model, _ = with_points("olmoe")
     moe = next(find_moe_layers(model))
     uninstall(moe)
-    points = install(moe, MoEShape("m", (0,), 6, 3))
+    points = install(moe, MoEShape("m", (0,), 6, 3), ForwardState())
     points.topk_weights.add_hook(lambda weights, hook: 0 * weights)
     assert not torch.equal(logits_of(model), logits_of(tiny_model("olmoe")))
 
@@ -307,6 +308,6 @@ def test_a_refused_run_does_not_spoil_the_next() -> None:
 
 def test_moe_layer_reads_points_of_its_own_router_only() -> None:
     first, second, _ = find_moe_layers(tiny_model("olmoe"))
-    points = install(first, MoEShape("m", (0,), 6, 3))
+    points = install(first, MoEShape("m", (0,), 6, 3), ForwardState())
     assert MoELayer("x", first.block, first.router).points is points
     assert second.points is None
