@@ -8,17 +8,28 @@ Causal hook points on routing (`HookedMoE`, `attach`), routing statistics (`Rout
 """
 
 from moe_lens import contrasts, hook_names, organisms
+from moe_lens.ablation import (
+    keep_only,
+    mean_ablate,
+    mean_expert_outputs,
+    route_around,
+    swap_experts,
+    zero_ablate,
+)
 from moe_lens.contrast import ExpertScores, risk_difference
 from moe_lens.contrastive_pairs import ContrastivePairs
 from moe_lens.detection import compare_routing, detect, selection_stability, template_agreement
 from moe_lens.errors import MoELensError
 from moe_lens.generation_routing import collect_generation
 from moe_lens.hooked_moe import HookedMoE, attach, detach
+from moe_lens.interventions import bias_experts, force_experts, scale_experts
 from moe_lens.load_balance import domain_specialisation
+from moe_lens.mediation import mediation
 from moe_lens.model_table import supported_models
 from moe_lens.prompt_routing import route_prompt
 from moe_lens.prompts import Prompt
 from moe_lens.published import read_published_ranking
+from moe_lens.route_record import RouteRecord, replay_hooks
 from moe_lens.routing_rules import register_rule
 from moe_lens.routing_stats import RoutingStats, collect_routing, is_routing_point
 from moe_lens.rule_base import RoutingRule
@@ -37,6 +48,7 @@ __all__ = [
     "HookedMoE",
     "MoELensError",
     "Prompt",
+    "RouteRecord",
     "RoutingRule",
     "RoutingStats",
     "SteeringPlan",
@@ -45,6 +57,7 @@ __all__ = [
     "TextSpan",
     "answer_task",
     "attach",
+    "bias_experts",
     "collect_generation",
     "collect_routing",
     "compare_routing",
@@ -53,20 +66,30 @@ __all__ = [
     "detect",
     "domain_specialisation",
     "evaluate_steering",
+    "force_experts",
     "hook_names",
     "is_routing_point",
+    "keep_only",
     "load_task",
+    "mean_ablate",
+    "mean_expert_outputs",
+    "mediation",
     "organisms",
     "read_published_ranking",
     "register_rule",
+    "replay_hooks",
     "risk_difference",
+    "route_around",
     "route_prompt",
+    "scale_experts",
     "selection_stability",
     "span_mask",
     "split_clusters",
     "steer_hooks",
     "supported_models",
+    "swap_experts",
     "sweep",
     "template_agreement",
     "vocabulary_specialisation",
+    "zero_ablate",
 ]

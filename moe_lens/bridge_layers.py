@@ -6,7 +6,8 @@ register_expert_out(bridge)                # blocks.{l}.mlp.hook_expert_out; unr
 unregister(bridge)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,7 +96,7 @@ def register(bridge: TransformerBridge, layers: dict[int, MoELayer], shape: MoES
     new = {n: moe for n, moe in layers.items() if moe.points is None}
     if not new:
         return
-    state = vars(bridge)[_STATE] = vars(bridge).get(_STATE) or watch(bridge.original_model)
+    state = vars(bridge)[_STATE] = vars(bridge).get(_STATE) or watch(bridge.original_model, bridge)
     added = {}
     for number, moe in new.items():
         points = install(moe, shape, state)
@@ -126,6 +127,18 @@ def unregister_expert_out(bridge: TransformerBridge) -> None:
         if moe.points is not None and moe.points.expert_out is not None:
             uninstall_expert_out(moe)
             _forget(bridge, number, (hook_names.EXPERT_OUT,))
+
+
+@contextmanager
+def with_expert_out(bridge: TransformerBridge) -> Iterator[None]:
+    """Points on expert outputs while it lasts; afterwards as before."""
+    were_on = all(moe.points.expert_out is not None for moe in routing_layers(bridge).values())
+    register_expert_out(bridge)
+    try:
+        yield
+    finally:
+        if not were_on:
+            unregister_expert_out(bridge)
 
 
 def forward_state(bridge: TransformerBridge) -> ForwardState:

@@ -27,15 +27,21 @@ class ForwardState:
         offset: how many columns are in the KV cache already; 0 in a plain forward.
         n_prompt: how many columns, cached ones included, are the prompt's. In `generate`, those of its first
             forward. Elsewhere all columns of a forward without cache; with one, the cached columns.
+        bridge: the TransformerBridge around the model; None for a bare model.
+        texts: the strings that the forward or the generation was given; None where it was given tokens.
         generating: how many calls of `generate` are open. prompt_known: whether theirs has run its prompt.
+        memory: what hooks found out about this forward and need not find out again in the next layer.
     """
 
     tokens: Tensor | None = None
     attention_mask: Tensor | None = None
     offset: int = 0
     n_prompt: int = 0
+    bridge: Any = field(default=None, repr=False)
+    texts: list[str] | None = None
     generating: int = 0
     prompt_known: bool = False
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     handle: Any = field(default=None, repr=False)
 
     def columns(self, n_pos: int) -> Tensor:
@@ -51,18 +57,30 @@ class ForwardState:
         return mask[:, self.offset : stop].bool()
 
     @contextmanager
-    def generation(self) -> Iterator[None]:
-        """While it lasts, the columns of the first forward are the prompt."""
-        outer = self.generating
-        self.generating, self.prompt_known = outer + 1, outer > 0 and self.prompt_known
+    def generation(self, given: Any = None) -> Iterator[None]:
+        """While it lasts, the columns of the first forward are the prompt; `given`: what `generate` got."""
+        before = (self.generating, self.prompt_known, self.texts)
+        self.generating, self.prompt_known, self.texts = self.generating + 1, False, _texts(given)
         try:
             yield
         finally:
-            self.generating = outer
-            self.prompt_known = outer > 0
+            self.generating, self.prompt_known, self.texts = before
+
+    @contextmanager
+    def reading(self, given: Any) -> Iterator[None]:
+        """A forward of the bridge, which was given a string, strings or tokens."""
+        if self.generating:
+            yield
+            return
+        before, self.texts = self.texts, _texts(given)
+        try:
+            yield
+        finally:
+            self.texts = before
 
     def enter(self, kwargs: dict[str, Any]) -> None:
-        """Note a forward by its keyword arguments."""
+        """Note a forward of the Hugging Face model by its keyword arguments."""
+        self.memory = {}
         tokens = kwargs.get("input_ids")
         given = tokens if tokens is not None else kwargs.get("inputs_embeds")
         self.tokens = tokens if isinstance(tokens, Tensor) else None
@@ -85,9 +103,9 @@ class _NoteForward:
         self.state.enter({"input_ids": args[0], **kwargs} if args else kwargs)
 
 
-def watch(hf_model: nn.Module) -> ForwardState:
-    """A state that notes every forward of `hf_model`."""
-    state = ForwardState()
+def watch(hf_model: nn.Module, bridge: nn.Module | None = None) -> ForwardState:
+    """A state that notes every forward of `hf_model`, the model inside `bridge`."""
+    state = ForwardState(bridge=bridge)
     state.handle = hf_model.register_forward_pre_hook(_NoteForward(state), with_kwargs=True)
     return state
 
@@ -97,6 +115,13 @@ def unwatch(state: ForwardState) -> None:
     if state.handle is not None:
         state.handle.remove()
         state.handle = None
+
+
+def _texts(given: Any) -> list[str] | None:
+    texts = [given] if isinstance(given, str) else given
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return texts
+    return None
 
 
 def _cached(kwargs: dict[str, Any]) -> int:

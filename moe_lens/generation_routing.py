@@ -81,9 +81,6 @@ def collect_generation(
         DataError: no prompts, max_new_tokens below 1 or beyond the model's context, prompts of different
             lengths in one batch for a model that cannot generate with padding.
     """
-    steps = as_index(max_new_tokens)
-    if not steps:
-        raise DataError(f"max_new_tokens must be a number from 1 on; got {max_new_tokens!r}.")
     rules = {layer: moe.rule for layer, moe in routing_layers(model).items()}
     stops = _stop_tokens(model)
     prefill: RoutingStats | None = None
@@ -91,7 +88,7 @@ def collect_generation(
     written: list[Tensor] = []
     with tqdm(total=how_many(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
         for tokens, mask in padded_batches(model, prompts, batch_size):
-            new, record = _generate(model, tokens, mask, steps, stops, hooks)
+            new, record = generate_recorded(model, tokens, mask, max_new_tokens, hooks)
             before_end = _before_end(new, stops)
             part = _count(model, [step[0] for step in record.values()], mask, rules, list(record))
             prefill = part if prefill is None else prefill + part
@@ -112,15 +109,22 @@ def collect_generation(
     return GenerationRouting(prefill, decode, tuple(written), texts)
 
 
-def _generate(
+def generate_recorded(
     model: TransformerBridge,
     tokens: Int[Tensor, "batch pos"],
     mask: Bool[Tensor, "batch pos"],
-    steps: int,
-    stops: list[int],
-    hooks: Hooks,
+    max_new_tokens: int,
+    hooks: Hooks = (),
 ) -> tuple[Int[Tensor, "batch new"], dict[str, list[Tensor]]]:
-    """The generated tokens, and of each routing point what it held at each step, prefill first."""
+    """The generated tokens, and of each routing point what it held at each step, prefill first.
+
+    Raises:
+        DataError: as in `collect_generation`.
+    """
+    steps = as_index(max_new_tokens)
+    if not steps:
+        raise DataError(f"max_new_tokens must be a number from 1 on; got {max_new_tokens!r}.")
+    stops = _stop_tokens(model)
     if tokens.shape[1] + steps > model.cfg.n_ctx:
         raise DataError(
             f"A prompt of {tokens.shape[1]} tokens and max_new_tokens={steps} exceed the model's context of "

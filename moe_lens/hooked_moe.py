@@ -210,20 +210,25 @@ class HookedMoE(TransformerBridge):
         else:
             unregister_expert_out(self)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
-        with forward_state(self).generation():
-            return super().generate(*args, **kwargs)
+    def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; hooks know which text is running (see `moe_lens.positions`)."""
+        with forward_state(self).reading(input):
+            return super().forward(input, *args, **kwargs)
 
-    def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
-        with forward_state(self).generation():
-            return super().hf_generate(*args, **kwargs)
+        with forward_state(self).generation(input):
+            return super().generate(input, *args, **kwargs)
 
-    def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
+    def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
-        with forward_state(self).generation():
-            yield from super().generate_stream(*args, **kwargs)
+        with forward_state(self).generation(input):
+            return super().hf_generate(input, *args, **kwargs)
+
+    def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        with forward_state(self).generation(input):
+            yield from super().generate_stream(input, *args, **kwargs)
 
     def run_with_cache(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; the cache also gets an attribute `attention_mask`, bool [batch pos] or None.

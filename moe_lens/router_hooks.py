@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -51,6 +52,15 @@ class RoutingPoint(HookPoint):
     def rule(self, rule: RoutingRule | None) -> None:
         self._rule = rule
 
+    @property
+    def chosen(self) -> Int[Tensor, "batch pos k"]:
+        """The experts chosen for the tokens that are running; within hooks on their weights or outputs."""
+        if self.moe.points.indices is None:
+            raise HookError(
+                f"{self.name}: the chosen experts are known only to hooks on weights and outputs."
+            )
+        return self.moe.points.indices
+
     def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens, after the hook's `check_fits` and `check_rule`, if it has them."""
         for name, about in (("check_fits", lambda: self.shape), ("check_rule", lambda: self.moe.rule)):
@@ -77,6 +87,7 @@ class RoutingPoints:
         self.state = state
         self.token_shape: tuple[int, ...] | None = None  # [batch pos] that the block is working on
         self.hidden: Tensor | None = None  # what the block was given, while the experts' outputs are hooked
+        self.indices: Tensor | None = None  # [batch pos k], within hooks on the weights and later ones
         self.decision: RouterOutput | None = None  # what the router decided, during the block's forward
         self.router_fired = self.experts_fired = False
 
@@ -144,6 +155,7 @@ class HookedRouter:
             points.router_logits.rule = None
         indices = fire(points.topk_indices, rule.select(logits)).long()
         self._check_indices(indices, rule)
+        points.indices = indices
         dtype = layout.weights_dtype(output)
         weights = rule.weigh(logits, indices).to(dtype)
         self._check_weights(
@@ -250,7 +262,7 @@ class _LeaveBlock:
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
         points = self.hooked.points
-        points.token_shape = points.hidden = points.decision = None
+        points.token_shape = points.hidden = points.indices = points.decision = None
         if points.are_hooked and not points.router_fired:
             self._refuse(block, "router", "routing hooks")
         if points.expert_out_is_hooked and not points.experts_fired:
