@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.errors import DataError, HookError
@@ -110,13 +110,16 @@ def _found(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch p
             f"positions={span!r} has to be found in a prompt's tokens, and this run was given none; give a "
             "mask."
         )
+    if state.texts is not None and len(state.texts) != n_rows:
+        raise HookError(f"positions={span!r}: {len(state.texts)} prompts run as {n_rows} rows; give a mask.")
     tokens = state.tokens[:, : state.n_prompt].cpu()
-    own = state.own_tokens()
-    own = torch.ones_like(tokens, dtype=torch.bool) if own is None else own[:, : state.n_prompt].cpu()
-    prompts: Any = [row[kept] for row, kept in zip(tokens, own, strict=True)]
     if state.texts is not None:
-        _same_tokens(state, prompts)
-        prompts = state.texts
+        prompts: Any = state.texts
+        own = torch.stack([_own_columns(state, *each) for each in zip(prompts, tokens, strict=True)])
+    else:
+        mask = state.own_tokens()
+        own = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, : state.n_prompt].cpu()
+        prompts = [row[kept] for row, kept in zip(tokens, own, strict=True)]
     try:
         found = span_mask(state.bridge, prompts, span, padding_side="left").cpu()
     except DataError as error:
@@ -124,22 +127,23 @@ def _found(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch p
             f"positions={span!r} cannot be found in this run: {error} A mask always works: "
             "positions=span_mask(model, prompts, span)."
         ) from error
-    if len(found) != n_rows:
-        raise HookError(f"positions={span!r}: {len(found)} prompts run as {n_rows} rows; give a mask.")
     chosen = torch.zeros_like(own)
     for row, kept in enumerate(own):
         chosen[row, kept] = found[row, found.shape[1] - int(kept.sum()) :]
     return chosen
 
 
-def _same_tokens(state: ForwardState, rows: list[Tensor]) -> None:
-    """The strings' tokens must be those that run, or offsets would point elsewhere."""
-    for text, row in zip(state.texts or (), rows, strict=False):
-        if state.bridge.to_tokens(text, move_to_device=False, truncate=False)[0].tolist() != row.tolist():
-            raise HookError(
-                f"positions: the tokens of {text!r} are not those that run (another prepend_bos, or padding "
-                "that no mask tells); give a mask."
-            )
+def _own_columns(state: ForwardState, text: str, row: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
+    """The columns of a text's own tokens, which must be those that run, or offsets would point elsewhere."""
+    own = state.bridge.to_tokens(text, move_to_device=False, truncate=False)[0]
+    free = len(row) - len(own)
+    for before in (free, 0):  # padding on the left, on the right
+        if free >= 0 and torch.equal(row[before : before + len(own)], own):
+            columns = torch.arange(len(row))
+            return (columns >= before) & (columns < before + len(own))
+    raise HookError(
+        f"positions: the tokens of {text!r} are not those that run (another prepend_bos?); give a mask."
+    )
 
 
 def _no_positions(positions: Any) -> DataError:

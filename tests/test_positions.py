@@ -1,0 +1,200 @@
+"""positions=: in the prompt and while writing, cached or not, padded or not, by column, mask and span."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_lens import HookedMoE, TextSpan, hook_names, organisms, span_mask
+from moe_lens.errors import DataError, HookError
+from moe_lens.forward_state import ForwardState
+from moe_lens.positions import checked_positions, selected
+from moe_lens.routing_edits import RoutingEdit
+from tests.tiny_models import EVERY_FAMILY, prompt, tiny_model, tokenizer, tokens
+
+Hooked = Callable[..., Any]
+
+
+class Note(RoutingEdit):
+    """Notes where it would act, step by step, and changes nothing."""
+
+    point = hook_names.ROUTER_LOGITS
+
+    def __init__(self, model: Any, positions: Any):
+        super().__init__(model.moe_layers[0], checked_positions(positions))
+        object.__setattr__(self, "seen", [])
+
+    def __call__(self, value: Tensor, hook: Any) -> None:
+        where = selected(self.positions, hook.state, *value.shape[:2])
+        vars(self)["seen"].append(where.long().tolist())
+
+    def edit(self, value: Tensor, hook: Any) -> Tensor:
+        return value
+
+    @property
+    def steps(self) -> list[Any]:
+        return vars(self)["seen"]
+
+
+def noted(model: Any, positions: Any, forward: Callable[[], Any]) -> list[Any]:
+    note = Note(model, positions)
+    with model.hooks([note.entry]), torch.no_grad():
+        forward()
+    return note.steps
+
+
+def in_forward(model: Any, positions: Any, given: Any = None, **kwargs: Any) -> Any:
+    [where] = noted(model, positions, lambda: model(tokens(1, 5) if given is None else given, **kwargs))
+    return where
+
+
+WRITE = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "verbose": False}
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        (None, [1, 1, 1, 1, 1]),
+        ("prompt", [1, 1, 1, 1, 1]),
+        ("generated", [0, 0, 0, 0, 0]),
+        (2, [0, 0, 1, 0, 0]),
+        (-1, [0, 0, 0, 0, 1]),
+        ([0, -2], [1, 0, 0, 1, 0]),
+        (torch.tensor([1, 3]), [0, 1, 0, 1, 0]),
+        (range(2), [1, 1, 0, 0, 0]),
+        ([True, False, True, False, False], [1, 0, 1, 0, 0]),
+        (slice(1, 3), [0, 1, 1, 0, 0]),
+        (lambda own: own == own[2], None),
+        ("last", [0, 0, 0, 0, 1]),
+        ("all", [1, 1, 1, 1, 1]),
+    ],
+)
+def test_in_a_plain_forward(hooked: Hooked, positions: Any, expected: Any) -> None:
+    if expected is None:
+        own = tokens(1, 5)[0]
+        expected = (own == own[2]).long().tolist()
+    assert in_forward(hooked("olmoe"), positions) == [expected]
+
+
+def test_masks_choose_by_prompt(hooked: Hooked) -> None:
+    model, mask = hooked("olmoe"), torch.eye(3, 4, dtype=torch.bool)
+    assert in_forward(model, mask, tokens(3, 4)) == mask.long().tolist()
+    assert in_forward(model, mask[:1], tokens(3, 4)) == [mask[0].long().tolist()] * 3
+    for wrong in (mask[:2], mask[:, :3], torch.ones(5, dtype=torch.bool)):
+        with pytest.raises(HookError, match="3 prompts of 4 columns"):
+            in_forward(model, wrong, tokens(3, 4))
+
+
+def test_texts_are_found_in_the_strings_that_run() -> None:
+    model = organisms.load("planted")
+    texts = ["Question : what is the capital of Eldria ? Answer :", "the capital"]
+    for span in ("capital", TextSpan("capital"), "last", "all", slice(1, 3)):
+        expected = span_mask(model, texts, span).long().tolist()
+        assert in_forward(model, span, texts) == expected
+    assert in_forward(model, "capital", texts[0]) == span_mask(model, texts[:1], "capital").long().tolist()
+    writing = noted(model, "capital", lambda: model.generate(texts, **WRITE))
+    assert writing[0] == span_mask(model, texts, "capital", padding_side="left").long().tolist()
+    assert writing[1:] == [[[0], [0]]] * 2
+    with pytest.raises(HookError, match="given as tokens"):
+        in_forward(model, "capital", model.to_tokens(texts[0]))
+    with pytest.raises(HookError, match="does not occur"):
+        in_forward(model, "Kyoto", texts[0])
+    with pytest.raises(HookError, match="span_mask"):
+        in_forward(model, "question", texts[0])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("recipe", EVERY_FAMILY)
+def test_while_writing(hooked: Hooked, recipe: str, cached: bool) -> None:
+    """The prompt has 4 columns; three tokens are written and two of them read. Every family, both ways."""
+    model = hooked(recipe)
+
+    def columns(positions: Any) -> list[Any]:
+        steps = noted(
+            model, positions, lambda: model.generate(tokens(1, 4), use_past_kv_cache=cached, **WRITE)
+        )
+        return [step[0] for step in steps]
+
+    lengths = [len(step) for step in columns(None)]
+    assert lengths == [4, 1, 1] or (lengths == [4, 5, 6] and not cached)
+
+    def expected(whole: list[int]) -> list[list[int]]:
+        stops = (4, 5, 6)
+        return [whole[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
+
+    assert columns("prompt") == expected([1, 1, 1, 1, 0, 0])
+    assert columns("generated") == expected([0, 0, 0, 0, 1, 1])
+    assert columns([0, -1, 5]) == expected([1, 0, 0, 1, 0, 1])
+    assert columns(torch.tensor([False, True, False, False])) == expected([0, 1, 0, 0, 0, 0])
+
+
+def test_while_writing_with_transformers_own_generate_and_stream(hooked: Hooked) -> None:
+    model = hooked("mixtral")
+    settings_ = {"max_new_tokens": 3, "do_sample": False, "min_new_tokens": 3}
+    steps = noted(model, "generated", lambda: model.hf_generate(tokens(1, 4), **settings_))
+    assert steps == [[[0, 0, 0, 0]], [[1]], [[1]]]
+    streamed = noted(model, -1, lambda: list(model.generate_stream(tokens(1, 4), **WRITE)))
+    assert streamed[0] == [[0, 0, 0, 1]]
+    assert all(step == [[0]] for step in streamed[1:])
+    assert in_forward(model, "generated") == [[0, 0, 0, 0, 0]]  # and afterwards forwards are prompts again
+
+
+def test_columns_are_those_of_the_padded_batch(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    texts = [prompt(2), prompt(5, 1)]
+    assert in_forward(model, -1, texts) == [[0, 0, 0, 0, 0, 1]] * 2
+    assert in_forward(model, "last", texts) == [[0, 0, 0, 0, 0, 1]] * 2
+    assert in_forward(model, slice(0, 2), texts) == [[0, 0, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
+    assert in_forward(model, slice(0, 2), texts, padding_side="right") == [[1, 1, 0, 0, 0, 0]] * 2
+
+
+def test_a_forward_on_top_of_a_cache_counts_as_written(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    _, cache = model(tokens(1, 4), return_type="logits_and_cache", use_cache=True)
+    more = noted(model, "generated", lambda: model(tokens(1, 2), past_key_values=cache))
+    assert more == [[[1, 1]]]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], 1.5, [0.5], {"a": 1}, [[0, 1], [2, 3]], torch.zeros(1, 2, 3, dtype=torch.bool), object()]
+)
+def test_what_is_no_positions_is_refused(wrong: Any) -> None:
+    with pytest.raises(DataError, match="positions must be"):
+        checked_positions(wrong)
+
+
+@pytest.mark.parametrize("outside", [5, -6, [0, 9]])
+def test_columns_outside_the_prompt_are_refused(hooked: Hooked, outside: Any) -> None:
+    with pytest.raises(HookError, match="this prompt has 5 columns"):
+        in_forward(hooked("olmoe"), outside)
+
+
+@settings(deadline=None)
+@given(
+    n_prompt=st.integers(1, 6),
+    written=st.integers(0, 4),
+    named=st.sets(st.integers(-6, 9), min_size=1),
+)
+def test_step_by_step_is_all_at_once(n_prompt: int, written: int, named: set[int]) -> None:
+    """Cached steps select, together, what one forward over the whole text selects."""
+    columns = checked_positions(sorted(each for each in named if each >= -n_prompt) or [0])
+    whole = ForwardState(offset=0, n_prompt=n_prompt, generating=1)
+    together = selected(columns, whole, 1, n_prompt + written)
+    steps = [selected(columns, whole, 1, n_prompt)]
+    for step in range(written):
+        state = ForwardState(offset=n_prompt + step, n_prompt=n_prompt, generating=1)
+        steps.append(selected(columns, state, 1, 1))
+    assert torch.equal(torch.cat(steps, dim=1), together)
+
+
+def test_a_model_that_lost_its_points_knows_no_state() -> None:
+    model = HookedMoE.from_hf(tiny_model("olmoe"), tokenizer())
+    state = ForwardState()
+    with pytest.raises(HookError, match="was given none"):
+        selected("last", ForwardState(n_prompt=3), 1, 3)
+    assert selected("generated", state, 1, 2).all()
+    assert model(tokens(1, 3)).shape[1] == 3
