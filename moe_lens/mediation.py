@@ -315,7 +315,7 @@ def _common_end(first: Int[Tensor, "_"], second: Int[Tensor, "_"]) -> int:
     return int(different[0]) if len(different) else shorter
 
 
-def _measured(metric: Metric, parts: list[Float[Tensor, "pair pos d_vocab"]]) -> Float[Tensor, "pair"]:
+def _measured(metric: Metric, parts: list[Tensor]) -> Float[Tensor, "pair"]:
     """The metric of all batches together; columns that only wider batches have are NaN."""
     width = max(part.shape[1] for part in parts)
     whole = torch.cat([F.pad(part, (0, 0, width - part.shape[1], 0), value=torch.nan) for part in parts])

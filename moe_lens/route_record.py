@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -49,9 +49,9 @@ class RouteRecord:
 
     Attributes:
         shape: which model's layers these are.
-        indices: Int[layer batch pos k], the experts in the router's order, as small integers (uint8 up to 256
+        indices: [layer batch pos k], the experts in the router's order, as small integers (uint8 up to 256
             experts). Columns are those of the padded batch.
-        weights: Float[layer batch pos k] in the router's dtype, or None.
+        weights: [layer batch pos k] in the router's dtype, or None.
         tokens: int64 [batch pos], the tokens that were routed; None where they are not known.
 
     Raises:
@@ -59,7 +59,7 @@ class RouteRecord:
     """
 
     shape: MoEShape
-    indices: Int[Tensor, "layer batch pos k"]
+    indices: Integer[Tensor, "layer batch pos k"]
     weights: Float[Tensor, "layer batch pos k"] | None = None
     tokens: Int[Tensor, "batch pos"] | None = None
 
@@ -246,7 +246,7 @@ def replay_hooks(
     for layer in sorted(set(kept)):
         row = record.shape.layers.index(layer)
         indices = record.indices[row].long()
-        hooks.append(ReplayEdit(layer, where, indices, shape=record.shape).entry)
+        hooks.append(ReplayEdit(layer, where, indices, keep_order=False, shape=record.shape).entry)
         if record.weights is not None and weights is not False:
             hooks.append(WeightsEdit(layer, where, record.weights[row]).entry)
     return hooks
@@ -285,3 +285,9 @@ def _check_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
             raise DataError(f"{path} is damaged: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}.")
     if "indices" not in tensors:
         raise DataError(f"{path} is damaged: it holds no indices.")
+    shape = tensors["indices"].shape
+    for name, wanted in (("weights", shape), ("tokens", shape[1:3])):
+        if name in tensors and tensors[name].shape != wanted:
+            raise DataError(
+                f"{path} is damaged: {name} have shape {tuple(tensors[name].shape)}, indices {tuple(shape)}."
+            )

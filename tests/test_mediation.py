@@ -1,0 +1,243 @@
+"""mediation: models where the answer is known, brute force, and what is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_lens import HookedMoE, RouteRecord, mediation, organisms, replay_hooks
+from moe_lens.errors import DataError
+from moe_lens.mediation import Mediation
+from tests.tiny_models import EVERY_FAMILY, prompt, tiny_model, tokenizer, tokens
+
+Hooked = Callable[..., Any]
+
+
+def last_logit(token: int = 7) -> Any:
+    return lambda logits: logits[:, -1, token]
+
+
+def route_alone_decides() -> Any:
+    """Experts write constants (their biases) into dimensions that nothing else writes to and only the logits
+    read; the router reads the token, whose own dimensions no logit reads. Top 1 of 2, one layer."""
+    model = tiny_model("gpt_oss", num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1)
+    n_half = model.config.hidden_size // 2
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif "bias" in name or "sinks" in name or "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+        embedding = model.model.embed_tokens.weight
+        embedding[:, n_half:] = 0
+        embedding[:, :n_half] /= embedding.norm(dim=1, keepdim=True)  # so that the final norm's scale is one
+        layer = model.model.layers[0]
+        layer.mlp.experts.down_proj_bias[0, n_half:] = 1.0
+        layer.mlp.experts.down_proj_bias[1, n_half:] = -1.0
+        model.lm_head.weight[:, :n_half] = 0
+        layer.mlp.router.weight[:, n_half:] = 0
+    return HookedMoE.from_hf(model, tokenizer())
+
+
+def test_where_the_route_alone_decides_it_carries_everything() -> None:
+    model = route_alone_decides()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.arange(4, 40)[:, None])
+    chosen = cache["topk_indices", 0][:, 0, 0]
+    first, second = (torch.arange(4, 40)[chosen == expert][:8] for expert in (0, 1))
+    n = min(len(first), len(second))
+    prefix = tokens(n, 3)
+    clean, corrupted = (torch.cat([prefix, last[:n, None]], dim=1) for last in (first, second))
+    found = mediation(model, clean, corrupted, last_logit())
+    assert float(found.total_effect.abs().min()) > 0.1
+    torch.testing.assert_close(found.route_effect, found.total_effect)
+    torch.testing.assert_close(
+        found.representation_effect, torch.zeros(n, dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    assert found.share("route")[0] == pytest.approx(1)
+    assert found.share("representation") == pytest.approx((0, 0, 0), abs=1e-6)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_where_the_route_is_irrelevant_it_carries_nothing(weights: bool) -> None:
+    """All experts are the same and weights sum to 1: whoever runs, the output is the same."""
+    hf_model = tiny_model("mixtral")
+    with torch.no_grad():
+        for layer in hf_model.model.layers:
+            for parameter in layer.mlp.experts.parameters():
+                parameter.copy_(parameter[:1].expand_as(parameter).clone())
+    model = HookedMoE.from_hf(hf_model, tokenizer())
+    found = mediation(model, tokens(6, 5), tokens(6, 5, seed=1), last_logit(), weights=weights)
+    assert bool((found.total_effect.abs() > 1e-2).any())
+    torch.testing.assert_close(found.route_effect, torch.zeros_like(found.total_effect), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.representation_effect, found.total_effect, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.clean_route_up_to[-1], found.corrupted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("recipe", EVERY_FAMILY)
+def test_every_entry_is_a_replay_by_hand(hooked: Hooked, recipe: str, weights: bool) -> None:
+    model, metric = hooked(recipe), last_logit()
+    clean, corrupted = tokens(2, 5), tokens(2, 5, seed=4)
+    found = mediation(model, clean, corrupted, metric, weights=weights)
+    records = {}
+    with torch.no_grad():
+        for name, given_ in (("clean", clean), ("corrupted", corrupted)):
+            logits, cache = model.run_with_cache(given_)
+            records[name] = RouteRecord.from_cache(cache, weights=weights)
+            assert torch.equal(getattr(found, name), metric(logits).double())
+
+        def on_route(given_: Tensor, record: str, layers: Any = None) -> Tensor:
+            hooks = replay_hooks(records[record], layers=layers)
+            return metric(model.run_with_hooks(given_, fwd_hooks=hooks)).double()
+
+        assert torch.equal(found.with_clean_route, on_route(corrupted, "clean"))
+        assert torch.equal(found.with_corrupted_route, on_route(clean, "corrupted"))
+        last = model.moe_layers[-1]
+        assert torch.equal(found.clean_route_in[-1], on_route(corrupted, "clean", [last]))
+        assert torch.equal(found.corrupted_route_in[0], on_route(clean, "corrupted", [model.moe_layers[0]]))
+        assert torch.equal(found.corrupted_route_up_to[-1], found.with_corrupted_route)
+        assert torch.equal(found.clean_route_up_to[0], found.clean_route_in[0])
+    torch.testing.assert_close(
+        found.route_effect + found.representation_effect + found.interaction, found.total_effect
+    )
+
+
+def test_a_prompt_against_itself_has_no_effect_and_no_share(hooked: Hooked) -> None:
+    found = mediation(hooked("olmoe"), tokens(3, 4), tokens(3, 4), last_logit())
+    assert not bool(found.total_effect.any())
+    assert not bool(found.clean_route_in.sub(found.corrupted).any())
+    with pytest.raises(DataError, match="total effect is 0"):
+        found.share("route")
+    assert "share" not in str(found)
+
+
+def test_batches_and_padding_change_nothing(hooked: Hooked) -> None:
+    model = hooked("mixtral")
+    clean = [prompt(length, length) for length in (3, 6, 4, 2)]
+    corrupted = [prompt(length, length + 9) for length in (3, 6, 4, 2)]
+    together = mediation(model, clean, corrupted, last_logit(), batch_size=4)
+    for size in (1, 3):
+        apart = mediation(model, clean, corrupted, last_logit(), batch_size=size)
+        for name in ("clean", "with_clean_route", "corrupted_route_in", "clean_route_up_to"):
+            torch.testing.assert_close(getattr(apart, name), getattr(together, name), atol=1e-5, rtol=1e-4)
+
+
+def test_a_common_end_is_aligned_and_the_rest_is_free(hooked: Hooked) -> None:
+    """The route of the shared end is replayed by hand, column by column from the right."""
+    model, metric = hooked("olmoe"), last_logit()
+    long, short = tokens(1, 7, seed=2), tokens(1, 7, seed=2)[:, 3:]
+    found = mediation(model, long, short, metric, align="end")
+    kept: dict[str, Tensor] = {}
+    with torch.no_grad():
+        _, of_long = model.run_with_cache(long)
+        _, of_short = model.run_with_cache(short)
+        hooks = [
+            (f"blocks.{n}.mlp.hook_topk_indices", lambda value, hook, n=n: of_long["topk_indices", n][:, 3:])
+            for n in model.moe_layers
+        ]
+        expected = metric(model.run_with_hooks(short, fwd_hooks=hooks))
+        torch.testing.assert_close(found.with_clean_route, expected.double(), atol=1e-5, rtol=1e-4)
+
+        def end(value: Tensor, hook: Any) -> Tensor:
+            n = int(hook.name.split(".")[1])
+            value = value.clone()
+            value[:, 3:] = of_short["topk_indices", n]
+            kept[hook.name] = value
+            return value
+
+        hooks = [(f"blocks.{n}.mlp.hook_topk_indices", end) for n in model.moe_layers]
+        expected = metric(model.run_with_hooks(long, fwd_hooks=hooks))
+    torch.testing.assert_close(found.with_corrupted_route, expected.double(), atol=1e-5, rtol=1e-4)
+    with pytest.raises(DataError, match="align='end'"):
+        mediation(model, long, short, metric)
+    with pytest.raises(DataError, match="do not end with the same token"):
+        mediation(model, [[5, 6]], [[4, 7, 8]], metric, align="end")
+
+
+@pytest.mark.parametrize(
+    ("metric", "match"),
+    [
+        (lambda logits: logits[:, -1], "must give one number"),
+        (lambda logits: logits[:1, -1, 3].expand(2), "must give one number"),
+        (lambda logits: logits[:, -1, 3] / 0, "NaN or infinite"),
+        (lambda logits: logits[:, 0, 3], "reads? padding"),
+    ],
+)
+def test_metrics_that_give_no_number_a_pair_are_refused(hooked: Hooked, metric: Any, match: str) -> None:
+    clean, corrupted = (
+        [tokens(1, 4)[0], tokens(1, 3)[0], tokens(1, 2)[0]],
+        [
+            tokens(1, 4, 1)[0],
+            tokens(1, 3, 1)[0],
+            tokens(1, 2, 1)[0],
+        ],
+    )
+    with pytest.raises(DataError, match=match):
+        mediation(hooked("olmoe"), clean, corrupted, metric, batch_size=2)
+
+
+def test_what_does_not_pair_is_refused(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    with pytest.raises(DataError, match="2 clean prompts need as many"):
+        mediation(model, tokens(2, 3), tokens(3, 3), last_logit())
+    with pytest.raises(DataError, match="'same' or 'end'"):
+        mediation(model, tokens(2, 3), tokens(2, 3), last_logit(), align="start")
+    found = mediation(model, tokens(2, 3), tokens(2, 3, 5), last_logit())
+    for arguments in ({"name": "all"}, {"name": "route", "clusters": ["a"]}, {"name": "route", "level": 1.0}):
+        with pytest.raises(DataError):
+            found.share(**arguments)
+    one = mediation(model, tokens(1, 3), tokens(1, 3, 5), lambda logits: logits[0, -1, 3])
+    assert one.total_effect.shape == (1,)
+    with pytest.raises(DataError, match="at least two"):
+        one.share("route")
+
+
+def numbers(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(st.floats(-2, 2), st.floats(0.5, 3)), min_size=3, max_size=12), st.integers(0, 3))
+def test_shares_are_ratios_of_means_with_a_bootstrap_of_pairs(pairs: Any, seed: int) -> None:
+    route, total = (np.array(column) for column in zip(*pairs, strict=True))
+    zeros = torch.zeros(len(pairs), dtype=torch.float64)
+    layer = zeros[None]
+    found = Mediation(
+        (0,), numbers(total), zeros, numbers(route), zeros, numbers(route)[None], layer, layer, layer, False
+    )
+    share, low, high = found.share("route", seed=seed)
+    assert share == pytest.approx(route.mean() / total.mean())
+    assert low - 1e-9 <= share <= high + 1e-9 or len(set(zip(route, total, strict=True))) > 1
+    generator = np.random.default_rng(seed + 100)
+    drawn = generator.integers(len(pairs), size=(4000, len(pairs)))
+    by_loop = np.array([route[row].mean() / total[row].mean() for row in drawn])
+    spread = by_loop.std() + 1e-9
+    assert abs(low - np.quantile(by_loop, 0.025)) < 0.35 * spread + 0.02
+    assert abs(high - np.quantile(by_loop, 0.975)) < 0.35 * spread + 0.02
+    assert float(found.shares_by_layer()["route"][0]) == pytest.approx(share)
+
+
+def test_clustered_pairs_widen_the_interval() -> None:
+    generator = np.random.default_rng(0)
+    route = numbers(np.repeat(generator.normal(0.5, 1, 6), 5))
+    ones, zeros = torch.ones(30, dtype=torch.float64), torch.zeros(30, dtype=torch.float64)
+    found = Mediation((0,), ones, zeros, route, zeros, *(zeros[None],) * 4, False)
+    _, low, high = found.share("route")
+    _, wide_low, wide_high = found.share("route", clusters=[str(n // 5) for n in range(30)])
+    assert wide_high - wide_low > 1.5 * (high - low)
+
+
+def test_it_reads_well() -> None:
+    model = organisms.load("planted")
+    found = mediation(
+        model, ["Document report : the"] * 2, ["Document rumor : the"] * 2, last_logit(30), weights=True
+    )
+    assert "experts and weights" in str(found)
+    assert "total effect" in str(found)
+    assert set(found.shares_by_layer(cumulative=True)) == {"route", "lost"}
