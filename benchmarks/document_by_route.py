@@ -3,7 +3,7 @@
     python benchmarks/document_by_route.py
 
 Metric: logit of the document's answer minus logit of the remembered one, at the last token; test split. Two
-contrasts: a document before the question against the question alone (routes carried over on the question), and
+contrasts: a document before the question against the question alone (routes carried over on the question);
 a trusted against a doubtful source word in front of the same document (every column). Shares of the total
 effect with 95 % bootstrap intervals over countries. The control carries over the route of *another* corrupted
 prompt, of the next country: what a foreign route does by itself.

@@ -116,7 +116,39 @@ class Mediation:
         Raises:
             DataError: another name, one pair alone, a total effect of 0, not one label a pair.
         """
-        effect, total = self.effect(name).numpy(), self.total_effect.numpy()
+        return self._share(self.effect(name), clusters, level, n_resamples, seed)
+
+    def shares_by_layer(
+        self,
+        *,
+        cumulative: bool = False,
+        clusters: Sequence[str] | None = None,
+        level: float = 0.95,
+        n_resamples: int = 2000,
+        seed: int = 0,
+    ) -> dict[str, Float[np.ndarray, "layer 3"]]:
+        """The share of the total effect that each layer's route carries, both ways: rows (share, low, high).
+
+        "restored": what the clean route of one layer restores in the corrupted run; "lost": what the
+        corrupted route of one layer takes from the clean run.
+
+        Args:
+            cumulative: of all MoE layers up to each, instead of each alone.
+
+        Other arguments and errors as in `share`.
+        """
+        restored = self.clean_route_up_to if cumulative else self.clean_route_in
+        spoiled = self.corrupted_route_up_to if cumulative else self.corrupted_route_in
+        effects = {"restored": restored - self.corrupted, "lost": self.clean - spoiled}
+        return {
+            name: np.array([self._share(row, clusters, level, n_resamples, seed) for row in rows])
+            for name, rows in effects.items()
+        }
+
+    def _share(
+        self, of: Tensor, clusters: Sequence[str] | None, level: float, n_resamples: int, seed: int
+    ) -> tuple[float, float, float]:
+        effect, total = of.numpy(), self.total_effect.numpy()
         labels = [str(pair) for pair in range(len(total))] if clusters is None else list(clusters)
         if len(labels) != len(total) or len(set(labels)) < 2 or not 0 < level < 1:
             raise DataError(
@@ -130,23 +162,6 @@ class Mediation:
             shares = (drawn @ effect) / (drawn @ total)
         low, high = np.nanquantile(shares, [(1 - level) / 2, (1 + level) / 2])
         return float(effect.mean() / total.mean()), float(low), float(high)
-
-    def shares_by_layer(self, *, cumulative: bool = False) -> dict[str, Float[Tensor, "layer"]]:
-        """The share of the total effect that each layer's route carries, both ways.
-
-        "route": what the clean route of one layer restores in the corrupted run; "lost": what the corrupted
-        route of one layer takes from the clean run.
-
-        Args:
-            cumulative: of all MoE layers up to each, instead of each alone.
-        """
-        restored = self.clean_route_up_to if cumulative else self.clean_route_in
-        spoiled = self.corrupted_route_up_to if cumulative else self.corrupted_route_in
-        total = self.total_effect.mean()
-        return {
-            "route": (restored - self.corrupted).mean(1) / total,
-            "lost": (self.clean - spoiled).mean(1) / total,
-        }
 
     def __str__(self) -> str:
         lines = [

@@ -47,7 +47,7 @@ def expert_heat_map(
         ax: where to draw; a new figure if None.
     """
     width = max(6.0, 2.0 + 0.5 * min(scores.shape.n_experts, 32))
-    ax = ax or _new_axes(width, rows=len(scores.shape.layers))
+    ax = ax or new_axes(width, rows=len(scores.shape.layers))
     limit = max(float(scores.delta.abs().max()), 1e-9)
     image = ax.imshow(
         scores.delta.numpy(), cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower"
@@ -61,7 +61,7 @@ def expert_heat_map(
             markeredgecolor="black", markerfacecolor="none", markeredgewidth=1.8, label=label,
             path_effects=[withStroke(linewidth=4, foreground="white")],
         )  # fmt: skip
-    _count_axis(ax, scores.shape.n_experts)
+    count_axis(ax, scores.shape.n_experts)
     ax.set_yticks(range(len(scores.shape.layers)), [str(layer) for layer in scores.shape.layers])
     ax.set(xlabel="expert", ylabel="layer", title=f"{scores.shape.model}: experts that follow the contrast")
     label = _SCORE_LABELS.get(scores.score, scores.score)
@@ -84,7 +84,7 @@ def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axe
     """
     if scores.q is None:
         raise DataError("A volcano plot needs q-values; use scores from detect(...).")
-    ax = ax or _new_axes(7.5, rows=6)
+    ax = ax or new_axes(7.5, rows=6)
     delta, values = scores.delta.numpy(), scores.q.numpy()
     height = -np.log10(np.maximum(values, 1e-300))
     for chosen, color, label in (
@@ -127,7 +127,7 @@ def selected_by_layer(plan: SteeringPlan, *, ax: Axes | None = None) -> Axes:
     if plan.shape is None:
         raise DataError("The plan has no shape; use plan.made_for(model.moe_shape).")
     layers = plan.shape.layers
-    ax = ax or _new_axes(max(6.0, 2.0 + 0.3 * len(layers)), rows=5)
+    ax = ax or new_axes(max(6.0, 2.0 + 0.3 * len(layers)), rows=5)
     off = set(plan.deactivate)
     groups = (
         ("activated", [e for e in plan.activate if e not in off], COLORS["+"], 1),
@@ -165,10 +165,10 @@ def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = No
     values[~np.isfinite(values)] = np.nan
     limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     size = 3.6 + 0.18 * min(stats.shape.n_experts, 24)
-    ax = ax or _new_axes(size + 1.6, rows=int(2 * (size - 1.9)))
+    ax = ax or new_axes(size + 1.6, rows=int(2 * (size - 1.9)))
     ax.set_facecolor("#BBBBBB")
     image = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, origin="lower")
-    _count_axis(ax, stats.shape.n_experts)
+    count_axis(ax, stats.shape.n_experts)
     step = max(1, stats.shape.n_experts // 16)
     ax.set_yticks(range(0, stats.shape.n_experts, step))
     ax.set(xlabel="expert", ylabel="expert")
@@ -180,7 +180,7 @@ def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = No
 def load_balance(balance: LoadBalance, *, ax: Axes | None = None) -> Axes:
     """How evenly each layer uses its experts: normalised entropy, Gini, share of the busiest 10 %."""
     layers = balance.shape.layers
-    ax = ax or _new_axes(max(6.5, 2.0 + 0.3 * len(layers)), rows=6)
+    ax = ax or new_axes(max(6.5, 2.0 + 0.3 * len(layers)), rows=6)
     places = range(len(layers))
     even = -(-balance.shape.n_experts // 10) / balance.shape.n_experts
     for values, label, color, marker in (
@@ -199,7 +199,7 @@ def load_balance(balance: LoadBalance, *, ax: Axes | None = None) -> Axes:
 
 def sweep_curves(found: SweepResult, *, ax: Axes | None = None) -> Axes:
     """Behaviour against plan size, both directions, with intervals, beside random sets of the same size."""
-    ax = ax or _new_axes(7.5, rows=6)
+    ax = ax or new_axes(7.5, rows=6)
     for side, name, marker in (("+", "toward condition 1", "^"), ("−", "toward condition 2", "v")):
         points = [point for point in found.points if point.direction == side]
         if not points:
@@ -246,7 +246,7 @@ def token_routing(
     order = routing.weights[rows].argsort(dim=-1, descending=True, stable=True)
     experts = routing.indices[rows].gather(-1, order).numpy()
     shown = min(routing.shape.top_k, 3)
-    ax = ax or _new_axes(max(6.0, 1.5 + 0.62 * len(routing.tokens)), rows=max(3, len(layers)))
+    ax = ax or new_axes(max(6.0, 1.5 + 0.62 * len(routing.tokens)), rows=max(3, len(layers)))
     ax.imshow(
         experts[..., 0], cmap=_expert_colors(routing.shape.n_experts), vmin=-0.5, aspect="auto",
         vmax=routing.shape.n_experts - 0.5, origin="lower", alpha=0.75,
@@ -271,7 +271,7 @@ def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = N
     Args:
         reports: label -> report of `evaluate_steering`; all of the same task.
     """
-    ax = ax or _new_axes(width=2.2 + 1.6 * max(len(reports), 3), rows=7)
+    ax = ax or new_axes(width=2.2 + 1.6 * max(len(reports), 3), rows=7)
     places, found = np.arange(len(reports)), list(reports.values())
     _random_dots(ax, found)
     plus, minus = ([report.steered[side].rate for report in found] for side in DIRECTIONS)
@@ -325,7 +325,8 @@ def _caption(label: str, report: SteeringReport) -> str:
     return f"{label}\n{size} experts\ngap {report.gap:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _new_axes(width: float, rows: int) -> Axes:
+def new_axes(width: float, rows: int) -> Axes:
+    """A figure of this width, in inches, that is high enough for `rows` rows, at notebook resolution."""
     figure, ax = plt.subplots(figsize=(width, 1.9 + 0.5 * rows), layout="constrained")
     figure.set_dpi(150)
     return ax
@@ -339,6 +340,7 @@ def _expert_colors(n_experts: int) -> ListedColormap:
     return ListedColormap(hsv_to_rgb(np.stack([hues, np.full(n_experts, 0.5), values], axis=-1)))
 
 
-def _count_axis(ax: Axes, number: int) -> None:
+def count_axis(ax: Axes, number: int) -> None:
+    """At most about 16 ticks on the horizontal axis for 0 to number − 1."""
     step = max(1, number // 16)
     ax.set_xticks(range(0, number, step))

@@ -6,19 +6,24 @@ indices, weights = rule.route(logits)              # expert 3 is in no token's t
 
 import math
 from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.biased_rules import BiasedSoftmaxTopK, SigmoidTopK
 from moe_lens.errors import HookError
 from moe_lens.moe_shape import as_index
 from moe_lens.plain_rules import ByOrderOfLogits
 from moe_lens.rule_base import RoutingRule
 
+_EPSILON: Final = 0.01
+"""A steering plan's own: how far below the others' the logit of an expert goes that the rule keeps out."""
+
 
 def route_without(
-    rule: RoutingRule, logits: Float[Tensor, "*batch expert"], expert: int | Sequence[int]
+    rule: RoutingRule, logits: Float[Tensor, "*batch expert"], expert: int | Sequence[int] | Any
 ) -> tuple[Float[Tensor, "*batch expert"], RoutingRule]:
     """Logits, and the rule to route them by, that never choose an expert (or any of several).
 
@@ -28,10 +33,11 @@ def route_without(
     >>> rule.route(logits).indices.tolist()
     [6, 5]
 
-    The expert's logit becomes -inf. Where the router chooses by the order of its logits that is all, so that
+    Where the router chooses by the order of its logits, the expert's becomes -inf and that is all, so that
     the weights of softmax routers are those of a model without the expert. Where a bias or expert groups
-    decide too, the rule that comes back keeps the expert out itself. Either way the other experts keep their
-    order (in groups: a group with too few experts left is passed over), and gradients flow to their logits.
+    decide too, the route is that of `SteeringPlan(deactivate=...)`, and the rule that comes back keeps the
+    expert out itself. Either way the other experts keep their order (in groups: a group with too few experts
+    left is passed over), and gradients flow to their logits.
     Within a hook on the router logits: `logits, hook.rule = route_without(hook.rule, logits, expert)`.
 
     Raises:
@@ -51,9 +57,10 @@ def route_without(
         # softmax underflows: every other expert than the best has probability 0, as the excluded one has
         spread, rule = rule.steer(without, [], experts, math.inf)
         without = torch.where(chosen.unsqueeze(-1), spread, without)
+    elif isinstance(rule, SigmoidTopK | BiasedSoftmaxTopK):  # their weights do not see experts that are out
+        without, rule = rule.steer(logits, [], experts, _EPSILON)
     else:
         without, rule = rule.steer(logits, [], experts, math.inf)
-    without = without.masked_fill(out, -torch.inf)  # the same numbers; scores of -inf have no gradient
     if bool(_chosen(rule, without, out).any()):
         raise HookError(
             f"Experts {experts} cannot be routed around: on some token fewer than {rule.top_k} others have "
@@ -62,8 +69,8 @@ def route_without(
     return without, rule
 
 
-def _experts(rule: RoutingRule, expert: int | Sequence[int]) -> list[int]:
-    given = [expert] if isinstance(expert, int) or not isinstance(expert, Sequence) else list(expert)
+def _experts(rule: RoutingRule, expert: Any) -> list[int]:
+    given = list(expert) if isinstance(expert, Sequence | set) else [expert]
     experts = [index for each in given if (index := as_index(each)) is not None]
     if len(experts) < len(given) or not experts:
         raise HookError(
