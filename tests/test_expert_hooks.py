@@ -193,8 +193,9 @@ def test_gradients_reach_the_outputs(recipe: str) -> None:
         assert gradient is not None
         assert bool((gradient != 0).any())
         if layer in routed and recipe not in OUTPUTS_ADDED_AS_THEY_ARE:
-            assert routed[layer].grad is not None
-            of_sum = routed[layer].grad.reshape(*gradient.shape[:2], 1, -1)
+            of_sum = routed[layer].grad
+            assert of_sum is not None
+            of_sum = of_sum.reshape(*gradient.shape[:2], 1, -1)
             torch.testing.assert_close(gradient, weights[layer].unsqueeze(-1) * of_sum)
 
 

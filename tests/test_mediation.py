@@ -189,9 +189,13 @@ def test_what_does_not_pair_is_refused(hooked: Hooked) -> None:
     with pytest.raises(DataError, match="'same' or 'end'"):
         mediation(model, tokens(2, 3), tokens(2, 3), last_logit(), align="start")
     found = mediation(model, tokens(2, 3), tokens(2, 3, 5), last_logit())
-    for arguments in ({"name": "all"}, {"name": "route", "clusters": ["a"]}, {"name": "route", "level": 1.0}):
+    for share in (
+        lambda: found.share("all"),
+        lambda: found.share("route", clusters=["a"]),
+        lambda: found.share("route", level=1.0),
+    ):
         with pytest.raises(DataError):
-            found.share(**arguments)
+            share()
     one = mediation(model, tokens(1, 3), tokens(1, 3, 5), lambda logits: logits[0, -1, 3])
     assert one.total_effect.shape == (1,)
     with pytest.raises(DataError, match="at least two"):
@@ -227,7 +231,8 @@ def test_clustered_pairs_widen_the_interval() -> None:
     generator = np.random.default_rng(0)
     route = numbers(np.repeat(generator.normal(0.5, 1, 6), 5))
     ones, zeros = torch.ones(30, dtype=torch.float64), torch.zeros(30, dtype=torch.float64)
-    found = Mediation((0,), ones, zeros, route, zeros, *(zeros[None],) * 4, False)
+    layer = zeros[None]
+    found = Mediation((0,), ones, zeros, route, zeros, layer, layer, layer, layer, False)
     _, low, high = found.share("route")
     _, wide_low, wide_high = found.share("route", clusters=[str(n // 5) for n in range(30)])
     assert wide_high - wide_low > 1.5 * (high - low)

@@ -113,6 +113,7 @@ def test_prompts_of_different_lengths_are_recorded_in_one_batch(hooked: Hooked) 
     assert record.indices.shape[1:3] == (2, 8)
     with torch.no_grad(), model.hooks(replay_hooks(record)):
         again = model.generate(texts, max_new_tokens=3, **WRITE)
+    assert record.tokens is not None
     assert torch.equal(again[:, :8], record.tokens)
 
 
