@@ -1,20 +1,26 @@
 """How much of a document's effect travels by the route, in every shipped organism.
 
-    python benchmarks/document_by_route.py
+    python benchmarks/document_by_route.py [FIGURE.png]
 
 Metric: logit of the document's answer minus logit of the remembered one, at the last token; test split. Two
 contrasts: a document before the question against the question alone (routes carried over on the question);
 a trusted against a doubtful source word in front of the same document (every column). Shares of the total
 effect with 95 % bootstrap intervals over countries. The control carries over the route of *another* corrupted
-prompt, of the next country: what a foreign route does by itself.
+prompt, of the next country: what a foreign route does by itself. With a path, only the figure is drawn: a
+source word's effect in the specialised organism, layer by layer.
 """
+
+import sys
 
 import numpy as np
 
 from moe_lens import mediation, organisms
 from moe_lens.evaluation import cluster_weights
+from moe_lens.intervention_plots import mediation_curves
+from moe_lens.mediation import Mediation
 from moe_lens.organisms import words
 from moe_lens.organisms.world import Conflict
+from moe_lens.plots import save
 
 
 def pairs(name: str, contrast: str) -> tuple[list[Conflict], list[str], list[str]]:
@@ -24,10 +30,11 @@ def pairs(name: str, contrast: str) -> tuple[list[Conflict], list[str], list[str
     if contrast == "document":
         return conflicts, [c.open_book for c in conflicts], [c.closed_book for c in conflicts]
     n_words = 2 if world.variant == "majority" else 1
-    return conflicts, *(
+    clean, corrupted = (
         [_with_header(conflict, kind[:n_words]) for conflict in conflicts]
         for kind in (words.TRUSTED, words.DOUBTFUL)
     )
+    return conflicts, clean, corrupted
 
 
 def _with_header(conflict: Conflict, header: tuple[str, ...]) -> str:
@@ -35,7 +42,8 @@ def _with_header(conflict: Conflict, header: tuple[str, ...]) -> str:
     return " ".join(["Document", *header, ":", statement])
 
 
-def row(name: str, contrast: str, weights: bool) -> str:
+def measured(name: str, contrast: str, weights: bool) -> tuple[Mediation, Mediation, list[str]]:
+    """The mediation, its control, and each pair's country."""
     model = organisms.load(name)
     conflicts, clean, corrupted = pairs(name, contrast)
     right = model.to_tokens([c.document_answer for c in conflicts], prepend_bos=False)[:, 0]
@@ -50,11 +58,14 @@ def row(name: str, contrast: str, weights: bool) -> str:
     found = mediation(model, clean, corrupted, difference, weights=weights, align=align, batch_size=96)
     n_same = clusters.count(clusters[0])
     foreign = corrupted[n_same:] + corrupted[:n_same]
-    control = mediation(model, foreign, corrupted, difference, weights=weights, batch_size=96)
-    drawn = cluster_weights(clusters, 2000, 0)
+    return found, mediation(model, foreign, corrupted, difference, weights=weights, batch_size=96), clusters
+
+
+def row(name: str, contrast: str, weights: bool) -> str:
+    found, control, clusters = measured(name, contrast, weights)
     total = found.total_effect.numpy()
-    shares = (drawn @ control.route_effect.numpy()) / (drawn @ total)
-    low, high = np.quantile(shares, [0.025, 0.975])
+    drawn = cluster_weights(clusters, 2000, 0)
+    low, high = np.quantile((drawn @ control.route_effect.numpy()) / (drawn @ total), [0.025, 0.975])
     cells = [found.share(effect, clusters=clusters) for effect in ("route", "representation")]
     cells.append((control.route_effect.numpy().mean() / total.mean(), low, high))
     return " | ".join(
@@ -69,6 +80,10 @@ def row(name: str, contrast: str, weights: bool) -> str:
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        found, _, clusters = measured("specialised", "source word", weights=False)
+        save(mediation_curves(found, clusters=clusters), sys.argv[1])
+        return
     print("| organism | contrast | carried over | metric | route | representation | control: foreign route |")
     print("|---|---|---|---|---|---|---|")
     for contrast in ("document", "source word"):

@@ -110,7 +110,7 @@ def patch_router(
 
     n_pos = runs.tokens.shape[1]
     cells = [Cell(layer, pos) for layer in runs.model.moe_layers for pos in range(n_pos)]
-    return torch.tensor(runs.sweep(cells, hooks_for)).reshape(-1, n_pos)
+    return torch.tensor(runs.sweep(cells, hooks_for), dtype=torch.float32).reshape(-1, n_pos)
 
 
 def patch_expert_outputs(
@@ -184,7 +184,8 @@ def patch_expert_outputs(
         for layer in runs.model.moe_layers
         for entry in _in_common(chosen[layer], clean[layer][hook_names.TOPK_INDICES], by)
     ]
-    found = torch.full((len(chosen), length), unpatched)  # most experts of a large model are not run by both
+    # most experts of a large model are not run by both, and need no run of their own
+    found = torch.full((len(chosen), length), unpatched, dtype=torch.float32)
     with with_expert_out(runs.model):
         values = runs.sweep(cells, hooks_for)
     for cell, value in zip(cells, values, strict=True):

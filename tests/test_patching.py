@@ -297,9 +297,9 @@ def test_prompts_as_text_or_tokens_and_one_clean_prompt_for_many(with_outputs: H
     def of_one(logits: Tensor) -> Tensor:
         return logits.logsumexp(-1).sum()
 
-    each = [patch_router(model, cache, each, of_one) for each in (text[0], model.to_tokens(text[1])[0])]
-    summed = patch_router(model, cache, text, of_one)
-    torch.testing.assert_close(sum(each), summed, rtol=1e-5, atol=0)
+    for sweep in (patch_router, patch_expert_outputs):
+        each = [sweep(model, cache, one, of_one) for one in (text[0], model.to_tokens(text[1])[0])]
+        torch.testing.assert_close(sum(each), sweep(model, cache, text, of_one), rtol=1e-5, atol=0)
     cache.remove_batch_dim()
     assert torch.equal(patch_router(model, cache, text, metric), both)
     assert patch_expert_outputs(model, cache, text[0], of_one).shape == (3, 6)

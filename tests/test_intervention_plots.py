@@ -1,0 +1,94 @@
+"""Figures of patching, mediation and attribution: what they draw is what the results hold."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from moe_lens import expert_logit_attribution, mediation
+from moe_lens.errors import DataError
+from moe_lens.intervention_plots import attribution_bars, mediation_curves, patching_map
+from tests.tiny_models import tokens
+
+Hooked = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def close_figures() -> Any:
+    yield
+    plt.close("all")
+
+
+def test_a_patching_map_is_normalised_and_centred_on_zero() -> None:
+    values = torch.tensor([[1.0, 3.0, 2.0], [0.5, 1.0, 1.0]])
+    ax = patching_map(values, corrupted=1.0, clean=3.0, layers=[1, 4], columns=["a", "b", "c"])
+    [image] = ax.images
+    np.testing.assert_allclose(np.asarray(image.get_array()), (values.numpy() - 1) / 2)
+    low, high = image.get_clim()
+    assert low == -high == -1.0
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "4"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "c"]
+    raw = patching_map(values, corrupted=1.0, columns="expert")
+    np.testing.assert_allclose(np.asarray(raw.images[0].get_array()), values.numpy() - 1)
+    assert raw.get_xlabel() == "expert"
+
+
+def test_a_map_of_a_long_prompt_keeps_its_ticks_readable() -> None:
+    ax = patching_map(torch.rand(2, 100), corrupted=0.0, columns=[str(n) for n in range(100)])
+    assert len(ax.get_xticks()) <= 20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"layers": [1]}, {"columns": ["a", "b"]}, {"clean": 0.0}],
+)
+def test_maps_that_do_not_fit_are_refused(arguments: Any) -> None:
+    with pytest.raises(DataError):
+        patching_map(torch.rand(2, 3), corrupted=0.0, **arguments)
+
+
+def test_mediation_curves_show_shares_and_their_intervals(hooked: Hooked) -> None:
+    found = mediation(hooked("qwen2_moe"), tokens(5, 4), tokens(5, 4, 3), lambda logits: logits[:, -1, 7])
+    ax = mediation_curves(found)
+    drawn = {str(line.get_label()): line.get_ydata() for line in ax.get_lines()}
+    np.testing.assert_allclose(
+        np.asarray(drawn["restored by the clean route, all layers up to it"], dtype=float),
+        found.shares_by_layer(cumulative=True)["restored"][:, 0],
+    )
+    np.testing.assert_allclose(
+        np.asarray(drawn["lost with the corrupted route, this layer alone"], dtype=float),
+        found.shares_by_layer()["lost"][:, 0],
+    )
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "2", "3"]
+    assert len(ax.collections) == 4  # a band each
+
+
+@pytest.mark.parametrize("prompt", [None, 1])
+def test_attribution_bars_add_up_to_the_logit(hooked: Hooked, prompt: int | None) -> None:
+    found = expert_logit_attribution(hooked("qwen2_moe"), tokens(3, 4), 9)
+    ax = attribution_bars(found, prompt=prompt, n_experts=3)
+    widths = [float(bar.get_width()) for bar in ax.patches]  # type: ignore[attr-defined]
+    logit = found.logit.mean() if prompt is None else found.logit[prompt]
+    assert sum(widths) == pytest.approx(float(logit), abs=1e-4)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels[3:5] == ["other experts", "embedding"]
+    layer, expert = (int(word) for word in labels[0].replace("layer ", "").split(", expert "))
+    shares = found.by_expert()[found.layers.index(layer), :, expert]
+    assert widths[0] == pytest.approx(float(shares.mean() if prompt is None else shares[prompt]), abs=1e-6)
+    low, high = ax.get_xlim()
+    assert low == -high
+
+
+def test_bars_of_what_is_not_there_are_refused(hooked: Hooked) -> None:
+    found = expert_logit_attribution(hooked("olmoe"), tokens(2, 3), 9)
+    with pytest.raises(DataError, match="2 prompts"):
+        attribution_bars(found, prompt=2)
+    with pytest.raises(DataError, match="n_experts"):
+        attribution_bars(found, n_experts=0)
