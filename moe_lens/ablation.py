@@ -9,7 +9,7 @@ All give hook lists. The last two need `model.set_use_expert_out(True)`.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -62,8 +62,8 @@ class MeanEdit(RoutingEdit):
     point: ClassVar[str] = hook_names.EXPERT_OUT
 
     experts: tuple[int, ...]
-    means: Float[Tensor, "expert d_model"]
-    shape: MoEShape
+    means: Float[Tensor, "expert d_model"] = field(repr=False)
+    shape: MoEShape = field(kw_only=True)
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
         if self.means.shape[-1] != value.shape[-1]:
@@ -222,7 +222,7 @@ def mean_ablate(
                 f"Experts {never} of layer {layer} were never chosen in the prompts of the means, so they "
                 "have none; take more prompts, or zero_ablate them."
             )
-        hooks.append(MeanEdit(layer, where, tuple(found), means.values[row], means.shape).entry)
+        hooks.append(MeanEdit(layer, where, tuple(found), means.values[row], shape=means.shape).entry)
     return hooks
 
 

@@ -112,6 +112,8 @@ def register_expert_out(bridge: TransformerBridge) -> None:
         HookError: as in `install_expert_out`.
     """
     layers = {n: moe for n, moe in routing_layers(bridge).items() if moe.points.expert_out is None}
+    if not layers:
+        return
     try:
         added = {n: {hook_names.EXPERT_OUT: install_expert_out(moe)} for n, moe in layers.items()}
     except Exception:
@@ -167,7 +169,7 @@ def _name(bridge: TransformerBridge, added: dict[int, dict[str, Any]]) -> None:
     for number, points in added.items():
         block: Any = bridge.blocks[number]
         if not hasattr(block, "mlp"):  # the MoE block has another name here; the points' names are the same
-            block.mlp = _PointsOnly()
+            block.mlp = _PointsOnly().train(bridge.training)
         for name, point in points.items():
             point.train(bridge.training)
             setattr(block.mlp, name, point)

@@ -10,7 +10,7 @@ overrules steering and biases of that layer, wherever it stands in the list.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,7 @@ class ForceEdit(RoutingEdit):
 
     point: ClassVar[str] = hook_names.TOPK_INDICES
 
-    experts: Int[Tensor, "rows columns k"]
+    experts: Int[Tensor, "rows columns k"] = field(repr=False)  # TransformerLens prints every hook
     keep_order: bool = True
 
     @property
@@ -64,7 +64,7 @@ class BiasEdit(RoutingEdit):
 
     point: ClassVar[str] = hook_names.ROUTER_LOGITS
 
-    bias: Float[Tensor, "expert"]
+    bias: Float[Tensor, "expert"] = field(repr=False)
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
         return value + self.bias.to(value)

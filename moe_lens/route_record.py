@@ -6,7 +6,7 @@ frozen = model.run_with_hooks(other_prompt, fwd_hooks=replay_hooks(record))
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -195,7 +195,7 @@ class WeightsEdit(RoutingEdit):
 
     point: ClassVar[str] = hook_names.TOPK_WEIGHTS
 
-    weights: Float[Tensor, "rows columns k"]
+    weights: Float[Tensor, "rows columns k"] = field(repr=False)
 
     @property
     def n_columns(self) -> int | None:

@@ -45,7 +45,6 @@ def cached(model: HookedMoE, clean: Any = CLEAN) -> ActivationCache:
 
 
 def by_transformer_lens(model: HookedMoE, cache: ActivationCache, point: str) -> Tensor:
-    model.eval()  # it asks every submodule
     cells = [(layer, pos) for layer in model.moe_layers for pos in range(N_POS)]
     values = transformer_lens_patching.generic_activation_patch(
         model,
