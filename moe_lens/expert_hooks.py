@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.errors import HookError
-from moe_lens.expert_outputs import ExpertsCall
+from moe_lens.expert_outputs import Asked, ExpertsCall
 from moe_lens.moe_layers import MoELayer
 from moe_lens.router_hooks import RoutingPoint, fire
 
@@ -70,23 +70,22 @@ class HookedExperts:
                 f"{self.moe.where}: its experts ran without its router. Hooks on expert outputs work only "
                 "when the whole block runs."
             )
-        call = self.moe.row.experts.open(
-            self.moe.block, self.original, points.decision, points.hidden, [*args, *kwargs.values()]
-        )
+        given = [*args, *kwargs.values()]
+        asked = Asked(self.moe.block, self.original, points.decision, points.hidden, given)
+        call = self.moe.row.experts.open(asked)
         point.call = call
         try:
             outputs = call.outputs()
             if not self.checked:
-                self._check(call, outputs, *args, **kwargs)
+                with torch.no_grad():
+                    self._check(call.combine(outputs), self.original(*args, **kwargs))
             outputs = outputs.unflatten(0, points.token_shape)
             return call.combine(fire(point, outputs).to(outputs.dtype).flatten(0, -3))
         finally:
             point.call = None
 
-    @torch.no_grad()
-    def _check(self, call: ExpertsCall, outputs: Tensor, *args: Any, **kwargs: Any) -> None:
+    def _check(self, added: Tensor, together: Tensor) -> None:
         """At the first hooked call: the experts one by one must add up to what they give together."""
-        together, added = self.original(*args, **kwargs), call.combine(outputs)
         allowed = _TOLERANCE.get(together.dtype, 5e-2) * float(together.abs().max())
         off = float((together - added).abs().max()) if together.numel() else 0.0
         if added.shape != together.shape or off > allowed:

@@ -1,6 +1,6 @@
 """How Hugging Face MoE blocks run their experts, one expert at a time.
 
-    call = layout.open(block, forward, decision, hidden, args)   # inside the experts' forward
+    call = layout.open(Asked(block, forward, decision, hidden, args))   # inside the experts' forward
     call.outputs()                          # [token k d_model]: what each chosen expert gives, unweighted
     call.outputs(indices, weights)          # ... and what other experts would give the same tokens
     call.combine(outputs)                   # what the experts' forward returns for such outputs
@@ -21,6 +21,23 @@ from moe_lens.errors import HookError
 from moe_lens.router_outputs import RouterOutput
 
 Outputs = Float[Tensor, "token slot d_model"]
+
+
+@dataclass
+class Asked:
+    """What the forward of a block's experts was asked for.
+
+    Attributes:
+        block: the MoE block. hidden: what it was given, [token d_model].
+        forward: the module's own forward. args: what it was called with.
+        decision: what the router decided for these tokens.
+    """
+
+    block: Any
+    forward: Callable[..., Tensor]
+    decision: RouterOutput
+    hidden: Tensor
+    args: list[Any]
 
 
 @runtime_checkable
@@ -47,21 +64,8 @@ class ExpertsLayout(Protocol):
         """The module of the block whose forward is stood in for; None where the block has no such module."""
         ...
 
-    def open(
-        self,
-        block: Any,
-        forward: Callable[..., Tensor],
-        decision: RouterOutput,
-        hidden: Tensor,
-        args: list[Any],
-    ) -> ExpertsCall:
-        """The call that `module(block).forward` was asked for with `args`.
-
-        Args:
-            block: the MoE block. hidden: what it was given, [token d_model].
-            forward: the module's own forward.
-            decision: what the router decided for these tokens.
-        """
+    def open(self, asked: Asked) -> ExpertsCall:
+        """The call that `module(block).forward` was asked for."""
         ...
 
 
@@ -74,20 +78,13 @@ class Batched:
         experts = getattr(block, "experts", None)
         return experts if isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList) else None
 
-    def open(
-        self,
-        block: Any,
-        forward: Callable[..., Tensor],
-        decision: RouterOutput,
-        hidden: Tensor,
-        args: list[Any],
-    ) -> ExpertsCall:
-        if len(args) != 3 or not all(isinstance(arg, Tensor) for arg in args):
+    def open(self, asked: Asked) -> ExpertsCall:
+        if len(asked.args) != 3 or not all(isinstance(arg, Tensor) for arg in asked.args):
             raise HookError(
-                f"{type(block).__name__} does not call its experts with (hidden states, indices, weights), "
-                "so their outputs cannot be told apart. Leave set_use_expert_out(False) for this model."
+                f"{type(asked.block).__name__} does not call its experts with (hidden states, indices, "
+                "weights), so their outputs cannot be told apart. Leave set_use_expert_out(False) for this model."
             )
-        return _BatchedCall(forward, *args)
+        return _BatchedCall(asked.forward, *asked.args)
 
 
 @dataclass
@@ -119,47 +116,37 @@ class InputWeighted:
     def module(self, block: Any) -> nn.Module | None:
         return getattr(block, "experts", None)
 
-    def open(
-        self,
-        block: Any,
-        forward: Callable[..., Tensor],
-        decision: RouterOutput,
-        hidden: Tensor,
-        args: list[Any],
-    ) -> ExpertsCall:
-        return _InputWeightedCall(forward, hidden, decision, args[0])
+    def open(self, asked: Asked) -> ExpertsCall:
+        return _InputWeightedCall(asked)
 
 
 @dataclass
 class _InputWeightedCall:
-    forward: Callable[..., Tensor]
-    hidden: Tensor
-    decision: RouterOutput
-    routed: Tensor  # [expert × token, d_model]
+    asked: Asked
     all_outputs: Tensor | None = None  # [token expert d_model]
 
     def outputs(self, indices: Tensor | None = None, weights: Tensor | None = None) -> Outputs:
         if indices is None:
-            self.all_outputs = self._run(self.routed)
-            return self._of(self.all_outputs, self.decision.indices)
-        weights = self.decision.weights if weights is None else weights
+            self.all_outputs = self._run(self.asked.args[0])
+            return self._of(self.all_outputs, self.asked.decision.indices)
+        weights = self.asked.decision.weights if weights is None else weights
         columns = []
         for slot, weight in zip(indices.unbind(-1), weights.unbind(-1), strict=True):
-            scores = torch.zeros(self.decision.logits.shape, dtype=weight.dtype, device=weight.device)
+            scores = torch.zeros(self.asked.decision.logits.shape, dtype=weight.dtype, device=weight.device)
             scores = scores.scatter(1, slot[:, None], weight[:, None])
-            routed = self.hidden.repeat(scores.shape[1], 1)
+            routed = self.asked.hidden.repeat(scores.shape[1], 1)
             routed = routed * scores.to(routed.dtype).transpose(0, 1).reshape(-1, 1)
             columns.append(self._of(self._run(routed), slot[:, None]))
         return torch.cat(columns, dim=1)
 
     def combine(self, outputs: Outputs) -> Tensor:
         assert self.all_outputs is not None
-        index = self.decision.indices.unsqueeze(-1).expand_as(outputs)
+        index = self.asked.decision.indices.unsqueeze(-1).expand_as(outputs)
         return self.all_outputs.scatter(1, index, outputs).transpose(0, 1).flatten(0, 1)
 
     def _run(self, routed: Tensor) -> Tensor:
-        outputs = self.forward(routed)
-        return outputs.unflatten(0, (self.decision.logits.shape[-1], -1)).transpose(0, 1)
+        outputs = self.asked.forward(routed)
+        return outputs.unflatten(0, (self.asked.decision.logits.shape[-1], -1)).transpose(0, 1)
 
     def _of(self, outputs: Tensor, indices: Tensor) -> Tensor:
         return outputs.gather(1, indices.unsqueeze(-1).expand(-1, -1, outputs.shape[-1]))
@@ -173,37 +160,26 @@ class Sorted:
     def module(self, block: Any) -> nn.Module | None:
         return getattr(block, "output_linear", None)
 
-    def open(
-        self,
-        block: Any,
-        forward: Callable[..., Tensor],
-        decision: RouterOutput,
-        hidden: Tensor,
-        args: list[Any],
-    ) -> ExpertsCall:
-        return _SortedCall(block, forward, hidden, decision, args)
+    def open(self, asked: Asked) -> ExpertsCall:
+        return _SortedCall(asked)
 
 
 @dataclass
 class _SortedCall:
-    block: Any
-    forward: Callable[..., Tensor]
-    hidden: Tensor
-    decision: RouterOutput
-    args: list[Any]
+    asked: Asked
 
     def outputs(self, indices: Tensor | None = None, weights: Tensor | None = None) -> Outputs:
         if indices is None:
-            return self._in_slots(self.forward(*self.args), self.decision.indices)
+            return self._in_slots(self.asked.forward(*self.asked.args), self.asked.decision.indices)
         order = indices.flatten().sort(0).indices
-        n_experts = self.decision.logits.shape[-1]
+        n_experts = self.asked.decision.logits.shape[-1]
         sizes = torch.bincount(indices.flatten(), minlength=n_experts).tolist()
         sorted_tokens = order.div(indices.shape[-1], rounding_mode="trunc")
-        gate, up = self.block.input_linear(self.hidden[sorted_tokens], sizes).chunk(2, dim=-1)
-        return self._in_slots(self.forward(self.block.activation(gate) * up, sizes), indices)
+        gate, up = self.asked.block.input_linear(self.asked.hidden[sorted_tokens], sizes).chunk(2, dim=-1)
+        return self._in_slots(self.asked.forward(self.asked.block.activation(gate) * up, sizes), indices)
 
     def combine(self, outputs: Outputs) -> Tensor:
-        return outputs.flatten(0, 1)[self.decision.indices.flatten().sort(0).indices]
+        return outputs.flatten(0, 1)[self.asked.decision.indices.flatten().sort(0).indices]
 
     def _in_slots(self, sorted_outputs: Tensor, indices: Tensor) -> Tensor:
         order = indices.flatten().sort(0).indices
