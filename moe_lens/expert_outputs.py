@@ -82,7 +82,7 @@ class Batched:
         if len(asked.args) != 3 or not all(isinstance(arg, Tensor) for arg in asked.args):
             raise HookError(
                 f"{type(asked.block).__name__} does not call its experts with (hidden states, indices, "
-                "weights), so their outputs cannot be told apart. Leave set_use_expert_out(False) for this model."
+                "weights), so their outputs cannot be told apart. Leave set_use_expert_out(False)."
             )
         return _BatchedCall(asked.forward, *asked.args)
 
