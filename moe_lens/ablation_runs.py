@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import hook_names
-from moe_lens.bridge_layers import with_expert_out
+from moe_lens.bridge_layers import forward_state, with_expert_out
 from moe_lens.direct_path import gradients, wide
-from moe_lens.errors import DataError
+from moe_lens.errors import DataError, HookError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.route_without import route_without
 
@@ -104,7 +104,10 @@ class AblationBatch:
         for some in todo.reshape(-1, 3).split(batch_size):
             row, pos, slot = some.to(self.tokens.device).unbind(1)
             hooks = self._instead(self.layers[layer], row, pos, slot)
-            loss = self._loss(self.tokens[row], hooks).cpu()
+            state = forward_state(self.model)
+            prompts = some[:, 0] if state.rows is None else state.rows[some[:, 0]]
+            with state.of_prompts(prompts):
+                loss = self._loss(self.tokens[row], hooks).cpu()
             row, pos, slot = some.unbind(1)
             self.exact[layer, row, pos, slot] = loss - self.loss[row]
             bar.update(len(some))
@@ -205,6 +208,11 @@ def _sum(outputs: Tensor, weights: Tensor, weights_on_input: bool) -> Tensor:
 def _at_routed(grad: Tensor, weights: Tensor, weights_on_input: bool) -> Float[Tensor, "batch pos d"]:
     """The gradient at the routed output: that at an expert's output, through its weight."""
     largest = wide(weights).abs().max(-1, keepdim=True)
+    if not weights_on_input and bool((largest.values == 0).any()):
+        raise HookError(
+            "Hooks on the model set all weights of a token to 0, so that no gradient tells what its experts are "
+            "worth; leave some weight (scale_experts with a small factor, say)."
+        )
     slot = largest.indices.unsqueeze(-1).expand(*grad.shape[:-2], 1, grad.shape[-1])
     at_output = wide(grad).gather(-2, slot).squeeze(-2)
     return at_output if weights_on_input else at_output / wide(weights).gather(-1, largest.indices)

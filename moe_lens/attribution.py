@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.batching import Prompts
-from moe_lens.bridge_layers import moe_shape
+from moe_lens.bridge_layers import forward_state, moe_shape
 from moe_lens.direct_path import DirectPath, direct_path, logit_cap, wide
 from moe_lens.equal_lengths import equal_length_batches, positions, side_by_side
 from moe_lens.errors import DataError, MoELensError
@@ -146,7 +146,8 @@ def expert_logit_attribution(
     found: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor]] = []
     names: tuple[str, ...] = ()
     for rows, tokens in batches:
-        path = direct_path(model, tokens)
+        with forward_state(model).of_prompts(rows):
+            path = direct_path(model, tokens)
         row, at = torch.arange(len(rows)), torch.tensor([places[each] for each in rows])
         logits = wide(path.logits[row, at])
         logit = logits[row, answers[rows]]
@@ -201,7 +202,8 @@ def expert_logit_lens(
     places = None if pos is None else positions(pos, _lengths(batches))
     found = []
     for rows, tokens in batches:
-        path = direct_path(model, tokens)
+        with forward_state(model).of_prompts(rows):
+            path = direct_path(model, tokens)
         at = None if places is None else torch.tensor([places[each] for each in rows])
         found.append((rows, _lens(path, int(layer), at)))
     return side_by_side(found, (0, 1), torch.nan)

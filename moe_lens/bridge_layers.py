@@ -15,7 +15,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
-from moe_lens.errors import UnsupportedRouterError
+from moe_lens.errors import MoELensError, UnsupportedRouterError
 from moe_lens.expert_hooks import install_expert_out, uninstall_expert_out
 from moe_lens.forward_state import ForwardState, unwatch, watch
 from moe_lens.moe_layers import MoELayer, find_moe_layers
@@ -34,7 +34,12 @@ def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
 
     Raises:
         UnsupportedRouterError: the model has no MoE layer, or a router without a rule.
+        MoELensError: not a TransformerBridge.
     """
+    if not isinstance(bridge, TransformerBridge):
+        raise MoELensError(
+            f"A HookedMoE is needed here (HookedMoE.from_pretrained, or attach(bridge)); got {bridge!r}."
+        )
     return vars(bridge).get(_LAYERS) or find_routing_layers(bridge)
 
 
@@ -185,6 +190,7 @@ def _forget(bridge: TransformerBridge, number: int, points: tuple[str, ...]) -> 
     block: Any = bridge.blocks[number]
     for alias, target in hook_names.block_aliases(points).items():
         delattr(block.mlp, alias)
+        getattr(block.mlp, "_hook_registry", {}).pop(alias, None)  # the next scan would find it there
         block.__dict__.pop(alias, None)
         block._hook_alias_registry.pop(alias, None)
         for name in (alias, target):

@@ -30,6 +30,8 @@ class ForwardState:
         bridge: the TransformerBridge around the model; None for a bare model.
         texts: the strings that the forward or the generation was given; None where it was given tokens.
         generating: how many calls of `generate` are open. prompt_known: whether theirs has run its prompt.
+        rows: which prompt each row of the batch is, int64 [batch], where a function runs some of its prompts, or
+            some of them several times; None: row by row.
         memory: what hooks found out about this forward and need not find out again in the next layer.
     """
 
@@ -41,6 +43,7 @@ class ForwardState:
     texts: list[str] | None = None
     generating: int = 0
     prompt_known: bool = False
+    rows: Tensor | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     handle: Any = field(default=None, repr=False)
 
@@ -65,6 +68,24 @@ class ForwardState:
             yield
         finally:
             self.generating, self.prompt_known, self.texts = before
+
+    @contextmanager
+    def of_prompts(self, rows: Any) -> Iterator[None]:
+        """While it lasts, the rows of a forward are these prompts, so that hooks by prompt find theirs."""
+        before, self.rows = self.rows, torch.as_tensor(rows, dtype=torch.int64).cpu()
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def by_prompt(self, values: Tensor, n_rows: int) -> Tensor | None:
+        """Those of `values` [prompt ...] that belong to the rows [batch ...]; None if they do not fit."""
+        if len(values) == 1:
+            return values.expand(n_rows, *(-1,) * (values.ndim - 1))
+        if self.rows is None:
+            return values if len(values) == n_rows else None
+        fits = len(self.rows) == n_rows and int(self.rows.max()) < len(values)
+        return values[self.rows.to(values.device)] if fits else None
 
     @contextmanager
     def reading(self, given: Any) -> Iterator[None]:

@@ -98,6 +98,8 @@ def gradient_attribution(
     """
     if not isinstance(model, HookedMoE):
         raise DataError(f"gradient_attribution needs a HookedMoE; got {type(model).__name__}.")
+    if not callable(metric):
+        raise DataError(f"metric must be a function of the logits [batch pos d_vocab]; got {metric!r}.")
     tokens, mask = pad_sequences(model, list(token_sequences(model, prompts)))
     padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
     if padding and not getattr(model.adapter, "supports_batched_generation", True):

@@ -141,9 +141,8 @@ def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> Hoo
     where = checked_positions(positions)
     if not isinstance(bias, Mapping) or not bias:
         raise DataError(f"bias_experts needs a mapping from layers to vectors; got {bias!r}.")
-    return [
-        BiasEdit(_layer(layer), where, _vector(layer, vector)).entry for layer, vector in sorted(bias.items())
-    ]
+    vectors = {_layer(layer): _vector(layer, vector) for layer, vector in bias.items()}
+    return [BiasEdit(layer, where, vector).entry for layer, vector in sorted(vectors.items())]
 
 
 def scale_experts(

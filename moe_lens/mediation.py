@@ -38,6 +38,7 @@ from moe_lens.batching import Prompts, chunks, pad_sequences, token_sequences
 from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import DataError
 from moe_lens.evaluation import cluster_weights
+from moe_lens.moe_shape import as_index
 from moe_lens.route_record import RouteRecord, replay_hooks
 from moe_lens.steering import HookList
 
@@ -149,11 +150,15 @@ class Mediation:
         self, of: Tensor, clusters: Sequence[str] | None, level: float, n_resamples: int, seed: int
     ) -> tuple[float, float, float]:
         effect, total = of.numpy(), self.total_effect.numpy()
-        labels = [str(pair) for pair in range(len(total))] if clusters is None else list(clusters)
-        if len(labels) != len(total) or len(set(labels)) < 2 or not 0 < level < 1:
+        labels = [str(pair) for pair in range(len(total))]
+        if clusters is not None:
+            labels = list(clusters) if isinstance(clusters, Sequence) else []
+        fits = len(labels) == len(total) and len(set(labels)) > 1
+        if not fits or not 0 < level < 1 or not as_index(n_resamples) or as_index(seed) is None:
             raise DataError(
                 f"An interval needs a label for each of the {len(total)} pairs, at least two different ones, "
-                f"and a level in (0, 1); got {len(set(labels))} labels, level {level}."
+                f"a level in (0, 1), n_resamples from 1 and a seed from 0 on; got {len(set(labels))} labels, "
+                f"level {level}, n_resamples {n_resamples}, seed {seed}."
             )
         if not total.mean():
             raise DataError("The total effect is 0, so that no share of it can be given.")
@@ -211,13 +216,16 @@ def mediation(
         align: "same": the prompts of a pair have the same number of tokens, and the route is carried over
             column by column. "end": they may differ; the route is carried over at the tokens with which both
             end, as far as these are the same (a question after a document, and alone).
-        batch_size: pairs a forward.
+        batch_size: pairs a forward (hooks on the model see these pairs as their rows). The logits of all pairs
+            under one route are held at once, on the CPU, since the metric sees them together.
 
     Raises:
         DataError: unequal numbers of prompts or of tokens, no common end, a metric that gives something
             else, a metric that is not finite.
     """
     layers = tuple(routing_layers(model))
+    if not callable(metric):
+        raise DataError(f"metric must be a function of the logits [batch pos d_vocab]; got {metric!r}.")
     carried = [(), *((layer,) for layer in layers), *(layers[: n + 1] for n in range(len(layers)))]
     plans = list(dict.fromkeys(carried))
     with torch.no_grad(), tqdm(total=2 * len(plans), unit="run", disable=not progress) as bar:
@@ -225,7 +233,7 @@ def mediation(
             _Batch.of(model, pairs, weights)
             for pairs in chunks(iter(_pairs(model, clean, corrupted, align)), batch_size)
         ]
-        values: dict[tuple[int, tuple[int, ...]], Float[Tensor, pair]] = {}
+        values: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         for plan in plans:
             for side in (CLEAN, CORRUPTED):
                 values[side, plan] = _measured(metric, [each.logits(model, side, plan) for each in batches])
@@ -334,7 +342,16 @@ def _measured(metric: Metric, parts: list[Tensor]) -> Float[Tensor, "pair"]:
     """The metric of all batches together; columns that only wider batches have are NaN."""
     width = max(part.shape[1] for part in parts)
     whole = torch.cat([F.pad(part, (0, 0, width - part.shape[1], 0), value=torch.nan) for part in parts])
-    found = torch.as_tensor(metric(whole)).detach().double().cpu()
+    value = metric(whole)
+    try:
+        found = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"The metric must give one number, or one a pair [batch]; it gave {value!r}."
+        ) from error
+    if found.is_complex():
+        raise DataError("The metric gave complex numbers; it must give real ones.")
+    found = found.double()
     if found.shape not in ((), (1,), (len(whole),)):
         raise DataError(
             f"The metric gave shape {tuple(found.shape)} for {len(whole)} pairs; it must give one number, or "

@@ -94,13 +94,14 @@ def _columns(positions: tuple[int, ...], state: ForwardState) -> Tensor:
 
 def _fitting(mask: Bool[Tensor, "..."], state: ForwardState, n_rows: int) -> Bool[Tensor, "batch pos"]:
     rows = mask if mask.ndim == 2 else mask[None]
-    if rows.shape[1] != state.n_prompt or rows.shape[0] not in (1, n_rows):
+    fitting = state.by_prompt(rows, n_rows)
+    if fitting is None or rows.shape[1] != state.n_prompt:
         raise HookError(
             f"The mask given as positions has shape {tuple(mask.shape)}; this run has {n_rows} prompts of "
             f"{state.n_prompt} columns, padding included. span_mask(model, prompts, span) gives masks that "
             "fit."
         )
-    return rows.expand(n_rows, -1)
+    return fitting
 
 
 def _found(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch pos"]:

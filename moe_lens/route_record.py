@@ -27,7 +27,7 @@ from moe_lens.interventions import ForceEdit
 from moe_lens.moe_shape import UNKNOWN_MODEL, MoEShape, shape_from_json
 from moe_lens.positions import Positions, checked_positions
 from moe_lens.router_hooks import RoutingPoint
-from moe_lens.routing_edits import RoutingEdit, columns_of
+from moe_lens.routing_edits import RoutingEdit, columns_of, numbers_of
 from moe_lens.steering import HookList
 
 _KIND: Final = "moe_lens routes"
@@ -64,6 +64,8 @@ class RouteRecord:
     tokens: Int[Tensor, "batch pos"] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.indices, Tensor) or self.indices.ndim != 4 or self.indices.is_floating_point():
+            raise DataError("RouteRecord needs indices as integers [layer batch pos k].")
         n_layers, _, _, k = self.indices.shape
         if (n_layers, k) != (len(self.shape.layers), self.shape.top_k) or not self.indices.numel():
             raise DataError(f"Indices of shape {tuple(self.indices.shape)} are no routes of {self.shape}.")
@@ -166,7 +168,7 @@ class RouteRecord:
             with safe_open(path, framework="pt") as file:
                 about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as routes: {error}.") from error
         if about.get("kind") != _KIND or about.get("schema") != _SCHEMA:
             raise DataError(f"{path} is no file of routes of schema {_SCHEMA}: {about or 'no metadata'}.")
@@ -239,7 +241,7 @@ def replay_hooks(
     if weights and record.weights is None:
         raise DataError("The record has no weights; record with weights=True.")
     where = checked_positions(positions)
-    kept = record.shape.layers if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    kept = record.shape.layers if layers is None else numbers_of(layers, "layers")
     if missing := [layer for layer in kept if layer not in record.shape.layers]:
         raise DataError(f"The record has no layer {missing[0]}; it has {record.shape.layers}.")
     hooks: HookList = []

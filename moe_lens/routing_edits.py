@@ -103,10 +103,11 @@ def columns_of(
         HookError: another number of rows than are running.
     """
     n_rows, n_pos = like.shape[:2]
-    if len(values) not in (1, n_rows):
+    rows = hook.state.by_prompt(values, n_rows)
+    if rows is None:
         raise HookError(f"{hook.name}: a route of {len(values)} prompts was given, and {n_rows} are running.")
     columns = hook.state.columns(n_pos).clamp(max=values.shape[1] - 1)
-    return values.to(like.device)[:, columns.to(like.device)].expand(n_rows, *(-1,) * (values.ndim - 1))
+    return rows.to(like.device)[:, columns.to(like.device)]
 
 
 def experts_by_layer(experts: Experts, layers: int | Iterable[int] | None = None) -> dict[int, list[int]]:
@@ -123,14 +124,14 @@ def experts_by_layer(experts: Experts, layers: int | Iterable[int] | None = None
         DataError: none at all, or not one of these three forms.
     """
     if layers is not None:
-        numbers, of_layers = _numbers(experts, "experts"), _numbers(layers, "layers")
+        numbers, of_layers = numbers_of(experts, "experts"), numbers_of(layers, "layers")
         pairs = [(layer, expert) for layer in of_layers for expert in numbers]
     elif isinstance(experts, Mapping):
         pairs = [
             (layer, expert)
             for key, found in experts.items()
-            for layer in _numbers(key, "layers")
-            for expert in _numbers(found, "experts")
+            for layer in numbers_of(key, "layers")
+            for expert in numbers_of(found, "experts")
         ]
     else:
         pairs = _pairs(experts)
@@ -159,7 +160,8 @@ def _pairs(experts: Any) -> list[tuple[int, int]]:
     return found
 
 
-def _numbers(given: Any, what: str) -> list[int]:
+def numbers_of(given: Any, what: str) -> list[int]:
+    """A number from 0 on, or several, as a list. Raises DataError, naming `what`, for anything else."""
     single = as_index(given)
     try:
         found = [single] if single is not None else [as_index(number) for number in given]

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_lens.batching import token_sequences
-from moe_lens.bridge_layers import routing_layers
+from moe_lens.bridge_layers import forward_state, routing_layers
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.moe_shape import as_index
@@ -104,7 +104,9 @@ class StackedRuns:
         n_runs, kwargs = len(cells), {}
         if self.attention_mask is not None:
             kwargs["attention_mask"] = self.attention_mask.repeat(n_runs, 1)
-        logits = self.model.run_with_hooks(self.tokens.repeat(n_runs, 1), fwd_hooks=hooks, **kwargs)
+        rows = torch.arange(len(self.tokens)).repeat(n_runs)
+        with forward_state(self.model).of_prompts(rows):
+            logits = self.model.run_with_hooks(self.tokens.repeat(n_runs, 1), fwd_hooks=hooks, **kwargs)
         each = logits.unflatten(0, (n_runs, -1)).unbind(0)
         return [self._measure(logits, cell) for logits, cell in zip(each, cells, strict=True)]
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from moe_lens.ablation_runs import AblationBatch, Metric, next_token_loss
 from moe_lens.batching import Prompts
 from moe_lens.biased_rules import FixedExperts
+from moe_lens.bridge_layers import forward_state
 from moe_lens.equal_lengths import equal_length_batches, side_by_side
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.hooked_moe import HookedMoE
@@ -151,6 +152,8 @@ def virtual_ablation(
     batches = equal_length_batches(model, prompts, batch_size or _BATCH)
     layers = _ablatable(model)
     metric = next_token_loss if metric is None else metric
+    if not callable(metric):
+        raise DataError(f"metric must be a function of logits and tokens; got {metric!r}.")
     shortest = batches[0][1].shape[1]
     if metric is next_token_loss and shortest < 2:
         raise DataError("A prompt of one token has no next token to predict; give longer ones, or a metric.")
@@ -160,9 +163,10 @@ def virtual_ablation(
     with tqdm(total=n_forwards, desc="routing around", unit="run", disable=not (progress and exact)) as bar:
         for rows, tokens in batches:
             batch = AblationBatch(model, layers, tokens, metric)
-            batch.run_estimate()
-            if exact:
-                batch.run_exact(batch_size, bar)
+            with forward_state(model).of_prompts(rows):
+                batch.run_estimate()
+                if exact:
+                    batch.run_exact(batch_size, bar)
             for name, each in found.items():
                 if (value := getattr(batch, name)) is not None:
                     each.append((rows, value))
@@ -211,7 +215,7 @@ def _present(tensor: Tensor | None) -> Tensor:
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:
-    known = ~torch.isnan(a)
+    known = ~torch.isnan(b)
     x, y = a[known].double().numpy(), b[known].double().numpy()
     if len(x) < 2 or not x.std() or not y.std():
         return float("nan")

@@ -106,6 +106,7 @@ def test_an_edit_counts_and_off_leaves_no_trace(recipe: str) -> None:
     torch.testing.assert_close(none, run(model, by_weights), rtol=0, atol=0)
     model.set_use_expert_out(False)
     assert torch.equal(run(model), plain)
+    model._scan_existing_hooks(model, "")  # as attaching does; it must not find them again
     assert set(model.hook_dict) == names
     assert hook_census(model) == census
     for moe in routing_layers(model).values():

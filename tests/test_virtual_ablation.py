@@ -1,11 +1,12 @@
 """Virtual ablation against routing around experts one at a time, by other means."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from moe_lens import hook_names
+from moe_lens import hook_names, scale_experts, zero_ablate
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.steering import steer_hooks
@@ -246,3 +247,27 @@ def test_refused(hooked) -> None:
     for batch_size in (0, -1, 1.5, True):
         with pytest.raises(DataError, match="batch_size"):
             virtual_ablation(model, given, batch_size=batch_size)
+
+
+def test_hooks_by_prompt_keep_to_their_prompts(hooked: Any) -> None:
+    """The exact runs stack tokens of several prompts; a mask by prompt must follow them."""
+    model, given = hooked("olmoe"), tokens(2, 4)
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    with model.hooks(scale_experts(range(6), 0.1, layers=[0], positions=mask)):
+        together = [virtual_ablation(model, given, batch_size=size, progress=False) for size in (2, 5)]
+    for row in range(2):
+        hooks = scale_experts(range(6), 0.1, layers=[0], positions=mask[row])
+        with model.hooks(hooks) if row == 0 else nullcontext():
+            alone = virtual_ablation(model, given[row : row + 1], progress=False)
+        for each in together:
+            assert each.exact is not None
+            assert alone.exact is not None
+            torch.testing.assert_close(each.exact[:, row], alone.exact[:, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(each.estimate[:, row], alone.estimate[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_without_any_weight_are_refused(hooked: Any) -> None:
+    model = hooked("qwen3_moe_k1")
+    hooks = zero_ablate([0, 1, 2], layers=[0])
+    with model.hooks(hooks), pytest.raises(HookError, match="weights of a token to 0"):
+        virtual_ablation(model, tokens(1, 4), progress=False)
