@@ -2,7 +2,7 @@
 
     zero_ablate([(3, 5)])                      # its contribution is gone; the others' weights stay
     route_around([(3, 5)])                     # it cannot be chosen; the next-best expert takes its place
-    mean_ablate(means, [(3, 5)])               # it runs, but says what it says on average
+    mean_ablate([(3, 5)], means)               # it runs, but says what it says on average
     swap_experts([(3, 5, 2)])                  # it is chosen, but expert 2 runs in its place, at its weight
 
 All give hook lists. The last two need `model.set_use_expert_out(True)`.
@@ -186,8 +186,8 @@ def route_around(
 
 
 def mean_ablate(
-    means: ExpertMeans,
     experts: Experts,
+    means: ExpertMeans,
     *,
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,
@@ -198,11 +198,12 @@ def mean_ablate(
     >>> model = organisms.load("specialised")
     >>> means = mean_expert_outputs(model, ["Question : what is", "Document : the"])
     >>> model.set_use_expert_out(True)
-    >>> _ = model.run_with_hooks("Question : what", fwd_hooks=mean_ablate(means, [(0, 5)]))
+    >>> _ = model.run_with_hooks("Question : what", fwd_hooks=mean_ablate([(0, 5)], means))
 
     Args:
-        means: from `mean_expert_outputs`.
         experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`.
+        means: from `mean_expert_outputs`, which leaves special tokens (BOS, ...) out unless told otherwise;
+            this acts on them, too, unless `positions` says otherwise.
         positions: where; see `moe_lens.positions`.
 
     Raises:
@@ -288,7 +289,7 @@ def mean_expert_outputs(
     counted = torch.zeros(0)
 
     def add(outputs: Tensor, hook: Any) -> None:
-        layer, _ = hook_names.parse(hook.name) or (0, "")
+        layer = hook.layer()
         here = counted.to(outputs.device)
         chosen, rows = hook.chosen[here].flatten(), outputs[here].double().flatten(0, 1)
         zeros = torch.zeros(shape.n_experts, rows.shape[-1], dtype=torch.float64)

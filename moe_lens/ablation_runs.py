@@ -210,8 +210,8 @@ def _at_routed(grad: Tensor, weights: Tensor, weights_on_input: bool) -> Float[T
     largest = wide(weights).abs().max(-1, keepdim=True)
     if not weights_on_input and bool((largest.values == 0).any()):
         raise HookError(
-            "Hooks on the model set all weights of a token to 0, so that no gradient tells what its experts are "
-            "worth; leave some weight (scale_experts with a small factor, say)."
+            "Hooks on the model set all weights of a token to 0, so that no gradient tells what its experts "
+            "are worth; leave some weight (scale_experts with a small factor, say)."
         )
     slot = largest.indices.unsqueeze(-1).expand(*grad.shape[:-2], 1, grad.shape[-1])
     at_output = wide(grad).gather(-2, slot).squeeze(-2)

@@ -43,6 +43,7 @@ from moe_lens.bridge_layers import (
     unregister_expert_out,
 )
 from moe_lens.errors import DataError, HookError, MoELensError
+from moe_lens.forward_state import Generation, as_texts
 from moe_lens.model_table import supported_models
 from moe_lens.moe_layers import check_router, find_moe_layers
 from moe_lens.moe_shape import MoEShape
@@ -227,8 +228,15 @@ class HookedMoE(TransformerBridge):
 
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
-        with forward_state(self).generation(input):
-            yield from super().generate_stream(input, *args, **kwargs)
+        state, generation = forward_state(self), Generation(as_texts(input))
+        stream = iter(super().generate_stream(input, *args, **kwargs))
+        while True:
+            with state.generation(generation):  # between two steps, other runs are not this generation's
+                try:
+                    step = next(stream)
+                except StopIteration:
+                    return
+            yield step
 
     def run_with_cache(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; the cache also gets an attribute `attention_mask`, bool [batch pos] or None.

@@ -96,7 +96,7 @@ def mediation_curves(
             ("restored", COLORS["+"], "restored by the clean route"),
             ("lost", COLORS["−"], "lost with the corrupted route"),
         ):
-            share, low, high = shares[name].T
+            share, low, high = np.where(np.isfinite(shares[name]), shares[name], np.nan).T
             ax.plot(rows, share, style, marker="o", markersize=4, color=color, label=f"{says}, {which}")
             ax.fill_between(rows, low, high, color=color, alpha=0.15, linewidth=0)
     for height in (0, 1):

@@ -34,10 +34,11 @@ class ForceEdit(RoutingEdit):
 
     experts: Int[Tensor, "rows columns k"] = field(repr=False)  # TransformerLens prints every hook
     keep_order: bool = True
+    every_column: bool = False
 
     @property
     def n_columns(self) -> int | None:
-        return None if self.experts.shape[1] == 1 else self.experts.shape[1]
+        return None if self.every_column else self.experts.shape[1]
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
         forced = columns_of(self.experts, value, hook).to(value)
@@ -97,8 +98,9 @@ class ScaleEdit(RoutingEdit):
 
 
 def force_experts(
-    experts: Mapping[int, Any],
+    experts: Experts,
     *,
+    layers: int | Iterable[int] | None = None,
     positions: Positions = None,
 ) -> HookList:
     """Run exactly these experts, whatever the router says; their weights are what its rule gives them.
@@ -108,17 +110,23 @@ def force_experts(
     >>> _ = model.run_with_hooks("Question : what", fwd_hooks=force_experts({0: [1, 5]}, positions=[2, 3]))
 
     Args:
-        experts: layer -> the k experts of every token, or an int tensor [pos k] or [batch pos k] with those
-            of each column; k different experts, as many as the model runs. Where the set is the router's own,
-            its order stays.
+        experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`: k different
+            ones a layer, as many as the model runs, for every token. In a mapping also an int tensor [pos k]
+            or [batch pos k], with those of each column. Where the set is the router's own, its order stays.
         positions: where; see `moe_lens.positions`. Columns beyond a tensor's must not be selected.
 
     Raises:
-        DataError: not such a mapping, or an expert named twice for a token. (HookError, before the forward:
+        DataError: none of these, or an expert named twice for a token. (HookError, before the forward:
             another number of experts than the model runs, or one that it does not have.)
     """
     where = checked_positions(positions)
-    return [ForceEdit(layer, where, sets).entry for layer, sets in sorted(_sets(experts).items())]
+    if layers is not None or not isinstance(experts, Mapping):
+        experts = experts_by_layer(experts, layers)
+    hooks: HookList = []
+    for layer, given in sorted(_sets(experts).items()):
+        sets = given.reshape(*[1] * (3 - given.ndim), *given.shape)
+        hooks.append(ForceEdit(layer, where, sets, every_column=given.ndim == 1).entry)
+    return hooks
 
 
 def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> HookList:
@@ -176,9 +184,9 @@ def scale_experts(
     ]
 
 
-def _sets(experts: Any) -> dict[int, Int[Tensor, "rows columns k"]]:
-    if not isinstance(experts, Mapping) or not experts:
-        raise DataError(f"force_experts needs a mapping from layers to experts; got {experts!r}.")
+def _sets(experts: Mapping[Any, Any]) -> dict[int, Int[Tensor, "*columns k"]]:
+    if not experts:
+        raise DataError("force_experts needs the experts of at least one layer; got none.")
     sets = {}
     for layer, given in experts.items():
         try:
@@ -190,7 +198,7 @@ def _sets(experts: Any) -> dict[int, Int[Tensor, "rows columns k"]]:
                 f"force_experts, layer {layer}: give k experts, or an int tensor [pos k] or [batch pos k]; "
                 f"got {values.dtype} of shape {tuple(values.shape)}."
             )
-        values = values.long().reshape(*[1] * (3 - values.ndim), *values.shape)
+        values = values.long()
         ordered = values.sort(-1).values
         if not values.numel() or int(values.min()) < 0 or bool((ordered[..., 1:] == ordered[..., :-1]).any()):
             raise DataError(f"force_experts, layer {layer}: experts must be different numbers from 0 on.")

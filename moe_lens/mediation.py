@@ -3,38 +3,43 @@
     found = mediation(model, clean_prompts, corrupted_prompts, metric)
     found.share("route")                       # of the total effect, with an interval
 
-Let M(x, r) be the metric when the model reads x with every token's experts fixed to route r, and r(x) the
-route that it takes by itself. For a clean prompt x and a corrupted x':
+Let M(x, r) be the metric when the model reads x with experts fixed to route r, and r(x) the route that it
+takes by itself. For a clean prompt x and a corrupted x':
 
     total effect            M(x, r(x))  − M(x', r(x'))
     route effect            M(x', r(x)) − M(x', r(x'))     only the route is carried over from the clean run
     representation effect   M(x, r(x')) − M(x', r(x'))     all but the route is
     interaction             total − route − representation
 
+Experts are fixed in all MoE layers and columns (with align="end": in the columns of the common end), or in
+some layers only; everywhere else the model routes by itself, as a consequence of what it reads. "All but the
+route" includes the routing weights of the fixed experts, unless weights=True carries them over, too.
+
 With the route as mediator these are the natural indirect and natural direct effect (Pearl 2001; for language
 models Vig et al. 2020, arXiv 2004.12265). A share is the effect divided by the total effect, as activation
 patching is normalised: 0 the corrupted run, 1 the clean run. It can be negative or above 1.
 
 What it does not say. A fixed route is one that the model would not have taken, so that experts meet hidden
-states that they were not trained on: an effect may be damage. Route and representation influence each other
+states that they were not trained on: an effect may be damage (carry over the route of some other prompt, as a
+control). Route and representation influence each other
 from layer to layer; the shares of single layers do not add up, and neither do route and representation where
-they interact. Where the total effect is near 0, shares mean nothing; look at their intervals.
+they interact. Where the total effect is near 0, shares mean nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
-from moe_lens.batching import Prompts, chunks, pad_sequences, token_sequences
+from moe_lens.batching import Prompts, chunks, token_sequences
 from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import DataError
 from moe_lens.evaluation import cluster_weights
@@ -109,6 +114,8 @@ class Mediation:
     ) -> tuple[float, float, float]:
         """Mean effect / mean total effect, with its percentile bootstrap interval: (share, low, high).
 
+        Where some resampled total effect has the other sign, the interval is (-inf, inf).
+
         Args:
             name: "route", "representation" or "interaction".
             clusters: one label a pair; pairs of the same label are resampled together. None: each by itself.
@@ -156,17 +163,23 @@ class Mediation:
         fits = len(labels) == len(total) and len(set(labels)) > 1
         if not fits or not 0 < level < 1 or not as_index(n_resamples) or as_index(seed) is None:
             raise DataError(
-                f"An interval needs a label for each of the {len(total)} pairs, at least two different ones, "
+                f"An interval needs a label for each of the {len(total)} pairs, at least two different ones "
+                "(does the metric give one number a pair, [batch]?), "
                 f"a level in (0, 1), n_resamples from 1 and a seed from 0 on; got {len(set(labels))} labels, "
                 f"level {level}, n_resamples {n_resamples}, seed {seed}."
             )
         if not total.mean():
             raise DataError("The total effect is 0, so that no share of it can be given.")
         drawn = cluster_weights(labels, n_resamples, seed)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = (drawn @ effect) / (drawn @ total)
-        low, high = np.nanquantile(shares, [(1 - level) / 2, (1 + level) / 2])
-        return float(effect.mean() / total.mean()), float(low), float(high)
+        share, totals = float(effect.mean() / total.mean()), drawn @ total
+        if bool((np.sign(totals) != np.sign(total.mean())).any()):
+            return (
+                share,
+                -np.inf,
+                np.inf,
+            )  # the total effect may as well be 0, and the share anything (Fieller)
+        low, high = np.quantile((drawn @ effect) / totals, [(1 - level) / 2, (1 + level) / 2])
+        return share, float(low), float(high)
 
     def __str__(self) -> str:
         lines = [
@@ -210,14 +223,15 @@ def mediation(
     Args:
         clean, corrupted: as many prompts each, in pairs.
         metric: logits [batch pos d_vocab] of the pairs in their order -> a number for each [batch], or one.
-            Prompts are padded on the left, so position -1 is each prompt's last token.
+            Position -1 is each prompt's last token; shorter prompts have NaN on the left.
         weights: carry the routing weights over, too. False: the experts only; their weights are then what the
             rule derives from the run's own logits.
         align: "same": the prompts of a pair have the same number of tokens, and the route is carried over
             column by column. "end": they may differ; the route is carried over at the tokens with which both
             end, as far as these are the same (a question after a document, and alone).
-        batch_size: pairs a forward (hooks on the model see these pairs as their rows). The logits of all pairs
-            under one route are held at once, on the CPU, since the metric sees them together.
+        batch_size: pairs a forward, of the same lengths; nothing is padded. (Hooks on the model see them as
+            their rows.) The logits of all pairs under one route are held at once, on the CPU, since the
+            metric sees them together.
 
     Raises:
         DataError: unequal numbers of prompts or of tokens, no common end, a metric that gives something
@@ -231,12 +245,13 @@ def mediation(
     with torch.no_grad(), tqdm(total=2 * len(plans), unit="run", disable=not progress) as bar:
         batches = [
             _Batch.of(model, pairs, weights)
-            for pairs in chunks(iter(_pairs(model, clean, corrupted, align)), batch_size)
+            for pairs in _batches(_pairs(model, clean, corrupted, align), batch_size)
         ]
         values: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         for plan in plans:
             for side in (CLEAN, CORRUPTED):
-                values[side, plan] = _measured(metric, [each.logits(model, side, plan) for each in batches])
+                logits = {tuple(each.numbers): each.logits(model, side, plan) for each in batches}
+                values[side, plan] = _measured(metric, logits)
                 bar.update()
 
     def by_layer(side: int, up_to: bool) -> Float[Tensor, "layer pair"]:
@@ -259,40 +274,54 @@ def mediation(
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Some pairs, padded on the left to one width; everything twice, of the clean and the corrupted side."""
+    """Pairs of the same two lengths, so that nothing is padded; everything twice, clean and corrupted."""
 
-    tokens: tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]
-    masks: tuple[Bool[Tensor, "pair pos"], Bool[Tensor, "pair pos"]]
-    shared: Bool[Tensor, "pair pos"]  # the columns at which routes are carried over
+    numbers: list[int]  # which pairs these are
+    tokens: tuple[Int[Tensor, "pair clean_pos"], Int[Tensor, "pair corrupted_pos"]]
+    n_shared: Int[Tensor, "pair"]  # at how many last tokens the route is carried over
     records: tuple[RouteRecord, RouteRecord]
     plain: tuple[Tensor, Tensor]  # the logits of the plain runs
 
     @classmethod
-    def of(cls, model: TransformerBridge, pairs: list[Any], weights: bool) -> "_Batch":
-        n_pairs = len(pairs)
-        sequences = [pair[CLEAN] for pair in pairs] + [pair[CORRUPTED] for pair in pairs]
-        tokens, mask = pad_sequences(model, sequences)
-        n_shared = torch.tensor([pair[2] for pair in pairs])
-        width = tokens.shape[1]
-        shared = torch.arange(width)[None, :] >= (width - n_shared)[:, None]
-        sides = [(tokens[:n_pairs], mask[:n_pairs]), (tokens[n_pairs:], mask[n_pairs:])]
-        found = [_recorded(model, *side, weights) for side in sides]
-        return cls(
-            (sides[0][0], sides[1][0]), (sides[0][1], sides[1][1]), shared,
-            (found[0][1], found[1][1]), (found[0][0], found[1][0]),
-        )  # fmt: skip
+    def of(cls, model: TransformerBridge, pairs: list["_Pair"], weights: bool) -> "_Batch":
+        clean, corrupted = (
+            torch.stack([pair.tokens[side] for pair in pairs]).to(model.cfg.device)
+            for side in (CLEAN, CORRUPTED)
+        )
+        n_shared = torch.tensor([pair.n_shared for pair in pairs])
+        found = [_recorded(model, tokens, weights) for tokens in (clean, corrupted)]
+        plain, records = (found[0][0], found[1][0]), (found[0][1], found[1][1])
+        return cls([pair.number for pair in pairs], (clean, corrupted), n_shared, records, plain)
 
     def logits(self, model: TransformerBridge, side: int, layers: tuple[int, ...]) -> Tensor:
         """One side's logits with the other side's route in these layers."""
         if not layers:
             return self.plain[side]
-        hooks = replay_hooks(self.records[1 - side], layers=layers, positions=self.shared)
-        return _run(model, self.tokens[side], self.masks[side], hooks)
+        width = self.tokens[side].shape[1]
+        shared = torch.arange(width)[None, :] >= (width - self.n_shared)[:, None]
+        record = _aligned_at_the_end(self.records[1 - side], width)
+        return _run(model, self.tokens[side], replay_hooks(record, layers=layers, positions=shared))
 
 
-def _recorded(
-    model: TransformerBridge, tokens: Tensor, mask: Tensor, weights: bool
-) -> tuple[Tensor, RouteRecord]:
+@dataclass(frozen=True)
+class _Pair:
+    number: int
+    tokens: tuple[Tensor, Tensor]
+    n_shared: int
+
+
+def _aligned_at_the_end(record: RouteRecord, width: int) -> RouteRecord:
+    """The same route with `width` columns, cut or filled (with what nobody selects) on the left."""
+    spare = width - record.indices.shape[2]
+    columns = [
+        None if each is None else F.pad(each[:, :, max(-spare, 0) :], (0, 0, max(spare, 0), 0))
+        for each in (record.indices, record.weights)
+    ]
+    assert columns[0] is not None
+    return RouteRecord(record.shape, columns[0], columns[1])
+
+
+def _recorded(model: TransformerBridge, tokens: Tensor, weights: bool) -> tuple[Tensor, RouteRecord]:
     kept: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:
@@ -300,35 +329,40 @@ def _recorded(
 
     points = (hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights)
     hooks: HookList = [(spell(layer), keep) for layer in routing_layers(model) for spell in points]
-    logits = _run(model, tokens, mask, hooks)
+    logits = _run(model, tokens, hooks)
     return logits, RouteRecord.from_cache(kept, weights=weights)
 
 
-def _run(model: TransformerBridge, tokens: Tensor, mask: Tensor, hooks: HookList) -> Tensor:
-    padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    return model.run_with_hooks(tokens, fwd_hooks=hooks, **padding).cpu()
+def _run(model: TransformerBridge, tokens: Tensor, hooks: HookList) -> Tensor:
+    return model.run_with_hooks(tokens, fwd_hooks=hooks).cpu()
 
 
-def _pairs(
-    model: TransformerBridge, clean: Prompts, corrupted: Prompts, align: str
-) -> list[tuple[Tensor, Tensor, int]]:
-    """(clean tokens, corrupted tokens, at how many last tokens the route is carried over)."""
+def _batches(pairs: list[_Pair], batch_size: int) -> Iterator[list[_Pair]]:
+    """At most `batch_size` pairs at a time, all of the same two lengths."""
+    by_lengths: dict[tuple[int, int], list[_Pair]] = {}
+    for pair in pairs:
+        by_lengths.setdefault((len(pair.tokens[0]), len(pair.tokens[1])), []).append(pair)
+    for same in by_lengths.values():
+        yield from chunks(iter(same), batch_size)
+
+
+def _pairs(model: TransformerBridge, clean: Prompts, corrupted: Prompts, align: str) -> list[_Pair]:
     if align not in ("same", "end"):
         raise DataError(f"align must be 'same' or 'end'; got {align!r}.")
     firsts, seconds = list(token_sequences(model, clean)), list(token_sequences(model, corrupted))
     if len(firsts) != len(seconds):
         raise DataError(f"{len(firsts)} clean prompts need as many corrupted ones; got {len(seconds)}.")
     pairs = []
-    for index, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+    for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
         if align == "same" and len(first) != len(second):
             raise DataError(
-                f"Pair {index} has {len(first)} clean and {len(second)} corrupted tokens. Routes are carried "
-                "over column by column: give prompts of one length, or align='end' for a common end."
+                f"Pair {number} has {len(first)} clean and {len(second)} corrupted tokens. Routes are "
+                "carried over column by column: give prompts of one length, or align='end' for a common end."
             )
         n_shared = len(first) if align == "same" else _common_end(first, second)
         if not n_shared:
-            raise DataError(f"The prompts of pair {index} do not end with the same token.")
-        pairs.append((first, second, n_shared))
+            raise DataError(f"The prompts of pair {number} do not end with the same token.")
+        pairs.append(_Pair(number, (first, second), n_shared))
     return pairs
 
 
@@ -338,10 +372,12 @@ def _common_end(first: Int[Tensor, "_"], second: Int[Tensor, "_"]) -> int:
     return int(different[0]) if len(different) else shorter
 
 
-def _measured(metric: Metric, parts: list[Tensor]) -> Float[Tensor, "pair"]:
-    """The metric of all batches together; columns that only wider batches have are NaN."""
-    width = max(part.shape[1] for part in parts)
-    whole = torch.cat([F.pad(part, (0, 0, width - part.shape[1], 0), value=torch.nan) for part in parts])
+def _measured(metric: Metric, parts: dict[tuple[int, ...], Tensor]) -> Float[Tensor, "pair"]:
+    """The metric of all pairs together, in their order; columns that only longer prompts have are NaN."""
+    width = max(part.shape[1] for part in parts.values())
+    order = torch.tensor([number for numbers in parts for number in numbers]).argsort()
+    padded = [F.pad(part, (0, 0, width - part.shape[1], 0), value=torch.nan) for part in parts.values()]
+    whole = torch.cat(padded)[order]
     value = metric(whole)
     try:
         found = torch.as_tensor(value).detach().cpu()
@@ -359,7 +395,7 @@ def _measured(metric: Metric, parts: list[Tensor]) -> Float[Tensor, "pair"]:
         )
     if not bool(torch.isfinite(found).all()):
         raise DataError(
-            "The metric is NaN or infinite; does it read padding (prompts are padded on the left), or logits "
-            "that the model masks?"
+            "The metric is NaN or infinite; does it read columns that shorter prompts do not have (they "
+            "stand at the right), or logits that the model masks?"
         )
     return found.reshape(-1)

@@ -126,7 +126,7 @@ def _found(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch p
     except DataError as error:
         raise HookError(
             f"positions={span!r} cannot be found in this run: {error} A mask always works: "
-            "positions=span_mask(model, prompts, span)."
+            "positions=span_mask(model, prompts, span). (The phases are 'prompt' and 'generated'.)"
         ) from error
     chosen = torch.zeros_like(own)
     for row, kept in enumerate(own):

@@ -244,7 +244,8 @@ class _EnterBlock:
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         points = self.hooked.points
         hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
-        points.token_shape, points.decision = tuple(hidden.shape[:-1]), None
+        points.token_shape = tuple(hidden.shape[:-1])
+        points.indices = points.decision = None
         points.hidden = hidden.flatten(0, -2) if points.expert_out_is_hooked else None
         points.router_fired = points.experts_fired = False
         if points.are_hooked and (block.training or self.hooked.moe.router.training):

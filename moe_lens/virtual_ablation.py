@@ -101,8 +101,8 @@ class VirtualAblation:
             f"{layer}: {r:.2f}" for layer, r in zip(self.layers, self.correlation_by_layer, strict=True)
         )
         return (
-            f"{about}; mean |change| {known.abs().mean():.3g}, largest {known.max():.3g}; correlation of "
-            f"estimate and exact {self.correlation:.2f}, by layer {layers})"
+            f"{about}; mean |change| {known.abs().mean():.3g}, largest {known.abs().max():.3g}; correlation "
+            f"of estimate and exact {self.correlation:.2f}, by layer {layers})"
         )
 
 
@@ -113,7 +113,7 @@ def virtual_ablation(
     *,
     exact: bool = True,
     batch_size: int | Any | None = None,
-    progress: bool = True,
+    progress: bool = False,
 ) -> VirtualAblation:
     """The loss change if each chosen expert were routed around at its token, exactly and by linear estimate.
 

@@ -163,9 +163,9 @@ def test_a_mean_over_one_token_leaves_that_token_as_it_is(recipe: str) -> None:
     model.set_use_expert_out(True)
     row, layer = 0, model.moe_layers[0]
     there = [(layer, e) for e in range(model.n_experts) if int(means.counts[row, e])]
-    plain, got = run(model, given=given), run(model, mean_ablate(means, there), given)
+    plain, got = run(model, given=given), run(model, mean_ablate(there, means), given)
     torch.testing.assert_close(
-        run(model, mean_ablate(means, there, positions=2), given), plain, rtol=1e-4, atol=1e-5
+        run(model, mean_ablate(there, means, positions=2), given), plain, rtol=1e-4, atol=1e-5
     )
     if any(
         int(expert) in {e for _, e in there}
@@ -187,7 +187,7 @@ def test_mean_ablation_writes_the_mean_at_the_routers_weight(recipe: str) -> Non
         return outputs
 
     expected = run(model, [(hook_names.expert_out(layer), by_hand)])
-    assert torch.equal(run(model, mean_ablate(means, expert, layers=layer)), expected)
+    assert torch.equal(run(model, mean_ablate(expert, means, layers=layer)), expected)
     assert not torch.equal(expected, run(model))
 
 
@@ -238,7 +238,7 @@ def test_without_points_on_outputs_the_error_says_what_to_do(hooked: Hooked) -> 
     model = hooked("olmoe")
     means = mean_expert_outputs(model, tokens(3, 8))
     some = int(means.counts[0].argmax())
-    for hooks in (swap_experts([(0, 1, 2)]), mean_ablate(means, [(0, some)])):
+    for hooks in (swap_experts([(0, 1, 2)]), mean_ablate([(0, some)], means)):
         with pytest.raises(HookError, match=r"set_use_expert_out\(True\)"):
             run(model, hooks)
 
@@ -251,9 +251,9 @@ def test_what_is_malformed_or_does_not_fit_is_refused() -> None:
         (lambda: swap_experts([(0, 1)]), "triples"),
         (lambda: swap_experts([]), "triples"),
         (lambda: swap_experts([(0, 1, 2), (0, 1, 3)]), "two others"),
-        (lambda: mean_ablate(means, [(0, never)]), "never chosen"),
-        (lambda: mean_ablate(means, [(9, 0)]), "know no experts"),
-        (lambda: mean_ablate(means, [(0, 17)]), "know no experts"),
+        (lambda: mean_ablate([(0, never)], means), "never chosen"),
+        (lambda: mean_ablate([(9, 0)], means), "know no experts"),
+        (lambda: mean_ablate([(0, 17)], means), "know no experts"),
         (lambda: zero_ablate([]), "No experts"),
         (lambda: route_around({0: "a"}), "numbers"),
         (lambda: keep_only([(0, 1)], positions=[]), "positions"),
@@ -266,7 +266,7 @@ def test_what_is_malformed_or_does_not_fit_is_refused() -> None:
     other.set_use_expert_out(True)
     some = int(means.counts[0].argmax())
     with pytest.raises(HookError, match="another model"):
-        run(other, mean_ablate(means, [(0, some)]))
+        run(other, mean_ablate([(0, some)], means))
     assert "never chosen" in repr(means)
 
 
@@ -277,7 +277,7 @@ def test_ablations_compose_with_each_other_and_in_generation() -> None:
     hooks = [
         *route_around([(0, 1)], positions="generated"),
         *zero_ablate([(2, 0)], positions="prompt"),
-        *mean_ablate(means, [(1, some)]),
+        *mean_ablate([(1, some)], means),
         *swap_experts([(1, (some + 1) % 6, some)]),
     ]
     settings: dict[str, Any] = {

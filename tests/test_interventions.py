@@ -181,7 +181,7 @@ def test_hooks_are_gone_after_an_exception(hooked: Hooked) -> None:
 @pytest.mark.parametrize(
     ("build", "error", "match"),
     [
-        (lambda: force_experts({}), DataError, "mapping from layers"),
+        (lambda: force_experts({}), DataError, "at least one layer"),
         (lambda: force_experts({0: [1, 1, 2]}), DataError, "different numbers"),
         (lambda: force_experts({0: [0.5, 1.0, 2.0]}), DataError, "give k experts"),
         (lambda: force_experts({-1: [0, 1, 2]}), DataError, "Layers are numbers"),
@@ -227,6 +227,15 @@ def test_experts_are_named_in_three_ways() -> None:
     assert experts_by_layer({1: torch.tensor([2, 3]), 0: [2, 3]}) == expected
     assert experts_by_layer([2, 3], layers=[1, 0]) == expected
     assert experts_by_layer(2, layers=1) == {1: [2]}
+
+
+def test_sets_are_forced_in_all_three_ways(hooked: Hooked) -> None:
+    model = hooked("mixtral")
+    expected = run(model, force_experts({0: [0, 3], 1: [0, 3]}))
+    assert torch.equal(run(model, force_experts([(0, 0), (0, 3), (1, 0), (1, 3)])), expected)
+    assert torch.equal(run(model, force_experts([0, 3], layers=[0, 1])), expected)
+    with pytest.raises(HookError, match="has 1 columns"):  # [pos k] is by column, also of one column
+        run(model, force_experts({0: torch.tensor([[0, 3]])}))
 
 
 def test_a_forced_route_carries_gradients_to_its_weights() -> None:

@@ -143,6 +143,53 @@ def test_while_writing_with_transformers_own_generate_and_stream(hooked: Hooked)
     assert in_forward(model, "generated") == [[0, 0, 0, 0, 0]]  # and afterwards forwards are prompts again
 
 
+def test_streams_side_by_side_each_know_their_prompt(hooked: Hooked) -> None:
+    model = hooked("mixtral")
+    note = Note(model, "prompt")
+    with model.hooks([note.entry]), torch.no_grad():
+        first = model.generate_stream(tokens(1, 4), max_tokens_per_yield=1, **WRITE)
+        second = model.generate_stream(tokens(1, 6), max_tokens_per_yield=1, **WRITE)
+        next(first)
+        next(second)
+        model(tokens(1, 3))
+        first.close()
+        second.close()
+        model(tokens(1, 5))
+    assert note.steps[0] == [[1] * 4]
+    assert [1] * 6 in [step[0] for step in note.steps]
+    assert note.steps[-2:] == [[[1] * 3], [[1] * 5]]
+
+
+@pytest.mark.parametrize("nested", ["forward", "generation"])
+def test_a_run_within_a_hook_leaves_the_outer_one_its_prompt(hooked: Hooked, nested: str) -> None:
+    model = hooked("olmoe")
+    inner: list[int] = []
+
+    def within(value: Tensor, hook: Any) -> None:
+        if hook.state.bridge is model and not inner:
+            inner.append(1)
+            if nested == "forward":
+                model(tokens(1, 2))
+            else:
+                model.generate(tokens(1, 2), **WRITE)
+
+    last = model.moe_layers[-1]
+    seen: list[tuple[int, int]] = []
+    look = (
+        hook_names.router_logits(last),
+        lambda value, hook: seen.append((hook.state.offset, hook.state.n_prompt)),
+    )
+    with model.hooks([(hook_names.router_logits(0), within), look]), torch.no_grad():
+        model.generate(tokens(1, 5), **WRITE)
+    outer = [each for each in seen if each[1] == 5]
+    assert len(outer) == 3
+    if (
+        nested == "forward"
+    ):  # TransformerLens forgets the outer KV cache when generate is called within generate
+        assert outer == [(0, 5), (5, 5), (6, 5)]
+    assert all(each[1] == 2 for each in seen if each not in outer)
+
+
 def test_columns_are_those_of_the_padded_batch(hooked: Hooked) -> None:
     model = hooked("olmoe")
     texts = [prompt(2), prompt(5, 1)]

@@ -137,6 +137,16 @@ def test_layers_positions_and_phases(hooked: Hooked) -> None:
         model.generate(other, max_new_tokens=3, **WRITE)
 
 
+@with_and_without_weights
+def test_a_record_of_one_column_is_no_record_of_many(hooked: Hooked, weights: bool) -> None:
+    model = hooked("olmoe")
+    _, cache = run(model, given=tokens(1, 1))
+    record = RouteRecord.from_cache(cache, weights=weights)
+    with pytest.raises(HookError, match="has 1 columns"):
+        run(model, replay_hooks(record))
+    run(model, replay_hooks(record), tokens(1, 1))
+
+
 def test_one_prompts_route_serves_a_batch(hooked: Hooked) -> None:
     model = hooked("mixtral")
     _, cache = run(model, given=tokens(1, 6))
@@ -182,6 +192,10 @@ def test_filtered_and_plain_caches(hooked: Hooked) -> None:
         replay_hooks(whole, weights=True)
     with pytest.raises(DataError, match="no layer 7"):
         replay_hooks(whole, layers=[7])
+    for wrong in (True, [], [-1]):
+        with pytest.raises(DataError, match="layers must be numbers"):
+            replay_hooks(whole, layers=wrong)  # type: ignore[arg-type]
+    assert len(replay_hooks(whole, layers=torch.tensor(0))) == 1  # type: ignore[arg-type]
 
 
 def test_records_of_other_models_are_refused(hooked: Hooked) -> None:
