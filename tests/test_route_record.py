@@ -195,7 +195,6 @@ def test_filtered_and_plain_caches(hooked: Hooked) -> None:
     for wrong in (True, [], [-1]):
         with pytest.raises(DataError, match="layers must be numbers"):
             replay_hooks(whole, layers=wrong)  # type: ignore[arg-type]
-    assert len(replay_hooks(whole, layers=torch.tensor(0))) == 1  # type: ignore[arg-type]
 
 
 def test_records_of_other_models_are_refused(hooked: Hooked) -> None:
