@@ -6,8 +6,8 @@ Metric: logit of the document's answer minus logit of the remembered one, at the
 contrasts: a document before the question against the question alone (routes carried over on the question);
 a trusted against a doubtful source word in front of the same document (every column). Shares of the total
 effect with 95 % bootstrap intervals over countries. The control carries over the route of *another* corrupted
-prompt, of the next country, in every column: what a foreign route does by itself. With a path, only the figure
-is drawn: a source word's effect in the specialised organism, layer by layer.
+prompt, of the next country, in every column: what a foreign route does by itself. With a path, only the
+figure is drawn: a source word's effect in the specialised organism, layer by layer.
 """
 
 import sys

@@ -93,10 +93,16 @@ class Excess(NamedTuple):
 class SteeringReport:
     """The effect of a plan and of its opposite, beside random sets of as many experts.
 
-    >>> from moe_lens.demo import run_demo
-    >>> report = run_demo("planted", n_random=4, progress=False).report
-    >>> report.gap > 0.8, sorted(report.controls)
-    (True, ['any layer', 'layer-matched'])
+    >>> from moe_lens import SteeringPlan, answer_task, evaluate_steering, organisms
+    >>> model, conflicts = organisms.load("null"), organisms.world("null").conflicts("test")[:12]
+    >>> task = answer_task(
+    ...     [c.open_book for c in conflicts], [c.document_answer for c in conflicts],
+    ...     clusters=[c.entity for c in conflicts],
+    ... )
+    >>> plan, reverse = SteeringPlan(deactivate=[(2, 5), (3, 7)]), SteeringPlan(deactivate=[(0, 1), (2, 2)])
+    >>> report = evaluate_steering(model, plan, task, reverse=reverse, n_random=4, progress=False)
+    >>> report.verdict, sorted(report.controls)
+    (False, ['any layer', 'layer-matched'])
 
     Raises:
         DataError: an outcome missing, or not of one finite value a prompt; alpha or level outside (0, 1).
