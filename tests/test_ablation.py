@@ -21,10 +21,11 @@ from moe_lens import (
 from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import DataError, HookError
 from tests import router_oracle as oracle
-from tests.test_expert_hooks import routed_outputs
+from tests.test_expert_hooks import routed_outputs, switched_on
 from tests.tiny_models import EVERY_FAMILY, FAMILIES, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
+__all__ = ["switched_on"]  # a fixture
 every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
 core_family = pytest.mark.parametrize("recipe", FAMILIES)
 BY_ORDER_OF_LOGITS = (
@@ -155,8 +156,9 @@ def test_means_are_those_of_a_loop_over_tokens(hooked: Hooked, recipe: str) -> N
 
 
 @every_family
-def test_a_mean_over_one_token_leaves_that_token_as_it_is(recipe: str) -> None:
-    model = HookedMoE.from_hf(tiny_model(recipe), tokenizer())
+def test_a_mean_over_one_token_leaves_that_token_as_it_is(switched_on: Hooked, recipe: str) -> None:
+    model = switched_on(recipe)
+    model.set_use_expert_out(False)
     given = tokens(1, 4)
     means = mean_expert_outputs(model, given, span=slice(2, 3))
     assert not model.use_expert_out  # left as it was
@@ -213,8 +215,8 @@ def test_swapping_both_ways_is_swapping_the_parameters(recipe: str) -> None:
 
 
 @every_family
-def test_swapping_an_expert_with_itself_changes_nothing(recipe: str) -> None:
-    model = with_points(recipe)
+def test_swapping_an_expert_with_itself_changes_nothing(switched_on: Hooked, recipe: str) -> None:
+    model = switched_on(recipe)
     itself = [(n, e, e) for n in model.moe_layers for e in range(model.n_experts)]
     assert torch.equal(run(model, swap_experts(itself)), run(model))
 

@@ -1,7 +1,7 @@
 """hook_expert_out, on every family: against Hugging Face's own experts, and by brute force."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +29,21 @@ def with_points(recipe: str, dtype: torch.dtype = torch.float32, implementation:
     model = HookedMoE.from_hf(hf_model, tokenizer())
     model.set_use_expert_out(True)
     return model
+
+
+@pytest.fixture
+def switched_on(hooked: Hooked) -> Iterator[Hooked]:
+    """The session's models with points on expert outputs, which are taken out again."""
+    used: list[Any] = []
+
+    def switch_on(recipe: str) -> Any:
+        used.append(hooked(recipe))
+        used[-1].set_use_expert_out(True)
+        return used[-1]
+
+    yield switch_on
+    for model in used:
+        model.set_use_expert_out(False)
 
 
 def on_all(model: Any, hook: Any) -> list[tuple[str, Any]]:
@@ -65,8 +80,10 @@ def routed_outputs(model: Any, forward: Callable[[], Any]) -> dict[int, Tensor]:
 
 
 @every_family
-def test_identity_hooks_are_bit_for_bit_and_the_weighted_sum_is_the_routed_output(recipe: str) -> None:
-    model = with_points(recipe)
+def test_identity_hooks_are_bit_for_bit_and_the_weighted_sum_is_the_routed_output(
+    switched_on: Hooked, recipe: str
+) -> None:
+    model = switched_on(recipe)
     plain = run(model)
     assert torch.equal(run(model, on_all(model, unchanged)), plain)
     kept: dict[str, Tensor] = {}
@@ -92,8 +109,8 @@ def test_identity_hooks_are_bit_for_bit_and_the_weighted_sum_is_the_routed_outpu
 
 
 @every_family
-def test_an_edit_counts_and_off_leaves_no_trace(recipe: str) -> None:
-    model = HookedMoE.from_hf(tiny_model(recipe), tokenizer())
+def test_an_edit_counts_and_off_leaves_no_trace(hooked: Hooked, recipe: str) -> None:
+    model = hooked(recipe)
     plain, names, census = run(model), set(model.hook_dict), hook_census(model)
     model.set_use_expert_out(True)
     model.set_use_expert_out(True)  # twice is once
@@ -155,9 +172,9 @@ def test_outputs_are_those_of_the_experts_formula(recipe: str) -> None:
 
 
 @every_family
-def test_gradients_reach_the_outputs(recipe: str) -> None:
+def test_gradients_reach_the_outputs(switched_on: Hooked, recipe: str) -> None:
     """d loss / d output is the weight times d loss / d routed output, whose gradient torch gives."""
-    model = with_points(recipe)
+    model = switched_on(recipe)
     outputs: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
 
@@ -177,6 +194,7 @@ def test_gradients_reach_the_outputs(recipe: str) -> None:
         for total in routed.values():
             total.retain_grad()
         logits.log_softmax(-1)[0, :, 7].sum().backward()
+        model.zero_grad(set_to_none=True)
 
     def note(layer: int) -> Any:
         return lambda module, args, output: routed.__setitem__(layer, output)

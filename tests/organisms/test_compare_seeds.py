@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moe_lens import organisms
-from moe_lens.demo import run_demo
+from moe_lens.demo import DemoResult
 from moe_lens.organisms.compare_seeds import SeedResult, best, development_result, main, table
 from moe_lens.organisms.world import World
 from moe_lens.steering_report import Limit
@@ -53,9 +53,9 @@ def test_table_has_a_row_a_seed() -> None:
 
 
 def test_development_numbers_are_those_of_the_demo_and_test_prompts_stay_unseen(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    planted_demo: DemoResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo = run_demo("planted", n_random=4, progress=False)
+    demo = planted_demo
     original, asked = World.conflicts, set()
     monkeypatch.setattr(World, "conflicts", lambda self, split: (asked.add(split), original(self, split))[1])
     found = development_result(organisms.path("planted"))
