@@ -64,11 +64,6 @@ def run_demo(
 ) -> DemoResult:
     """Detect, choose the plan's size, steer both ways and hold the effect against random sets.
 
-    >>> from moe_lens.demo import run_demo
-    >>> result = run_demo("null", n_random=4, progress=False)
-    >>> result.size in (2, 4, 6, 8, 10, 12), result.report.verdict
-    (True, False)
-
     Args:
         name: one of `organisms.names()`.
         seed: of the random sets, the bootstrap and the sign flips.

@@ -45,4 +45,4 @@ def hooked() -> Callable[..., HookedMoE]:
 @pytest.fixture(scope="session")
 def planted_demo() -> DemoResult:
     """The demo on the planted organism, run once a session (and process)."""
-    return run_demo("planted", n_random=8, progress=False)
+    return run_demo("planted", n_random=4, progress=False)

@@ -208,6 +208,7 @@ def test_half_precision(hooked) -> None:
 
 def test_leaves_the_model_as_it_was(hooked) -> None:
     model, given = hooked("olmoe"), tokens(1, 4)
+    model.zero_grad(set_to_none=True)  # other tests share the model
     census, before = hook_census(model), model(given).detach()
     with torch.no_grad():
         virtual_ablation(model, given, progress=False)
