@@ -19,6 +19,7 @@ from moe_lens.ablation import (
     zero_ablate,
 )
 from moe_lens.attribution import expert_logit_attribution, expert_logit_lens
+from moe_lens.collection import collect_routing
 from moe_lens.contrast import ExpertScores, risk_difference
 from moe_lens.contrastive_pairs import ContrastivePairs
 from moe_lens.detection import compare_routing, detect, selection_stability, template_agreement
@@ -36,7 +37,7 @@ from moe_lens.prompts import Prompt
 from moe_lens.published import read_published_ranking
 from moe_lens.route_record import RouteRecord, replay_hooks
 from moe_lens.routing_rules import register_rule
-from moe_lens.routing_stats import RoutingStats, collect_routing, is_routing_point
+from moe_lens.routing_stats import RoutingStats, is_routing_point
 from moe_lens.rule_base import RoutingRule
 from moe_lens.spans import TextSpan, span_mask
 from moe_lens.steering import steer_hooks

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import paired_statistics
+from moe_lens.collection import collect_routing
 from moe_lens.contrast import Evidence, ExpertScores, check_comparable
 from moe_lens.contrastive_pairs import ContrastivePairs
 from moe_lens.errors import DataError
@@ -30,7 +31,7 @@ from moe_lens.moe_shape import as_index
 from moe_lens.paired_counts import PairedCounts
 from moe_lens.paired_statistics import check_settings
 from moe_lens.prompt_counts import PromptCounts
-from moe_lens.routing_stats import RoutingStats, collect_routing
+from moe_lens.routing_stats import RoutingStats
 from moe_lens.spans import Span
 
 

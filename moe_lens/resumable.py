@@ -17,9 +17,10 @@ from typing import Any, Final
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from moe_lens.collection import RunningTotal, iterate_routing
 from moe_lens.errors import DataError
 from moe_lens.files import check_writable
-from moe_lens.routing_stats import RoutingStats, RunningTotal, iterate_routing
+from moe_lens.routing_stats import RoutingStats
 
 SAVING_SHARE: Final = 0.05
 """Largest share of the time that is spent on writing partial files."""

@@ -1,36 +1,36 @@
-"""Which experts run, how often and with what weight: `RoutingStats`, from a cache or streamed.
+"""Which experts run, how often and with what weight: `RoutingStats`, from a cache.
 
     _, cache = model.run_with_cache(prompts)
-    stats = RoutingStats.from_cache(cache)                 # one batch
-    stats = collect_routing(model, prompts)                # any number of prompts, one batch at a time
+    stats = RoutingStats.from_cache(cache)
     stats.rates                                            # [layer expert], share of tokens, in [0, 1]
+    stats.top_experts(10, layer=3)                         # the ten busiest of a layer
     (stats + other).save("stats.safetensors")
 
 Counts are exact integers; means come from sums in float64.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
-from moe_lens.batching import Prompts, how_many
 from moe_lens.bridge_layers import moe_shape, routing_layers
 from moe_lens.co_routing import AdjacentOverlap, CoActivation, CoRouting, Transitions, adjacent_overlap
 from moe_lens.errors import DataError
 from moe_lens.files import atomic_write
 from moe_lens.load_balance import LoadBalance, load_balance
-from moe_lens.moe_shape import UNKNOWN_MODEL, MoEShape, shape_from_json
+from moe_lens.moe_shape import UNKNOWN_MODEL, MoEShape, as_index, shape_from_json
 from moe_lens.prompt_counts import (
     PositionCounts,
     PromptCounts,
@@ -45,7 +45,6 @@ from moe_lens.prompt_counts import (
     probabilities_by_prompt,
 )
 from moe_lens.rule_base import RoutingRule
-from moe_lens.spans import Span, counted_batches
 from moe_lens.vocabulary import TokenCounts
 
 _KIND: Final = "moe_lens.RoutingStats"
@@ -55,13 +54,13 @@ _READABLE: Final = (1, 2)
 
 _MATRICES: Final = ("counts", "probability_sums", "weight_sums")
 _VECTORS: Final = ("entropy_sums", "margin_sums")
-_TABLES: Final[dict[str, Any]] = {
+TABLES: Final[dict[str, Any]] = {
     "co_routing": CoRouting,
     "per_prompt": PromptCounts,
     "by_position": PositionCounts,
     "vocabulary": TokenCounts,
 }
-OPTIONAL: Final = (*_VECTORS, *_TABLES)
+OPTIONAL: Final = (*_VECTORS, *TABLES)
 """Fields of RoutingStats that may be None."""
 
 
@@ -127,7 +126,7 @@ class RoutingStats:
                 f"RoutingStats.counts: a layer's counts must sum to n_tokens × k = "
                 f"{self.n_tokens * self.shape.top_k}; got {self.counts.sum(-1).tolist()}."
             )
-        for table in self._tables().values():
+        for table in self.tables().values():
             table.check(self.counts, self.n_tokens, self.shape.top_k)
 
     @classmethod
@@ -262,6 +261,48 @@ class RoutingStats:
         """Activation rate at each position of the prompts, in [0, 1], float64; NaN where no token counts."""
         return self._have("by_position").rates
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an expert, in order: layer, expert, count, rate, mean_probability, mean_weight."""
+        n_layers, n_experts = self.counts.shape
+        measures = ("counts", "rates", "mean_probability", "mean_weight")
+        count, *means = (getattr(self, name).flatten().numpy() for name in measures)
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(self.shape.layers, n_experts),
+                "expert": np.tile(np.arange(n_experts), n_layers),
+                "count": count,
+                **dict(zip(("rate", "mean_probability", "mean_weight"), means, strict=True)),
+            }
+        )
+
+    def top_experts(self, n: int, layer: int | None = None) -> pd.DataFrame:
+        """The n experts that are chosen most often: the rows of `to_dataframe`, largest rate first.
+
+        >>> from moe_lens import collect_routing, organisms
+        >>> stats = collect_routing(organisms.load("specialised"), "Question : what is", progress=False)
+        >>> list(stats.top_experts(3, layer=2)["rate"])
+        [0.8, 0.8, 0.2]
+
+        Ties are in the order of layer and expert.
+
+        Args:
+            layer: of this layer only; None: of all layers together.
+
+        Raises:
+            DataError: a layer without experts, or an n that is not between 1 and the number of experts.
+        """
+        if layer is not None and layer not in self.shape.layers:
+            raise DataError(f"Layer {layer!r} has no counts here; those that have: {self.shape.layers}.")
+        frame = self.to_dataframe()
+        frame = frame if layer is None else frame.loc[frame["layer"] == layer]
+        if (number := as_index(n)) is None or not 1 <= number <= len(frame):
+            where = "all layers together" if layer is None else f"layer {layer}"
+            raise DataError(
+                f"top_experts: n must be from 1 to {len(frame)}, the experts of {where}; got {n!r}."
+            )
+        order = np.argsort(-frame["rate"].to_numpy(), kind="stable")
+        return frame.iloc[order[:number]].reset_index(drop=True)
+
     def load_balance(self) -> LoadBalance:
         """How evenly each layer's choices fall on its experts: entropy, Gini, max / mean, busiest experts."""
         return load_balance(self)
@@ -336,7 +377,7 @@ class RoutingStats:
         plain = {name: getattr(self, name) for name in (*_MATRICES, *_VECTORS)}
         inside = {
             f"{name}.{field}": tensor
-            for name, table in self._tables().items()
+            for name, table in self.tables().items()
             for field, tensor in vars(table).items()
         }
         return {
@@ -355,7 +396,7 @@ class RoutingStats:
             else:
                 sums[name] = tensor
         try:
-            built = {name: _TABLES[name](**fields) for name, fields in tables.items()}
+            built = {name: TABLES[name](**fields) for name, fields in tables.items()}
             return cls(shape_from_json(about["shape"]), about["n_tokens"], **sums, **built)
         except (KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             raise DataError(f"The tensors and metadata are no routing statistics: {error}") from error
@@ -373,8 +414,9 @@ class RoutingStats:
                 f"RoutingStats.{name} holds NaN, infinite or negative values; were the router logits NaN?"
             )
 
-    def _tables(self) -> dict[str, Any]:
-        return {name: table for name in _TABLES if (table := getattr(self, name)) is not None}
+    def tables(self) -> dict[str, Any]:
+        """The optional counts that these statistics have, by the name of their field."""
+        return {name: table for name in TABLES if (table := getattr(self, name)) is not None}
 
     def _have(self, name: str) -> Any:
         if (value := getattr(self, name)) is None:
@@ -393,126 +435,6 @@ _REMEDIES: Final = {
 }
 
 
-def collect_routing(
-    model: TransformerBridge,
-    prompts_or_tokens: Prompts,
-    *,
-    batch_size: int = 8,
-    span: Span = None,
-    special_tokens: bool = False,
-    progress: bool = True,
-    per_prompt: bool = False,
-    positions: bool = False,
-    vocabulary: bool = False,
-) -> RoutingStats:
-    """Routing statistics over many prompts, one batch in memory at a time.
-
-    >>> from moe_lens import collect_routing, organisms
-    >>> model = organisms.load("specialised")
-    >>> stats = collect_routing(model, ["Question : what is", "Document : the"], progress=False)
-    >>> stats.n_tokens                                       # 5 + 4, with BOS; padding is never counted
-    9
-
-    Args:
-        model: a HookedMoE, or a bridge after `attach`.
-        prompts_or_tokens: a string, strings, chats, a token tensor [batch pos], or token sequences of any
-            lengths; a generator is read batch by batch, so that memory does not grow with the number of
-            prompts (but with per_prompt=True).
-        batch_size: prompts a forward.
-        span: which tokens of each prompt count: see `moe_lens.spans.Span`; None for all.
-        special_tokens: let spans that are strings count special tokens too.
-        progress: show a progress bar.
-        per_prompt, positions, vocabulary: keep counts of each prompt, at each position, by token, too.
-
-    Raises:
-        DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
-    """
-    total = RunningTotal()
-    for stats in iterate_routing(
-        model, prompts_or_tokens, batch_size=batch_size, span=span, special_tokens=special_tokens,
-        progress=progress, per_prompt=per_prompt, positions=positions, vocabulary=vocabulary,
-    ):  # fmt: skip
-        total.add(stats)
-    return total.stats()
-
-
-def iterate_routing(
-    model: TransformerBridge,
-    prompts_or_tokens: Prompts,
-    *,
-    batch_size: int = 8,
-    span: Span = None,
-    special_tokens: bool = False,
-    progress: bool = False,
-    per_prompt: bool = False,
-    positions: bool = False,
-    vocabulary: bool = False,
-    skip: int = 0,
-) -> Iterator[RoutingStats]:
-    """The statistics of each batch, in order: what `collect_routing` sums, with the same arguments.
-
-    Added one after the other they give its result bit for bit, so a sum that was saved after some batches
-    can be continued with the rest: with `skip`, so many batches are not run.
-
-    >>> from moe_lens import organisms
-    >>> model = organisms.load("specialised")
-    >>> parts = iterate_routing(model, ["Question : what is", "Document : the"], batch_size=1)
-    >>> [stats.n_tokens for stats in parts]
-    [5, 4]
-    """
-    rules = {layer: moe.rule for layer, moe in routing_layers(model).items()}
-    known = how_many(prompts_or_tokens)
-    with tqdm(total=known, desc="routing", unit="prompt", disable=not progress) as bar:
-        batches = counted_batches(model, prompts_or_tokens, span, batch_size, special_tokens=special_tokens)
-        for number, (tokens, mask, counted) in enumerate(batches):
-            bar.update(len(tokens))
-            if number < skip:
-                continue
-            yield RoutingStats.from_cache(
-                _routing_cache(model, tokens, mask), counted, rules=rules, tokens=tokens, attention_mask=mask,
-                per_prompt=per_prompt, positions=positions, vocabulary=vocabulary,
-            )  # fmt: skip
-
-
-class RunningTotal:
-    """A sum of batches: floats one after the other; tables, which are exact, merged in pairs of like size.
-
-    Adding each batch's tables to the whole would copy the whole for every batch. `add` takes effect in one
-    assignment, so that an interrupt finds the batch counted or not, never half.
-    """
-
-    def __init__(self) -> None:
-        # number of batches; their sums; (batches in it, tables), in order, of falling size
-        self._state: tuple[int, RoutingStats | None, list[tuple[int, dict[str, Any]]]] = (0, None, [])
-
-    @property
-    def n_batches(self) -> int:
-        """How many batches were added."""
-        return self._state[0]
-
-    def add(self, stats: RoutingStats) -> None:
-        n, sums, tables = self._state
-        own = stats.without(*_TABLES)
-        tables = [*tables, (1, stats._tables())]
-        while len(tables) > 1 and tables[-1][0] == tables[-2][0]:
-            tables = _last_merged(tables)
-        self._state = (n + 1, own if sums is None else sums + own, tables)
-
-    def stats(self) -> RoutingStats:
-        """The statistics of all batches together."""
-        _, sums, tables = self._state
-        assert sums is not None  # counted_batches refuses an empty list
-        while len(tables) > 1:
-            tables = _last_merged(tables)
-        return replace(sums, **tables[0][1])
-
-
-def _last_merged(tables: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
-    (size, first), (other, second) = tables[-2:]
-    merged = {name: table + second[name] for name, table in first.items()}
-    return [*tables[:-2], (size + other, merged)]
-
-
 def is_routing_point(name: str) -> bool:
     """A `names_filter` for `run_with_cache` that keeps what `RoutingStats.from_cache` needs.
 
@@ -524,10 +446,3 @@ def is_routing_point(name: str) -> bool:
     """
     parsed = hook_names.parse(name)
     return parsed is not None and parsed[1] in hook_names.POINTS
-
-
-def _routing_cache(model: TransformerBridge, tokens: Tensor, mask: Tensor) -> Any:
-    # Without padding no mask is passed: the run is then the very one that `model(tokens)` makes.
-    padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    with torch.no_grad():
-        return model.run_with_cache(tokens, names_filter=is_routing_point, return_type=None, **padding)[1]

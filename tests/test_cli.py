@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from moe_lens import cli, commands, demo, organisms
+from moe_lens.collection import collect_routing
 from moe_lens.contrast import risk_difference
 from moe_lens.demo import DemoResult
 from moe_lens.model_table import markdown_table
-from moe_lens.routing_stats import collect_routing
 from moe_lens.steering_evaluation import evaluate_steering
 from moe_lens.steering_plan import SteeringPlan
 from moe_lens.steering_sweep import sweep

@@ -14,12 +14,13 @@ import torch
 
 from moe_lens import cli, commands, organisms
 from moe_lens.batching import padded_batches
+from moe_lens.collection import collect_routing
 from moe_lens.contrast import ExpertScores
 from moe_lens.contrastive_pairs import ContrastivePairs
 from moe_lens.detection import detect
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.published import read_published_ranking
-from moe_lens.routing_stats import RoutingStats, collect_routing
+from moe_lens.routing_stats import RoutingStats
 from moe_lens.steering import steer_hooks
 from moe_lens.steering_evaluation import evaluate_steering
 from moe_lens.steering_plan import SteeringPlan

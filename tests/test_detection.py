@@ -9,6 +9,7 @@ import torch
 from scipy.stats import spearmanr, ttest_rel
 
 from moe_lens import organisms
+from moe_lens.collection import collect_routing
 from moe_lens.contrast import ExpertScores, risk_difference
 from moe_lens.contrastive_pairs import ContrastivePairs
 from moe_lens.detection import compare_routing, detect, selection_stability, template_agreement
@@ -18,7 +19,7 @@ from moe_lens.moe_shape import MoEShape
 from moe_lens.paired_statistics import ScoreName
 from moe_lens.prompt_counts import PromptCounts
 from moe_lens.prompts import Prompt
-from moe_lens.routing_stats import RoutingStats, collect_routing
+from moe_lens.routing_stats import RoutingStats
 from moe_lens.steering_plan import SteeringPlan
 from tests.tiny_models import prompt
 

@@ -17,12 +17,13 @@ from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
 
 from moe_lens import organisms, plots
+from moe_lens.collection import collect_routing
 from moe_lens.contrast import Evidence, ExpertScores, risk_difference
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.moe_shape import MoEShape
 from moe_lens.prompt_routing import PromptRouting, route_prompt
-from moe_lens.routing_stats import RoutingStats, collect_routing
+from moe_lens.routing_stats import RoutingStats
 from moe_lens.steering_plan import SteeringPlan
 from moe_lens.steering_report import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, Limit, Outcome, SteeringReport
 from moe_lens.steering_sweep import SweepPoint, SweepResult

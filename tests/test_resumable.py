@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from moe_lens import resumable, routing_stats
+from moe_lens import collection, resumable
+from moe_lens.collection import collect_routing
 from moe_lens.errors import DataError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.resumable import collect_to_file
-from moe_lens.routing_stats import RoutingStats, collect_routing
+from moe_lens.routing_stats import RoutingStats
 from tests.tiny_models import tokens
 
 PROMPTS = [" ".join(f"w{(7 * i + j) % 46}" for j in range(2 + i % 5)) for i in range(22)]
@@ -156,7 +157,7 @@ def _interrupting(at: int, seen: list[int]) -> Callable[..., Any]:
 
     def call(frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
-        places = {("collect_to_file", resumable.__file__), ("add", routing_stats.__file__)}
+        places = {("collect_to_file", resumable.__file__), ("add", collection.__file__)}
         return line if (code.co_name, code.co_filename) in places else None
 
     return call

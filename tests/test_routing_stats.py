@@ -27,11 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lens import routing_stats
+from moe_lens.collection import collect_routing, iterate_routing
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.hooked_moe import HookedMoE, attach
 from moe_lens.moe_shape import MoEShape
 from moe_lens.plain_rules import SoftmaxTopK
-from moe_lens.routing_stats import RoutingStats, collect_routing, is_routing_point, iterate_routing
+from moe_lens.routing_stats import RoutingStats, is_routing_point
 from moe_lens.steering import steer_hooks
 from moe_lens.steering_plan import SteeringPlan
 from tests.tiny_models import (
@@ -959,3 +960,32 @@ def test_a_prompt_of_which_nothing_counts_keeps_its_row() -> None:
     )
     assert stats.per_prompt is not None
     assert stats.per_prompt.n_tokens.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("recipe", ["olmoe", "deepseek_v3"])
+def test_top_experts_are_those_of_a_sort_by_hand(hooked: Hooked, recipe: str) -> None:
+    stats = collect_routing(hooked(recipe), tokens(3, 6), progress=False)
+    every = [
+        (-stats.counts[row, expert].item(), layer, expert)
+        for row, layer in enumerate(stats.shape.layers)
+        for expert in range(stats.shape.n_experts)
+    ]
+    for layer in (None, *stats.shape.layers):
+        expected = sorted(entry for entry in every if layer in (None, entry[1]))
+        for n in (1, len(expected)):
+            found = stats.top_experts(n, layer)
+            assert list(zip(-found["count"], found["layer"], found["expert"], strict=True)) == expected[:n]
+    for row in stats.to_dataframe().to_dict("records"):
+        at = stats.shape.layers.index(row["layer"]), row["expert"]
+        assert (row["rate"], row["mean_probability"], row["mean_weight"]) == (
+            stats.rates[at], stats.mean_probability[at], stats.mean_weight[at]
+        )  # fmt: skip
+
+
+def test_top_experts_that_there_are_not(hooked: Hooked) -> None:
+    stats = collect_routing(hooked("deepseek_v3"), tokens(1, 4), progress=False)
+    with pytest.raises(DataError, match=r"Layer 0 has no counts here; those that have: \(1"):
+        stats.top_experts(1, layer=0)  # a dense layer
+    for n in (0, -1, stats.shape.n_experts + 1, True):
+        with pytest.raises(DataError, match="n must be from 1 to"):
+            stats.top_experts(n, layer=1)

@@ -14,8 +14,12 @@ Their ground truth is known, because `moe_lens.organisms.train` gave it to them:
 was trained to do, and the model card in each checkpoint's folder what that shows, and what it does not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
+
+from transformers.utils import logging
 
 from moe_lens.errors import MoELensError
 from moe_lens.hooked_moe import HookedMoE
@@ -57,7 +61,7 @@ def world(name: str) -> World:
 
 
 def load(name: str, **kwargs: Any) -> HookedMoE:
-    """An organism as a HookedMoE, ready for hooks.
+    """An organism as a HookedMoE, ready for hooks; no progress bar for half a million parameters.
 
     Args:
         name: one of `names()`.
@@ -66,4 +70,17 @@ def load(name: str, **kwargs: Any) -> HookedMoE:
     Raises:
         MoELensError: for a name that is not in `names()`.
     """
-    return HookedMoE.from_pretrained(path(name), **kwargs)
+    with _without_progress_bar():
+        return HookedMoE.from_pretrained(path(name), **kwargs)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from moe_lens import organisms
 from moe_lens.errors import MoELensError
@@ -111,3 +112,12 @@ def test_no_machine_path_in_the_checkpoints() -> None:
     ]
     absolute = re.compile(r"[\"'\s(]/[a-z]+/")
     assert not [file for file in texts if absolute.search(file.read_text(encoding="utf-8"))]
+
+
+def test_loading_is_quiet_and_leaves_progress_bars_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
+    assert logging.is_progress_bar_enabled()
+    organisms.load("null")
+    with pytest.raises(TypeError):
+        organisms.load("null", no_such_argument=1)
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
