@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env demo test lint
+.PHONY: env demo test lint tutorials
 
 env: .venv/installed  ## create .venv with the tested versions
 
@@ -16,6 +16,9 @@ demo: env  ## the main job on the shipped models: prints the table, writes moe-l
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+
+tutorials: env  ## run the tutorials again, from clean, and write their outputs
+	$(BIN)/python -m tests.notebooks
 
 lint: env
 	$(BIN)/ruff check .
