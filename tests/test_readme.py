@@ -1,6 +1,7 @@
 """The README's code runs, and its table is what the demo gives."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import moe_lens
 from moe_lens.demo import DemoResult
 from moe_lens.moe_layers import MoELayer, check_router
 from moe_lens.routing_rules import RULES, rule_for
+from tests.notebooks import ROOT, same_text
 
-CONTRIBUTING = (Path(moe_lens.__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-README = (Path(moe_lens.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_code_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +52,16 @@ def test_the_ten_line_example_prints_what_its_comments_say(capsys: pytest.Captur
     assert [unsteered.endswith(said[0]), steered.endswith(said[1])] == [True, True]
 
 
+def test_the_table_of_alternatives_is_what_is_measured() -> None:
+    table = re.findall(r"<!-- alternatives -->\n(.*?)<!-- /alternatives -->", README, flags=re.DOTALL)[0]
+    script = runpy.run_path(str(ROOT / "benchmarks" / "alternatives.py"))
+    with torch.no_grad():
+        measured = script["bridge_rows"]()
+    assert len(measured) == 5
+    for row, committed in zip(measured, table.splitlines()[2:], strict=False):
+        assert same_text(committed, row)
+
+
 def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
     """Within .05: another processor may break a near tie the other way."""
     lines = [
@@ -65,10 +77,3 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
     assert float(row["doc rate"]) == pytest.approx(report.unsteered.rate, abs=0.05)
     assert row["verdict"] == "exceeds controls"
     assert row["experts off"].startswith(f"{planted_demo.size} of ")
-
-
-def test_links_and_figures_exist() -> None:
-    root = Path(moe_lens.__file__).parents[1]
-    targets = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert targets
-    assert [target for target in targets if not (root / target).exists()] == []
