@@ -223,7 +223,9 @@ def risk_difference(stats_1: RoutingStats, stats_2: RoutingStats) -> ExpertScore
         DataError: the statistics are of different models, layers, numbers of experts or k.
     """
     check_comparable(stats_1, stats_2)
-    return ExpertScores(stats_1.rates - stats_2.rates, stats_1, stats_2)
+    # over the common denominator, so that equal differences are equal in float64 and tie
+    numerator = stats_1.counts * stats_2.n_tokens - stats_2.counts * stats_1.n_tokens
+    return ExpertScores(numerator.double() / (stats_1.n_tokens * stats_2.n_tokens), stats_1, stats_2)
 
 
 def check_comparable(stats_1: Any, stats_2: Any) -> None:

@@ -237,7 +237,7 @@ def check_settings(
 
 def _pooled_score(name: str, a1: Any, n1: Any, a2: Any, n2: Any) -> np.ndarray:
     if name != "log_odds_ratio":
-        return a1 / n1 - a2 / n2
+        return (a1 * n2 - a2 * n1) / (n1 * n2)  # over the common denominator, so that ties are exact
     ratio = np.log((a1 + 0.5) / (n1 - a1 + 0.5)) - np.log((a2 + 0.5) / (n2 - a2 + 0.5))
     same = ((a1 == 0) & (a2 == 0)) | ((a1 == n1) & (a2 == n2))  # else unequal lengths alone give a score
     return np.where(same, 0.0, ratio)

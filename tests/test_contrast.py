@@ -32,6 +32,22 @@ def with_delta(delta: list[list[float]]) -> ExpertScores:
 
 
 @settings(max_examples=40, deadline=None)
+@given(seeds, seeds, sizes, st.integers(1, 3))
+def test_equal_differences_tie(seed_1: int, seed_2: int, n_1: int, times: int) -> None:
+    n_2 = times * n_1
+    first, second = stats(seed_1, n_1), stats(seed_2, n_2)
+    exact = [
+        Fraction(int(a), n_1) - Fraction(int(b), n_2)
+        for a, b in zip(first.counts.flatten(), second.counts.flatten(), strict=True)
+    ]
+    delta = risk_difference(first, second).delta.flatten().tolist()
+    assert len(set(delta)) == len(set(exact))
+    assert sorted(range(len(exact)), key=exact.__getitem__) == sorted(
+        range(len(exact)), key=delta.__getitem__
+    )
+
+
+@settings(max_examples=40, deadline=None)
 @given(seeds, seeds, sizes, sizes)
 def test_delta_is_the_difference_of_the_rates(seed_1: int, seed_2: int, n_1: int, n_2: int) -> None:
     first, second = stats(seed_1, n_1), stats(seed_2, n_2)

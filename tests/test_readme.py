@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-import moe_lens
 from moe_lens.demo import DemoResult
 from moe_lens.moe_layers import MoELayer, check_router
 from moe_lens.routing_rules import RULES, rule_for
