@@ -246,7 +246,7 @@ def token_routing(
     order = routing.weights[rows].argsort(dim=-1, descending=True, stable=True)
     experts = routing.indices[rows].gather(-1, order).numpy()
     shown = min(routing.shape.top_k, 3)
-    ax = ax or new_axes(max(6.0, 1.5 + 0.62 * len(routing.tokens)), rows=max(3, len(layers)))
+    ax = ax or new_axes(max(6.0, 1.5 + 0.45 * len(routing.tokens)), rows=max(3, len(layers)))
     ax.imshow(
         experts[..., 0], cmap=_expert_colors(routing.shape.n_experts), vmin=-0.5, aspect="auto",
         vmax=routing.shape.n_experts - 0.5, origin="lower", alpha=0.75,
