@@ -22,10 +22,11 @@ from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import DataError, HookError
 from tests import router_oracle as oracle
 from tests.test_expert_hooks import routed_outputs, switched_on
-from tests.tiny_models import EVERY_FAMILY, FAMILIES, prompt, tiny_model, tokenizer, tokens
+from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
 __all__ = ["switched_on"]  # a fixture
+one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
 core_family = pytest.mark.parametrize("recipe", FAMILIES)
 BY_ORDER_OF_LOGITS = (
@@ -72,7 +73,7 @@ def test_zero_and_keep_are_the_whole(hooked: Hooked, recipe: str) -> None:
     assert bool((totals[2] != totals[0]).any())
 
 
-@every_family
+@one_of_each_kind
 def test_zero_leaves_the_route_and_the_others_weights(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layer = model.moe_layers[0]
@@ -155,7 +156,7 @@ def test_means_are_those_of_a_loop_over_tokens(hooked: Hooked, recipe: str) -> N
     assert torch.equal(means.counts, collect_routing(model, texts, span="all").counts)
 
 
-@every_family
+@one_of_each_kind
 def test_a_mean_over_one_token_leaves_that_token_as_it_is(switched_on: Hooked, recipe: str) -> None:
     model = switched_on(recipe)
     model.set_use_expert_out(False)
@@ -214,7 +215,7 @@ def test_swapping_both_ways_is_swapping_the_parameters(recipe: str) -> None:
     assert not torch.equal(got, run(model))
 
 
-@every_family
+@one_of_each_kind
 def test_swapping_an_expert_with_itself_changes_nothing(switched_on: Hooked, recipe: str) -> None:
     model = switched_on(recipe)
     itself = [(n, e, e) for n in model.moe_layers for e in range(model.n_experts)]

@@ -250,7 +250,7 @@ def assert_weights_are_sound(rule: Any, indices: Tensor, weights: Tensor, activa
         assert (weights[indices == expert] >= largest * (1 - 1e-6)).all()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     data=st.data(),
     shape=st.sampled_from([*GROUPED, (2, 1, 1, 1), (5, 2, 1, 1), (6, 6, 1, 1), (8, 3, 1, 1)]),
@@ -294,7 +294,7 @@ def test_a_steered_sigmoid_rule_runs_the_best_of_all_sets_that_the_plan_allows(
     assert_weights_are_sound(rule, indices, weights, plan[0])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
     n_experts=st.integers(2, 8),
@@ -325,7 +325,7 @@ def test_a_steered_biased_softmax_runs_the_best_of_all_sets_that_the_plan_allows
     assert_weights_are_sound(rule, indices, weights, plan[0])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
     shape=st.sampled_from(GROUPED),

@@ -31,12 +31,6 @@ def test_specialised_steers_both_ways_beyond_its_controls() -> None:
     assert report.effect_interval("−")[1] < 0
 
 
-def test_null_stays_inside_its_controls() -> None:
-    report = run_demo("null", n_random=6, progress=False).report
-    assert not report.verdict
-    assert report.explanation.startswith("No effect beyond the controls")
-
-
 def test_outcomes_equal_a_prompt_by_prompt_count(planted_demo: DemoResult) -> None:
     model, world = organisms.load("planted"), organisms.world("planted")
     for plan, outcome in (

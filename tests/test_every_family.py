@@ -29,12 +29,22 @@ from moe_lens.routing_stats import RoutingStats, is_routing_point
 from moe_lens.steering import steer_hooks
 from moe_lens.steering_plan import SteeringPlan
 from tests import router_oracle as oracle
-from tests.tiny_models import EVERY_FAMILY, hook_census, plain_bridge, save, tiny_model, tokenizer, tokens
+from tests.tiny_models import (
+    EVERY_FAMILY,
+    ONE_OF_EACH_KIND,
+    hook_census,
+    plain_bridge,
+    save,
+    tiny_model,
+    tokenizer,
+    tokens,
+)
 
 Hooked = Callable[..., HookedMoE]
 Plain = Callable[..., TransformerBridge]
 Layers = dict[int, list[int]]
 every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
+one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SPELLERS = (hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights)
 SCALES = (0.3, 2.0, 10.0)
@@ -145,7 +155,7 @@ def test_unhooked_it_is_the_plain_bridge_bit_for_bit(
     assert torch.equal(ours(tokens(), return_type="loss"), theirs(tokens(), return_type="loss"))
 
 
-@every_family
+@one_of_each_kind
 def test_attach_to_a_plain_bridge_changes_no_bit_in_float16(recipe: str) -> None:
     bridge = plain_bridge(tiny_model(recipe, torch.float16))
     before = bridge(tokens())
@@ -340,7 +350,7 @@ def test_the_gradient_at_the_logits_is_that_of_hfs_router(hooked: Hooked, plain:
         assert_near(actual, expected)
 
 
-@every_family
+@one_of_each_kind
 def test_gradients_reach_the_logits_in_bfloat16(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe, torch.bfloat16)
     for layer in model.moe_layers:
@@ -501,7 +511,7 @@ def test_the_weights_of_llama4_multiply_each_experts_input(hooked: Hooked, recip
 # A hook that could not fire raises
 
 
-@every_family
+@one_of_each_kind
 def test_hooks_in_training_mode_are_refused(hooked: Hooked, recipe: str) -> None:
     model = copy.deepcopy(hooked(recipe)).train()
     for spell in SPELLERS:
@@ -552,7 +562,7 @@ def test_detach_leaves_no_trace(hooked: Hooked, plain: Plain, recipe: str) -> No
     assert set(cache.keys()) == set(their_cache.keys())
 
 
-@every_family
+@one_of_each_kind
 def test_attach_after_detach_gives_the_points_back(hooked: Hooked, recipe: str) -> None:
     model = attach(detach(copy.deepcopy(hooked(recipe))))
     hooks = on_logits(roll, *model.moe_layers)
@@ -561,7 +571,7 @@ def test_attach_after_detach_gives_the_points_back(hooked: Hooked, recipe: str) 
     assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=hooks), expected)
 
 
-@every_family
+@one_of_each_kind
 def test_a_deep_copy_has_points_of_its_own(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     before, clone, hooks = model(tokens()), copy.deepcopy(model), on_logits(roll, *model.moe_layers)
@@ -786,7 +796,7 @@ def test_parameters_that_the_rule_needs_may_be_offloaded_to_disk(recipe: str, tm
         assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=hooks), expected)
 
 
-@every_family
+@one_of_each_kind
 @both_dtypes
 def test_logits_that_a_later_hook_puts_back_undo_the_plan(
     hooked: Hooked, recipe: str, dtype: torch.dtype

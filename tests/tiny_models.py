@@ -114,6 +114,12 @@ ALL_RECIPES = tuple(_RECIPES)
 EVERY_FAMILY = (*FAMILIES, *(name for name in model_recipes.RECIPES if name != "switch"))
 """At least one recipe for every architecture of `supported_models`."""
 
+ONE_OF_EACH_KIND = (
+    "olmoe", "mixtral", "qwen2_moe", "deepseek_v2_grouped", "deepseek_v3", "deepseek_v4_hash", "ernie4_5_moe",
+    "gemma4", "gpt_oss", "granitemoe", "jetmoe", "llama4", "nemotron_h_latent", "phimoe",
+)  # fmt: skip
+"""One recipe per routing rule and way of running experts; the promises themselves use EVERY_FAMILY."""
+
 _CORRECTION_BIASES = ("e_score_correction_bias", "expert_bias")
 
 MOE_LAYERS = {
