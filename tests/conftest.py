@@ -46,3 +46,8 @@ def hooked() -> Callable[..., HookedMoE]:
 def planted_demo() -> DemoResult:
     """The demo on the planted organism, run once a session (and process)."""
     return run_demo("planted", n_random=4, progress=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest first, so that no worker is left with them at the end."""
+    items.sort(key=lambda item: "test_runs_from_clean_and_shows_what_is_committed" not in item.nodeid)

@@ -45,6 +45,13 @@ Plain = Callable[..., TransformerBridge]
 Layers = dict[int, list[int]]
 every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
 one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
+in_both_dtypes = pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        *(pytest.param(name, torch.float32, id=f"{name}-float32") for name in EVERY_FAMILY),
+        *(pytest.param(name, torch.bfloat16, id=f"{name}-bfloat16") for name in ONE_OF_EACH_KIND),
+    ],
+)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SPELLERS = (hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights)
 SCALES = (0.3, 2.0, 10.0)
@@ -143,8 +150,7 @@ def hf_model(bridge: TransformerBridge) -> Any:
 # Nothing hooked, nothing changed
 
 
-@every_family
-@both_dtypes
+@in_both_dtypes
 def test_unhooked_it_is_the_plain_bridge_bit_for_bit(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -196,8 +202,7 @@ def test_gradients_are_those_of_the_plain_bridge(hooked: Hooked, plain: Plain, r
 # Hooks that change nothing
 
 
-@every_family
-@both_dtypes
+@in_both_dtypes
 def test_identity_hooks_and_caching_change_no_bit(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -210,8 +215,7 @@ def test_identity_hooks_and_caching_change_no_bit(
         assert torch.equal(our_cache[name], value), name
 
 
-@every_family
-@both_dtypes
+@in_both_dtypes
 def test_the_points_have_their_names_shapes_and_dtypes(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -254,8 +258,7 @@ def test_a_layer_without_router_has_no_points(hooked: Hooked, recipe: str) -> No
 # Edited logits re-route as the architecture's own router does
 
 
-@every_family
-@both_dtypes
+@in_both_dtypes
 def test_edited_logits_reroute_as_hf_would(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -291,8 +294,7 @@ def test_edited_logits_reroute_as_in_a_bare_hf_model(hooked: Hooked, recipe: str
         assert_near(actual, bare(input_ids=tokens(), use_cache=False).logits)
 
 
-@every_family
-@both_dtypes
+@in_both_dtypes
 def test_edited_logits_reroute_under_left_padding(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -303,8 +305,7 @@ def test_edited_logits_reroute_under_left_padding(
         assert torch.equal(actual, bare(input_ids, **mask))
 
 
-@every_family
-@both_dtypes
+@in_both_dtypes
 def test_edited_logits_reroute_in_every_cached_step(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -647,8 +648,7 @@ class Obeyed:
         assert (indices.sort(-1).values.diff() > 0).all()  # no expert twice
 
 
-@every_family
-@both_dtypes
+@in_both_dtypes
 def test_steering_keeps_its_guarantee_on_every_token(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     model = hooked(recipe, dtype)
     before, (input_ids, mask) = model(tokens()), padded()
@@ -663,8 +663,7 @@ def test_steering_keeps_its_guarantee_on_every_token(hooked: Hooked, recipe: str
     assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=steer_hooks(SteeringPlan())), before)
 
 
-@every_family
-@both_dtypes
+@in_both_dtypes
 def test_steering_holds_in_generation_with_and_without_cache(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
