@@ -14,8 +14,8 @@ env: .venv/installed  ## create .venv with the tested versions
 demo: env  ## the main job on the shipped models: prints the table, writes moe-lens-demo/
 	$(BIN)/moe-lens demo
 
-test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+test: env  ## by file, so that models which a file's tests share are built once
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 tutorials: env  ## run the tutorials again, from clean, and write their outputs
 	$(BIN)/python -m tests.notebooks
