@@ -170,20 +170,25 @@ def unregister(bridge: TransformerBridge) -> None:
 
 
 def _name(bridge: TransformerBridge, added: dict[int, dict[str, Any]]) -> None:
-    """Let the bridge know points (layer -> short name -> point) under both of their names."""
+    """Let the bridge know points (layer -> short name -> point) under both of their names.
+
+    As TransformerLens' own scan for hooks would, which walks the whole bridge each time.
+    """
     for number, points in added.items():
         block: Any = bridge.blocks[number]
         if not hasattr(block, "mlp"):  # the MoE block has another name here; the points' names are the same
             block.mlp = _PointsOnly().train(bridge.training)
-        for name, point in points.items():
-            point.train(bridge.training)
+        for name, target in hook_names.block_aliases(tuple(points)).items():
+            point = points[name].train(bridge.training)
             setattr(block.mlp, name, point)
-    bridge._scan_existing_hooks(bridge, "")  # the first scan gives the points their canonical names ...
+            point.name = f"blocks.{number}.{target}"
+            bridge._hook_registry[point.name] = point
     for number, points in added.items():
         block = bridge.blocks[number]
         block._hook_alias_registry.update(hook_names.block_aliases(tuple(points)))
         block._register_aliases()
-    bridge._scan_existing_hooks(bridge, "")  # ... the second adds the block-level aliases
+        for name, point in points.items():
+            bridge._hook_registry[f"blocks.{number}.{name}"] = point
 
 
 def _forget(bridge: TransformerBridge, number: int, points: tuple[str, ...]) -> None:

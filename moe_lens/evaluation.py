@@ -44,7 +44,8 @@ def answers_with(
     """
     if len(answers) != len(prompts):
         raise DataError(f"{len(prompts)} prompts need as many answers; got {len(answers)}.")
-    expected = torch.tensor([_single_token(model, answer) for answer in answers])
+    token_of = {answer: _single_token(model, answer) for answer in dict.fromkeys(answers)}
+    expected = torch.tensor([token_of[answer] for answer in answers])
     predicted = [
         logits[:, -1].argmax(-1).cpu() for _, _, logits in _batch_logits(model, prompts, hooks, batch_size)
     ]

@@ -39,7 +39,12 @@ def hooked() -> Callable[..., HookedMoE]:
         model.run_with_cache(tokens(1, 2))  # transformers puts hooks of its own at the first such run
         return model
 
-    return build
+    def hand_out(*args: Any, **config: Any) -> HookedMoE:
+        model = build(*args, **config)
+        model.zero_grad()  # another test's backward pass leaves gradients
+        return model
+
+    return hand_out
 
 
 @pytest.fixture(scope="session")
