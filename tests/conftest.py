@@ -1,41 +1,49 @@
-"""Fixtures shared by all tests. Tiny models and the tokenizer are plain functions in tests/tiny_models.py."""
+"""Fixtures shared by all tests. Tiny models and the tokenizer are plain functions in tests/tiny_models.py.
+
+What takes seconds to import is imported in the fixtures: the process that hands tests out to others needs
+none of it, and they wait for it.
+"""
 
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
+
+if TYPE_CHECKING:
+    from moe_lens.demo import DemoResult
+    from moe_lens.hooked_moe import HookedMoE
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
 
-from transformer_lens.model_bridge.supported_architectures.qwen3_5_multimodal import (
-    Qwen3_5MultimodalArchitectureAdapter,
-)
-from transformer_lens.model_bridge.supported_architectures.qwen3_vl import Qwen3VLArchitectureAdapter
 
-from moe_lens.demo import DemoResult, run_demo
-from moe_lens.hooked_moe import HookedMoE
-from tests.tiny_models import tiny_model, tokenizer, tokens
+@pytest.fixture(scope="session", autouse=True)
+def for_tiny_models() -> None:
+    import torch
+    from transformer_lens.model_bridge.supported_architectures.qwen3_5_multimodal import (
+        Qwen3_5MultimodalArchitectureAdapter,
+    )
+    from transformer_lens.model_bridge.supported_architectures.qwen3_vl import Qwen3VLArchitectureAdapter
 
-# These adapters ask for torchvision, which has no CPU build; only images need it, and tests send none.
-Qwen3VLArchitectureAdapter.required_libraries = []
-Qwen3_5MultimodalArchitectureAdapter.required_libraries = []
-
-torch.set_num_threads(1)  # the models are too small to gain from more, and threads wait for each other
+    # These adapters ask for torchvision, which has no CPU build; only images need it, and tests send none.
+    Qwen3VLArchitectureAdapter.required_libraries = []
+    Qwen3_5MultimodalArchitectureAdapter.required_libraries = []
+    torch.set_num_threads(1)  # the models are too small to gain from more, and threads wait for each other
 
 
 @pytest.fixture(scope="session")
-def hooked() -> Callable[..., HookedMoE]:
+def hooked() -> Callable[..., "HookedMoE"]:
     """`hooked("olmoe", torch.bfloat16)`: a HookedMoE with a left-padding tokenizer, one a session.
 
     For tests that leave the model as they found it; the others build their own.
     """
+    from moe_lens.hooked_moe import HookedMoE
+    from tests.tiny_models import tiny_model, tokenizer, tokens
 
     @cache
-    def build(recipe: str = "olmoe", dtype: torch.dtype = torch.float32, **config: Any) -> HookedMoE:
-        model = HookedMoE.from_hf(tiny_model(recipe, dtype, **config), tokenizer())
+    def build(recipe: str = "olmoe", *args: Any, **config: Any) -> HookedMoE:
+        model = HookedMoE.from_hf(tiny_model(recipe, *args, **config), tokenizer())
         model.run_with_cache(tokens(1, 2))  # transformers puts hooks of its own at the first such run
         return model
 
@@ -48,8 +56,10 @@ def hooked() -> Callable[..., HookedMoE]:
 
 
 @pytest.fixture(scope="session")
-def planted_demo() -> DemoResult:
+def planted_demo() -> "DemoResult":
     """The demo on the planted organism, run once a session (and process)."""
+    from moe_lens.demo import run_demo
+
     return run_demo("planted", n_random=4, progress=False)
 
 

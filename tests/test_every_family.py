@@ -177,7 +177,7 @@ def test_attach_to_a_plain_bridge_changes_no_bit_in_float16(recipe: str) -> None
     assert not torch.equal(rerouted, before)
 
 
-@every_family
+@one_of_each_kind
 def test_gradients_are_those_of_the_plain_bridge(hooked: Hooked, plain: Plain, recipe: str) -> None:
     def gradients(bridge: TransformerBridge, hooks: list[Any]) -> dict[str, Tensor | None]:
         parameters = {n: p for n, p in hf_model(bridge).named_parameters() if p.requires_grad}
