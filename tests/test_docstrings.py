@@ -1,16 +1,13 @@
 """Every example in a docstring runs and prints what it says; every public name has one."""
 
-import copy
 import doctest
 import importlib
 import inspect
 import pkgutil
-from functools import cache
 
 import pytest
 
 import moe_lens
-from moe_lens import HookedMoE, organisms
 
 MODULES = sorted(
     module.name
@@ -19,18 +16,9 @@ MODULES = sorted(
 )
 
 
-_loaded = cache(organisms.load)
-
-
-def _copy_of(name: str) -> HookedMoE:
-    """As `organisms.load`, in a sixth of its time."""
-    return copy.deepcopy(_loaded(name))
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # an example may write a file
-    monkeypatch.setattr(organisms, "load", _copy_of)
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, name, globs=dict(vars(module))):
