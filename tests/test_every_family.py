@@ -276,7 +276,7 @@ def test_edited_logits_reroute_as_hf_would(
         assert not torch.equal(actual, unedited)
 
 
-@every_family
+@one_of_each_kind
 def test_each_layer_has_its_own_point(hooked: Hooked, plain: Plain, recipe: str) -> None:
     model, bare = hooked(recipe), plain(recipe)
     for layer in model.moe_layers:
@@ -286,7 +286,7 @@ def test_each_layer_has_its_own_point(hooked: Hooked, plain: Plain, recipe: str)
         assert not torch.equal(expected, bare(tokens()))
 
 
-@every_family
+@one_of_each_kind
 def test_edited_logits_reroute_as_in_a_bare_hf_model(hooked: Hooked, recipe: str) -> None:
     model, bare, edit = hooked(recipe), tiny_model(recipe), shuffle(1.0)
     actual = model.run_with_hooks(tokens(), fwd_hooks=on_logits(edit, *model.moe_layers))
@@ -521,7 +521,7 @@ def test_hooks_in_training_mode_are_refused(hooked: Hooked, recipe: str) -> None
     assert torch.equal(model.eval()(tokens()), hooked(recipe)(tokens()))
 
 
-@every_family
+@one_of_each_kind
 def test_a_block_that_bypasses_its_router_is_refused(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     for layer in model.moe_layers:
@@ -663,7 +663,8 @@ def test_steering_keeps_its_guarantee_on_every_token(hooked: Hooked, recipe: str
     assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=steer_hooks(SteeringPlan())), before)
 
 
-@in_both_dtypes
+@one_of_each_kind
+@both_dtypes
 def test_steering_holds_in_generation_with_and_without_cache(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -710,7 +711,7 @@ def ranks(router: Any, logits: Tensor, *rest: Any) -> Tensor:
     return n_experts - torch.stack(chosen).sum(0)
 
 
-@every_family
+@one_of_each_kind
 @pytest.mark.parametrize("seed", [0, 1])
 def test_steering_keeps_the_others_in_their_order(
     hooked: Hooked, plain: Plain, recipe: str, seed: int

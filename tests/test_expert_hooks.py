@@ -13,10 +13,20 @@ from moe_lens import HookedMoE, hook_names
 from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import HookError
 from moe_lens.hooked_moe import detach
-from tests.tiny_models import EVERY_FAMILY, FAMILIES, hook_census, prompt, tiny_model, tokenizer, tokens
+from tests.tiny_models import (
+    EVERY_FAMILY,
+    FAMILIES,
+    ONE_OF_EACH_KIND,
+    hook_census,
+    prompt,
+    tiny_model,
+    tokenizer,
+    tokens,
+)
 
 Hooked = Callable[..., Any]
 every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
+one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 core_family = pytest.mark.parametrize("recipe", FAMILIES)
 
 OUTPUTS_ADDED_AS_THEY_ARE = ("llama4", "llama4_vl")
@@ -171,7 +181,7 @@ def test_outputs_are_those_of_the_experts_formula(recipe: str) -> None:
             torch.testing.assert_close(cache["expert_out", layer][0, token, slot], expected)
 
 
-@every_family
+@one_of_each_kind
 def test_gradients_reach_the_outputs(switched_on: Hooked, recipe: str) -> None:
     """d loss / d output is the weight times d loss / d routed output, whose gradient torch gives."""
     model = switched_on(recipe)

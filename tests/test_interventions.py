@@ -12,10 +12,11 @@ from moe_lens.errors import DataError, HookError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.routing_edits import experts_by_layer
 from tests import router_oracle as oracle
-from tests.tiny_models import EVERY_FAMILY, FAMILIES, prompt, tiny_model, tokenizer, tokens
+from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
 every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
+one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 core_family = pytest.mark.parametrize("recipe", FAMILIES)
 
 
@@ -54,14 +55,14 @@ def test_forced_experts_run_where_they_are_meant_and_nowhere_else(hooked: Hooked
         torch.testing.assert_close(got[layer][1].float(), expected.float())
 
 
-@every_family
+@one_of_each_kind
 def test_forcing_the_routers_own_sets_changes_nothing(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     own = {n: indices.flip(-1) for n, (indices, _) in routes(model).items()}  # in another order
     assert torch.equal(run(model, force_experts(own)), run(model))
 
 
-@every_family
+@one_of_each_kind
 def test_neutral_biases_and_factors_change_nothing(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     zeros = {n: torch.zeros(model.n_experts) for n in model.moe_layers}

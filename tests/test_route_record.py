@@ -23,10 +23,11 @@ from moe_lens import (
 )
 from moe_lens.errors import DataError, HookError
 from moe_lens.moe_shape import MoEShape
-from tests.tiny_models import EVERY_FAMILY, FAMILIES, prompt, tokens
+from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tokens
 
 Hooked = Callable[..., Any]
 every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
+one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 with_and_without_weights = pytest.mark.parametrize("weights", [False, True])
 WRITE: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
 
@@ -46,7 +47,7 @@ def test_replaying_a_runs_own_route_gives_its_own_logits(hooked: Hooked, recipe:
     assert torch.equal(again, logits)
 
 
-@every_family
+@one_of_each_kind
 def test_another_run_follows_the_record(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     _, cache = run(model)
@@ -75,7 +76,7 @@ def test_a_steered_run_replays_from_its_indices_and_weights(
     assert torch.equal(again, steered)
 
 
-@pytest.mark.parametrize("recipe", EVERY_FAMILY)
+@one_of_each_kind
 def test_a_generation_is_recorded_and_replayed(hooked: Hooked, recipe: str) -> None:
     """One forward over the whole text, and writing again, both with the route of the first writing."""
     model = hooked(recipe)
