@@ -30,7 +30,8 @@ def token_sequences(model: TransformerBridge, prompts: Prompts) -> Iterator[Int[
     """The tokens of each prompt, without padding, on the CPU; one prompt is looked at at a time.
 
     Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`; chats through
-    the tokenizer's chat template, which writes its own special tokens.
+    the tokenizer's chat template, which writes its own special tokens. Words outside the vocabulary give a
+    warning.
 
     Raises:
         DataError: (when its turn comes) no prompt at all, an empty prompt, one longer than the model's
@@ -55,11 +56,15 @@ def prompts_with_tokens(
             f"Prompts must be strings, chats (each a list of messages) or token sequences; got {prompts!r}."
         )
     _warn_of_padding(model, prompts)
-    index = -1
+    index, unknown = -1, _unknown_token(model)
     for index, given in enumerate(prompts):
         prompt = _prompt_of(index, given)
         tokens = given if prompt is None else _tokens_of_prompt(model, index, prompt)
-        yield prompt, _checked_tokens(model, index, tokens)
+        tokens = _checked_tokens(model, index, tokens)
+        if prompt is not None and unknown is not None and bool((tokens == unknown).any()):
+            _warn_of_unknown(model, index, tokens == unknown)
+            unknown = None  # once is enough
+        yield prompt, tokens
     if index < 0:
         raise DataError("The list of prompts is empty; give at least one prompt.")
 
@@ -76,6 +81,22 @@ def _warn_of_padding(model: TransformerBridge, prompts: Prompts) -> None:
             "taken for prompts' own. Give text, or a list of sequences without padding.",
             stacklevel=3,
         )
+
+
+def _unknown_token(model: TransformerBridge) -> int | None:
+    """The token that stands for words outside the vocabulary; None where it stands for other things too."""
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    others = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return None if unknown in {getattr(model.tokenizer, other, None) for other in others} else unknown
+
+
+def _warn_of_unknown(model: TransformerBridge, index: int, is_unknown: Bool[Tensor, "pos"]) -> None:
+    warnings.warn(
+        f"Prompt {index} has words outside the tokenizer's vocabulary: {int(is_unknown.sum())} of its "
+        f"{len(is_unknown)} tokens are {model.tokenizer.unk_token!r}, all alike to the model. See them with "
+        "model.to_str_tokens(prompt). Further prompts may have some too; this warning comes once a call.",
+        stacklevel=3,
+    )
 
 
 def how_many(prompts: Prompts) -> int | None:

@@ -179,3 +179,17 @@ def test_a_tensor_that_seems_to_hold_padding_warns(hooked: Callable[..., HookedM
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(token_sequences(model, padded[1:]))
+
+
+def test_words_outside_the_vocabulary_warn_once() -> None:
+    model = HookedMoE.from_hf(tiny_model(), tokenizer())
+    texts = [prompt(3), "w1 import w2 def", "return"]
+    with pytest.warns(UserWarning, match=r"Prompt 1 .* 2 of its 5 tokens are '<unk>'") as found:
+        list(token_sequences(model, texts))
+    assert len(found) == 1
+    quiet = [texts[:1], model.to_tokens(texts[1])]  # tokens are taken as they are
+    model.tokenizer.unk_token = model.tokenizer.eos_token  # as GPT-2 has it: then it may be an end of text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompts in (*quiet, [f"{prompt(2)} {model.tokenizer.eos_token}"]):
+            list(token_sequences(model, prompts))
