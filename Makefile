@@ -15,7 +15,7 @@ demo: env  ## the main job on the shipped models: prints the table, writes moe-l
 	$(BIN)/moe-lens demo
 
 test: env  ## by file, so that models which a file's tests share are built once
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 tutorials: env  ## run the tutorials again, from clean, and write their outputs
 	$(BIN)/python -m tests.notebooks

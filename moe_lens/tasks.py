@@ -263,7 +263,7 @@ def split_clusters(labels: Sequence[Any], fractions: Sequence[float], *, seed: i
     if (number := as_index(seed)) is None:
         raise DataError(f"seed must be a number from 0 on; got {seed!r}.")
     order = np.random.default_rng(number).permutation(len(clusters))
-    bounds = np.rint(np.cumsum([0.0, *fractions]) * len(clusters)).astype(int)
+    bounds = np.floor(np.cumsum([0.0, *fractions]) * len(clusters) + 0.5 + 1e-9).astype(int)  # halves go up
     groups = [{clusters[i] for i in order[low:high]} for low, high in pairwise(bounds)]
     if not all(groups):
         raise DataError(f"{len(clusters)} clusters are too few for splits of {tuple(fractions)}.")

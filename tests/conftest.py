@@ -6,17 +6,22 @@ none of it, and they wait for it.
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from moe_lens.demo import DemoResult
     from moe_lens.hooked_moe import HookedMoE
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
+
+settings.register_profile("steady", derandomize=True)  # `--hypothesis-profile=default` looks further
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,5 +81,6 @@ def planted_demo() -> "DemoResult":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest first, so that no worker is left with them at the end."""
-    items.sort(key=lambda item: "test_runs_from_clean_and_shows_what_is_committed" not in item.nodeid)
+    """The tutorials first, since they are the longest, then the file with the most tests, and so on."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name != "test_tutorials.py", -sizes[item.path]))
