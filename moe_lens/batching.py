@@ -4,7 +4,6 @@ for tokens, mask in padded_batches(model, ["a prompt", "another, longer prompt"]
     model(tokens, attention_mask=mask)          # [batch pos], [batch pos]; padding stands left
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -14,7 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from moe_lens.errors import DataError
+from moe_lens.errors import DataError, warn
+from moe_lens.forward_state import looks_padded
 from moe_lens.moe_shape import as_index
 from moe_lens.prompts import Message, Prompt, as_prompt, is_chat, render
 
@@ -55,32 +55,22 @@ def prompts_with_tokens(
         raise DataError(
             f"Prompts must be strings, chats (each a list of messages) or token sequences; got {prompts!r}."
         )
-    _warn_of_padding(model, prompts)
+    if looks_padded(model.tokenizer, prompts):  # a tensor cannot say so; the user should know
+        warn(
+            "Some rows of this token tensor begin or end with the padding token; all tokens of a tensor are "
+            "taken for prompts' own. Give text, or a list of sequences without padding."
+        )
     index, unknown = -1, _unknown_token(model)
     for index, given in enumerate(prompts):
         prompt = _prompt_of(index, given)
         tokens = given if prompt is None else _tokens_of_prompt(model, index, prompt)
         tokens = _checked_tokens(model, index, tokens)
-        if prompt is not None and unknown is not None and bool((tokens == unknown).any()):
-            _warn_of_unknown(model, index, tokens == unknown)
+        if prompt is not None and unknown is not None and (count := int((tokens == unknown).sum())):
+            _warn_of_unknown(model, index, prompt, unknown, count)
             unknown = None  # once is enough
         yield prompt, tokens
     if index < 0:
         raise DataError("The list of prompts is empty; give at least one prompt.")
-
-
-def _warn_of_padding(model: TransformerBridge, prompts: Prompts) -> None:
-    """A tensor cannot say which of its tokens are padding; where some seem to be, the user should know."""
-    pad = getattr(model.tokenizer, "pad_token_id", None)
-    marks = (getattr(model.tokenizer, "bos_token_id", None), getattr(model.tokenizer, "eos_token_id", None))
-    if not isinstance(prompts, Tensor) or prompts.ndim != 2 or pad is None or pad in marks:
-        return
-    if prompts.shape[1] and bool((prompts[:, [0, -1]] == pad).any()):
-        warnings.warn(
-            "Some rows of this token tensor begin or end with the padding token; all tokens of a tensor are "
-            "taken for prompts' own. Give text, or a list of sequences without padding.",
-            stacklevel=3,
-        )
 
 
 def _unknown_token(model: TransformerBridge) -> int | None:
@@ -90,13 +80,19 @@ def _unknown_token(model: TransformerBridge) -> int | None:
     return None if unknown in {getattr(model.tokenizer, other, None) for other in others} else unknown
 
 
-def _warn_of_unknown(model: TransformerBridge, index: int, is_unknown: Bool[Tensor, "pos"]) -> None:
-    warnings.warn(
-        f"Prompt {index} has words outside the tokenizer's vocabulary: {int(is_unknown.sum())} of its "
-        f"{len(is_unknown)} tokens are {model.tokenizer.unk_token!r}, all alike to the model. See them with "
-        "model.to_str_tokens(prompt). Further prompts may have some too; this warning comes once a call.",
-        stacklevel=3,
+def _warn_of_unknown(model: TransformerBridge, index: int, prompt: Prompt, unknown: int, count: int) -> None:
+    text = prompt.content if isinstance(prompt.content, str) else " ".join(m.content for m in prompt.content)
+    words = [word for word in dict.fromkeys(text.split()) if unknown in _without_special(model, word)]
+    named = ", ".join(map(repr, words[:5])) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
+    warn(
+        f"Prompt {index} has words outside the tokenizer's vocabulary ({named or 'somewhere within words'}): "
+        f"{count} of its tokens are {model.tokenizer.unk_token!r}, all alike to the model. What it knows is "
+        "in model.tokenizer.get_vocab(). Further prompts may have such words; this warning comes once a call."
     )
+
+
+def _without_special(model: TransformerBridge, text: str) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def how_many(prompts: Prompts) -> int | None:
@@ -168,7 +164,7 @@ def _tokens_of_prompt(model: TransformerBridge, index: int, prompt: Prompt) -> A
         text = render(model.tokenizer, prompt, names=()).text
     except DataError as error:
         raise DataError(f"Prompt {index}: {error}") from error
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _without_special(model, text)
 
 
 def _checked_tokens(model: TransformerBridge, index: int, prompt: Any) -> Int[Tensor, "pos"]:

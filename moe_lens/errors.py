@@ -1,5 +1,8 @@
 """What moe_lens raises. Every message names the object, the condition that failed and the remedy."""
 
+import sys
+import warnings
+
 
 class MoELensError(RuntimeError):
     """Base of all errors raised by moe_lens; catch it to catch them all.
@@ -31,3 +34,20 @@ class PlanError(MoELensError):
 
 class DataError(MoELensError):
     """Statistics, prompts, masks or files that are empty, damaged or do not belong together."""
+
+
+_BETWEEN = (
+    "moe_lens",
+    "transformer_lens",
+    "jaxtyping",
+    "torch",
+    "contextlib",
+)  # whose lines are none of the user's
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points at the user's line: the nearest one outside moe_lens."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -18,6 +18,15 @@ import torch
 from torch import Tensor, nn
 
 
+def looks_padded(tokenizer: Any, tokens: Any) -> bool:
+    """Whether tokens [batch pos] begin or end with a padding token that stands for nothing else."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not tokens.numel():
+        return False
+    pad, *marks = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+    is_known = pad is not None and pad not in marks and not tokens.is_floating_point()
+    return is_known and bool((tokens[:, [0, -1]] == pad).any())
+
+
 @dataclass(eq=False)
 class Generation:
     """One call of `generate`: its strings, how deep in other forwards it runs, its prompt's columns."""

@@ -11,7 +11,6 @@ hook_expert_out.
 """
 
 import inspect
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,8 +41,8 @@ from moe_lens.bridge_layers import (
     unregister,
     unregister_expert_out,
 )
-from moe_lens.errors import DataError, HookError, MoELensError
-from moe_lens.forward_state import Generation, as_texts
+from moe_lens.errors import DataError, HookError, MoELensError, warn
+from moe_lens.forward_state import Generation, as_texts, looks_padded
 from moe_lens.model_table import supported_models
 from moe_lens.moe_layers import check_router, find_moe_layers
 from moe_lens.moe_shape import MoEShape
@@ -212,8 +211,18 @@ class HookedMoE(TransformerBridge):
             unregister_expert_out(self)
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which text is running (see `moe_lens.positions`)."""
-        with forward_state(self).reading(input):
+        """As in TransformerLens; hooks know which text is running (see `moe_lens.positions`).
+
+        Warns of a token tensor with padding and without `attention_mask`, where every number would be wrong.
+        """
+        state = forward_state(self)
+        unmasked = kwargs.get("attention_mask") is None and not state.generating
+        if unmasked and looks_padded(self.tokenizer, input):
+            warn(
+                "Some rows of these tokens begin or end with the padding token, without an attention_mask: "
+                "the model reads padding as text. Pass attention_mask=, or the prompts as a list of strings."
+            )
+        with state.reading(input):
             return super().forward(input, *args, **kwargs)
 
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
@@ -304,8 +313,14 @@ class HookedMoE(TransformerBridge):
         names = {ours: hf for hf, ours in _TRANSFORMER_LENS_NAMES.items()}
         return names.get(str(self.cfg.architecture), str(self.cfg.architecture))
 
-    def _checked_hooks(self, hooks: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-        hooks = list(hooks)
+    def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
+        try:
+            hooks = [(name, function) for name, function in hooks]
+        except (TypeError, ValueError) as error:
+            raise HookError(
+                f"Hooks must be a list of pairs (name or filter, function); got {hooks!r}. "
+                "For a steering plan, pass steer_hooks(plan)."
+            ) from error
         self._refuse_absent_points([name for name, _ in hooks])
         return hooks
 

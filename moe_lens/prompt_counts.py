@@ -5,7 +5,6 @@ stats.per_prompt.counts               # [prompt layer expert]
 stats.by_position.rates               # [pos layer expert]
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 from moe_lens import hook_names
-from moe_lens.errors import DataError, HookError
+from moe_lens.errors import DataError, HookError, warn
 from moe_lens.rule_base import RoutingRule, at_least_float32
 
 COMPACT: Final = (torch.uint8, torch.int16, torch.int32)
@@ -212,10 +211,9 @@ def every_token(real: Bool[Tensor, "*batch"] | None, batch: torch.Size) -> Bool[
     if real is not None:
         return real
     if len(batch) > 1 and batch[0] > 1:
-        warnings.warn(
+        warn(
             "This cache does not say which positions are padding, so every position is counted. "
-            "Pass mask= if the prompts were padded.",
-            stacklevel=3,
+            "Pass mask= if the prompts were padded."
         )
     return torch.ones(batch, dtype=torch.bool)
 

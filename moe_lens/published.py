@@ -9,7 +9,6 @@ called, imported or built: the program is read as data, and the columns of count
 
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import pandas as pd
 from jaxtyping import Float, Int, Shaped
 
 from moe_lens.contrast import ExpertScore
-from moe_lens.errors import DataError, PlanError
+from moe_lens.errors import DataError, PlanError, warn
 from moe_lens.moe_shape import UNKNOWN_MODEL, MoEShape, as_index
 from moe_lens.pickled_table import read_columns
 from moe_lens.steering_plan import Expert, OnExcess, SteeringPlan
@@ -321,10 +320,9 @@ def _check_scores(delta: Float[np.ndarray, "row"], scores: dict[str, Float[np.nd
         ranks, own_ranks = (np.argsort(-np.abs(x), kind="stable") for x in (delta, own))
         signs = name == "risk_diff" and not np.array_equal(np.sign(own), np.sign(delta))
         if signs or not np.array_equal(ranks, own_ranks):
-            warnings.warn(
+            warn(
                 f"column {name!r} is rounded and orders experts otherwise than the counts do; plans follow "
-                "the counts.",
-                stacklevel=3,
+                "the counts."
             )
 
 
@@ -333,7 +331,9 @@ def _first(name: str, number: int, candidates: list[Expert]) -> list[Expert]:
         raise PlanError(f"{name} must be a number from 0 on; got {number!r}.")
     if wanted > len(candidates):
         sign = "positive" if name == "n_activate" else "negative"
-        raise PlanError(f"{name}={wanted}, but only {len(candidates)} experts have a {sign} delta.")
+        raise PlanError(
+            f"{name}={wanted}, but only {len(candidates)} experts have a {sign} delta; ask for fewer."
+        )
     return candidates[:wanted]
 
 
@@ -342,7 +342,5 @@ def _within(name: str, experts: list[Expert], room: int) -> list[Expert]:
     used: Counter[int] = Counter()
     kept = [pair for pair in experts if not used.update([pair[0]]) and used[pair[0]] <= room]
     if dropped := [pair for pair in experts if pair not in kept]:
-        warnings.warn(
-            f"{name}: dropped {len(dropped)} experts beyond {room} in their layer: {dropped}", stacklevel=3
-        )
+        warn(f"{name}: dropped {len(dropped)} experts beyond {room} in their layer: {dropped}")
     return kept

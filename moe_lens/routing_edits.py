@@ -87,7 +87,7 @@ class RoutingEdit(ABC):
         """Asked by the hook point before the hook is added."""
         if self.highest_expert() >= shape.n_experts:
             raise HookError(
-                f"{type(self).__name__} names expert {self.highest_expert()} of layer {self.layer}; "
+                f"{self.entry[0]}: expert {self.highest_expert()} of layer {self.layer} is named; "
                 f"{shape.model} has experts 0 to {shape.n_experts - 1}."
             )
 
@@ -155,7 +155,7 @@ def _pairs(experts: Any) -> list[tuple[int, int]]:
     if len(found) < len(pairs):
         raise DataError(
             "Experts must be pairs (layer, expert), a mapping {layer: experts}, or experts with layers=...; "
-            f"got {experts!r}."
+            f"layers and experts are numbers from 0 on; got {experts!r}."
         )
     return found
 

@@ -9,7 +9,6 @@ plan.save("plan.json")
 import json
 import math
 import random
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, SupportsFloat, get_args
 
 from moe_lens.contrast import ExpertScore, ExpertScores
-from moe_lens.errors import DataError, PlanError
+from moe_lens.errors import DataError, PlanError, warn
 from moe_lens.files import atomic_write
 from moe_lens.moe_shape import MoEShape, as_index, shape_from_json
 
@@ -351,7 +350,8 @@ def _first(name: str, number: Any, candidates: list[ExpertScore], q: float | Non
         sign = "positive" if name == "n_activate" else "negative"
         significant = "" if q is None else f" and a q-value up to {q:g}"
         raise PlanError(
-            f"{name}={wanted}, but only {len(candidates)} experts have a {sign} score{significant}."
+            f"{name}={wanted}, but only {len(candidates)} experts have a {sign} score{significant}; "
+            'ask for at most that many, or for "all".'
         )
     return [(score.layer, score.expert) for score in candidates[:wanted]]
 
@@ -365,9 +365,7 @@ def _drop_excess(name: str, experts: list[Expert], room: int) -> list[Expert]:
         if used[layer] <= room:
             kept.append((layer, expert))
     if dropped := [expert for expert in experts if expert not in kept]:
-        warnings.warn(
-            f"{name}: dropped {len(dropped)} experts beyond {room} in their layer: {dropped}", stacklevel=3
-        )
+        warn(f"{name}: dropped {len(dropped)} experts beyond {room} in their layer: {dropped}")
     return kept
 
 

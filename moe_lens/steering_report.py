@@ -89,6 +89,19 @@ class Excess(NamedTuple):
     high: float
 
 
+class ByDirection(dict[str, Any]):
+    """What belongs to "+" and "−" (a minus sign); a hyphen, which is on every keyboard, serves too.
+
+    >>> ByDirection({"+": 1, "−": 2})["-"]
+    2
+    """
+
+    def __missing__(self, key: Any) -> Any:
+        if key == "-":
+            return self["−"]
+        raise DataError(f'There is no direction {key!r}; take "+" or "-".')
+
+
 @dataclass(frozen=True, eq=False)
 class SteeringReport:
     """The effect of a plan and of its opposite, beside random sets of as many experts.
@@ -138,6 +151,11 @@ class SteeringReport:
         complete = set(self.plans) == set(self.steered) == sides and set(self.controls) == kinds
         if not complete or not all(set(lists) == sides for lists in self.controls.values()):
             raise DataError(f"A report needs both directions {DIRECTIONS}, with controls {sorted(kinds)}.")
+        object.__setattr__(self, "plans", ByDirection(self.plans))
+        object.__setattr__(self, "steered", ByDirection(self.steered))
+        object.__setattr__(
+            self, "controls", {kind: ByDirection(both) for kind, both in self.controls.items()}
+        )
         lists = [outcomes for both in self.controls.values() for outcomes in both.values()]
         if not all(lists):
             raise DataError("A report needs at least one random set of each kind and direction.")
@@ -208,7 +226,11 @@ class SteeringReport:
         return " ".join([first, self._excess_words(), self._directions(), *self._collateral_words()])
 
     def effect_interval(self, direction: str) -> tuple[float, float]:
-        """Bootstrap interval of the mean change against the unsteered model."""
+        """Bootstrap interval of the mean change against the unsteered model, in direction "+" or "−".
+
+        Raises:
+            DataError: another direction.
+        """
         return self._interval(self.steered[direction].values - self.unsteered.values)
 
     def harms(self) -> dict[str, dict[str, float]]:
@@ -374,7 +396,11 @@ class SteeringReport:
             change = self.steered[direction].rate - self.unsteered.rate
             meant = low > 0 if direction == "+" else high < 0
             moved = "moves as meant" if meant else "does not move as meant"
-            words.append(f"{direction} {moved} ({change:+.2f} [{low:+.2f}, {high:+.2f}] against unsteered)")
+            n_activated = len(self.plans[direction].activate)
+            how = f", by activating {n_activated} expert{'s' * (n_activated > 1)}," if n_activated else ""
+            words.append(
+                f"{direction}{how} {moved} ({change:+.2f} [{low:+.2f}, {high:+.2f}] against unsteered)"
+            )
         return f"Direction {'; direction '.join(words)}."
 
     def _collateral_words(self) -> list[str]:

@@ -85,8 +85,9 @@ class SweepResult:
 
     def point(self, size: int, direction: str) -> SweepPoint:
         """The point of a size and direction. Raises DataError if it was not measured."""
+        sign = "−" if direction == "-" else direction  # the hyphen is on every keyboard
         for point in self.points:
-            if (point.size, point.direction) == (size, direction):
+            if (point.size, point.direction) == (size, sign):
                 return point
         raise DataError(f"The sweep has no size {size!r} in direction {direction!r}; sizes are {self.sizes}.")
 

@@ -1,5 +1,6 @@
 """HookedMoE in TransformerLens' tools: caches, hooks, generation, padding, patching."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.patching import generic_activation_patch
 
 from moe_lens import hook_names
-from moe_lens.errors import DataError
+from moe_lens.errors import DataError, HookError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.routing_stats import RoutingStats
+from moe_lens.steering_plan import SteeringPlan
 from tests import oracle
 from tests.tiny_models import (
     FAMILIES,
@@ -192,6 +194,32 @@ def test_a_padded_batch_is_each_prompt_alone(hooked: Hooked, recipe: str, steere
             for layer in model.moe_layers:
                 ours, expected = cache["topk_indices", layer][row, own], alone_cache["topk_indices", layer]
                 assert torch.equal(ours, expected[0])
+
+
+def test_padded_tokens_without_a_mask_warn(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    padded = model.to_tokens(PROMPTS)
+    mask = (padded != model.tokenizer.pad_token_id).long()
+    for run in (model, model.run_with_cache, model.run_with_hooks):
+        with pytest.warns(UserWarning, match="attention_mask") as found:
+            run(padded)
+        assert [warning.filename for warning in found] == [__file__]  # the user's line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(padded, attention_mask=mask)
+        model.run_with_cache(padded, attention_mask=mask)
+        model(PROMPTS)
+        model.generate(PROMPTS, max_new_tokens=2, verbose=False)
+        model(model.to_tokens(max(PROMPTS, key=len)))
+
+
+def test_a_plan_is_no_list_of_hooks(hooked: Hooked) -> None:
+    model, plan = hooked("olmoe"), SteeringPlan(deactivate=[(0, 1)])
+    for run in (lambda: model.run_with_hooks(PROMPTS[0], fwd_hooks=plan), lambda: model.hooks(plan)):
+        with pytest.raises(HookError, match=r"steer_hooks\(plan\)"):
+            run()
+    with pytest.raises(HookError, match="pairs"):
+        model.run_with_hooks(PROMPTS[0], fwd_hooks=[hook_names.router_logits(0)])
 
 
 # Hooks of every kind

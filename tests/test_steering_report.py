@@ -193,6 +193,24 @@ def test_a_one_directional_effect_is_said_to_be_one() -> None:
     assert "direction − moves as meant (-0.40" in words
 
 
+def test_a_hyphen_is_the_minus_sign_and_nothing_else_is_a_direction() -> None:
+    whole = report()
+    assert whole.steered["-"] is whole.steered["−"]
+    assert whole.plans["-"] is whole.plans["−"]
+    assert whole.controls["any layer"]["-"] is whole.controls["any layer"]["−"]
+    assert whole.effect_interval("-") == whole.effect_interval("−")
+    for name in ("minus", ""):
+        with pytest.raises(DataError, match="direction"):
+            whole.effect_interval(name)
+
+
+def test_a_direction_that_activates_says_so() -> None:
+    plans = {"+": SteeringPlan((), [(0, 1)], 0.01, SHAPE), "−": SteeringPlan([(0, 1)], (), 0.01, SHAPE)}
+    words = report(plans=plans).explanation
+    assert "Direction + moves as meant" in words
+    assert "direction −, by activating 1 expert, moves as meant" in words
+
+
 def test_intervals_are_those_of_the_differences_over_clusters() -> None:
     rng = np.random.default_rng(0)
     first, second, before = (Outcome(rng.random(20), {LOSS: 1.0, ACCURACY: 0.9}) for _ in range(3))
