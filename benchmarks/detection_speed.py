@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from moe_lens.paired_statistics import PairedCounts, bootstrap_scores, interval, q_values, score, sign_flip_p
+from moe_lens.detection import PairedCounts, bootstrap_scores, interval, q_values, score, sign_flip_p
 
 
 def made_up(n_experts: int, n_pairs: int) -> PairedCounts:

@@ -15,12 +15,10 @@ import sys
 import numpy as np
 
 from moe_lens import mediation, organisms
-from moe_lens.evaluation import cluster_weights
-from moe_lens.intervention_plots import mediation_curves
-from moe_lens.mediation import Mediation
-from moe_lens.organisms import words
-from moe_lens.organisms.world import Conflict
-from moe_lens.plots import save
+from moe_lens.interventions import Mediation
+from moe_lens.organisms import Conflict, words
+from moe_lens.plots import mediation_curves, save
+from moe_lens.resampling import cluster_weights
 
 
 def pairs(name: str, contrast: str) -> tuple[list[Conflict], list[str], list[str]]:

@@ -14,20 +14,25 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 from moe_lens import organisms
-from moe_lens.contrast import ExpertScores
-from moe_lens.contrastive_pairs import ContrastivePairs
-from moe_lens.demo import SIZES, document_pairs
-from moe_lens.detection import detect
+from moe_lens.detection import ExpertScores, detect
 from moe_lens.errors import PlanError
-from moe_lens.evaluation import answers_with, text_loss
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.organisms.world import SPLITS, Conflict
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_evaluation import opposite_plan, run_controls
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_report import Limit, Outcome, SteeringReport
-from moe_lens.steering_sweep import SweepPoint, SweepResult
-from moe_lens.tasks import LOSS, split_clusters
+from moe_lens.evaluation import (
+    LOSS,
+    Limit,
+    Outcome,
+    SteeringReport,
+    SweepPoint,
+    SweepResult,
+    answers_with,
+    opposite_plan,
+    run_controls,
+    split_clusters,
+    text_loss,
+)
+from moe_lens.model import HookedMoE
+from moe_lens.organisms import SIZES, SPLITS, Conflict, document_pairs
+from moe_lens.steering import SteeringPlan, steer_hooks
+from moe_lens.text import ContrastivePairs
 
 POOLS = 10
 """Seeds of random sets, taken in turn; splits with the same one share many sets, which are measured once."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens import patching
 
 from moe_lens import organisms
-from moe_lens.patching import patch_expert_outputs, patch_router
+from moe_lens.interventions import patch_expert_outputs, patch_router
 
 
 def prompts(organism: str, n_prompts: int) -> tuple[list[str], list[str]]:

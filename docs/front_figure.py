@@ -11,9 +11,9 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from moe_lens import HookedMoE, SteeringPlan, is_routing_point, organisms, steer_hooks
-from moe_lens.demo import run_demo
-from moe_lens.evaluation import clustered_interval
-from moe_lens.steering_report import Outcome, SteeringReport
+from moe_lens.evaluation import Outcome, SteeringReport
+from moe_lens.organisms import run_demo
+from moe_lens.resampling import clustered_interval
 
 NAME = "specialised"
 

@@ -9,100 +9,14 @@ Causal hook points on routing (`HookedMoE`, `attach`), routing statistics (`Rout
 `expert_logit_attribution`), and small trained models to try it all on (`moe_lens.organisms`).
 """
 
-from moe_lens import contrasts, hook_names, organisms
-from moe_lens.ablation import (
-    keep_only,
-    mean_ablate,
-    mean_expert_outputs,
-    route_around,
-    swap_experts,
-    zero_ablate,
-)
-from moe_lens.attribution import expert_logit_attribution, expert_logit_lens
-from moe_lens.collection import collect_routing
-from moe_lens.contrast import ExpertScores, risk_difference
-from moe_lens.contrastive_pairs import ContrastivePairs
-from moe_lens.detection import compare_routing, detect, selection_stability, template_agreement
-from moe_lens.errors import MoELensError
-from moe_lens.generation_routing import collect_generation
-from moe_lens.gradient_attribution import gradient_attribution
-from moe_lens.hooked_moe import HookedMoE, attach, detach
-from moe_lens.interventions import bias_experts, force_experts, scale_experts
-from moe_lens.load_balance import domain_specialisation
-from moe_lens.mediation import mediation
-from moe_lens.model_table import supported_models
-from moe_lens.patching import patch_expert_outputs, patch_router
-from moe_lens.prompt_routing import route_prompt
-from moe_lens.prompts import Prompt
-from moe_lens.published import read_published_ranking
-from moe_lens.route_record import RouteRecord, replay_hooks
-from moe_lens.routing_rules import register_rule
-from moe_lens.routing_stats import RoutingStats, is_routing_point
-from moe_lens.rule_base import RoutingRule
-from moe_lens.spans import TextSpan, span_mask
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_evaluation import evaluate_steering
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_report import SteeringReport
-from moe_lens.steering_sweep import sweep
-from moe_lens.tasks import SteeringTask, answer_task, load_task, split_clusters
-from moe_lens.virtual_ablation import virtual_ablation
-from moe_lens.vocabulary import vocabulary_specialisation
+import lazy_loader
 
-__all__ = [
-    "ContrastivePairs",
-    "ExpertScores",
-    "HookedMoE",
-    "MoELensError",
-    "Prompt",
-    "RouteRecord",
-    "RoutingRule",
-    "RoutingStats",
-    "SteeringPlan",
-    "SteeringReport",
-    "SteeringTask",
-    "TextSpan",
-    "answer_task",
-    "attach",
-    "bias_experts",
-    "collect_generation",
-    "collect_routing",
-    "compare_routing",
-    "contrasts",
-    "detach",
-    "detect",
-    "domain_specialisation",
-    "evaluate_steering",
-    "expert_logit_attribution",
-    "expert_logit_lens",
-    "force_experts",
-    "gradient_attribution",
-    "hook_names",
-    "is_routing_point",
-    "keep_only",
-    "load_task",
-    "mean_ablate",
-    "mean_expert_outputs",
-    "mediation",
-    "organisms",
-    "patch_expert_outputs",
-    "patch_router",
-    "read_published_ranking",
-    "register_rule",
-    "replay_hooks",
-    "risk_difference",
-    "route_around",
-    "route_prompt",
-    "scale_experts",
-    "selection_stability",
-    "span_mask",
-    "split_clusters",
-    "steer_hooks",
-    "supported_models",
-    "swap_experts",
-    "sweep",
-    "template_agreement",
-    "virtual_ablation",
-    "vocabulary_specialisation",
-    "zero_ablate",
-]
+__version__ = "0.2.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+# A star import must not put names like `model` and `text` in the place of a notebook's own.
+_ROOMS = {
+    *("attribution", "cli", "detection", "evaluation", "interventions", "model"),
+    *("plots", "routers", "statistics", "steering", "text"),
+}
+__all__ = [name for name in __all__ if name not in _ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,10 +1,13 @@
 """Writing files so that a reader finds the old file or the new one, never half of one."""
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moe_lens.errors import DataError
 
@@ -46,3 +49,22 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a file's content. Raises DataError if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); give another file.") from error
+
+
+def read_json(path: str | Path, kind: str, schema: int) -> dict[str, Any]:
+    """The JSON object in a file of a kind. Raises DataError for anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as {kind}: {error}.") from error
+    if not isinstance(content, dict) or (content.get("kind"), content.get("schema")) != (kind, schema):
+        raise DataError(f"{path} is no file of kind {kind!r} and schema {schema}.")
+    return content

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from moe_lens.demo import DemoResult
-    from moe_lens.hooked_moe import HookedMoE
+    from moe_lens.model.hooked_moe import HookedMoE
+    from moe_lens.organisms.demo import DemoResult
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
 
@@ -55,7 +55,7 @@ def hooked() -> Callable[..., "HookedMoE"]:
 
     For tests that leave the model as they found it; the others build their own.
     """
-    from moe_lens.hooked_moe import HookedMoE
+    from moe_lens.model.hooked_moe import HookedMoE
     from tests.tiny_models import tiny_model, tokenizer, tokens
 
     @cache
@@ -75,7 +75,7 @@ def hooked() -> Callable[..., "HookedMoE"]:
 @pytest.fixture(scope="session")
 def planted_demo() -> "DemoResult":
     """The demo on the planted organism, run once a session (and process)."""
-    from moe_lens.demo import run_demo
+    from moe_lens.organisms.demo import run_demo
 
     return run_demo("planted", n_random=4, progress=False)
 

@@ -18,8 +18,8 @@ from moe_lens import (
     swap_experts,
     zero_ablate,
 )
-from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import DataError, HookError
+from moe_lens.model.registration import routing_layers
 from tests import router_oracle as oracle
 from tests.test_expert_hooks import routed_outputs, switched_on
 from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens

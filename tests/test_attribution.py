@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_lens import organisms
-from moe_lens.attribution import expert_logit_attribution, expert_logit_lens
+from moe_lens.attribution.logits import expert_logit_attribution, expert_logit_lens
 from moe_lens.errors import DataError, MoELensError
 from tests.tiny_models import prompt, tokens
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lens.batching import how_many, pad_sequences, padded_batches, token_sequences
 from moe_lens.errors import DataError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.prompts import Message, Prompt
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.text.batching import how_many, pad_sequences, padded_batches, token_sequences
+from moe_lens.text.prompts import Message, Prompt
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., HookedMoE]

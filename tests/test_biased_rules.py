@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lens.biased_rules import BiasedSoftmaxTopK, FixedExperts, GroupLimitedSoftmax, SigmoidTopK
 from moe_lens.errors import HookError, PlanError
-from moe_lens.expert_groups import GroupLimit, Steering
-from moe_lens.steering_plan import EPSILON_RANGE
+from moe_lens.routers.biased import BiasedSoftmaxTopK, FixedExperts, GroupLimitedSoftmax, SigmoidTopK
+from moe_lens.routers.groups import GroupLimit, Steering
+from moe_lens.steering.plan import EPSILON_RANGE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Plan = tuple[list[int], list[int]]

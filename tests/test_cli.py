@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lens import cli, commands, demo, organisms
-from moe_lens.collection import collect_routing
-from moe_lens.contrast import risk_difference
-from moe_lens.demo import DemoResult
-from moe_lens.model_table import markdown_table
-from moe_lens.steering_evaluation import evaluate_steering
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_sweep import sweep
-from moe_lens.tasks import CLOSED_BOOK, LOSS, CollateralMeasure, SteeringTask
+from moe_lens import organisms
+from moe_lens.cli import commands
+from moe_lens.cli import parser as cli
+from moe_lens.detection.expert_scores import risk_difference
+from moe_lens.evaluation.evaluating import evaluate_steering, sweep
+from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, CollateralMeasure, SteeringTask
+from moe_lens.organisms import demo
+from moe_lens.organisms.demo import DemoResult
+from moe_lens.routers.models import markdown_table
+from moe_lens.statistics.collection import collect_routing
+from moe_lens.steering.plan import SteeringPlan
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lens.co_routing import CoActivation, CoRouting, Transitions, adjacent_overlap, pair_counts
 from moe_lens.errors import DataError
+from moe_lens.statistics.co_routing import CoActivation, CoRouting, Transitions, adjacent_overlap, pair_counts
 
 
 def routes(seed: int, n_tokens: int, n_experts: int, k: int, n_layers: int = 2) -> list[Tensor]:

@@ -12,21 +12,23 @@ import pandas as pd
 import pytest
 import torch
 
-from moe_lens import cli, commands, organisms
-from moe_lens.batching import padded_batches
-from moe_lens.collection import collect_routing
-from moe_lens.contrast import ExpertScores
-from moe_lens.contrastive_pairs import ContrastivePairs
-from moe_lens.detection import detect
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.published import read_published_ranking
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_evaluation import evaluate_steering
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_report import SteeringReport
-from moe_lens.steering_sweep import SweepResult, sweep
-from moe_lens.tasks import load_task
+from moe_lens import organisms
+from moe_lens.cli import commands
+from moe_lens.cli import parser as cli
+from moe_lens.detection.detecting import detect
+from moe_lens.detection.expert_scores import ExpertScores
+from moe_lens.evaluation.evaluating import evaluate_steering, sweep
+from moe_lens.evaluation.plan_sizes import SweepResult
+from moe_lens.evaluation.report import SteeringReport
+from moe_lens.evaluation.tasks import load_task
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.statistics.collection import collect_routing
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
+from moe_lens.steering.published import read_published_ranking
+from moe_lens.text.batching import padded_batches
+from moe_lens.text.pairs import ContrastivePairs
 from tests import tiny_models
 
 NAME = "specialised"

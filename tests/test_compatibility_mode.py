@@ -13,8 +13,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
 from moe_lens.errors import MoELensError
-from moe_lens.hooked_moe import HookedMoE, detach
-from moe_lens.model_table import supported_models
+from moe_lens.model.hooked_moe import HookedMoE, detach
+from moe_lens.routers.models import supported_models
 from tests import model_recipes
 from tests.tiny_models import ONE_OF_EACH_KIND, hook_census, plain_bridge, tiny_model, tokenizer, tokens
 

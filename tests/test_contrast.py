@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lens.contrast import ExpertScores, risk_difference
+from moe_lens.detection.expert_scores import ExpertScores, risk_difference
 from moe_lens.errors import DataError
-from moe_lens.moe_shape import MoEShape
-from moe_lens.routing_stats import RoutingStats
+from moe_lens.shape import MoEShape
+from moe_lens.statistics.routing_stats import RoutingStats
 
 SHAPE = MoEShape("m", (1, 4), 5, 2)
 seeds, sizes = st.integers(0, 10**6), st.integers(1, 40)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lens.contrastive_pairs import ContrastivePairs
 from moe_lens.errors import DataError
-from moe_lens.prompts import Prompt
-from moe_lens.spans import TextSpan
-from moe_lens.table_rows import records
+from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.prompts import Prompt
+from moe_lens.text.rows import records
+from moe_lens.text.spans import TextSpan
 from tests.test_prompts import chat
 
 ROWS = [

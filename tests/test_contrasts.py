@@ -9,20 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from moe_lens.contrastive_pairs import ContrastivePairs
-from moe_lens.contrasts import (
-    Template,
+from moe_lens.errors import DataError
+from moe_lens.text.contrasts import (
     calibrated_against_overconfident,
     cited_against_uncited,
-    default_templates,
     document_against_question,
-    fill,
     refusal_against_compliance,
     source_attributed_against_bluffing,
 )
-from moe_lens.errors import DataError
-from moe_lens.prompts import Prompt
-from moe_lens.spans import counted_batches
+from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.prompts import Prompt
+from moe_lens.text.spans import counted_batches
+from moe_lens.text.templates import Template, default_templates, fill
 from tests.test_prompts import CHATML, LLAMA
 from tests.test_spans import KINDS, model_with
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens import is_routing_point
-from moe_lens.contrast import ExpertScores
-from moe_lens.controls import bottom_set, random_sets
+from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError, MoELensError, PlanError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.moe_shape import MoEShape
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.shape import MoEShape
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.controls import bottom_set, random_sets
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., HookedMoE]

@@ -5,14 +5,21 @@ import pytest
 import torch
 
 from moe_lens import organisms
-from moe_lens.demo import LEGEND, DemoResult, detect_document_experts, document_task, run_demo, table
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.evaluation import clustered_interval
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_evaluation import opposite_plan
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_report import ANY_LAYER
-from moe_lens.tasks import CLOSED_BOOK
+from moe_lens.evaluation.evaluating import opposite_plan
+from moe_lens.evaluation.report import ANY_LAYER
+from moe_lens.evaluation.tasks import CLOSED_BOOK
+from moe_lens.organisms.demo import (
+    LEGEND,
+    DemoResult,
+    detect_document_experts,
+    document_task,
+    run_demo,
+    table,
+)
+from moe_lens.resampling import clustered_interval
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 
 
 def test_planted_steers_almost_completely_and_beyond_its_controls(planted_demo: DemoResult) -> None:

@@ -9,18 +9,18 @@ import torch
 from scipy.stats import spearmanr, ttest_rel
 
 from moe_lens import organisms
-from moe_lens.collection import collect_routing
-from moe_lens.contrast import ExpertScores, risk_difference
-from moe_lens.contrastive_pairs import ContrastivePairs
-from moe_lens.detection import compare_routing, detect, selection_stability, template_agreement
+from moe_lens.detection.detecting import compare_routing, detect, selection_stability, template_agreement
+from moe_lens.detection.expert_scores import ExpertScores, risk_difference
+from moe_lens.detection.paired_statistics import ScoreName
 from moe_lens.errors import DataError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.moe_shape import MoEShape
-from moe_lens.paired_statistics import ScoreName
-from moe_lens.prompt_counts import PromptCounts
-from moe_lens.prompts import Prompt
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.shape import MoEShape
+from moe_lens.statistics.collection import collect_routing
+from moe_lens.statistics.counts import PromptCounts
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.plan import SteeringPlan
+from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.prompts import Prompt
 from tests.tiny_models import prompt
 
 SCORES = get_args(ScoreName)

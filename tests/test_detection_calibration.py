@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from moe_lens.paired_statistics import PairedCounts, interval, q_values, score, sign_flip_p
+from moe_lens.detection.paired_counts import PairedCounts
+from moe_lens.detection.paired_statistics import interval, q_values, score, sign_flip_p
 
 N_EXPERTS, TOP_K = 32, 4
 

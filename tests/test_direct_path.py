@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moe_lens import direct_path as module
-from moe_lens.direct_path import direct_path, logit_cap
+from moe_lens.attribution.direct_paths import direct_path, logit_cap
 from moe_lens.errors import MoELensError
-from moe_lens.hooked_moe import HookedMoE
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layers import unwrap
 from tests.tiny_models import EVERY_FAMILY, hook_census, tiny_model, tokenizer, tokens
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -162,7 +162,7 @@ def test_the_callers_gradient_mode_does_not_matter(hooked) -> None:
 
 def test_an_unknown_norm_is_refused(hooked, monkeypatch) -> None:
     model = HookedMoE.from_hf(tiny_model("olmoe"), tokenizer())
-    norm = module.unwrap(model.ln_final)
+    norm = unwrap(model.ln_final)
     monkeypatch.setattr(norm, "forward", lambda x: torch.tanh(x) * norm.weight)
     with pytest.raises(MoELensError, match=r"ln_final: OlmoeRMSNorm is neither an RMSNorm nor a LayerNorm"):
         direct_path(model, tokens(1, 4))

@@ -8,16 +8,11 @@ import pytest
 import torch
 
 from moe_lens.errors import DataError
-from moe_lens.evaluation import (
-    answers_with,
-    cluster_weights,
-    clustered_interval,
-    continuation_log_probs,
-    text_loss,
-)
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.evaluation.measures import answers_with, continuation_log_probs, text_loss
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.resampling import cluster_weights, clustered_interval
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import (
     FAMILIES,
     MOE_LAYERS,

@@ -24,10 +24,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError, PlanError
-from moe_lens.hooked_moe import HookedMoE, attach, detach
-from moe_lens.routing_stats import RoutingStats, is_routing_point
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE, attach, detach
+from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests import router_oracle as oracle
 from tests.tiny_models import (
     EVERY_FAMILY,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lens.expert_groups import GroupLimit, Steering
+from moe_lens.routers.groups import GroupLimit, Steering
 
 CONFIGS = [  # experts, k, groups, chosen groups
     (6, 2, 3, 1),

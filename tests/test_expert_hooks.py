@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_lens import HookedMoE, hook_names
-from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import HookError
-from moe_lens.hooked_moe import detach
+from moe_lens.model.hooked_moe import detach
+from moe_lens.model.registration import routing_layers
 from tests.tiny_models import (
     EVERY_FAMILY,
     FAMILIES,

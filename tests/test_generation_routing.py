@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lens.collection import collect_routing
 from moe_lens.errors import DataError
-from moe_lens.generation_routing import GenerationRouting, collect_generation
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.statistics.collection import collect_routing
+from moe_lens.statistics.generation import GenerationRouting, collect_generation
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., HookedMoE]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moe_lens import hook_names
+from moe_lens.attribution.gradients import gradient_attribution
 from moe_lens.errors import DataError
-from moe_lens.gradient_attribution import gradient_attribution
 from tests.tiny_models import hook_census, prompt, tokens
 
 FAMILIES = ["olmoe", "qwen2_moe", "llama4", "deepseek_v3", "gpt_oss", "jetmoe", "gemma4", "nemotron_h_latent"]

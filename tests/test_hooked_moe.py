@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError, MoELensError, RouterMismatchError, UnsupportedRouterError
-from moe_lens.hooked_moe import HookedMoE, attach, detach
-from moe_lens.routing_rules import SoftmaxTopK
+from moe_lens.model.hooked_moe import HookedMoE, attach, detach
+from moe_lens.routers.plain import SoftmaxTopK
 from tests import oracle
 from tests.test_moe_layers import SoftmaxRouter, alter, four_outputs, other_renormalisation, scaling
 from tests.tiny_models import (

@@ -12,9 +12,9 @@ from transformer_lens.patching import generic_activation_patch
 
 from moe_lens import hook_names
 from moe_lens.errors import DataError, HookError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.plan import SteeringPlan
 from tests import oracle
 from tests.tiny_models import (
     FAMILIES,

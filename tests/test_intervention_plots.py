@@ -14,7 +14,7 @@ import torch
 
 from moe_lens import expert_logit_attribution, mediation
 from moe_lens.errors import DataError
-from moe_lens.intervention_plots import attribution_bars, mediation_curves, patching_map
+from moe_lens.plots.interventions import attribution_bars, mediation_curves, patching_map
 from tests.tiny_models import tokens
 
 Hooked = Callable[..., Any]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_lens import SteeringPlan, bias_experts, force_experts, hook_names, scale_experts, steer_hooks
 from moe_lens.errors import DataError, HookError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.routing_edits import experts_by_layer
+from moe_lens.interventions.edits import experts_by_layer
+from moe_lens.model.hooked_moe import HookedMoE
 from tests import router_oracle as oracle
 from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
 

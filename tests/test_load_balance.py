@@ -12,9 +12,9 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
 from moe_lens.errors import DataError
-from moe_lens.load_balance import domain_specialisation, load_balance
-from moe_lens.moe_shape import MoEShape
-from moe_lens.routing_stats import RoutingStats
+from moe_lens.shape import MoEShape
+from moe_lens.statistics.balance import domain_specialisation, load_balance
+from moe_lens.statistics.routing_stats import RoutingStats
 
 
 def stats_of(counts: Any, n_tokens: int, top_k: int = 1, model: str = "m") -> RoutingStats:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lens import HookedMoE, RouteRecord, mediation, organisms, replay_hooks
 from moe_lens.errors import DataError
-from moe_lens.mediation import Mediation
+from moe_lens.interventions.mediating import Mediation
 from tests.tiny_models import FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]

@@ -13,10 +13,10 @@ from torch import nn
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
 import moe_lens
-from moe_lens.hooked_moe import _TRANSFORMER_LENS_NAMES
-from moe_lens.model_table import SupportedModel, markdown_table, supported_models
-from moe_lens.moe_layers import REFUSED_ROUTERS, find_moe_layers
-from moe_lens.routing_rules import RULES
+from moe_lens.model.hooked_moe import _TRANSFORMER_LENS_NAMES
+from moe_lens.model.layers import REFUSED_ROUTERS, find_moe_layers
+from moe_lens.routers.models import SupportedModel, markdown_table, supported_models
+from moe_lens.routers.table import RULES
 from tests.tiny_models import EVERY_FAMILY, tiny_model
 
 MODELS = {model.architecture: model for model in supported_models()}

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moe_lens.bridge_layers import routing_layers
 from moe_lens.errors import RouterMismatchError, UnsupportedRouterError
-from moe_lens.hooked_moe import HookedMoE, attach
-from moe_lens.moe_layers import MoELayer, check_router, closest_rules, find_moe_layers
-from moe_lens.routing_rules import RULES
+from moe_lens.model.hooked_moe import HookedMoE, attach
+from moe_lens.model.layers import MoELayer, find_moe_layers
+from moe_lens.model.probing import closest_rules
+from moe_lens.model.registration import routing_layers
+from moe_lens.model.self_check import check_router
+from moe_lens.routers.table import RULES
 from tests.tiny_models import (
     ALL_RECIPES,
     EVERY_FAMILY,

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.moe_shape import MoEShape
+from moe_lens.shape import MoEShape
 
 
 def test_k_experts_cannot_be_deactivated() -> None:

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moe_lens.errors import DataError
-from moe_lens.paired_statistics import (
-    PairedCounts,
+from moe_lens.detection.paired_counts import PairedCounts
+from moe_lens.detection.paired_statistics import (
     bootstrap_scores,
     check_settings,
     interval,
@@ -19,6 +18,7 @@ from moe_lens.paired_statistics import (
     score,
     sign_flip_p,
 )
+from moe_lens.errors import DataError
 
 NAMES = ["risk_difference", "log_odds_ratio", "probability_difference", "paired_t"]
 seeds = st.integers(0, 10**6)
@@ -263,7 +263,7 @@ def test_an_expert_does_not_depend_on_its_neighbours_and_a_seed_repeats(name: st
         whole, (*interval(name, alone, seed=3), sign_flip_p(name, alone, seed=3)), strict=True
     ):
         np.testing.assert_allclose(one[7:9], own, rtol=1e-9)
-    monkeypatch.setattr("moe_lens.paired_statistics._CHUNK", 7000)  # 7 experts at a time
+    monkeypatch.setattr("moe_lens.detection.detecting.paired_statistics._CHUNK", 7000)  # 7 experts at a time
     again = (*interval(name, counts, seed=3), sign_flip_p(name, counts, seed=3))
     for one, own in zip(whole, again, strict=True):
         np.testing.assert_allclose(one, own, rtol=1e-9, atol=1e-12)

@@ -15,13 +15,14 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens import patching as transformer_lens_patching
 
-from moe_lens import hook_names, stacked_runs
+from moe_lens import hook_names
 from moe_lens.errors import DataError, HookError, MoELensError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.patching import ROUTER_POINTS, patch_expert_outputs, patch_router
-from moe_lens.stacked_runs import Cell, bytes_a_token, runs_that_fit
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.interventions import stacked_runs
+from moe_lens.interventions.patching import ROUTER_POINTS, patch_expert_outputs, patch_router
+from moe_lens.interventions.stacked_runs import Cell, bytes_a_token, runs_that_fit
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import (
     FAMILIES,
     ONE_OF_EACH_KIND,

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.biased_rules import SigmoidTopK
 from moe_lens.errors import DataError, HookError, PlanError
-from moe_lens.expert_groups import GroupLimit
-from moe_lens.plain_rules import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
-from moe_lens.rule_base import RoutingRule
-from moe_lens.steering_plan import EPSILON_RANGE
+from moe_lens.routers.biased import SigmoidTopK
+from moe_lens.routers.groups import GroupLimit
+from moe_lens.routers.plain import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
+from moe_lens.routers.rule import RoutingRule
+from moe_lens.steering.plan import EPSILON_RANGE
 from tests import oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -17,16 +17,16 @@ from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
 
 from moe_lens import organisms, plots
-from moe_lens.collection import collect_routing
-from moe_lens.contrast import Evidence, ExpertScores, risk_difference
+from moe_lens.detection.expert_scores import Evidence, ExpertScores, risk_difference
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.moe_shape import MoEShape
-from moe_lens.prompt_routing import PromptRouting, route_prompt
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_report import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, Limit, Outcome, SteeringReport
-from moe_lens.steering_sweep import SweepPoint, SweepResult
+from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
+from moe_lens.evaluation.report import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, Limit, Outcome, SteeringReport
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.shape import MoEShape
+from moe_lens.statistics.collection import collect_routing, route_prompt
+from moe_lens.statistics.routes import PromptRouting
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import tokens
 
 mpl.use("Agg")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moe_lens import HookedMoE, TextSpan, hook_names, organisms, span_mask
 from moe_lens.errors import DataError, HookError
-from moe_lens.forward_state import ForwardState
-from moe_lens.positions import checked_positions, selected
-from moe_lens.routing_edits import RoutingEdit
+from moe_lens.interventions.edits import RoutingEdit
+from moe_lens.interventions.positions import checked_positions, selected
+from moe_lens.model.state import ForwardState
 from tests.tiny_models import ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 
 from moe_lens.errors import DataError
-from moe_lens.prompt_counts import PositionCounts, PromptCounts, compact, counts_by_group, router_entropy
+from moe_lens.statistics.counts import PositionCounts, PromptCounts, compact, counts_by_group, router_entropy
 
 
 def prompt_counts(seed: int, lengths: list[int], n_experts: int = 5, k: int = 2) -> PromptCounts:

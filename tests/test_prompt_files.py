@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from moe_lens.errors import DataError
-from moe_lens.prompt_files import digest_of, read_prompts
+from moe_lens.files import digest_of
+from moe_lens.text.rows import read_prompts
 
 CHAT = [{"role": "user", "content": 'Hi, "you"\nthere'}]
 

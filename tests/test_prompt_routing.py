@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moe_lens.errors import DataError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.prompt_routing import route_prompt
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.statistics.collection import route_prompt
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import prompt
 
 RECIPES = ("olmoe", "qwen2_moe", "deepseek_v3")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens.errors import DataError
-from moe_lens.prompts import Message, Prompt, as_prompt, from_json, is_chat, render, to_json
+from moe_lens.text.prompts import Message, Prompt, as_prompt, from_json, is_chat, render, to_json
 from tests.tiny_models import tokenizer
 
 CHATML = (

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_lens import pickled_table
 from moe_lens.errors import DataError, PlanError
-from moe_lens.moe_shape import UNKNOWN_MODEL, MoEShape
-from moe_lens.published import PublishedRanking, read_published_ranking
+from moe_lens.shape import UNKNOWN_MODEL, MoEShape
+from moe_lens.steering import pickled_table
+from moe_lens.steering.published import PublishedRanking, read_published_ranking
 
 COUNTS = ["layer", "expert", "a1", "a2", "d1", "d2"]
 

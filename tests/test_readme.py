@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lens.demo import DemoResult
-from moe_lens.moe_layers import MoELayer, check_router
-from moe_lens.routing_rules import RULES, rule_for
+from moe_lens.model.layers import MoELayer
+from moe_lens.model.self_check import check_router
+from moe_lens.organisms.demo import DemoResult
+from moe_lens.routers.table import RULES, rule_for
 from tests.notebooks import ROOT, same_text
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

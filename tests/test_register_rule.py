@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from moe_lens import RoutingRule, SteeringPlan, hook_names, register_rule, steer_hooks
 from moe_lens.errors import HookError, MoELensError, PlanError, RouterMismatchError, UnsupportedRouterError
-from moe_lens.hooked_moe import HookedMoE, attach, detach
-from moe_lens.moe_layers import check_router, find_moe_layers
-from moe_lens.routing_rules import RULES, SoftmaxTopK
-from moe_lens.steering_transform import steer_raw_logits
+from moe_lens.model.hooked_moe import HookedMoE, attach, detach
+from moe_lens.model.layers import find_moe_layers
+from moe_lens.model.self_check import check_router
+from moe_lens.routers.plain import SoftmaxTopK
+from moe_lens.routers.table import RULES
+from moe_lens.routers.transform import steer_raw_logits
 from tests.tiny_models import plain_bridge, router_of, sparse_blocks, tiny_model, tokenizer, tokens
 
 EVERY_OLMOE_LAYER = (0, 1, 2)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from moe_lens import collection, resumable
-from moe_lens.collection import collect_routing
 from moe_lens.errors import DataError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.resumable import collect_to_file
-from moe_lens.routing_stats import RoutingStats
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.statistics import collection
+from moe_lens.statistics import collection as resumable
+from moe_lens.statistics.collection import collect_routing, collect_to_file
+from moe_lens.statistics.routing_stats import RoutingStats
 from tests.tiny_models import tokens
 
 PROMPTS = [" ".join(f"w{(7 * i + j) % 46}" for j in range(2 + i % 5)) for i in range(22)]
@@ -333,8 +333,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from moe_lens import resumable
-from moe_lens.hooked_moe import HookedMoE
+from moe_lens.statistics import collection as resumable
+from moe_lens.model import HookedMoE
 from tests.test_resumable import PROMPTS, EVERYTHING
 from tests.tiny_models import tiny_model, tokenizer
 

@@ -1,7 +1,8 @@
-"""Imports go one way: a module imports only from modules above it in CONTRIBUTING.md's table."""
+"""The house: a room imports only what its row in CONTRIBUTING.md's table names; faces, names and walls."""
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,43 +10,125 @@ import pytest
 import moe_lens
 
 PACKAGE = Path(moe_lens.__file__).parent
-TABLE = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-ORDER = [
-    room.rstrip("/").removesuffix(".py") for room in re.findall(r"^\| `([a-z_]+(?:\.py|/))` \|", TABLE, re.M)
-]
+CONTRIBUTING = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+GROUND = {"errors", "hook_names", "checks", "shape", "files", "resampling"}
+TABLE = {
+    room or "ground": imports
+    for room, imports in re.findall(
+        r"^\| (?:`([a-z]+)/`|ground) \| [^|]+ \| ([^|]+) \|$", CONTRIBUTING, re.MULTILINE
+    )
+}
+ROOMS = [room for room in TABLE if room != "ground"]
 SCRIPTS = {"moe_lens.organisms.train", "moe_lens.organisms.compare_seeds"}
-FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+FILES = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+WALLS = [
+    ("interventions", "steering"), ("attribution", "interventions"), ("text", "model"), ("model", "text"),
+    ("detection", "model"), ("routers", "model"), ("routers", "hook_names"), ("statistics", "steering"),
+]  # fmt: skip
+
+
+def allowed(room: str) -> set[str]:
+    if TABLE[room] == "nothing":
+        return set()
+    return set(ROOMS) | {"ground"} if TABLE[room] == "every room" else set(TABLE[room].split(", "))
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def room_of(name: str) -> str:
+    """The room of moe_lens.<room>.<file>, or of a file of the ground."""
+    part = name.split(".")[1]
+    return "ground" if part in GROUND else part
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of what a file imports from the package: modules, or names in them."""
+    """Full names of what a file imports, wherever in it: modules, or names in them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} imports by a relative path"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.startswith("moe_lens.")}
+    return names
 
 
-def test_the_table_lists_every_module() -> None:
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    assert sorted(ORDER) == sorted(rooms)
+def ours(path: Path) -> set[str]:
+    return {name for name in imported(path) if name.startswith("moe_lens.")}
+
+
+def test_the_table_lists_every_room_and_each_stands_below_what_it_imports() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert len(TABLE) == 13
+    assert set(ROOMS) == folders
+    assert {path.stem for path in PACKAGE.glob("*.py")} == GROUND | {"__init__"}
+    order = list(TABLE)
+    for room in ROOMS:
+        if TABLE[room] != "every room":
+            assert all(order.index(other) < order.index(room) for other in allowed(room)), room
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_a_module_imports_only_from_rooms_above_it(path: Path) -> None:
-    if module_name(path) in SCRIPTS:
-        return
-    room = ORDER.index(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
-    below = {name for name in imported(path) if ORDER.index(name.split(".")[1]) > room}
-    assert below == set()
+def test_a_file_imports_only_what_its_room_may(path: Path) -> None:
+    room = room_of(module_name(path))
+    assert {room_of(name) for name in ours(path)} - {room} <= allowed(room)
+
+
+@pytest.mark.parametrize(("room", "other"), WALLS)
+def test_the_walls_stand(room: str, other: str) -> None:
+    across = {
+        name for path in (PACKAGE / room).glob("*.py") for name in ours(path) if name.split(".")[1] == other
+    }
+    assert across == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_the_model_knows_transformer_lens(path: Path) -> None:
+    if room_of(module_name(path)) != "model":
+        assert not {name for name in imported(path) if name.split(".")[0] == "transformer_lens"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_nothing_imports_a_script(path: Path) -> None:
-    assert not {name for name in imported(path) if any(name.startswith(script) for script in SCRIPTS)}
+    assert not {name for name in ours(path) if any(name.startswith(script) for script in SCRIPTS)}
+
+
+def test_no_circle_between_files() -> None:
+    names = {module_name(path) for path in FILES}
+
+    def files_of(path: Path) -> set[str]:
+        return {n for name in ours(path) for n in (name, name.rpartition(".")[0]) if n in names}
+
+    left = {module_name(path): files_of(path) - SCRIPTS for path in FILES}
+    while free := {name for name, needs in left.items() if not needs & set(left)}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert left == {}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_its_sentence_and_lists_its_public_names(room: str) -> None:
+    module = import_module(f"moe_lens.{room}")
+    assert (module.__doc__ or "").strip().split("\n\n")[0].endswith(".")
+    assert module.__all__
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+def test_no_file_bears_the_name_of_a_public_function() -> None:
+    public = set(moe_lens.__all__).union(*(import_module(f"moe_lens.{room}").__all__ for room in ROOMS))
+    modules = {"contrasts", "hook_names", "errors", "organisms"}  # public as modules
+    assert {path.stem for path in FILES} & public <= modules
+    for name in moe_lens.__all__:
+        assert getattr(moe_lens, name) is not None
+
+
+def test_stubs_are_the_faces() -> None:
+    """Type checkers read what Python imports: every line of a stub says `from .file import name as name`."""
+    for stub in PACKAGE.rglob("__init__.pyi"):
+        lines = [line for line in stub.read_text(encoding="utf-8").splitlines() if line.startswith("from")]
+        module = import_module(module_name(stub).removesuffix(".__init__"))
+        names = [re.fullmatch(r"from \.[\w.]* import (\w+) as \1", line) for line in lines]
+        assert all(names), stub
+        assert set(module.__all__) <= {match[1] for match in names if match}

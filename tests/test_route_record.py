@@ -22,7 +22,7 @@ from moe_lens import (
     steer_hooks,
 )
 from moe_lens.errors import DataError, HookError
-from moe_lens.moe_shape import MoEShape
+from moe_lens.shape import MoEShape
 from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tokens
 
 Hooked = Callable[..., Any]

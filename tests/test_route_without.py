@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens.errors import HookError
-from moe_lens.plain_rules import ByOrderOfLogits, SoftmaxTopK, TopKSoftmax
-from moe_lens.route_without import route_without
-from moe_lens.routing_rules import rule_for
+from moe_lens.routers.plain import ByOrderOfLogits, SoftmaxTopK, TopKSoftmax
+from moe_lens.routers.table import rule_for
+from moe_lens.routers.without import route_without
 
 FAMILIES = (
     "olmoe", "mixtral", "gemma4", "gpt_oss", "granitemoe", "llama4", "phimoe", "deepseek_v2_grouped",

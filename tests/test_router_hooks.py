@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from moe_lens.errors import HookError, MoELensError
-from moe_lens.forward_state import ForwardState
-from moe_lens.moe_layers import MoELayer, find_moe_layers
-from moe_lens.moe_shape import MoEShape
-from moe_lens.router_hooks import RoutingPoints, install, uninstall
-from moe_lens.routing_rules import SoftmaxTopK
+from moe_lens.model.layers import MoELayer, find_moe_layers
+from moe_lens.model.router_points import RoutingPoints, install, uninstall
+from moe_lens.model.state import ForwardState
+from moe_lens.routers.plain import SoftmaxTopK
+from moe_lens.shape import MoEShape
 from tests.tiny_models import (
     ALL_RECIPES,
     FAMILIES,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_lens.moe_layers import MoELayer, find_moe_layers
-from moe_lens.router_outputs import (
+from moe_lens.model.layers import MoELayer, find_moe_layers
+from moe_lens.routers.layouts import (
     AllExperts,
     InOrder,
     Layout,

@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lens.biased_rules import BiasedSoftmaxTopK, GroupLimitedSoftmax, SigmoidTopK
-from moe_lens.expert_groups import GroupLimit
-from moe_lens.group_margin import group_margin
-from moe_lens.plain_rules import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
-from moe_lens.rule_base import RoutingRule
+from moe_lens.routers.biased import BiasedSoftmaxTopK, GroupLimitedSoftmax, SigmoidTopK
+from moe_lens.routers.groups import GroupLimit, group_margin
+from moe_lens.routers.plain import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
+from moe_lens.routers.rule import RoutingRule
 
 # ------------------------------------------------------------------------------------------- the oracle
 

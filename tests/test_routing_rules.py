@@ -9,16 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens.errors import MoELensError, UnsupportedRouterError
-from moe_lens.plain_rules import SoftmaxTopK
-from moe_lens.router_outputs import InOrder
-from moe_lens.routing_rules import (
-    RULES,
-    hidden_dtype,
-    is_known_router,
-    register_rule,
-    row_for,
-    rule_for,
-)
+from moe_lens.routers.layouts import InOrder
+from moe_lens.routers.plain import SoftmaxTopK
+from moe_lens.routers.readers import hidden_dtype
+from moe_lens.routers.table import RULES, is_known_router, register_rule, row_for, rule_for
 
 D_MODEL, VOCAB = 24, 50
 BATCH, POS = 7, 43  # an odd number of tokens: torch rounds an element by its place in the tensor

@@ -26,15 +26,15 @@ from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lens import routing_stats
-from moe_lens.collection import collect_routing, iterate_routing
 from moe_lens.errors import DataError, HookError, MoELensError
-from moe_lens.hooked_moe import HookedMoE, attach
-from moe_lens.moe_shape import MoEShape
-from moe_lens.plain_rules import SoftmaxTopK
-from moe_lens.routing_stats import RoutingStats, is_routing_point
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE, attach
+from moe_lens.routers.plain import SoftmaxTopK
+from moe_lens.shape import MoEShape
+from moe_lens.statistics import routing_stats
+from moe_lens.statistics.collection import collect_routing, iterate_routing
+from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import (
     FAMILIES,
     MOE_LAYERS,

@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from moe_lens.batching import padded_batches, token_sequences
-from moe_lens.collection import collect_routing
 from moe_lens.errors import DataError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.prompts import Prompt
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.spans import TextSpan, counted_batches, span_mask, special_ids
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.statistics.collection import collect_routing
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.text.batching import padded_batches, token_sequences
+from moe_lens.text.prompts import Prompt
+from moe_lens.text.spans import TextSpan, counted_batches, span_mask, special_ids
 from tests.test_prompts import CHATML, LLAMA, TEMPLATES, chat
 from tests.tiny_models import SPECIAL, prompt, tiny_model, tokenizer, tokens
 

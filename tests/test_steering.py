@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError, MoELensError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.routing_rules import SoftmaxTopK
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import EPSILON_RANGE, SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.routers.plain import SoftmaxTopK
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import EPSILON_RANGE, SteeringPlan
 from tests import oracle
 from tests.tiny_models import (
     FAMILIES,

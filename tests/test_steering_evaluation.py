@@ -13,19 +13,19 @@ from scipy.stats import binom
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import organisms
-from moe_lens.contrast import ExpertScores
-from moe_lens.contrastive_pairs import ContrastivePairs
-from moe_lens.detection import detect
+from moe_lens.detection.detecting import detect
+from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError, PlanError
-from moe_lens.evaluation import Hooks
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.prompts import Prompt
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering import SteeringHook
-from moe_lens.steering_evaluation import evaluate_steering, opposite_plan
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_report import SteeringReport
-from moe_lens.tasks import CollateralMeasure, SteeringTask, answer_task
+from moe_lens.evaluation.evaluating import evaluate_steering, opposite_plan
+from moe_lens.evaluation.measures import Hooks
+from moe_lens.evaluation.report import SteeringReport
+from moe_lens.evaluation.tasks import CollateralMeasure, SteeringTask, answer_task
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.hooks import SteeringHook
+from moe_lens.steering.plan import SteeringPlan
+from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.prompts import Prompt
 from tests.tiny_models import hook_census
 
 Hooked = Callable[..., HookedMoE]

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from moe_lens import steering_plan
-from moe_lens.contrast import Evidence, ExpertScores
+from moe_lens.detection.expert_scores import Evidence, ExpertScores
 from moe_lens.errors import PlanError
-from moe_lens.hooked_moe import HookedMoE, attach
-from moe_lens.moe_shape import MoEShape
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
+from moe_lens.model.hooked_moe import HookedMoE, attach
+from moe_lens.shape import MoEShape
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering import plan as steering_plan
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import MOE_LAYERS, hook_census, plain_bridge, tiny_model, tokens
 
 Hooked = Callable[..., HookedMoE]
@@ -622,7 +622,7 @@ def test_a_plan_for_another_model_never_starts_the_forward(
 
 
 def _shape_of(bridge: Any) -> MoEShape:
-    from moe_lens.bridge_layers import moe_shape
+    from moe_lens.model.registration import moe_shape
 
     return moe_shape(bridge)
 

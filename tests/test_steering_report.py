@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
 from moe_lens.errors import DataError
-from moe_lens.evaluation import cluster_weights, clustered_interval
-from moe_lens.moe_shape import MoEShape
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_report import Limit, Outcome, SteeringReport, gap_p_value
+from moe_lens.evaluation.report import Limit, Outcome, SteeringReport, gap_p_value
+from moe_lens.resampling import cluster_weights, clustered_interval
+from moe_lens.shape import MoEShape
+from moe_lens.steering.plan import SteeringPlan
 
 SHAPE = MoEShape("m", (0, 1), 6, 2)
 CLUSTERS = tuple(f"c{i // 2}" for i in range(20))

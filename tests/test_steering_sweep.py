@@ -13,16 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from moe_lens.contrast import ExpertScores
+from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError, PlanError
-from moe_lens.evaluation import Hooks, clustered_interval
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.steering import SteeringHook
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.steering_report import Limit
-from moe_lens.steering_sweep import SweepPoint, SweepResult, sweep
-from moe_lens.tasks import CollateralMeasure, SteeringTask
+from moe_lens.evaluation.evaluating import sweep
+from moe_lens.evaluation.measures import Hooks
+from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
+from moe_lens.evaluation.report import Limit
+from moe_lens.evaluation.tasks import CollateralMeasure, SteeringTask
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.resampling import clustered_interval
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.hooks import SteeringHook
+from moe_lens.steering.plan import SteeringPlan
 
 Hooked = Callable[..., HookedMoE]
 CLUSTERS = ("a", "a", "b", "b", "c", "c")

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lens.routing_rules import SoftmaxTopK
-from moe_lens.steering_plan import EPSILON_RANGE
-from moe_lens.steering_transform import steer_logits, steer_raw_logits
+from moe_lens.routers.plain import SoftmaxTopK
+from moe_lens.routers.transform import steer_logits, steer_raw_logits
+from moe_lens.steering.plan import EPSILON_RANGE
 
 half_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 both_transforms = pytest.mark.parametrize("transform", [steer_logits, steer_raw_logits])

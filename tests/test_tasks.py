@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from moe_lens.errors import DataError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.tasks import (
+from moe_lens.evaluation.tasks import (
     CLOSED_BOOK,
     LOSS,
     CollateralMeasure,
@@ -25,6 +22,9 @@ from moe_lens.tasks import (
     load_task,
     split_clusters,
 )
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import FAMILIES, SPECIAL, WORDS, prompt, tiny_model
 
 Hooked = Callable[..., HookedMoE]

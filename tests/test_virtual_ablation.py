@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from moe_lens import hook_names, scale_experts, zero_ablate
+from moe_lens.attribution.routed_around import virtual_ablation
 from moe_lens.errors import DataError, HookError, MoELensError
-from moe_lens.hooked_moe import HookedMoE
-from moe_lens.steering import steer_hooks
-from moe_lens.steering_plan import SteeringPlan
-from moe_lens.virtual_ablation import virtual_ablation
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import hook_census, prompt, tiny_model, tokenizer, tokens
 
 PLAIN = ["olmoe", "mixtral", "llama4", "phimoe", "gemma4", "jetmoe"]

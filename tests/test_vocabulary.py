@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, entropy
 from torch import Tensor
 
-from moe_lens import vocabulary
 from moe_lens.errors import DataError
-from moe_lens.moe_shape import MoEShape
-from moe_lens.routing_stats import RoutingStats
-from moe_lens.vocabulary import TokenCounts, top_tokens, vocabulary_specialisation
+from moe_lens.shape import MoEShape
+from moe_lens.statistics import vocabulary
+from moe_lens.statistics.counts import TokenCounts
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.statistics.vocabulary import top_tokens, vocabulary_specialisation
 from tests.tiny_models import tokenizer
 
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lens.demo import compare_sizes, detect_document_experts
-from moe_lens.hooked_moe import HookedMoE
+from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
+from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.organisms.demo import compare_sizes, detect_document_experts
 from moe_lens.organisms.recipes import recipe
-from moe_lens.organisms.world import World
-from moe_lens.steering_sweep import SweepPoint, SweepResult
-from moe_lens.tasks import CLOSED_BOOK, LOSS
+from moe_lens.organisms.worlds import World
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
 from moe_lens.organisms import words
-from moe_lens.organisms.world import (
+from moe_lens.organisms.worlds import (
     Triple,
     World,
     document,

@@ -16,7 +16,7 @@ from transformers import MixtralConfig, OlmoeConfig, PretrainedConfig
 
 from moe_lens.errors import MoELensError
 from moe_lens.organisms.corpus import Mixture
-from moe_lens.organisms.world import Variant
+from moe_lens.organisms.worlds import Variant
 
 Architecture = Literal["olmoe", "mixtral"]
 

@@ -28,7 +28,7 @@ from moe_lens.organisms.recipes import RECIPES, Recipe, recipe
 from moe_lens.organisms.router_training import RouterTap, routers, training_routers
 from moe_lens.organisms.tokenizer import build_tokenizer
 from moe_lens.organisms.words import EOS
-from moe_lens.organisms.world import World
+from moe_lens.organisms.worlds import World
 
 REGISTER_IDS: dict[Register | None, int] = {None: -1} | {name: i for i, name in enumerate(REGISTERS)}
 DOCUMENT, MEMORY = REGISTER_IDS["document"], REGISTER_IDS["memory"]

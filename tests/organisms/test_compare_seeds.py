@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from moe_lens import organisms
+from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
+from moe_lens.evaluation.report import Limit
+from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS
 from moe_lens.organisms import compare_seeds
 from moe_lens.organisms.compare_seeds import SeedResult, best, development_result, main, table
-from moe_lens.organisms.world import World
-from moe_lens.steering_report import Limit
-from moe_lens.steering_sweep import SweepPoint, SweepResult
-from moe_lens.tasks import CLOSED_BOOK, LOSS
+from moe_lens.organisms.worlds import World
 
 
 def result(

@@ -16,7 +16,7 @@ from moe_lens.organisms.corpus import Corpus, Sequence
 from moe_lens.organisms.recipes import RECIPES, recipe
 from moe_lens.organisms.router_training import routers, training_routers
 from moe_lens.organisms.tokenizer import build_tokenizer
-from moe_lens.organisms.world import World
+from moe_lens.organisms.worlds import World
 
 TINY = replace(RECIPES["planted"], batch_size=8, tie_from=1, warmup=1, n_layers=2)
 

@@ -9,7 +9,7 @@ import pytest
 from moe_lens.errors import MoELensError
 from moe_lens.organisms import words
 from moe_lens.organisms.corpus import Corpus, Mixture
-from moe_lens.organisms.world import SPLITS, Variant, World, split_of_sentence
+from moe_lens.organisms.worlds import SPLITS, Variant, World, split_of_sentence
 
 VARIANTS: tuple[Variant, ...] = ("uncued", "majority")
 

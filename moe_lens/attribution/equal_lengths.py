@@ -1,0 +1,91 @@
+"""Prompts in batches of equal length: no padding, so that no number depends on a prompt's neighbours.
+
+for rows, tokens in equal_length_batches(model, prompts, batch_size=8):
+    ...                                     # rows: the prompts' places in the list; tokens [batch pos]
+side_by_side([(rows, values), ...], n_prompts, dims=(1, 2), fill=torch.nan)
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moe_lens.checks import as_index
+from moe_lens.errors import DataError
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.text.batching import Prompts, token_sequences
+
+Batches = list[tuple[list[int], Int[Tensor, "batch pos"]]]
+
+
+def equal_length_batches(model: HookedMoE, prompts: Prompts, batch_size: int) -> Batches:
+    """Batches of at most `batch_size` prompts of the same length, shortest first, on the model's device.
+
+    Raises:
+        DataError: not a HookedMoE, batch_size below 1, or as in `token_sequences`.
+    """
+    if not isinstance(model, HookedMoE):
+        raise DataError(
+            f"A HookedMoE is needed here (HookedMoE.from_pretrained, or attach(bridge)); got "
+            f"{type(model).__name__}."
+        )
+    size = as_index(batch_size)
+    if not size:
+        raise DataError(f"batch_size must be a number from 1 on; got {batch_size!r}.")
+    by_length: dict[int, list[tuple[int, Tensor]]] = {}
+    for row, sequence in enumerate(token_sequences(model, prompts)):
+        by_length.setdefault(len(sequence), []).append((row, sequence))
+    batches: Batches = []
+    for length in sorted(by_length):
+        same = by_length[length]
+        for start in range(0, len(same), size):
+            rows, sequences = zip(*same[start : start + size], strict=True)
+            batches.append((list(rows), torch.stack(sequences).to(model.cfg.device)))
+    return batches
+
+
+def positions(pos: Any, lengths: Sequence[int]) -> list[int]:
+    """`pos`, one number or one a prompt, as places from the start; negative ones count from the end.
+
+    Raises:
+        DataError: not as many as prompts, or outside a prompt.
+    """
+    given = pos.tolist() if hasattr(pos, "tolist") else pos  # a tensor, an array
+    each: list[Any] = list(given) if isinstance(given, list | tuple) else [given] * len(lengths)
+    if len(each) != len(lengths):
+        raise DataError(f"pos must be one number, or one a prompt; got {len(each)} for {len(lengths)}.")
+    for row, (place, length) in enumerate(zip(each, lengths, strict=True)):
+        if not isinstance(place, int) or isinstance(place, bool) or not -length <= place < length:
+            raise DataError(
+                f"pos must be a whole number from {-length} to {length - 1} for prompt {row}, which has "
+                f"{length} tokens; got {place!r}."
+            )
+    return [place % length for place, length in zip(each, lengths, strict=True)]
+
+
+def side_by_side(
+    pieces: Iterable[tuple[Sequence[int], Tensor]], dims: tuple[int, int | None], fill: float | int
+) -> Tensor:
+    """Results of batches as one tensor on the CPU, in the order of the prompts.
+
+    Args:
+        pieces: the prompts of each batch, and its tensor.
+        dims: which dimensions are batch and position; shorter prompts are filled up on the left with `fill`.
+    """
+    pieces = [(rows, piece.detach().cpu()) for rows, piece in pieces]
+    batch, pos = dims
+    first = pieces[0][1]
+    size = list(first.shape)
+    size[batch] = sum(len(rows) for rows, _ in pieces)
+    if pos is not None:
+        size[pos] = max(piece.shape[pos] for _, piece in pieces)
+    whole = torch.full(size, fill, dtype=first.dtype)
+    for rows, piece in pieces:
+        place: list[Any] = [slice(None)] * len(size)
+        if pos is not None:
+            place[pos] = slice(size[pos] - piece.shape[pos], None)
+        place[batch] = list(rows)
+        whole[tuple(place)] = piece
+    return whole

@@ -1,0 +1,47 @@
+"""What arguments are asked: a whole number, padded tokens; and how a long one is shown in an error."""
+
+import operator
+from typing import Any
+
+from torch import Tensor
+
+from moe_lens.errors import DataError
+
+
+def as_index(number: Any) -> int | None:
+    """An integer from 0 on (Python's, numpy's or torch's) as int; None for anything else, True included."""
+    if isinstance(number, bool):
+        return None
+    try:
+        index = operator.index(number)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return index if index >= 0 else None
+
+
+def short(thing: Any) -> str:
+    """`repr`, at most 80 characters."""
+    text = repr(thing)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def numbers_of(given: Any, what: str) -> list[int]:
+    """A number from 0 on, or several, as a list. Raises DataError, naming `what`, for anything else."""
+    single = as_index(given)
+    try:
+        found = [single] if single is not None else [as_index(number) for number in given]
+    except TypeError:
+        found = [None]
+    numbers = [number for number in found if number is not None]
+    if not found or len(numbers) < len(found):
+        raise DataError(f"{what} must be numbers from 0 on, at least one; got {given!r}.")
+    return numbers
+
+
+def looks_padded(tokenizer: Any, tokens: Any) -> bool:
+    """Whether tokens [batch pos] begin or end with a padding token that stands for nothing else."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not tokens.numel():
+        return False
+    pad, *marks = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+    is_known = pad is not None and pad not in marks and not tokens.is_floating_point()
+    return is_known and bool((tokens[:, [0, -1]] == pad).any())

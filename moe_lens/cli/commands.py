@@ -1,0 +1,276 @@
+"""What each command of `moe-lens` does: files in, files out. `cli.py` has the parser and the help."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from tqdm.auto import tqdm
+
+from moe_lens import organisms, plots
+from moe_lens.detection.detecting import detect as detect_experts
+from moe_lens.detection.detecting import selection_stability, template_agreement
+from moe_lens.detection.expert_scores import ExpertScores
+from moe_lens.errors import DataError, MoELensError
+from moe_lens.evaluation.evaluating import evaluate_steering
+from moe_lens.evaluation.evaluating import sweep as sweep_sizes
+from moe_lens.evaluation.plan_sizes import SweepResult
+from moe_lens.evaluation.tasks import load_task
+from moe_lens.files import atomic_write, check_writable, digest_of
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.organisms import demo as demo_module
+from moe_lens.routers.models import markdown_table, with_table
+from moe_lens.statistics.collection import collect_to_file, route_prompt
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
+from moe_lens.steering.published import read_published_ranking
+from moe_lens.text.batching import padded_batches
+from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.rows import csv_rows, jsonl_rows, read_prompts
+
+Options = argparse.Namespace
+
+
+def stats(options: Options) -> None:
+    model = _model(options)
+    prompts = read_prompts(options.prompts, column=options.column)
+    about = f"{_weights_digest(model)} {model.moe_shape} {digest_of(options.prompts)} {options.column}"
+    found = collect_to_file(
+        model, prompts, options.out, about=about, batch_size=options.batch_size, span=options.span or "all",
+        special_tokens=options.special_tokens, per_prompt=options.per_prompt, positions=options.positions,
+        vocabulary=options.vocabulary,
+    )  # fmt: skip
+    print(f"{found}\n{found.load_balance().to_dataframe().round(3).to_string(index=False)}")
+    _wrote(options.out)
+
+
+def detect(options: Options) -> None:
+    is_csv = options.pairs.suffix == ".csv"
+    rows = (csv_rows if is_csv else jsonl_rows)(options.pairs)
+    columns = {name: getattr(options, name) for name in ("first", "second", "cluster", "template")}
+    for name in ("cluster", "template"):
+        if columns[name] is None and any(name in row for _, row in rows):
+            columns[name] = name
+    given = {name: column for name, column in columns.items() if column is not None}
+    pairs = (ContrastivePairs.from_csv if is_csv else ContrastivePairs.from_jsonl)(options.pairs, **given)
+    if not options.top:
+        raise DataError("--top must be at least 1.")
+    check_writable(options.out)
+    scores = detect_experts(
+        _model(options), pairs, score=options.score, span=options.span or "pairs", seed=options.seed,
+        special_tokens=options.special_tokens, level=options.level, n_resamples=options.resamples,
+        n_permutations=options.permutations, batch_size=options.batch_size,
+    )  # fmt: skip
+    scores.save(options.out)
+    print(f"{scores}\n{scores.to_dataframe().head(options.top).round(4).to_string(index=False)}")
+    print(selection_stability(scores, n=min(options.top, scores.delta.numel())))
+    written = [options.out]
+    if options.table is not None:
+        with atomic_write(options.table) as temporary:
+            scores.to_dataframe().to_csv(temporary, index=False)
+        written.append(options.table)
+    if len(set(pairs.templates)) > 1:
+        print(f"rank correlation between templates:\n{template_agreement(scores).round(2).to_string()}")
+    _wrote(*written)
+
+
+def plan(options: Options) -> None:
+    numbers = {"n_activate": options.activate, "n_deactivate": options.deactivate}
+    common = {"epsilon": options.epsilon, "on_excess": options.on_excess}
+    if options.steermoe:
+        if options.q is not None:
+            raise DataError("--q needs q-values, which published rankings do not have; give numbers only.")
+        shape = None if options.model is None else _model(options).moe_shape
+        if options.moe_layers and shape is None:
+            raise DataError("--moe-layers needs --model, whose MoE layers are meant.")
+        layers = shape.layers if shape is not None and options.moe_layers else None
+        ranking = read_published_ranking(options.scores, shape=shape, layers=layers)
+        if "all" in numbers.values():
+            raise DataError("A published ranking needs numbers for --activate and --deactivate.")
+        given = {name: number or 0 for name, number in numbers.items()}
+        chosen = ranking.plan(**given, reverse=options.reverse, **common)
+    else:
+        scores = ExpertScores.load(options.scores)
+        scores = -scores if options.reverse else scores
+        chosen = SteeringPlan.from_scores(scores, **numbers, q=options.q, **common)
+    if not len(chosen):
+        raise DataError("The plan names no expert; ask for some with --activate, --deactivate or --q.")
+    chosen.save(options.out)
+    print(f"{len(chosen.activate)} experts activated, {len(chosen.deactivate)} deactivated")
+    _wrote(options.out)
+
+
+def steer(options: Options) -> None:
+    if (options.prompt is None) == (options.prompts is None):
+        raise DataError("Give the prompts either as --prompt TEXT (repeatable) or as --prompts FILE.")
+    prompts = options.prompt or read_prompts(options.prompts, column=options.column)
+    if not options.max_new_tokens:
+        raise DataError("--max-new-tokens must be at least 1.")
+    model, chosen = _model(options), SteeringPlan.load(options.plan)
+    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "verbose": False}
+    rows = []
+    for index, prompt in enumerate(tqdm(prompts, desc="generating", unit="prompt")):
+        tokens, _ = next(iter(padded_batches(model, [prompt], 1)))
+        texts = {}
+        for name, hooks in (("unsteered", []), ("steered", steer_hooks(chosen))):
+            with model.hooks(fwd_hooks=hooks), torch.no_grad():
+                output: Any = model.generate(tokens, return_type="tokens", **settings)
+            texts[name] = model.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+        rows.append({"index": index, "prompt": model.tokenizer.decode(tokens[0]), **texts})
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if options.out is None:
+        print("\n".join(lines))
+        return
+    with atomic_write(options.out) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _wrote(options.out)
+
+
+def evaluate(options: Options) -> None:
+    reverse = None if options.reverse is None else SteeringPlan.load(options.reverse)
+    scores = None if options.scores is None else ExpertScores.load(options.scores)
+    task, chosen = load_task(options.task), SteeringPlan.load(options.plan)
+    report = evaluate_steering(
+        _model(options), chosen, task, reverse=reverse, scores=scores, n_random=options.n_random,
+        seed=options.seed, alpha=options.alpha,
+    )  # fmt: skip
+    print(report)
+    if options.out is not None:
+        report.save(options.out)
+        _wrote(options.out)
+
+
+def sweep(options: Options) -> None:
+    found = sweep_sizes(
+        _model(options), ExpertScores.load(options.scores), load_task(options.task), sizes=options.sizes,
+        n_random=options.n_random, seed=options.seed,
+    )  # fmt: skip
+    print(found)
+    if options.out is not None:
+        found.save(options.out)
+        _wrote(options.out)
+
+
+def plot(options: Options) -> None:
+    mpl.use("Agg")
+    plots.save(PLOTS[options.kind](options), options.out)
+    _wrote(options.out)
+
+
+def demo(options: Options) -> None:
+    mpl.use("Agg")  # files only, no window
+    torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
+    names = options.model or organisms.names()
+    for name in names:
+        organisms.path(name)  # a wrong name fails before the first minute of work
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoELensError(f"{options.out} cannot be made a folder ({error}); give another --out.") from error
+    results = [demo_module.run_demo(name, seed=options.seed) for name in names]
+    text = f"{demo_module.table(results)}\n\n{demo_module.LEGEND}\n"
+    print(f"\n{text}")
+    (options.out / "table.md").write_text(text, encoding="utf-8")
+    written = [options.out / "table.md"]
+    for result in results:
+        labels = {"+": "deactivated toward the document", "−": "deactivated toward memory"}
+        named = {labels[direction]: plan for direction, plan in result.plans.items()}
+        written.append(options.out / f"experts-{result.name}.png")
+        plots.save(plots.expert_heat_map(result.scores, named), written[-1])
+    written.append(options.out / "rates.png")
+    plots.save(plots.steering_rates({r.name: r.report for r in results}), written[-1])
+    _wrote(*written)
+
+
+def models(options: Options) -> None:
+    if options.readme is None:
+        print(markdown_table(), end="")
+        return
+    try:
+        text = options.readme.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoELensError(f"{options.readme} cannot be read ({error}); give another --readme.") from error
+    new = with_table(text)
+    with atomic_write(options.readme) as temporary:
+        temporary.write_text(new, encoding="utf-8")
+
+
+def _model(options: Options) -> HookedMoE:
+    """The model that --model or MODEL names: an organism, a folder or a name on the hub."""
+    kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
+    if options.device is not None:
+        kwargs["device"] = options.device
+    shipped = options.model in organisms.names()
+    if shipped:
+        torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
+    load = organisms.load if shipped else HookedMoE.from_pretrained
+    try:
+        return load(options.model, **kwargs)
+    except MoELensError:
+        raise
+    except Exception as error:  # transformers, the hub and torch raise all kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"The model {options.model} cannot be loaded: {reason}") from error
+
+
+def _weights_digest(model: HookedMoE) -> str:
+    """Of numbers all over every parameter and buffer: counts of other weights should not be continued."""
+    digest = hashlib.sha256()
+    network = model.original_model
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        numbers: Any = tensor.shape
+        if not tensor.is_meta:  # offloaded weights are elsewhere
+            flat = tensor.detach().flatten()
+            numbers = flat[:: max(1, len(flat) // 4096)].tolist()
+        digest.update(f"{name} {tensor.dtype} {numbers}".encode())
+    return digest.hexdigest()
+
+
+def _file(options: Options) -> Path:
+    if options.file is None:
+        raise DataError(f"plot {options.kind} needs a FILE to draw.")
+    return options.file
+
+
+def _scores(options: Options) -> ExpertScores:
+    return ExpertScores.load(_file(options))
+
+
+def _heat_map(options: Options) -> Axes:
+    named = {path.stem: SteeringPlan.load(path) for path in options.plan or []}
+    return plots.expert_heat_map(_scores(options), named)
+
+
+def _tokens(options: Options) -> Axes:
+    if options.prompt is None or options.model is None:
+        raise DataError("plot tokens needs --model MODEL and --prompt TEXT.")
+    hooks = [hook for path in options.plan or [] for hook in steer_hooks(SteeringPlan.load(path))]
+    return plots.token_routing(route_prompt(_model(options), options.prompt, hooks=hooks))
+
+
+def _coactivation(options: Options) -> Axes:
+    found = RoutingStats.load(_file(options))
+    layer = found.shape.layers[0] if options.layer is None else options.layer
+    return plots.coactivation_matrix(found, layer)
+
+
+PLOTS: dict[str, Callable[[Options], Axes]] = {
+    "heatmap": _heat_map,
+    "volcano": lambda options: plots.volcano(_scores(options)),
+    "layers": lambda options: plots.selected_by_layer(SteeringPlan.load(_file(options))),
+    "coactivation": _coactivation,
+    "balance": lambda options: plots.load_balance(RoutingStats.load(_file(options)).load_balance()),
+    "tokens": _tokens,
+    "sweep": lambda options: plots.sweep_curves(SweepResult.load(_file(options))),
+}
+"""Kind of figure -> how it is drawn."""
+
+
+def _wrote(*paths: Path) -> None:
+    print("wrote " + ", ".join(str(path) for path in paths))

@@ -1,0 +1,320 @@
+"""The command `moe-lens`: a thin shell over the library.
+
+moe-lens demo                                   the whole ladder of organisms
+moe-lens models                                 the table of supported models
+moe-lens stats MODEL PROMPTS --out F            routing statistics (resumable)
+moe-lens detect MODEL PAIRS --out F             which experts follow a contrast, and how sure that is
+moe-lens plan SCORES --deactivate N --out F     a steering plan
+moe-lens steer MODEL PLAN --prompt TEXT         generate, unsteered and steered
+moe-lens evaluate MODEL PLAN TASK               is the effect larger than that of random experts?
+moe-lens sweep MODEL SCORES TASK                the effect of plans of several sizes
+moe-lens plot KIND FILE --out F                 a figure of any of these files
+"""
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from moe_lens.cli import commands
+from moe_lens.detection.paired_statistics import ScoreName
+from moe_lens.errors import MoELensError
+from moe_lens.steering.plan import OnExcess
+
+_WORKFLOW = """\
+From prompts to a result:
+
+  moe-lens stats specialised prompts.txt --out stats.safetensors
+  moe-lens detect specialised pairs.jsonl --out scores.safetensors --table scores.csv
+  moe-lens plan scores.safetensors --deactivate 6 --out plan.json
+  moe-lens plan scores.safetensors --deactivate 6 --reverse --out opposite.json
+  moe-lens steer specialised plan.json --prompt "Question : what is the capital of Eldria ? Answer :"
+  moe-lens evaluate specialised plan.json task.json --reverse opposite.json --out report.json
+  moe-lens plot volcano scores.safetensors --out volcano.png
+
+MODEL is the name of a shipped model (specialised, planted, null, ...), a folder, or a name on the Hugging
+Face hub. `moe-lens COMMAND --help` explains each command and its files.
+"""
+_SPANS = (
+    'which tokens count: "all" (default; for pairs: what their file says), "last", "question" or "answer" '
+    "(of chats, or of pairs that name them), or any other text: its last occurrence in each prompt. Special "
+    "tokens never count, unless --special-tokens"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 1 after an error that the user can mend, 130 if interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        with _sigterm_interrupts():
+            options.run(options)
+    except MoELensError as error:
+        print(f"moe-lens: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("moe-lens: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, so that `stats` keeps what it has counted."""
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-lens",
+        description="Mechanistic interpretability of Mixture-of-Experts language models.",
+        epilog=_WORKFLOW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    adders = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_demo, _models, _stats, _detect, _plan, _steer, _evaluate, _sweep, _plot):
+        add(adders)
+    return parser
+
+
+def _demo(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.demo,
+        "measure, detect and steer a small trained model, beside its controls",
+        """On each organism (a small trained model that ships with the package): find the experts that run
+        more often with a document than without, choose the plan's size on development questions, steer toward
+        the document and toward memory on test questions, and hold the effect against random experts. Prints
+        a table and writes figures.""",
+    )
+    command.add_argument(
+        "--model", action="append", metavar="NAME", help="an organism; repeat for several (default: all)"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("moe-lens-demo"), help="folder (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=_number, default=0, help="of random sets and bootstrap (default: 0)")
+
+
+def _models(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.models,
+        "print the table of supported models",
+        """Print, as Markdown, every Hugging Face architecture that moe_lens supports: its router, the routing
+        rule, where k comes from, special cases, and what is refused.""",
+    )
+    command.add_argument(
+        "--readme", type=Path, metavar="FILE", help="write the table into this file, between its marks"
+    )
+
+
+def _stats(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.stats,
+        "routing statistics over many prompts",
+        """Count which experts run, layer by layer, and print how evenly they are used. PROMPTS is a .txt file
+        (one prompt a line), a .jsonl file (each line a string, a list of messages, a list of token numbers,
+        or an object with "prompt" or "messages") or a .csv file with a column "prompt". If the command is
+        interrupted, the same command continues where it stopped. Python reads the result with
+        RoutingStats.load(FILE).""",
+    )
+    _model_and(command, "prompts", "file of prompts")
+    command.add_argument("--column", metavar="NAME", help="field or column of the prompts")
+    _spans(command)
+    for name, text in (
+        ("per-prompt", "keep the counts of each prompt (what detection with uncertainty needs)"),
+        ("positions", "keep the counts of each position"),
+        ("vocabulary", "keep the counts of each token of the vocabulary"),
+    ):
+        command.add_argument(f"--{name}", action="store_true", help=text)
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
+
+
+def _detect(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.detect,
+        "which experts follow a contrast, with intervals and q-values",
+        """Score every expert on contrastive pairs, with a confidence interval (paired bootstrap), a p-value
+        (sign flips) and a q-value (Benjamini–Hochberg over all experts). PAIRS is a .jsonl or .csv file
+        with the fields "first" and "second" (a prompt under each condition: text, or a list of messages)
+        and, if wanted, "cluster" (pairs with the same label are one unit) and "template". Positive scores
+        go with "first". Prints the top experts, how stable the selection is under resampling, and how well
+        the templates agree.""",
+    )
+    _model_and(command, "pairs", "file of pairs")
+    for name in ("first", "second", "cluster", "template"):
+        command.add_argument(
+            f"--{name}", metavar="NAME", help=f"field or column of that meaning (default: {name})"
+        )
+    command.add_argument(
+        "--score", choices=get_args(ScoreName), default="risk_difference", help="which score"
+    )
+    _spans(command)
+    command.add_argument("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
+    command.add_argument("--resamples", type=_number, default=1000, help="of the bootstrap (default: 1000)")
+    command.add_argument("--permutations", type=_number, default=1000, help="sign flips (default: 1000)")
+    command.add_argument("--seed", type=_number, default=0, help="of both (default: 0)")
+    command.add_argument("--top", type=_number, default=10, help="how many experts to print (default: 10)")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
+    command.add_argument("--table", type=Path, metavar="FILE", help="all experts as .csv, too")
+
+
+def _plan(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.plan,
+        "choose the experts to steer",
+        """Write a steering plan: activate the experts with the most positive scores, deactivate those with
+        the most negative ones. SCORES comes from `moe-lens detect`, or, with --steermoe, is a ranking that
+        the SteerMoE authors published (a pickled DataFrame, read without running its code). Deactivation is
+        the gentler lever.""",
+    )
+    command.add_argument("scores", type=Path, metavar="SCORES", help="file of scores")
+    for verb in ("activate", "deactivate"):
+        command.add_argument(
+            f"--{verb}", type=_number_or_all, metavar="N", help=f'how many experts to {verb}, or "all"'
+        )
+    command.add_argument(
+        "--q", type=float, help="only experts with a q-value up to this; without any N, all that fit a layer"
+    )
+    command.add_argument("--reverse", action="store_true", help="for the opposite contrast")
+    command.add_argument("--epsilon", type=float, default=0.01, help="of the transform (default: 0.01)")
+    command.add_argument(
+        "--on-excess", choices=get_args(OnExcess), default="raise", help="experts that do not fit a layer"
+    )
+    command.add_argument("--steermoe", action="store_true", help="SCORES is a published ranking")
+    command.add_argument("--model", help="with --steermoe: the model that the plan is for")
+    command.add_argument(
+        "--moe-layers", action="store_true", help="with --steermoe: its layer n is the model's n-th MoE layer"
+    )
+    command.set_defaults(dtype=None, device=None)
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plan, JSON")
+
+
+def _steer(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.steer,
+        "generate with a plan, beside the unsteered text",
+        """Generate greedily from each prompt, unsteered and under the plan, as JSON lines with the fields
+        index, prompt, unsteered, steered.""",
+    )
+    _model_and(command, "plan", "steering plan, from `moe-lens plan`")
+    command.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for several")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="file of prompts, as in `stats`")
+    command.add_argument("--column", metavar="NAME", help="field or column of the prompts")
+    command.add_argument("--max-new-tokens", type=_number, default=20, help="a prompt (default: 20)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="JSON lines (default: print them)")
+
+
+def _evaluate(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.evaluate,
+        "is the effect of a plan larger than that of random experts?",
+        """Measure a behaviour on held-out prompts under the plan, under the plan for the opposite direction,
+        and under random sets of as many experts (any layer, and layer by layer), and say in words whether
+        the two-way gap exceeds these controls. TASK is a JSON file; `moe_lens.tasks.load_task` documents
+        it.""",
+    )
+    _model_and(command, "plan", "steering plan")
+    command.add_argument("task", type=Path, metavar="TASK", help="what to measure, JSON")
+    command.add_argument("--reverse", type=Path, metavar="PLAN", help="plan for the opposite direction")
+    command.add_argument(
+        "--scores", type=Path, metavar="FILE", help="scores that the plan came from: for reverse and bottom-k"
+    )
+    _random(command)
+    command.add_argument("--alpha", type=float, default=0.05, help="error rate (default: 0.05)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the report, JSON")
+
+
+def _sweep(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.sweep,
+        "the effect of plans of several sizes, both directions",
+        """Deactivate 2, 4, ... experts in either direction, and as many random ones, and measure the task
+        under each. Choose a size on development prompts and evaluate it on others.""",
+    )
+    _model_and(command, "scores", "file of scores, from `moe-lens detect`")
+    command.add_argument("task", type=Path, metavar="TASK", help="what to measure, JSON")
+    command.add_argument("--sizes", type=_numbers, default=(2, 4, 8), help="such as 2,4,8 (the default)")
+    _random(command)
+    command.add_argument("--out", type=Path, metavar="FILE", help="the sweep, JSON")
+
+
+def _plot(commands_: Any) -> None:
+    command = _command(
+        commands_,
+        commands.plot,
+        "draw a figure from a file",
+        """heatmap and volcano take scores, layers a plan, coactivation and balance routing statistics,
+        sweep a sweep, tokens no file but --model and --prompt.""",
+    )
+    command.add_argument("kind", choices=tuple(commands.PLOTS), help="which figure")
+    command.add_argument("file", type=Path, nargs="?", metavar="FILE", help="what to draw")
+    command.add_argument(
+        "--plan", type=Path, action="append", metavar="FILE", help="heatmap: mark its experts; tokens: steer"
+    )
+    command.add_argument("--layer", type=_number, help="coactivation: which layer (default: the first)")
+    command.add_argument("--prompt", metavar="TEXT", help="tokens: the prompt")
+    command.add_argument("--model", help="tokens: the model")
+    command.set_defaults(dtype=None, device=None)
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
+
+
+def _command(
+    adder: Any, run: Callable[[argparse.Namespace], None], short: str, long: str
+) -> argparse.ArgumentParser:
+    command = adder.add_parser(run.__name__, help=short, description=long)
+    command.set_defaults(run=run)
+    return command
+
+
+def _model_and(command: argparse.ArgumentParser, name: str, text: str) -> None:
+    command.add_argument("model", metavar="MODEL", help="shipped model, folder, or name on the hub")
+    command.add_argument(name, type=Path, metavar=name.upper(), help=text)
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the model's)"
+    )
+    command.add_argument("--device", help='such as "cuda" (default: what TransformerLens chooses)')
+
+
+def _spans(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--span", help=_SPANS)
+    command.add_argument("--special-tokens", action="store_true", help="count special tokens too")
+    command.add_argument("--batch-size", type=_number, default=8, help="prompts a forward (default: 8)")
+
+
+def _random(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--n-random", type=_number, default=20, metavar="N", help="random sets of each kind (default: 20)"
+    )
+    command.add_argument("--seed", type=_number, default=0, help="of random sets and bootstrap (default: 0)")
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _number_or_all(text: str) -> int | str:
+    return text if text == "all" else _number(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_number(part.strip()) for part in text.split(","))

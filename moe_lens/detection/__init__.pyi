@@ -1,0 +1,15 @@
+from .detecting import SelectionStability as SelectionStability
+from .detecting import compare_routing as compare_routing
+from .detecting import detect as detect
+from .detecting import selection_stability as selection_stability
+from .detecting import template_agreement as template_agreement
+from .expert_scores import Evidence as Evidence
+from .expert_scores import ExpertScore as ExpertScore
+from .expert_scores import ExpertScores as ExpertScores
+from .expert_scores import risk_difference as risk_difference
+from .paired_counts import PairedCounts as PairedCounts
+from .paired_statistics import bootstrap_scores as bootstrap_scores
+from .paired_statistics import interval as interval
+from .paired_statistics import q_values as q_values
+from .paired_statistics import score as score
+from .paired_statistics import sign_flip_p as sign_flip_p

@@ -1,0 +1,291 @@
+"""Detection with its uncertainty: which experts follow a contrast, how sure that is, how stable the choice.
+
+scores = detect(model, pairs)                          # ExpertScores with intervals, p- and q-values
+scores = compare_routing(stats_1, stats_2)             # the same from counts that somebody already has
+plan = SteeringPlan.from_scores(scores, n_deactivate="all", q=0.05)
+selection_stability(scores, n=10)                      # would other prompts have selected the same experts?
+template_agreement(scores)                             # would other templates have?
+
+Tokens of one prompt are not independent, so prompts are the units: whole pairs are resampled, and whole
+pairs swap their conditions (paired_statistics.py has the formulas).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from moe_lens.checks import as_index
+from moe_lens.detection import paired_statistics
+from moe_lens.detection.expert_scores import Evidence, ExpertScores, check_comparable
+from moe_lens.detection.paired_counts import PairedCounts
+from moe_lens.detection.paired_statistics import check_settings
+from moe_lens.errors import DataError
+from moe_lens.statistics.collection import collect_routing
+from moe_lens.statistics.counts import PromptCounts
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.spans import Span
+
+
+def detect(
+    model: Any,
+    pairs: ContrastivePairs,
+    *,
+    score: str = "risk_difference",
+    span: Span = "pairs",
+    special_tokens: bool = False,
+    level: float = 0.95,
+    n_resamples: int = 1000,
+    n_permutations: int = 1000,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> ExpertScores:
+    """Score every expert on contrastive pairs, with an interval, a p-value and a q-value each.
+
+    >>> from moe_lens import ContrastivePairs, Prompt, detect, organisms
+    >>> conflicts = organisms.world("specialised").conflicts("detection")
+    >>> pairs = ContrastivePairs.from_lists(
+    ...     [Prompt(c.open_book, {"question": c.closed_book}) for c in conflicts],
+    ...     [Prompt(c.closed_book, {"question": c.closed_book}) for c in conflicts],
+    ...     span="question", clusters=[c.entity for c in conflicts],
+    ... )
+    >>> scores = detect(organisms.load("specialised"), pairs, progress=False)
+    >>> scores.q.shape, bool((scores.low <= scores.delta).all())
+    (torch.Size([4, 8]), True)
+
+    Args:
+        model: a HookedMoE, or a bridge after `attach`.
+        pairs: the prompts of both conditions; positive scores go with `pairs.first`.
+        score: "risk_difference" (SteerMoE's), "log_odds_ratio", "probability_difference" or "paired_t".
+        span: which tokens count; by default what the pairs say (`pairs.span`).
+        special_tokens: count special tokens in spans too.
+        level: confidence level of the intervals, in (0, 1).
+        n_resamples: bootstrap resamples of the clusters of pairs, for the intervals.
+        n_permutations: sign flips of the clusters, for the p-values.
+        seed: of both; the same seed gives the same numbers.
+        batch_size: prompts a forward.
+
+    Raises:
+        DataError: an unknown score, fewer than two clusters, a span that a prompt lacks, or bad settings.
+    """
+    if not isinstance(pairs, ContrastivePairs):
+        raise DataError(f"detect needs ContrastivePairs; got {type(pairs).__name__}.")
+    check_settings(score, level, n_resamples, n_permutations, seed)
+    counted = pairs.span if isinstance(span, str) and span == "pairs" else span
+    stats_1, stats_2 = (
+        collect_routing(
+            model, prompts, span=counted, special_tokens=special_tokens, per_prompt=True,
+            batch_size=batch_size, progress=progress,
+        )
+        for prompts in (pairs.first, pairs.second)
+    )  # fmt: skip
+    return compare_routing(
+        stats_1, stats_2, score=score, clusters=pairs.clusters, templates=pairs.templates, level=level,
+        n_resamples=n_resamples, n_permutations=n_permutations, seed=seed,
+    )  # fmt: skip
+
+
+def compare_routing(
+    stats_1: RoutingStats,
+    stats_2: RoutingStats,
+    *,
+    score: str = "risk_difference",
+    clusters: Sequence[Any] | None = None,
+    templates: Sequence[Any] | None = None,
+    level: float = 0.95,
+    n_resamples: int = 1000,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> ExpertScores:
+    """`detect` from statistics with per-prompt counts; prompt i of one is paired with prompt i of the other.
+
+    >>> from moe_lens import collect_routing, compare_routing, organisms
+    >>> model, conflicts = organisms.load("null"), organisms.world("null").conflicts("detection")
+    >>> one = collect_routing(model, [c.open_book for c in conflicts], per_prompt=True, progress=False)
+    >>> two = collect_routing(model, [c.closed_book for c in conflicts], per_prompt=True, progress=False)
+    >>> compare_routing(one, two, score="log_odds_ratio").q.shape
+    torch.Size([4, 8])
+
+    Args:
+        stats_1, stats_2: from `collect_routing(..., per_prompt=True)`.
+        clusters: one label a pair; pairs of one label are one unit. By default every pair is its own.
+        templates: one label a pair, for `template_agreement`.
+        The rest as in `detect`.
+
+    Raises:
+        DataError: different models, no per-prompt counts, unequal numbers of prompts, or fewer than two
+            clusters.
+    """
+    check_comparable(stats_1, stats_2)
+    check_settings(score, level, n_resamples, n_permutations, seed)
+    n_pairs = len(_per_prompt(stats_1).n_tokens)
+    if len(_per_prompt(stats_2).n_tokens) != n_pairs:
+        raise DataError(
+            f"Pairs need as many prompts under both conditions; got {n_pairs} and "
+            f"{len(_per_prompt(stats_2).n_tokens)}."
+        )
+    clusters = _labels("clusters", clusters, [str(pair) for pair in range(n_pairs)])
+    templates = _labels("templates", templates, ["default"] * n_pairs)
+    counts = _paired_counts(score, stats_1, stats_2, clusters)
+    low, high = paired_statistics.interval(score, counts, level=level, n_resamples=n_resamples, seed=seed)
+    p = paired_statistics.sign_flip_p(score, counts, n_permutations=n_permutations, seed=seed)
+    shape = stats_1.counts.shape
+
+    def by_layer(values: Float[np.ndarray, "expert"]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).reshape(shape)
+
+    evidence = Evidence(
+        by_layer(low), by_layer(high), by_layer(p), by_layer(paired_statistics.q_values(p)), level,
+        n_resamples, n_permutations, seed, clusters, templates,
+    )  # fmt: skip
+    return ExpertScores(by_layer(paired_statistics.score(score, counts)), stats_1, stats_2, score, evidence)
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionStability:
+    """How well the selection of the n experts with the largest |score| survives other prompts.
+
+    Attributes:
+        jaccard: [resample], |A ∩ B| / |A ∪ B| of the selection on all pairs and on each resample.
+        frequency: [layer expert], share of the resamples that select the expert (stability selection,
+            Meinshausen & Bühlmann 2010).
+        n: number of experts selected.
+    """
+
+    jaccard: Float[np.ndarray, "resample"]
+    frequency: Float[Tensor, "layer expert"]
+    n: int
+
+    @property
+    def mean(self) -> float:
+        """Mean Jaccard index, in [0, 1]; choosing n of N experts at random gives about n / (2N − n)."""
+        return float(self.jaccard.mean())
+
+    def __repr__(self) -> str:
+        low, high = np.quantile(self.jaccard, [0.025, 0.975])
+        return (
+            f"SelectionStability(top {self.n}: Jaccard {self.mean:.2f}, "
+            f"95 % of resamples in [{low:.2f}, {high:.2f}])"
+        )
+
+
+def selection_stability(
+    scores: ExpertScores, *, n: int, n_resamples: int = 200, seed: int = 0
+) -> SelectionStability:
+    """Select the n experts with the largest |score| again on bootstrap resamples of the clusters.
+
+    >>> from moe_lens import compare_routing, collect_routing, organisms, selection_stability
+    >>> model, conflicts = organisms.load("null"), organisms.world("null").conflicts("detection")
+    >>> stats = [
+    ...     collect_routing(model, prompts, per_prompt=True, progress=False)
+    ...     for prompts in ([c.open_book for c in conflicts], [c.closed_book for c in conflicts])
+    ... ]
+    >>> selection_stability(compare_routing(*stats), n=6).frequency.shape
+    torch.Size([4, 8])
+
+    Raises:
+        DataError: scores without evidence (use `detect`), or n not between 1 and the number of experts.
+    """
+    evidence = _evidence(scores)
+    n_experts = scores.delta.numel()
+    if (number := as_index(n)) is None or not 1 <= number <= n_experts:
+        raise DataError(f"n must be a number of experts from 1 to {n_experts}; got {n!r}.")
+    counts = _paired_counts(scores.score, scores.stats_1, scores.stats_2, evidence.clusters)
+    resampled = paired_statistics.bootstrap_scores(scores.score, counts, n_resamples, seed)
+    chosen = _top(np.abs(resampled), number)
+    original = _top(np.abs(scores.delta.numpy().reshape(1, -1)), number)
+    shared = (chosen & original).sum(-1)
+    frequency = torch.from_numpy(chosen.mean(0)).reshape(scores.delta.shape)
+    return SelectionStability(shared / (2 * number - shared), frequency, number)
+
+
+def template_agreement(scores: ExpertScores) -> pd.DataFrame:
+    """Spearman rank correlation, over all experts, between the scores under each pair of templates.
+
+    Experts that follow the behaviour rank alike under every template; experts that follow a template's words
+    do not. Values in [-1, 1], NaN where all experts score the same.
+
+    >>> from moe_lens import contrasts, detect, organisms, template_agreement
+    >>> rows = [
+    ...     {"context": c.open_book, "question": c.closed_book}
+    ...     for c in organisms.world("specialised").conflicts("detection")
+    ... ]
+    >>> pairs = contrasts.document_against_question(rows)
+    >>> scores = detect(organisms.load("specialised"), pairs, n_resamples=20, progress=False)
+    >>> template_agreement(scores).shape
+    (3, 3)
+
+    Raises:
+        DataError: scores without evidence, pairs of a single template, or a template with one cluster only.
+    """
+    evidence = _evidence(scores)
+    names = list(dict.fromkeys(evidence.templates))
+    if len(names) < 2:
+        raise DataError(f"Agreement needs pairs of at least two templates; there is {names[0]!r} only.")
+    ranks = []
+    for name in names:
+        rows = [row for row, own in enumerate(evidence.templates) if own == name]
+        clusters = tuple(evidence.clusters[row] for row in rows)
+        if len(set(clusters)) < 2:
+            raise DataError(f"Template {name!r} has pairs of one cluster only; agreement needs at least two.")
+        counts = _paired_counts(scores.score, scores.stats_1, scores.stats_2, clusters, rows)
+        ranks.append(rankdata(paired_statistics.score(scores.score, counts)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return pd.DataFrame(np.corrcoef(np.stack(ranks)), index=names, columns=names)
+
+
+def _top(values: Float[np.ndarray, "row expert"], n: int) -> np.ndarray:
+    """True at the n largest of each row; ties in the order of the experts."""
+    chosen = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(chosen, np.argsort(-values, axis=-1, kind="stable")[:, :n], True, axis=-1)
+    return chosen
+
+
+def _paired_counts(
+    score: str,
+    stats_1: RoutingStats,
+    stats_2: RoutingStats,
+    clusters: Sequence[str],
+    rows: Sequence[int] | None = None,
+) -> PairedCounts:
+    """What `paired_statistics` works on: counts (or sums of probabilities) of each cluster."""
+    sums, tokens = [], []
+    for stats in (stats_1, stats_2):
+        prompts = _per_prompt(stats)
+        chosen = slice(None) if rows is None else list(rows)
+        values = prompts.probability_sums if score == "probability_difference" else prompts.counts
+        sums.append(values[chosen].flatten(1).double().numpy())
+        tokens.append(prompts.n_tokens[chosen].double().numpy())
+    return PairedCounts.of_pairs(sums[0], tokens[0], sums[1], tokens[1], list(clusters))
+
+
+def _per_prompt(stats: RoutingStats) -> PromptCounts:
+    if stats.per_prompt is None:
+        raise DataError(
+            "These statistics hold no counts per prompt, without which tokens would pass for independent; "
+            "collect them with per_prompt=True."
+        )
+    return stats.per_prompt
+
+
+def _evidence(scores: ExpertScores) -> Evidence:
+    if not isinstance(scores, ExpertScores) or scores.evidence is None:
+        raise DataError(
+            "These scores carry no evidence; use scores from detect(...) or compare_routing(...)."
+        )
+    return scores.evidence
+
+
+def _labels(name: str, labels: Sequence[Any] | None, default: list[str]) -> tuple[str, ...]:
+    labels = default if labels is None else list(labels)
+    if len(labels) != len(default):
+        raise DataError(f"{name} must hold one label a pair: {len(default)} pairs, {len(labels)} labels.")
+    return tuple(str(label) for label in labels)

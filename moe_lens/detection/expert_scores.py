@@ -1,0 +1,242 @@
+"""Which experts follow a behaviour: scores per expert from the routing under two conditions.
+
+scores = risk_difference(with_document, without_document)     # the score alone
+scores = detect(model, pairs)                          # with its uncertainty (see detection.py)
+scores.ranked()[:10]                                   # the ten experts with the largest |delta|
+-scores                                                # the opposite contrast
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_lens.errors import DataError
+from moe_lens.files import atomic_write
+from moe_lens.shape import MoEShape
+from moe_lens.statistics.routing_stats import RoutingStats
+
+_KIND: Final = "moe_lens.ExpertScores"
+_SCHEMA: Final = 1
+
+
+class ExpertScore(NamedTuple):
+    """One expert and its score, in [-1, 1] for a risk difference."""
+
+    layer: int
+    expert: int
+    delta: float
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """How sure the scores are; the unit of all of it is the cluster of prompts, not the token.
+
+    Attributes:
+        low, high: [layer expert], float64, bounds of the confidence interval of each score.
+        p: [layer expert], float64, two-sided p-values.
+        q: [layer expert], float64, Benjamini–Hochberg q-values over all experts of all layers.
+        level: confidence level of the intervals.
+        n_resamples, n_permutations, seed: what a repetition needs.
+        clusters: the cluster of each pair of prompts; pairs of one cluster are one unit.
+        templates: the template of each pair.
+    """
+
+    low: Float[Tensor, "layer expert"]
+    high: Float[Tensor, "layer expert"]
+    p: Float[Tensor, "layer expert"]
+    q: Float[Tensor, "layer expert"]
+    level: float
+    n_resamples: int
+    n_permutations: int
+    seed: int
+    clusters: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, of all that is one number an expert."""
+        return {name: getattr(self, name) for name in ("low", "high", "p", "q")}
+
+    def settings(self) -> dict[str, Any]:
+        """Name -> value, of all the rest."""
+        return {name: value for name, value in vars(self).items() if name not in self.tensors()}
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertScores:
+    """A score for every expert, positive where it goes with the first condition.
+
+    From `risk_difference` (the score alone) or `detect` (with intervals, p- and q-values).
+
+    >>> from moe_lens import collect_routing, organisms, risk_difference
+    >>> model, pairs = organisms.load("specialised"), organisms.world("specialised").conflicts("detection")
+    >>> with_document = collect_routing(model, [pair.open_book for pair in pairs], progress=False)
+    >>> without = collect_routing(model, [pair.closed_book for pair in pairs], progress=False)
+    >>> scores = risk_difference(with_document, without)
+    >>> scores.delta.shape, len(scores.ranked()), scores.to_dataframe().shape
+    (torch.Size([4, 8]), 32, (32, 9))
+
+    Attributes:
+        delta: [layer expert], float64, the score: a risk difference, or what `score` names.
+        stats_1, stats_2: the routing under the first and under the second condition.
+        score: which score `delta` is.
+        evidence: intervals, p- and q-values; None where only the score is known.
+    """
+
+    delta: Float[Tensor, "layer expert"]
+    stats_1: RoutingStats
+    stats_2: RoutingStats
+    score: str = "risk_difference"
+    evidence: Evidence | None = None
+
+    def __post_init__(self) -> None:
+        tensors = {"delta": self.delta, **(self.evidence.tensors() if self.evidence else {})}
+        for name, tensor in tensors.items():
+            if tensor.shape != self.stats_1.counts.shape:
+                raise DataError(
+                    f"{name} has shape {tuple(tensor.shape)}, not {tuple(self.stats_1.counts.shape)}."
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise DataError(f"{name} holds NaN or infinite values; experts cannot be ranked by them.")
+
+    @property
+    def shape(self) -> MoEShape:
+        """The model that the scores are about; rows of `delta` are `shape.layers`."""
+        return self.stats_1.shape
+
+    @property
+    def low(self) -> Float[Tensor, "layer expert"] | None:
+        """Lower bounds of the confidence intervals; None without evidence."""
+        return self.evidence.low if self.evidence else None
+
+    @property
+    def high(self) -> Float[Tensor, "layer expert"] | None:
+        """Upper bounds of the confidence intervals; None without evidence."""
+        return self.evidence.high if self.evidence else None
+
+    @property
+    def p(self) -> Float[Tensor, "layer expert"] | None:
+        """Two-sided p-values; None without evidence."""
+        return self.evidence.p if self.evidence else None
+
+    @property
+    def q(self) -> Float[Tensor, "layer expert"] | None:
+        """Benjamini–Hochberg q-values over all experts; None without evidence."""
+        return self.evidence.q if self.evidence else None
+
+    def ranked(self) -> list[ExpertScore]:
+        """All experts by |delta|, largest first; ties in the order of layer and expert."""
+        scores = [
+            ExpertScore(layer, expert, delta)
+            for layer, row in zip(self.shape.layers, self.delta.tolist(), strict=True)
+            for expert, delta in enumerate(row)
+        ]
+        return sorted(scores, key=lambda score: -abs(score.delta))  # sorted() is stable
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an expert, ranked: layer, expert, delta, and rate, count, n_tokens of both conditions.
+
+        With evidence also low, high, p and q.
+        """
+        frame = pd.DataFrame(self.ranked(), columns=list(ExpertScore._fields))
+        rows, experts = [self.shape.layers.index(layer) for layer in frame["layer"]], frame["expert"].tolist()
+        for name, tensor in (self.evidence.tensors() if self.evidence else {}).items():
+            frame[name] = tensor[rows, experts].numpy()
+        for number, stats in enumerate((self.stats_1, self.stats_2), start=1):
+            frame[f"rate_{number}"] = stats.rates[rows, experts].numpy()
+            frame[f"count_{number}"] = stats.counts[rows, experts].numpy()
+            frame[f"n_tokens_{number}"] = stats.n_tokens
+        return frame
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file (never pickle), atomically, with the routing of both conditions."""
+        tensors = {"delta": self.delta.contiguous()}
+        about: dict[str, Any] = {"kind": _KIND, "schema": _SCHEMA, "score": self.score, "evidence": None}
+        if self.evidence is not None:
+            tensors |= {name: tensor.contiguous() for name, tensor in self.evidence.tensors().items()}
+            about["evidence"] = self.evidence.settings()
+        for number, stats in enumerate((self.stats_1, self.stats_2), start=1):
+            tensors |= {f"stats_{number}.{name}": tensor for name, tensor in stats.tensors().items()}
+            about[f"stats_{number}"] = stats.about()
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in about.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ExpertScores":
+        """Read what `save` wrote. Raises DataError, naming the file and what is wrong with it."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            raise DataError(f"{path} cannot be read as expert scores: {error}.") from error
+        if (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
+            kind = about.get("kind", "unknown")
+            raise DataError(f"{path} is no file of expert scores of schema {_SCHEMA}; its kind is {kind!r}.")
+        try:
+            stats = [_stats_part(number, about, tensors) for number in (1, 2)]
+            evidence = None
+            if (settings := about["evidence"]) is not None:
+                lists = {name: tuple(settings.pop(name)) for name in ("clusters", "templates")}
+                numbers = {name: tensors[name] for name in ("low", "high", "p", "q")}
+                evidence = Evidence(**numbers, **lists, **settings)
+            return cls(tensors["delta"], stats[0], stats[1], about["score"], evidence)
+        except (KeyError, TypeError, AttributeError, OverflowError, DataError) as error:
+            raise DataError(f"{path} is damaged: {error!r}") from error
+
+    def __neg__(self) -> "ExpertScores":
+        """The reversed contrast: conditions swapped, deltas and intervals negated."""
+        evidence = self.evidence
+        if evidence is not None:
+            evidence = replace(evidence, low=-evidence.high, high=-evidence.low)
+        return ExpertScores(-self.delta, self.stats_2, self.stats_1, self.score, evidence)
+
+    def __repr__(self) -> str:
+        top = ", ".join(f"L{s.layer}E{s.expert} {s.delta:+.2f}" for s in self.ranked()[:3])
+        found = ""
+        if self.q is not None:
+            found = f"; {int((self.q <= 0.05).sum())} of {self.q.numel()} experts with q ≤ 0.05"
+        return f"ExpertScores({self.score}: {top}, ...{found}; {self.shape})"
+
+
+def risk_difference(stats_1: RoutingStats, stats_2: RoutingStats) -> ExpertScores:
+    """delta = p(1) − p(2): how much more often an expert is among the top-k under the first condition.
+
+    p is the activation rate A / N, with A the number of counted tokens that chose the expert and N that of
+    all counted tokens (SteerMoE, arXiv 2509.09660, section 3). Float64, in [-1, 1]. The score alone: `detect`
+    adds intervals, p-values and q-values.
+
+    >>> from moe_lens import collect_routing, organisms, risk_difference
+    >>> model = organisms.load("specialised")
+    >>> stats = collect_routing(model, "Question : what is", progress=False)
+    >>> float(risk_difference(stats, stats).delta.abs().max())
+    0.0
+
+    Raises:
+        DataError: the statistics are of different models, layers, numbers of experts or k.
+    """
+    check_comparable(stats_1, stats_2)
+    # over the common denominator, so that equal differences are equal in float64 and tie
+    numerator = stats_1.counts * stats_2.n_tokens - stats_2.counts * stats_1.n_tokens
+    return ExpertScores(numerator.double() / (stats_1.n_tokens * stats_2.n_tokens), stats_1, stats_2)
+
+
+def check_comparable(stats_1: Any, stats_2: Any) -> None:
+    """Raise DataError unless both are RoutingStats of one model."""
+    if not isinstance(stats_1, RoutingStats) or not isinstance(stats_2, RoutingStats):
+        raise DataError("A contrast needs two RoutingStats, one for each condition.")
+    if differences := stats_1.shape.differences(stats_2.shape):
+        raise DataError(f"The two statistics are not comparable: {'; '.join(differences)}.")
+
+
+def _stats_part(number: int, about: dict[str, Any], tensors: dict[str, Tensor]) -> RoutingStats:
+    prefix = f"stats_{number}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return RoutingStats.from_tensors(about[f"stats_{number}"], own)

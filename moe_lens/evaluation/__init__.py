@@ -1,0 +1,5 @@
+"""What a plan does to a behaviour, held against random experts."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

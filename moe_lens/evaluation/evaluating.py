@@ -1,0 +1,296 @@
+"""Does a plan do more than random experts, and how many experts should it name?
+
+report = evaluate_steering(model, plan, task, scores=scores)        # on held-out prompts, with its controls
+print(report)                                                       # the table, and the verdict in words
+size = sweep(model, scores, development_task, sizes=(2, 4, 8, 16)).best_size()
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, get_args
+
+from tqdm.auto import tqdm
+
+from moe_lens.checks import as_index
+from moe_lens.detection.expert_scores import ExpertScores
+from moe_lens.errors import DataError, PlanError
+from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
+from moe_lens.evaluation.report import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, Limit, Outcome, SteeringReport
+from moe_lens.evaluation.tasks import SteeringTask
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.resampling import clustered_interval
+from moe_lens.steering.controls import bottom_set, random_sets
+from moe_lens.steering.hooks import steer_hooks
+from moe_lens.steering.plan import SteeringPlan
+
+Mode = Literal["deactivate", "activate", "both"]
+
+
+def evaluate_steering(
+    model: HookedMoE,
+    plan: SteeringPlan,
+    task: SteeringTask,
+    *,
+    reverse: SteeringPlan | None = None,
+    scores: ExpertScores | None = None,
+    n_random: int = 20,
+    alpha: float = 0.05,
+    level: float = 0.95,
+    seed: int = 0,
+    progress: bool = True,
+) -> SteeringReport:
+    """Measure a task under a plan, under its opposite, and under random sets of as many experts.
+
+    The test prompts must be others than those that the plan was chosen on; `split_clusters` and
+    `ContrastivePairs.split` make such splits.
+
+    >>> from moe_lens import SteeringPlan, answer_task, evaluate_steering, organisms
+    >>> model, conflicts = organisms.load("null"), organisms.world("null").conflicts("test")[:12]
+    >>> task = answer_task(
+    ...     [c.open_book for c in conflicts], [c.document_answer for c in conflicts],
+    ...     clusters=[c.entity for c in conflicts],
+    ... )
+    >>> plan, reverse = SteeringPlan(deactivate=[(2, 5), (3, 7)]), SteeringPlan(deactivate=[(0, 1), (2, 2)])
+    >>> evaluate_steering(model, plan, task, reverse=reverse, n_random=4, progress=False).verdict
+    False
+
+    Args:
+        model: a HookedMoE.
+        plan: toward the behaviour that the task measures.
+        task: from `answer_task` or `load_task`, or made of functions of your own.
+        reverse: the plan for the opposite direction. By default `opposite_plan` of the scores, and without
+            scores the plan with activated and deactivated experts swapped, where that is possible.
+        scores: that the plan came from; for the reverse plan and the least-scoring experts.
+        n_random: random sets of each kind (layer-matched, any layer) and for each direction.
+        alpha: error rate of the verdict.
+        level: of the intervals.
+        seed: of the random sets and the bootstrap.
+
+    Raises:
+        DataError: too few random sets for the error rate, or a task that gives no number a prompt.
+        PlanError: an empty plan, or one that the model's routers refuse; no reverse plan known.
+    """
+    check_model_and_task(model, task, seed, level)
+    _check(plan, scores, n_random, alpha)
+    _check_fits(model, plan)
+    plans = {"+": plan, "−": _reverse(model, plan, reverse, scores)}
+    bottom = None if scores is None else bottom_set(scores, plan, model)
+    with tqdm(total=3 + 4 * n_random + (bottom is not None), unit="run", disable=not progress) as bar:
+
+        def measure(one: SteeringPlan) -> Outcome:
+            outcome = measure_outcome(model, task, one)
+            bar.update()
+            return outcome
+
+        return SteeringReport(
+            task=task.name,
+            model=model.moe_shape.model,
+            plans=plans,
+            clusters=task.clusters,
+            unsteered=measure(SteeringPlan()),
+            steered={direction: measure(one) for direction, one in plans.items()},
+            controls=run_controls(model, plans, measure, n_random, seed),
+            bottom=None if bottom is None else measure(bottom),
+            limits={name: Limit(m.limit, m.larger_is_worse) for name, m in task.collateral.items()},
+            alpha=alpha,
+            level=level,
+            seed=seed,
+        )
+
+
+def measure_outcome(model: HookedMoE, task: SteeringTask, plan: SteeringPlan) -> Outcome:
+    """The task's behaviour and collateral measures under a plan."""
+    hooks = steer_hooks(plan)
+    values = task.values(model, hooks)
+    return Outcome(values, {name: one.value(model, hooks) for name, one in task.collateral.items()})
+
+
+def run_controls(
+    model: HookedMoE,
+    plans: dict[str, SteeringPlan],
+    measure: Callable[[SteeringPlan], Outcome],
+    n_random: int,
+    seed: int,
+) -> dict[str, dict[str, list[Outcome]]]:
+    """Kind -> direction -> outcomes of random sets; each of the four lists has draws of its own."""
+    return {
+        kind: {
+            direction: [
+                measure(one)
+                for one in random_sets(
+                    model, plans[direction], n_random, seed=4 * seed + 2 * first + second,
+                    layer_matched=kind == LAYER_MATCHED,
+                )
+            ]
+            for second, direction in enumerate(DIRECTIONS)
+        }
+        for first, kind in enumerate((LAYER_MATCHED, ANY_LAYER))
+    }  # fmt: skip
+
+
+def opposite_plan(scores: ExpertScores, plan: SteeringPlan) -> SteeringPlan:
+    """As many experts as in `plan`, chosen for the opposite contrast.
+
+    Raises:
+        PlanError: fewer experts than that have the sign, or they do not fit their layers.
+    """
+    activated = [expert for expert in plan.activate if expert not in plan.deactivate]
+    return SteeringPlan.from_scores(-scores, len(activated), len(plan.deactivate), epsilon=plan.epsilon)
+
+
+def _reverse(
+    model: HookedMoE, plan: SteeringPlan, reverse: SteeringPlan | None, scores: ExpertScores | None
+) -> SteeringPlan:
+    if reverse is not None:
+        if not isinstance(reverse, SteeringPlan) or not len(reverse):
+            raise PlanError(f"reverse must be a SteeringPlan that names experts; got {reverse!r}.")
+        _check_fits(model, reverse)
+        return reverse
+    if scores is not None:
+        opposite = opposite_plan(scores, plan)
+        _check_fits(model, opposite)
+        return opposite
+    try:
+        swapped = plan.reversed()
+        _check_fits(model, swapped)
+        return swapped
+    except PlanError as error:
+        raise PlanError(
+            f"The plan cannot simply be reversed ({error}). Pass reverse=, a plan for the opposite "
+            "direction, or scores=, from which one is chosen."
+        ) from error
+
+
+def _check_fits(model: HookedMoE, plan: SteeringPlan) -> None:
+    plan.check_fits(model.moe_shape)
+    for layer in plan.refused_layers(model):
+        reason = model.routing_rule(layer).cannot_steer(*plan.in_layer(layer))
+        raise PlanError(f"Layer {layer} cannot be steered by this plan: {reason}.")
+
+
+def check_model_and_task(model: HookedMoE, task: SteeringTask, seed: int, level: float) -> None:
+    """Raise DataError before anything runs, rather than after."""
+    for given, wanted in ((model, HookedMoE), (task, SteeringTask)):
+        if not isinstance(given, wanted):
+            raise DataError(f"A {wanted.__name__} is needed here; got {type(given).__name__}.")
+    if as_index(seed) is None:
+        raise DataError(f"seed must be a number from 0 on; got {seed!r}.")
+    if not isinstance(level, float) or not 0 < level < 1:
+        raise DataError(f"level must be a number between 0 and 1; got {level!r}.")
+
+
+def _check(plan: SteeringPlan, scores: ExpertScores | None, n_random: int, alpha: float) -> None:
+    if not isinstance(plan, SteeringPlan) or not len(plan):
+        raise PlanError("evaluate_steering needs a SteeringPlan that names experts.")
+    if scores is not None and not isinstance(scores, ExpertScores):
+        raise DataError(f"scores must be ExpertScores; got {type(scores).__name__}.")
+    if isinstance(alpha, bool) or not isinstance(alpha, float) or not 0 < alpha < 1:
+        raise DataError(f"alpha must be a number between 0 and 1; got {alpha!r}.")
+    if (number := as_index(n_random)) is None or 1 / (number + 1) ** 2 > alpha:
+        raise DataError(
+            f"With n_random={n_random!r} no p-value can reach alpha={alpha:g}, since none falls below "
+            "1 / (n_random + 1)²; take more random sets, 20 for example."
+        )
+
+
+def sweep(
+    model: HookedMoE,
+    scores: ExpertScores,
+    task: SteeringTask,
+    *,
+    sizes: Sequence[int],
+    directions: Sequence[str] = DIRECTIONS,
+    mode: Mode = "deactivate",
+    n_random: int = 5,
+    level: float = 0.95,
+    seed: int = 0,
+    progress: bool = True,
+) -> SweepResult:
+    """Measure a task under plans of several sizes, and under random sets of the same sizes.
+
+    Choose a size here, on development prompts; `evaluate_steering` then judges it on others.
+
+    >>> from moe_lens import organisms, sweep
+    >>> from moe_lens.organisms import detect_document_experts, document_task
+    >>> model, world = organisms.load("planted"), organisms.world("planted")
+    >>> scores = detect_document_experts(model, world)
+    >>> task = document_task(world, "development")
+    >>> found = sweep(model, scores, task, sizes=(2, 4), n_random=0, progress=False)
+    >>> found.sizes, found.gap(4) > found.gap(2)
+    ((2, 4), True)
+
+    Args:
+        scores: the plans take the experts with the most negative and most positive ones.
+        sizes: numbers of experts; those that the model has no room for are left out.
+        directions: "+" (toward the scores' first condition), "−" (toward the second), or both.
+        mode: "deactivate" (the gentler lever), "activate", or "both" (as many of each).
+        n_random: random sets of each size, in any layers; may be 0.
+
+    Raises:
+        DataError: no sizes, an unknown direction or mode. PlanError: no size is possible.
+    """
+    check_model_and_task(model, task, seed, level)
+    _check_sweep(sizes, directions, mode, n_random)
+    plans = _plans(model, scores, sizes, directions, mode)
+    unsteered = measure_outcome(model, task, SteeringPlan())
+    points = []
+    with tqdm(total=len(plans) * (1 + n_random), unit="run", disable=not progress) as bar:
+
+        def measure(plan: SteeringPlan) -> Outcome:
+            outcome = measure_outcome(model, task, plan)
+            bar.update()
+            return outcome
+
+        for number, ((size, direction), plan) in enumerate(plans.items()):
+            outcome = measure(plan)
+            low, high = clustered_interval(outcome.values, task.clusters, level=level, seed=seed)
+            sets = random_sets(model, plan, n_random, seed=10_000 * (seed + 1) + number)
+            random = [measure(one).rate for one in sets]
+            points.append(
+                SweepPoint(size, direction, outcome.rate, low, high, dict(outcome.collateral), random)
+            )
+    limits = {name: Limit(one.limit, one.larger_is_worse) for name, one in task.collateral.items()}
+    return SweepResult(
+        task.name,
+        model.moe_shape.model,
+        mode,
+        unsteered.rate,
+        dict(unsteered.collateral),
+        limits,
+        tuple(points),
+    )
+
+
+def _plans(
+    model: HookedMoE, scores: ExpertScores, sizes: Sequence[int], directions: Sequence[str], mode: str
+) -> dict[tuple[int, str], SteeringPlan]:
+    """(size, direction) -> plan, of the sizes that are possible in every direction."""
+    plans: dict[tuple[int, str], SteeringPlan] = {}
+    reason: PlanError | None = None
+    for size in sorted(set(sizes)):
+        numbers = (size if mode != "deactivate" else 0, size if mode != "activate" else 0)
+        try:
+            both = {
+                (size, direction): SteeringPlan.from_scores(scores if direction == "+" else -scores, *numbers)
+                for direction in directions
+            }
+        except PlanError as error:  # fewer experts of one sign, or more than fit a layer
+            reason = error
+            continue
+        if refused := [layer for plan in both.values() for layer in plan.refused_layers(model)]:
+            reason = PlanError(f"layer {refused[0]} cannot be steered so.")
+            continue
+        plans |= both
+    if not plans:
+        raise PlanError(f"No plan of {tuple(sizes)} experts is possible on this model: {reason}")
+    return plans
+
+
+def _check_sweep(sizes: Sequence[int], directions: Sequence[str], mode: str, n_random: int) -> None:
+    if not isinstance(sizes, Iterable) or not (sizes := list(sizes)) or not all(map(as_index, sizes)):
+        raise DataError(f"sizes must be numbers of experts from 1 on, at least one; got {sizes!r}.")
+    if not directions or not set(directions) <= set(DIRECTIONS):
+        raise DataError(f"directions must be of {DIRECTIONS}; got {directions!r}.")
+    if mode not in get_args(Mode):
+        raise DataError(f"mode must be one of {get_args(Mode)}; got {mode!r}.")
+    if as_index(n_random) is None:
+        raise DataError(f"n_random must be a number from 0 on; got {n_random!r}.")

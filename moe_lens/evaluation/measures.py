@@ -1,0 +1,152 @@
+"""What a model answers, how well it predicts text, and how sure a difference is.
+
+says = answers_with(model, prompts, answers, hooks=steer_hooks(plan))     # bool [prompt]
+loss = text_loss(model, sentences, hooks=steer_hooks(plan))               # nats a token
+low, high = clustered_interval(says.numpy(), clusters=entities, seed=0)   # 95 % interval of the mean
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.errors import DataError
+from moe_lens.model.registration import Model
+from moe_lens.text.batching import padded_batches, token_sequences
+
+Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
+
+
+def answers_with(
+    model: Model,
+    prompts: Sequence[Any],
+    answers: Sequence[str],
+    *,
+    hooks: Hooks = (),
+    batch_size: int = 64,
+) -> Bool[Tensor, "prompt"]:
+    """Whether the model's most probable next token is the answer, for each prompt.
+
+    >>> from moe_lens import organisms
+    >>> model, facts = organisms.load("specialised"), organisms.world("specialised").facts("test")[:4]
+    >>> answers_with(model, [f.question for f in facts], [f.answer for f in facts]).shape
+    torch.Size([4])
+
+    Args:
+        answers: one a prompt, each a single token of the model's vocabulary.
+        hooks: forward hooks to run under.
+
+    Raises:
+        DataError: no prompts, another number of answers than prompts, or an answer that is no single token.
+    """
+    if len(answers) != len(prompts):
+        raise DataError(f"{len(prompts)} prompts need as many answers; got {len(answers)}.")
+    token_of = {answer: _single_token(model, answer) for answer in dict.fromkeys(answers)}
+    expected = torch.tensor([token_of[answer] for answer in answers])
+    predicted = [
+        logits[:, -1].argmax(-1).cpu() for _, _, logits in _batch_logits(model, prompts, hooks, batch_size)
+    ]
+    return torch.cat(predicted) == expected
+
+
+def continuation_log_probs(
+    model: Model,
+    prompts: Sequence[Any],
+    continuations: Sequence[str],
+    *,
+    hooks: Hooks = (),
+    batch_size: int = 64,
+) -> Float[np.ndarray, "prompt"]:
+    """Mean log-probability a token, in nats, of each continuation after its prompt.
+
+    >>> from moe_lens import organisms
+    >>> model, facts = organisms.load("specialised"), organisms.world("specialised").facts("test")[:4]
+    >>> texts = [f"{fact.answer} ." for fact in facts]
+    >>> bool((continuation_log_probs(model, [f.question for f in facts], texts) < 0).all())
+    True
+
+    Args:
+        prompts: strings, chats or tokens; a continuation's tokens are put after its prompt's.
+
+    Raises:
+        DataError: no prompts, unequal numbers, or a continuation without tokens.
+    """
+    if len(continuations) != len(prompts):
+        raise DataError(f"{len(prompts)} prompts need as many continuations; got {len(continuations)}.")
+    added = [_continuation_tokens(model, text) for text in continuations]
+    sequences = [torch.cat(pair) for pair in zip(token_sequences(model, prompts), added, strict=True)]
+    found: list[float] = []
+    for tokens, _, logits in _batch_logits(model, sequences, hooks, batch_size):
+        for row in range(len(tokens)):
+            n_added = len(added[len(found)])  # padding stands left
+            found.append(
+                float(_next_log_probs(logits[row, -n_added - 1 :], tokens[row, -n_added - 1 :]).mean())
+            )
+    return np.array(found)
+
+
+def text_loss(model: Model, texts: Sequence[str], *, hooks: Hooks = (), batch_size: int = 64) -> float:
+    """Mean cross-entropy of every token after a text's first, in nats a token, over all texts together.
+
+    Raises:
+        DataError: no texts, or not one with two tokens.
+    """
+    total, n_tokens = 0.0, 0
+    for tokens, mask, logits in _batch_logits(model, texts, hooks, batch_size):
+        for row in range(len(tokens)):
+            real = mask[row]
+            total -= float(_next_log_probs(logits[row, real], tokens[row, real]).sum())
+            n_tokens += int(real.sum()) - 1
+    if n_tokens == 0:
+        raise DataError("text_loss needs texts of at least two tokens.")
+    return total / n_tokens
+
+
+def _batch_logits(model: Model, prompts: Sequence[Any], hooks: Hooks, batch_size: int) -> Any:
+    """Yields (tokens [batch pos], mask [batch pos], logits [batch pos vocab]), padding on the left."""
+    for tokens, mask in padded_batches(model, prompts, batch_size):
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), attention_mask=mask.long())
+        largest = logits.amax(-1)[
+            mask.to(logits.device)
+        ]  # −inf for some of the vocabulary is a mask, not a fault
+        if not bool(torch.isfinite(largest).all()):
+            raise DataError(
+                "The model's logits are NaN or infinite under these hooks; nothing can be measured."
+            )
+        yield tokens.to(logits.device), mask.to(logits.device), logits
+
+
+def _next_log_probs(logits: Float[Tensor, "pos vocab"], tokens: Int[Tensor, "pos"]) -> Float[Tensor, "next"]:
+    """Log-probability, in nats, of every token after the first; one text at a time, to save memory."""
+    return logits[:-1].double().log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+
+
+def _continuation_tokens(model: Model, text: str) -> Int[Tensor, "pos"]:
+    if model.tokenizer is None:
+        raise DataError("continuation_log_probs needs a model with a tokenizer.")
+    tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if not tokens:
+        raise DataError(f"The continuation {text!r} has no tokens.")
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if unknown in tokens and str(model.tokenizer.unk_token) not in text:
+        raise DataError(f"The continuation {text!r} has words outside the model's vocabulary.")
+    return torch.tensor(tokens)
+
+
+def _single_token(model: Model, answer: str) -> int:
+    if model.tokenizer is None:
+        raise DataError("answers_with needs a model with a tokenizer.")
+    tokens = model.to_tokens(answer, prepend_bos=False)[0]
+    if len(tokens) != 1:
+        raise DataError(
+            f"The answer {answer!r} is {len(tokens)} tokens; answers_with needs a single one. Mind the space "
+            "before a word, or give alternatives to answer_task, which compares longer continuations."
+        )
+    token = int(tokens[0])
+    if token == getattr(model.tokenizer, "unk_token_id", None):
+        raise DataError(f"The answer {answer!r} is not in the model's vocabulary.")
+    return token

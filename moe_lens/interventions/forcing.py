@@ -1,0 +1,223 @@
+"""Routes by force and by nudge: exact sets of experts, a bias on the logits, other weights.
+
+    model.run_with_hooks(prompt, fwd_hooks=force_experts({3: [1, 5]}, positions="generated"))
+    model.run_with_hooks(prompt, fwd_hooks=bias_experts({3: delta}) + scale_experts([(3, 1)], 2.0))
+
+All give hook lists, which can be added to each other and to steering. Hooks on one point run in the order of
+the list; the points fire in the order logits, indices, weights, outputs. So what forces a set of experts
+overrules steering and biases of that layer, wherever it stands in the list.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens import hook_names
+from moe_lens.checks import as_index
+from moe_lens.errors import DataError, HookError
+from moe_lens.interventions.edits import Experts, RoutingEdit, columns_of, experts_by_layer
+from moe_lens.interventions.positions import Positions, checked_positions
+from moe_lens.model.router_points import HookList, RoutingPoint
+from moe_lens.shape import MoEShape
+
+
+@dataclass(frozen=True, eq=False)
+class ForceEdit(RoutingEdit):
+    """Puts given experts [batch or 1, pos or 1, k] in the place of the router's choice."""
+
+    point: ClassVar[str] = hook_names.TOPK_INDICES
+
+    experts: Int[Tensor, "rows columns k"] = field(repr=False)  # TransformerLens prints every hook
+    keep_order: bool = True
+    every_column: bool = False
+
+    @property
+    def n_columns(self) -> int | None:
+        return None if self.every_column else self.experts.shape[1]
+
+    def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
+        forced = columns_of(self.experts, value, hook).to(value)
+        if not self.keep_order:
+            return forced
+        same = (forced.sort(-1).values == value.sort(-1).values).all(-1, keepdim=True)
+        return torch.where(same, value, forced)  # the same set: the router's own order, so the same sum
+
+    def highest_expert(self) -> int:
+        return int(self.experts.max())
+
+    def check_fits(self, shape: MoEShape) -> None:
+        super().check_fits(shape)
+        if self.experts.shape[-1] != shape.top_k:
+            raise HookError(
+                f"Layer {self.layer} of {shape.model} runs {shape.top_k} experts for each token; "
+                f"{self.experts.shape[-1]} are to be forced. Give exactly {shape.top_k}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class BiasEdit(RoutingEdit):
+    """Adds a vector to the router logits."""
+
+    point: ClassVar[str] = hook_names.ROUTER_LOGITS
+
+    bias: Float[Tensor, "expert"] = field(repr=False)
+
+    def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
+        return value + self.bias.to(value)
+
+    def check_fits(self, shape: MoEShape) -> None:
+        if len(self.bias) != shape.n_experts:
+            raise HookError(
+                f"The bias for layer {self.layer} has {len(self.bias)} numbers; {shape.model} has "
+                f"{shape.n_experts} experts."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleEdit(RoutingEdit):
+    """Multiplies the weights of some experts, or of all others."""
+
+    point: ClassVar[str] = hook_names.TOPK_WEIGHTS
+
+    experts: tuple[int, ...]
+    factor: float
+    others: bool = False
+
+    def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
+        experts = torch.tensor(self.experts, device=value.device)
+        meant = torch.isin(hook.chosen, experts) != self.others
+        return torch.where(meant, value * self.factor, value)
+
+    def highest_expert(self) -> int:
+        return max(self.experts)
+
+
+def force_experts(
+    experts: Experts,
+    *,
+    layers: int | Iterable[int] | None = None,
+    positions: Positions = None,
+) -> HookList:
+    """Run exactly these experts, whatever the router says; their weights are what its rule gives them.
+
+    >>> from moe_lens import force_experts, organisms
+    >>> model = organisms.load("specialised")
+    >>> _ = model.run_with_hooks("Question : what", fwd_hooks=force_experts({0: [1, 5]}, positions=[2, 3]))
+
+    Args:
+        experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`: k different
+            ones a layer, as many as the model runs, for every token. In a mapping also an int tensor [pos k]
+            or [batch pos k], with those of each column. Where the set is the router's own, its order stays.
+        positions: where; see `moe_lens.positions`. Columns beyond a tensor's must not be selected.
+
+    Raises:
+        DataError: none of these, or an expert named twice for a token. (HookError, before the forward:
+            another number of experts than the model runs, or one that it does not have.)
+    """
+    where = checked_positions(positions)
+    if layers is not None or not isinstance(experts, Mapping):
+        experts = experts_by_layer(experts, layers)
+    hooks: HookList = []
+    for layer, given in sorted(_sets(experts).items()):
+        sets = given.reshape(*[1] * (3 - given.ndim), *given.shape)
+        hooks.append(ForceEdit(layer, where, sets, every_column=given.ndim == 1).entry)
+    return hooks
+
+
+def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> HookList:
+    """Add a vector to the router logits: selection and weights follow (softmax(z + delta), for many routers).
+
+    >>> import torch
+    >>> from moe_lens import bias_experts, organisms
+    >>> model = organisms.load("specialised")
+    >>> towards_5 = torch.eye(8)[5] * 0.5
+    >>> _ = model.run_with_hooks("Question : what", fwd_hooks=bias_experts({0: towards_5}))
+
+    Args:
+        bias: layer -> a number for each expert (nats; -inf keeps an expert out of softmax routers). It is
+            added in the logits' own dtype.
+        positions: where; see `moe_lens.positions`.
+
+    Raises:
+        DataError: not such a mapping, NaN or +inf. (HookError, before the forward: not a number an expert.)
+    """
+    where = checked_positions(positions)
+    if not isinstance(bias, Mapping) or not bias:
+        raise DataError(f"bias_experts needs a mapping from layers to vectors; got {bias!r}.")
+    vectors = {_layer(layer): _vector(layer, vector) for layer, vector in bias.items()}
+    return [BiasEdit(layer, where, vector).entry for layer, vector in sorted(vectors.items())]
+
+
+def scale_experts(
+    experts: Experts,
+    factor: float,
+    *,
+    layers: int | Iterable[int] | None = None,
+    positions: Positions = None,
+) -> HookList:
+    """Multiply these experts' weights where they are chosen; who is chosen stays, and so do other weights.
+
+    >>> from moe_lens import organisms, scale_experts
+    >>> model = organisms.load("specialised")
+    >>> _ = model.run_with_hooks("Question : what", fwd_hooks=scale_experts([(0, 5), (1, 2)], 2.0))
+
+    Args:
+        experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`.
+        factor: finite. The weights are not renormalised. (In Llama 4 a weight multiplies what the expert
+            reads, and so does the factor.)
+        positions: where; see `moe_lens.positions`.
+
+    Raises:
+        DataError: no experts, or a factor that is no finite number.
+    """
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+        raise DataError(f"factor must be a finite number; got {factor!r}.")
+    where = checked_positions(positions)
+    return [
+        ScaleEdit(layer, where, tuple(found), float(factor)).entry
+        for layer, found in experts_by_layer(experts, layers).items()
+    ]
+
+
+def _sets(experts: Mapping[Any, Any]) -> dict[int, Int[Tensor, "*columns k"]]:
+    if not experts:
+        raise DataError("force_experts needs the experts of at least one layer; got none.")
+    sets = {}
+    for layer, given in experts.items():
+        try:
+            values = torch.as_tensor(given).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"force_experts, layer {layer}: {given!r} are no experts.") from error
+        if values.is_floating_point() or values.dtype == torch.bool or not 1 <= values.ndim <= 3:
+            raise DataError(
+                f"force_experts, layer {layer}: give k experts, or an int tensor [pos k] or [batch pos k]; "
+                f"got {values.dtype} of shape {tuple(values.shape)}."
+            )
+        values = values.long()
+        ordered = values.sort(-1).values
+        if not values.numel() or int(values.min()) < 0 or bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise DataError(f"force_experts, layer {layer}: experts must be different numbers from 0 on.")
+        sets[_layer(layer)] = values
+    return sets
+
+
+def _layer(number: Any) -> int:
+    layer = as_index(number)
+    if layer is None:
+        raise DataError(f"Layers are numbers from 0 on; got {number!r}.")
+    return layer
+
+
+def _vector(layer: Any, given: Any) -> Float[Tensor, "expert"]:
+    try:
+        vector = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"The bias for layer {layer} is no vector: {given!r}.") from error
+    if vector.ndim != 1 or bool(torch.isnan(vector).any()) or bool((vector == torch.inf).any()):
+        raise DataError(f"The bias for layer {layer} must be a vector without NaN and +inf; got {given!r}.")
+    return vector

@@ -1,0 +1,314 @@
+"""Patching sweeps: a clean run's routes, or experts' outputs, put into a corrupted run one piece at a time.
+
+    _, clean_cache = model.run_with_cache(clean)
+    by_position = patch_router(model, clean_cache, corrupted, metric)               # [layer pos]
+    by_expert = patch_expert_outputs(model, clean_cache, corrupted, metric)         # [layer expert]
+
+Each entry is the metric of one patched run, as in TransformerLens' `patching.generic_activation_patch`; here
+many runs share a forward. Compare with the metric of the corrupted run, where nothing is restored, and of the
+clean one, where everything is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens import hook_names
+from moe_lens.errors import DataError
+from moe_lens.interventions.stacked_runs import Cell, Places, StackedRuns, by_layer, checked_runs
+from moe_lens.model.registration import with_expert_out
+from moe_lens.model.router_points import HookList, RoutingPoint
+from moe_lens.shape import MoEShape
+
+ROUTER_POINTS: Final = {
+    "router_logits": (hook_names.ROUTER_LOGITS,),
+    "topk_indices": (hook_names.TOPK_INDICES,),
+    "topk_weights": (hook_names.TOPK_WEIGHTS,),
+    "route": (hook_names.TOPK_INDICES, hook_names.TOPK_WEIGHTS),
+}
+"""What `patch_router` can put in, and the hook points that take it."""
+
+SPELL: Final = {
+    hook_names.ROUTER_LOGITS: hook_names.router_logits,
+    hook_names.TOPK_INDICES: hook_names.topk_indices,
+    hook_names.TOPK_WEIGHTS: hook_names.topk_weights,
+    hook_names.EXPERT_OUT: hook_names.expert_out,
+}
+
+Clean = dict[int, dict[str, Tensor]]
+"""Layer -> short name of a point -> what it held in the clean run, [batch pos ...] with batch or one row."""
+
+
+def patch_router(
+    model: Any,
+    clean_cache: Any,
+    corrupted_tokens: Any,
+    metric: Any,
+    *,
+    point: str = "router_logits",
+    attention_mask: Any = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Float[Tensor, "layer pos"]:
+    """The metric of the corrupted run with the clean run's routing at one layer and position.
+
+    >>> from moe_lens import organisms
+    >>> from moe_lens.interventions import patch_router
+    >>> model = organisms.load("specialised")
+    >>> answer = model.to_single_token("Kyoto")
+    >>> def metric(logits):                                  # [batch pos d_vocab] -> a number
+    ...     return logits[:, -1].log_softmax(-1)[:, answer].mean()
+    >>> _, clean_cache = model.run_with_cache("Question : what is the capital of Eldria ? Answer :")
+    >>> patch_router(model, clean_cache, "Question : what is the capital of Norland ? Answer :", metric).shape
+    torch.Size([4, 12])
+
+    The entries are those of TransformerLens' `generic_activation_patch(model, corrupted_tokens, clean_cache,
+    metric, layer_pos_patch_setter, point, ["layer", "pos"])`, bit for bit with batch_size=1. In a larger
+    stack they may differ by rounding; in half precision that can flip a close choice of experts. On padding
+    (attention_mask) the patch is made too.
+
+    Args:
+        model: a `HookedMoE` in eval mode. Hooks that are on it stay and act in every patched run, before the
+            patch; they see the rows of several runs, each a copy of the corrupted batch, one after another.
+        clean_cache: from `run_with_cache` on prompts that correspond to the corrupted ones position by
+            position; one prompt, or as many as the corrupted. (Logits of a steered run do not always repeat
+            its route, see `steer_hooks`: use point="route".)
+        corrupted_tokens: int tokens [batch pos] or [pos], a string, or strings of equally many tokens.
+        metric: function of one patched run's logits [batch pos d_vocab] that gives a number.
+        point: "router_logits", from which the model's rule makes indices and weights; "topk_indices", whose
+            weights follow from the corrupted run's logits; "topk_weights", slot by slot, for the experts that
+            the corrupted run chose; "route", indices and weights together.
+        attention_mask: [batch pos], 0 on padding.
+        batch_size: patches a forward; None for as many as memory allows (fewer after an out-of-memory error).
+
+    Returns:
+        float32, on the CPU; layers in the order of `model.moe_layers`.
+
+    Raises:
+        DataError: an unknown point, a cache that lacks it, of another shape or another model, corrupted
+            prompts of unequal lengths, a metric that gives no single number or NaN. MoELensError: not a
+            HookedMoE. HookError: the model is in training mode, or routes by NaN.
+    """
+    if not isinstance(point, str) or point not in ROUTER_POINTS:
+        raise DataError(f"point must be one of {', '.join(map(repr, ROUTER_POINTS))}; got {point!r}.")
+    runs = checked_runs(model, corrupted_tokens, attention_mask, metric, "position", batch_size, progress)
+    points = ROUTER_POINTS[point]
+    clean = _clean(runs, clean_cache, points)
+
+    def hooks_for(cells: Sequence[Cell]) -> HookList:
+        return [
+            (SPELL[name](layer), PutClean(clean[layer][name], places, len(cells)))
+            for layer, places in by_layer(cells).items()
+            for name in points
+        ]
+
+    n_pos = runs.tokens.shape[1]
+    cells = [Cell(layer, pos) for layer in runs.model.moe_layers for pos in range(n_pos)]
+    return torch.tensor(runs.sweep(cells, hooks_for), dtype=torch.float32).reshape(-1, n_pos)
+
+
+def patch_expert_outputs(
+    model: Any,
+    clean_cache: Any,
+    corrupted_tokens: Any,
+    metric: Any,
+    *,
+    by: str = "expert",
+    attention_mask: Any = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Float[Tensor, "layer entry"]:
+    """The metric of the corrupted run with clean outputs of one expert, or of the experts at one position.
+
+    >>> from moe_lens import organisms
+    >>> from moe_lens.interventions import patch_expert_outputs
+    >>> model = organisms.load("specialised")
+    >>> answer = model.to_single_token("Kyoto")
+    >>> def metric(logits):                                  # [batch pos d_vocab] -> a number
+    ...     return logits[:, -1].log_softmax(-1)[:, answer].mean()
+    >>> model.set_use_expert_out(True)                       # before the clean run is cached
+    >>> _, clean_cache = model.run_with_cache("Question : what is the capital of Eldria ? Answer :")
+    >>> corrupted = "Question : what is the capital of Norland ? Answer :"
+    >>> patch_expert_outputs(model, clean_cache, corrupted, metric).shape              # [layer expert]
+    torch.Size([4, 8])
+    >>> patch_expert_outputs(model, clean_cache, corrupted, metric, by="pos").shape    # [layer pos]
+    torch.Size([4, 12])
+
+    The output of an expert (`hook_expert_out`, before its weight) is replaced by its output in the clean run
+    wherever it runs in both; route and weights stay the corrupted run's. Where it runs in one of them only,
+    nothing is replaced: an expert without a common position has the corrupted run's own metric. So this is
+    about what experts see, and `patch_router` about who computes. (In Llama 4 an output depends on its
+    weight, and the clean one comes with the clean weight.)
+
+    Where both runs chose the same experts in the same order, by="pos" gives the entries of TransformerLens'
+    `generic_activation_patch` on "expert_out"; elsewhere that puts one expert's output in another's place.
+
+    Args:
+        clean_cache: as in `patch_router`; made after `model.set_use_expert_out(True)`.
+        by: "expert", one expert at all positions; or "pos", all experts at one position.
+        model, corrupted_tokens, metric, attention_mask, batch_size: as in `patch_router`. Expert outputs are
+            switched on for the sweep if they are off.
+
+    Returns:
+        float32 [layer expert] or [layer pos], on the CPU; layers in the order of `model.moe_layers`.
+
+    Raises:
+        DataError: another `by`, a cache without expert outputs, or as in `patch_router`; its other errors.
+    """
+    if not isinstance(by, str) or by not in ("expert", "pos"):
+        raise DataError(f"by must be 'expert' or 'pos'; got {by!r}.")
+    axis = "expert" if by == "expert" else "position"
+    runs = checked_runs(model, corrupted_tokens, attention_mask, metric, axis, batch_size, progress)
+    clean = _clean(runs, clean_cache, (hook_names.TOPK_INDICES, hook_names.EXPERT_OUT))
+
+    def hooks_for(cells: Sequence[Cell]) -> HookList:
+        hooks: HookList = []
+        for layer, places in by_layer(cells).items():
+            indices, outputs = (
+                clean[layer][name] for name in (hook_names.TOPK_INDICES, hook_names.EXPERT_OUT)
+            )
+            edit = PutCleanOutputs(outputs, places, len(cells), indices, by_expert=by == "expert")
+            hooks.append((hook_names.expert_out(layer), edit))
+        return hooks
+
+    chosen, unpatched = _corrupted_run(runs)
+    length = runs.model.n_experts if by == "expert" else runs.tokens.shape[1]
+    cells = [
+        Cell(layer, entry)
+        for layer in runs.model.moe_layers
+        for entry in _in_common(chosen[layer], clean[layer][hook_names.TOPK_INDICES], by)
+    ]
+    # most experts of a large model are not run by both, and need no run of their own
+    found = torch.full((len(chosen), length), unpatched, dtype=torch.float32)
+    with with_expert_out(runs.model):
+        values = runs.sweep(cells, hooks_for)
+    for cell, value in zip(cells, values, strict=True):
+        found[runs.model.moe_layers.index(cell.layer), cell.entry] = value
+    return found
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # TransformerLens asks every hook for its repr
+class PutClean:
+    """The hook that puts the clean run's value into some runs of a forward, each at its position."""
+
+    clean: Tensor  # [batch or 1, pos, ...]
+    places: Places
+    n_runs: int
+
+    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        stacked = value.clone().unflatten(0, (self.n_runs, -1))  # [run batch pos ...]
+        clean = self.clean[:, self.places.entries.to(self.clean.device)].to(value)  # [batch cell ...]
+        runs, positions = (each.to(value.device) for each in self.places)
+        stacked[runs, :, positions] = clean.transpose(0, 1)  # both [cell batch ...]
+        return stacked.flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # TransformerLens asks every hook for its repr
+class PutCleanOutputs:
+    """The hook that puts clean outputs of experts into some runs, where the same expert runs in both."""
+
+    clean: Float[Tensor, "rows pos k d_model"]
+    places: Places
+    n_runs: int
+    clean_indices: Int[Tensor, "rows pos k"]
+    by_expert: bool
+
+    def __call__(self, value: Tensor, hook: RoutingPoint) -> Tensor:
+        if value.shape[1:] != self.clean.shape[1:]:
+            raise DataError(
+                f"{hook.name}: the clean cache's expert outputs have shape {tuple(self.clean.shape)}, this "
+                f"model's {tuple(value.shape)}; give a cache of this model."
+            )
+        stacked = value.clone().unflatten(0, (self.n_runs, -1))  # [run batch pos k d_model]
+        runs, wanted = (each.to(value.device) for each in self.places)
+        chosen = hook.chosen.unflatten(0, (self.n_runs, -1))[runs]  # [cell batch pos k]
+        same = chosen.unsqueeze(-1) == self.clean_indices.to(chosen).unsqueeze(
+            -2
+        )  # ... k, k of the clean run
+        slot = same.int().argmax(-1)  # where the clean run has this expert, if it has
+        clean = self.clean.to(value).expand(*slot.shape, -1)
+        clean = clean.gather(-2, slot.unsqueeze(-1).expand_as(clean))
+        along = chosen if self.by_expert else torch.arange(chosen.shape[2], device=value.device)[:, None]
+        replace = same.any(-1) & (along == wanted[:, None, None, None])
+        stacked[runs] = torch.where(replace.unsqueeze(-1), clean, stacked[runs])
+        return stacked.flatten(0, 1)
+
+
+def _corrupted_run(runs: StackedRuns) -> tuple[dict[int, Int[Tensor, "batch pos k"]], float]:
+    """The experts that each layer runs without a patch, and the metric."""
+    chosen: dict[int, Tensor] = {}
+
+    def note(indices: Tensor, hook: Any, layer: int) -> None:
+        chosen[layer] = indices
+
+    hooks: HookList = [
+        (hook_names.topk_indices(layer), partial(note, layer=layer)) for layer in runs.model.moe_layers
+    ]
+    return chosen, runs.run([None], hooks)[0]
+
+
+def _in_common(chosen: Int[Tensor, "batch pos k"], clean: Int[Tensor, "rows pos k"], by: str) -> list[int]:
+    """The experts that run at the same place in both runs, or the positions of such experts, ascending."""
+    same = (chosen.unsqueeze(-1) == clean.to(chosen).unsqueeze(-2)).any(-1)
+    return (chosen[same] if by == "expert" else same.nonzero()[:, 1]).unique().tolist()
+
+
+def _clean(runs: StackedRuns, cache: Any, points: tuple[str, ...]) -> Clean:
+    """What the clean run had at these points of all MoE layers, checked against model and tokens."""
+    found: Clean = {}
+    for name in cache.keys() if hasattr(cache, "keys") else ():
+        if isinstance(name, str) and (parsed := hook_names.parse(name)):
+            found.setdefault(parsed[0], {})[parsed[1]] = cache[name]
+    if not found:
+        raise DataError(
+            f"The clean cache ({type(cache).__name__}) holds no routing; give the second of the two things "
+            "that model.run_with_cache(clean) returns."
+        )
+    layers = runs.model.moe_layers
+    if foreign := sorted(set(found) - set(layers)):
+        raise DataError(
+            f"The clean cache has routing of layers {foreign}, this model has MoE layers {layers}: it is "
+            "another model's."
+        )
+    for layer in layers:
+        for point in points:
+            if point not in found.get(layer, {}):
+                raise DataError(_lacks(layer, point))
+    shape, tokens_shape = runs.model.moe_shape, tuple(runs.tokens.shape)
+    return {
+        layer: {point: _checked(shape, tokens_shape, layer, point, each) for point, each in tensors.items()}
+        for layer, tensors in found.items()
+    }
+
+
+def _lacks(layer: int, point: str) -> str:
+    if point == hook_names.EXPERT_OUT:
+        remedy = "call model.set_use_expert_out(True) before run_with_cache"
+    else:
+        remedy = "let the names_filter of run_with_cache keep it (names_filter=moe_lens.is_routing_point)"
+    return f"The clean cache lacks {SPELL[point](layer)}; {remedy}."
+
+
+def _checked(model: MoEShape, corrupted: tuple[int, ...], layer: int, point: str, tensor: Tensor) -> Tensor:
+    """A cached tensor as [batch or 1, pos, ...]."""
+    batch, n_pos = corrupted
+    n_dims = 4 if point == hook_names.EXPERT_OUT else 3
+    width = model.n_experts if point == hook_names.ROUTER_LOGITS else model.top_k
+    shaped = tensor[None] if tensor.ndim == n_dims - 1 else tensor  # cached with remove_batch_dim=True
+    where = f"The clean cache's {SPELL[point](layer)} has shape {tuple(tensor.shape)}"
+    if shaped.ndim != n_dims or shaped.shape[2] != width:
+        raise DataError(
+            f"{where}, this model has {model.n_experts} experts and runs {model.top_k}: the cache is another "
+            "model's."
+        )
+    if shaped.shape[0] not in (1, batch) or shaped.shape[1] != n_pos:
+        raise DataError(
+            f"{where}, the corrupted tokens are [batch pos] = {[batch, n_pos]}. Clean and corrupted prompts "
+            "must correspond token by token; there may be one clean prompt for all the corrupted."
+        )
+    return shaped

@@ -1,0 +1,211 @@
+"""Many runs of the same tokens in one forward, each with its own edit: their batches stacked as rows.
+
+    runs = StackedRuns(model, tokens, attention_mask, metric, axis="position", batch_size=None)
+    values = runs.sweep(cells, hooks_for)      # one number a cell, in the cells' order
+
+Run i of a forward has the rows i * batch to (i + 1) * batch. Nothing in a causal language model mixes rows,
+so a run gives what it would give alone, up to the rounding of larger matrix products.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import psutil
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from moe_lens.checks import as_index
+from moe_lens.errors import DataError, MoELensError
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.registration import forward_state, routing_layers
+from moe_lens.model.router_points import HookList
+from moe_lens.text.batching import token_sequences
+
+MOST_TOKENS: Final = {"cpu": 2**13, "cuda": 2**16}
+"""Tokens of one forward at most, by device; more are no faster, even where memory allows them."""
+
+
+class Cell(NamedTuple):
+    """One run: an entry of the map that a sweep fills."""
+
+    layer: int
+    entry: int
+    """The position or expert."""
+
+
+class Places(NamedTuple):
+    """The runs of one forward that edit one layer."""
+
+    runs: Int[Tensor, "cell"]
+    """Their numbers in the forward."""
+    entries: Int[Tensor, "cell"]
+    """Their positions or experts."""
+
+
+def by_layer(cells: Sequence[Cell]) -> dict[int, Places]:
+    """Layer -> which runs of a forward edit it.
+
+    >>> by_layer([Cell(0, 5), Cell(1, 0), Cell(1, 2)])[1].runs
+    tensor([1, 2])
+    """
+    found: dict[int, list[tuple[int, int]]] = {}
+    for run, cell in enumerate(cells):
+        found.setdefault(cell.layer, []).append((run, cell.entry))
+    return {layer: Places(*torch.tensor(members).unbind(1)) for layer, members in found.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class StackedRuns:
+    """What all runs of a sweep share.
+
+    Attributes:
+        tokens, attention_mask: of one run.
+        metric: logits of one run -> a number.
+        axis: "position" or "expert", for messages.
+        batch_size: runs of one forward; None for as many as memory allows.
+    """
+
+    model: HookedMoE
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Tensor | None
+    metric: Callable[[Tensor], Any]
+    axis: str
+    batch_size: int | None = None
+    progress: bool = False
+
+    def sweep(self, cells: Sequence[Cell], hooks_for: Callable[[Sequence[Cell]], HookList]) -> list[float]:
+        """The metric of every cell's run; `hooks_for` gives the hooks of a forward that stacks some cells."""
+        size = self.batch_size or min(len(cells), runs_that_fit(self.model, self.tokens))
+        values: list[float] = []
+        with tqdm(total=len(cells), unit="patch", disable=not self.progress) as bar:
+            while len(values) < len(cells):
+                chunk = cells[len(values) : len(values) + size]
+                try:
+                    found = self.run(chunk, hooks_for(chunk))
+                except RuntimeError as error:
+                    if self.batch_size is not None or size == 1 or not should_reduce_batch_size(error):
+                        raise
+                    found = []
+                if not found:  # out of memory; the error and what it held are gone by here
+                    clear_device_cache(garbage_collection=True)
+                    size //= 2
+                values += found
+                bar.update(len(found))
+        return values
+
+    @torch.no_grad()
+    def run(self, cells: Sequence[Cell | None], hooks: HookList) -> list[float]:
+        """The metric of each of these runs, in one forward under `hooks`; None is a run without a patch."""
+        n_runs, kwargs = len(cells), {}
+        if self.attention_mask is not None:
+            kwargs["attention_mask"] = self.attention_mask.repeat(n_runs, 1)
+        rows = torch.arange(len(self.tokens)).repeat(n_runs)
+        with forward_state(self.model).of_prompts(rows):
+            logits = self.model.run_with_hooks(self.tokens.repeat(n_runs, 1), fwd_hooks=hooks, **kwargs)
+        each = logits.unflatten(0, (n_runs, -1)).unbind(0)
+        return [self._measure(logits, cell) for logits, cell in zip(each, cells, strict=True)]
+
+    def _measure(self, logits: Float[Tensor, "batch pos d_vocab"], cell: Cell | None) -> float:
+        value = self.metric(logits)
+        try:
+            number = torch.as_tensor(value).detach()
+        except (TypeError, ValueError, RuntimeError):
+            number = torch.empty(0)
+        if number.numel() != 1 or number.is_complex():
+            got = f"a tensor of shape {tuple(number.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise DataError(
+                "The metric must turn logits [batch pos d_vocab] into one real number; it gave "
+                f"{got}. Average over the batch, for example: return (...).mean()."
+            )
+        if math.isnan(found := float(number)):
+            where = f"with the patch at layer {cell.layer}, {self.axis} {cell.entry}" if cell else "unpatched"
+            raise DataError(
+                f"The metric gave NaN on the corrupted run, {where}. Look at what it computes: a logarithm "
+                "of 0, a division by 0, or logits that are NaN."
+            )
+        return found
+
+
+def runs_that_fit(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> int:
+    """How many runs of these tokens one forward can hold, by a cautious estimate: at least 1."""
+    free = 0.5 * available_memory(tokens.device)
+    n_tokens = min(free / bytes_a_token(model, tokens.shape[1]), MOST_TOKENS.get(tokens.device.type, 2**13))
+    return max(1, int(n_tokens / tokens.numel()))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that tensors on a device can still take."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
+
+
+def bytes_a_token(model: HookedMoE, n_pos: int) -> int:
+    """Roughly what a token takes in a forward: logits, KV cache, and what one layer holds at a time."""
+    cfg, moe = model.cfg, next(iter(routing_layers(model).values()))
+    dtype = next(model.original_model.parameters()).dtype
+    d_model, d_mlp = cfg.d_model, getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
+    n_run = model.n_experts if moe.row.experts.weights_on_input else model.top_k  # Llama 4 runs all experts
+    experts = n_run * (3 * d_mlp + 4 * d_model)
+    if getattr(model.original_model.config, "_experts_implementation", None) == "batched_mm":
+        experts += n_run * 3 * d_mlp * d_model  # it copies the weights of every chosen expert
+    attention = 3 * (getattr(cfg, "n_heads", None) or 0) * n_pos
+    numbers = 3 * cfg.d_vocab + 2 * cfg.n_layers * d_model + experts + attention + 12 * d_model
+    return numbers * max(4, dtype.itemsize)
+
+
+def checked_runs(
+    model: Any, tokens: Any, attention_mask: Any, metric: Any, axis: str, batch_size: Any, progress: bool
+) -> StackedRuns:
+    """A user's arguments, checked; strings become tokens.
+
+    Raises:
+        DataError: prompts of unequal lengths, a mask of another shape, a metric that cannot be called, a
+            batch_size below 1, or as in `token_sequences`. MoELensError: not a HookedMoE.
+    """
+    if not isinstance(model, HookedMoE):
+        raise MoELensError(
+            f"Patching needs a HookedMoE, got {type(model).__name__}; use attach(bridge) or "
+            "HookedMoE.from_hf."
+        )
+    if not callable(metric):
+        raise DataError(
+            f"metric must be a function of the logits [batch pos d_vocab] that gives a number; got "
+            f"{metric!r}."
+        )
+    size = None if batch_size is None else as_index(batch_size)
+    if batch_size is not None and not size:
+        raise DataError(f"batch_size must be a number of patches from 1 on, or None; got {batch_size!r}.")
+    if isinstance(tokens, Tensor) and tokens.ndim == 2 and attention_mask is not None:
+        tokens = list(tokens)  # the mask tells what is padding, so nobody need be warned of it
+    sequences = list(token_sequences(model, tokens))
+    lengths = [len(sequence) for sequence in sequences]
+    if len(set(lengths)) > 1:
+        raise DataError(
+            f"The corrupted prompts have {lengths} tokens; patching by position needs equal lengths. Give "
+            "prompts that correspond token by token, or padded tokens [batch pos] with an attention_mask."
+        )
+    stacked = torch.stack(sequences).to(model.cfg.device)
+    mask = _checked_mask(attention_mask, stacked)
+    return StackedRuns(model, stacked, mask, metric, axis, size, progress)
+
+
+def _checked_mask(given: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"] | None:
+    if given is None:
+        return None
+    try:
+        mask = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"attention_mask must be a tensor of 1 and 0; got {given!r}.") from error
+    if mask.shape != tokens.shape or not bool(((mask == 0) | (mask == 1)).all()):
+        raise DataError(
+            f"attention_mask must hold 1 (a token) and 0 (padding) in the shape {tuple(tokens.shape)} of the "
+            f"corrupted tokens; got shape {tuple(mask.shape)}."
+        )
+    return mask.long().to(tokens.device)

@@ -1,0 +1,131 @@
+"""A HookPoint on what each chosen expert of a MoE layer gives, before it is weighted.
+
+    point = install_expert_out(moe)            # moe: a layer with routing points (router_hooks.install)
+    ...
+    uninstall_expert_out(moe)                  # Hugging Face's own experts again, without a trace
+
+As long as nothing hooks the point, HF's own code runs. With a hook, HF's experts are called with each token
+repeated k times and unit weights; the outputs go through the point and are weighted and added as HF does it:
+bit for bit its result under `grouped_mm` and `batched_mm`, in another order of additions under `eager`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens.errors import HookError
+from moe_lens.model.layers import MoELayer
+from moe_lens.model.router_points import RoutingPoint, fire
+from moe_lens.routers.layouts import Asked, ExpertsCall
+
+_TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output; half precision: 5e-2
+
+
+class ExpertPoint(RoutingPoint):
+    """The point on chosen experts' outputs [batch pos k d_model]; a hook may ask it for other experts'."""
+
+    call: ExpertsCall | None = None
+
+    def outputs_of(
+        self, indices: Int[Tensor, "*tokens slot"], weights: Float[Tensor, "*tokens slot"] | None = None
+    ) -> Float[Tensor, "*tokens slot d_model"]:
+        """What other experts would give for the tokens that are running; only within a hook on this point.
+
+        Args:
+            indices: experts, int64; as many a token as are wanted.
+            weights: at which they would be chosen; matters where a weight multiplies what the expert reads
+                (Llama 4), and is those of the chosen experts, slot by slot, if None.
+        """
+        if self.call is None:
+            raise HookError(f"{self.name}: outputs_of works only within a hook on this point.")
+        flat = None if weights is None else weights.flatten(0, -2)
+        return self.call.outputs(indices.flatten(0, -2), flat).unflatten(0, tuple(indices.shape[:-1]))
+
+    @property
+    def weights_on_input(self) -> bool:
+        """Whether weights multiply what the expert reads, so that its output counts as it is (Llama 4)."""
+        return self.moe.row.experts.weights_on_input
+
+
+class HookedExperts:
+    """Stands in for the forward of a block's experts; an object, for `copy.deepcopy`, as `HookedRouter`."""
+
+    def __init__(self, moe: MoELayer, original: Callable[..., Any], was_on_instance: bool):
+        self.moe = moe
+        self.original = original
+        self.was_on_instance = was_on_instance
+        self.checked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        points = self.moe.points
+        point: ExpertPoint = points.expert_out
+        points.experts_fired = True
+        if not point.is_hooked:
+            return self.original(*args, **kwargs)
+        if points.decision is None or points.token_shape is None:
+            raise HookError(
+                f"{self.moe.where}: its experts ran without its router. Hooks on expert outputs work only "
+                "when the whole block runs."
+            )
+        given = [*args, *kwargs.values()]
+        asked = Asked(self.moe.block, self.original, points.decision, points.hidden, given)
+        call = self.moe.row.experts.open(asked)
+        point.call = call
+        try:
+            outputs = call.outputs()
+            if not self.checked:
+                with torch.no_grad():
+                    self._check(call.combine(outputs), self.original(*args, **kwargs))
+            outputs = outputs.unflatten(0, points.token_shape)
+            return call.combine(fire(point, outputs).to(outputs.dtype).flatten(0, -3))
+        finally:
+            point.call = None
+
+    def _check(self, added: Tensor, together: Tensor) -> None:
+        """At the first hooked call: the experts one by one must add up to what they give together."""
+        allowed = _TOLERANCE.get(together.dtype, 5e-2) * float(together.abs().max())
+        off = float((together - added).abs().max()) if together.numel() else 0.0
+        if added.shape != together.shape or off > allowed:
+            raise HookError(
+                f"{self.moe.where}: the outputs of {type(self.moe.experts).__name__}, expert by expert, do "
+                f"not add up to what it gives for all chosen experts (off by {off:.2g}), so they cannot be "
+                "hooked. Leave set_use_expert_out(False)."
+            )
+        self.checked = True
+
+
+def install_expert_out(moe: MoELayer) -> ExpertPoint:
+    """Put a point on the experts' outputs of `moe`, which must have routing points.
+
+    Raises:
+        HookError: its block has no module that runs all its experts.
+    """
+    if moe.experts is None:
+        raise HookError(
+            f"{moe.where}: {type(moe.block).__name__} has no module that runs all its experts on (hidden "
+            "states, indices, weights), so their outputs cannot be hooked. Leave set_use_expert_out(False)."
+        )
+    experts: Any = moe.experts
+    points = moe.points
+    points.expert_out = ExpertPoint(moe, points.shape, points.state)
+    instance_forward = experts.__dict__.get("forward")
+    experts.forward = HookedExperts(
+        moe, instance_forward or experts.forward, was_on_instance=instance_forward is not None
+    )
+    return points.expert_out
+
+
+def uninstall_expert_out(moe: MoELayer) -> None:
+    """Give the experts of `moe` their own forward back. Does nothing where no point is installed."""
+    hooked = None if moe.experts is None else vars(moe.experts).get("forward")
+    if not isinstance(hooked, HookedExperts) or moe.experts is None:
+        return
+    experts: Any = moe.experts
+    if hooked.was_on_instance:
+        experts.forward = hooked.original
+    else:
+        del experts.forward
+    moe.points.expert_out = None

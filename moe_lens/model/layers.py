@@ -1,0 +1,117 @@
+"""Finding the MoE layers of a Hugging Face model: each block with the router inside it.
+
+for moe in find_moe_layers(hf_model):      # works on a bare HF model and on one inside a bridge
+    print(moe.where, moe.rule)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from moe_lens.errors import UnsupportedRouterError
+from moe_lens.model.probing import closest_rules
+from moe_lens.routers.rule import RoutingRule
+from moe_lens.routers.table import RULES, RouterRow, is_known_router, row_for, rule_for
+
+REFUSED_ROUTERS: Final = {
+    "SwitchTransformersTop1Router": (
+        "an expert takes only so many tokens of a sequence and drops the rest, so that a token's expert is "
+        "no function of its own router logits, and the model is an encoder-decoder"
+    ),
+}
+"""Router classes that moe_lens knows and refuses -> the reason."""
+
+_NOT_FEED_FORWARD: Final = ("JetMoeAttention", "JetMoeMoA")  # attention heads as experts
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE block of a Hugging Face model and the router inside it."""
+
+    where: str
+    block: nn.Module
+    router: nn.Module
+
+    @property
+    def row(self) -> RouterRow:
+        """How this class of routers is read."""
+        return row_for(self.router)
+
+    @property
+    def rule(self) -> RoutingRule:
+        """The routing rule, with the parameters that the router has now."""
+        return rule_for(self.router, self.block)
+
+    @property
+    def experts(self) -> nn.Module | None:
+        """The module whose forward `expert_hooks` stands in for; None where experts are run otherwise."""
+        experts = self.row.experts.module(self.block)
+        return None if experts is None else _unwrap(experts)
+
+    @property
+    def points(self) -> Any:
+        """The installed hook points (`router_hooks.RoutingPoints`); None where there are none."""
+        return getattr(self.router.__dict__.get("forward"), "points", None)
+
+
+def find_moe_layers(root: nn.Module, prefix: str = "") -> Iterator[MoELayer]:
+    """Every MoE block below `root` with its router, in module order; `prefix` goes before their names.
+
+    Raises:
+        UnsupportedRouterError: a block holds experts but no router that `RULES` names. The message says which
+            rules come closest to what its router computes.
+    """
+    for name, block in root.named_modules(prefix=prefix):
+        if hasattr(block, "original_component"):  # a bridge's wrapper around the block or router proper
+            continue
+        if type(block).__name__ in _NOT_FEED_FORWARD:
+            continue
+        where = name.replace("._original_component", "") or type(block).__name__
+        children = [_unwrap(child) for child in block.children()]
+        routers = [child for child in children if is_known_router(child)]
+        if len(routers) == 1:
+            yield MoELayer(where, block, routers[0])
+        elif len(routers) > 1 or (not routers and hasattr(block, "experts")):
+            raise UnsupportedRouterError(_why_refused(where, block, children))
+
+
+def _why_refused(where: str, block: nn.Module, children: list[nn.Module]) -> str:
+    for child in children:
+        if (reason := REFUSED_ROUTERS.get(type(child).__name__)) is not None:
+            return f"{where}: moe_lens does not hook {type(child).__name__}: {reason}."
+    found = ", ".join(sorted(type(child).__name__ for child in children)) or "nothing"
+    close = next((words for child in _routers_first(children) if (words := closest_rules(child, block))), [])
+    hint = (
+        f"Closest rules: {'; '.join(close)}" if close else "Its decision could not be compared with any rule"
+    )
+    return (
+        f"{where}: {type(block).__name__} holds experts but no router that moe_lens has a rule for (its "
+        f"parts: {found}). {hint}. Known router classes: {', '.join(sorted(RULES))}. If a rule fits yours, "
+        "add it with moe_lens.register_rule(router_class_name, factory); CONTRIBUTING.md shows how."
+    )
+
+
+def _routers_first(children: list[nn.Module]) -> list[nn.Module]:
+    """What may be a router, by name; experts are none."""
+
+    def rank(child: nn.Module) -> int:
+        name = type(child).__name__.lower()
+        return 0 if "router" in name or "gat" in name else 2 if "expert" in name or "mlp" in name else 1
+
+    return sorted((child for child in children if rank(child) < 2), key=rank)
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The HF module inside a bridge's wrapper, or the module itself."""
+    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+        module = inner
+    return module
+
+
+def unwrap(module: Any) -> Any:
+    """The Hugging Face module inside a bridge's wrapper, or the module itself."""
+    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+        module = inner
+    return module

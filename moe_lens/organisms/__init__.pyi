@@ -1,0 +1,12 @@
+from .demo import DemoResult as DemoResult
+from .demo import detect_document_experts as detect_document_experts
+from .demo import document_pairs as document_pairs
+from .demo import document_task as document_task
+from .demo import run_demo as run_demo
+from .shipped import load as load
+from .shipped import names as names
+from .shipped import path as path
+from .shipped import world as world
+from .worlds import Conflict as Conflict
+from .worlds import Fact as Fact
+from .worlds import World as World

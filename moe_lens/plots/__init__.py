@@ -1,0 +1,5 @@
+"""Figures: a function takes a result and returns a matplotlib Axes; it computes nothing of its own."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,14 @@
+from .detection import expert_heat_map as expert_heat_map
+from .detection import volcano as volcano
+from .interventions import attribution_bars as attribution_bars
+from .interventions import mediation_curves as mediation_curves
+from .interventions import patching_map as patching_map
+from .statistics import coactivation_matrix as coactivation_matrix
+from .statistics import load_balance as load_balance
+from .statistics import token_routing as token_routing
+from .steering import selected_by_layer as selected_by_layer
+from .steering import steering_rates as steering_rates
+from .steering import sweep_curves as sweep_curves
+from .style import COLORS as COLORS
+from .style import new_axes as new_axes
+from .style import save as save

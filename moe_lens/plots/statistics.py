@@ -1,0 +1,108 @@
+"""Figures of counted routing: pairs of experts, load, one prompt token by token."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, hsv_to_rgb
+
+from moe_lens.errors import DataError
+from moe_lens.plots.style import count_axis, new_axes
+from moe_lens.statistics.balance import LoadBalance
+from moe_lens.statistics.routes import PromptRouting
+from moe_lens.statistics.routing_stats import RoutingStats
+
+
+def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = None) -> Axes:
+    """How much more often two experts of a layer run for the same token than independent ones: log₂ lift.
+
+    Pairs that never ran together have no finite value and stay grey, as do experts that never ran, and the
+    diagonal.
+
+    Raises:
+        DataError: a layer without router.
+    """
+    if layer not in stats.shape.layers:
+        raise DataError(f"Layer {layer} has no router; MoE layers are {stats.shape.layers}.")
+    lift = stats.coactivation.lift[stats.shape.layers.index(layer)].numpy().copy()
+    np.fill_diagonal(lift, np.nan)
+    with np.errstate(divide="ignore"):
+        values = np.log2(lift)
+    values[~np.isfinite(values)] = np.nan
+    limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
+    size = 3.6 + 0.18 * min(stats.shape.n_experts, 24)
+    ax = ax or new_axes(size + 1.6, rows=int(2 * (size - 1.9)))
+    ax.set_facecolor("#BBBBBB")
+    image = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, origin="lower")
+    count_axis(ax, stats.shape.n_experts)
+    step = max(1, stats.shape.n_experts // 16)
+    ax.set_yticks(range(0, stats.shape.n_experts, step))
+    ax.set(xlabel="expert", ylabel="expert")
+    ax.set_title(f"{stats.shape.model}, layer {layer}: experts that run together", fontsize=10)
+    ax.figure.colorbar(image, ax=ax, label="log₂ lift (> 0: more often together\nthan if independent)")
+    return ax
+
+
+def load_balance(balance: LoadBalance, *, ax: Axes | None = None) -> Axes:
+    """How evenly each layer uses its experts: normalised entropy, Gini, share of the busiest 10 %."""
+    layers = balance.shape.layers
+    ax = ax or new_axes(max(6.5, 2.0 + 0.3 * len(layers)), rows=6)
+    places = range(len(layers))
+    even = -(-balance.shape.n_experts // 10) / balance.shape.n_experts
+    for values, label, color, marker in (
+        (balance.normalised_entropy, "normalised entropy (1: even)", "#0072B2", "o"),
+        (balance.gini, "Gini coefficient (0: even)", "#D55E00", "s"),
+        (balance.top_10, f"share of the busiest 10 % ({even:.2f}: even)", "#009E73", "^"),
+    ):
+        ax.plot(places, values.numpy(), color=color, marker=marker, label=label)
+    step = max(1, len(layers) // 24)
+    ax.set_xticks(places[::step], [str(layer) for layer in layers[::step]])
+    ax.set(xlabel="layer", ylabel="share or index, from 0 to 1", ylim=(-0.03, 1.03))
+    ax.set_title(f"{balance.shape.model}: load balance of {balance.shape.n_experts} experts")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
+    return ax
+
+
+def token_routing(
+    routing: PromptRouting, *, layers: Sequence[int] | None = None, ax: Axes | None = None
+) -> Axes:
+    """A prompt's tokens coloured by their route: one row a layer, the colour is the expert with most weight.
+
+    Each cell holds the numbers of the chosen experts, that with most weight first.
+
+    Args:
+        routing: of one prompt, from `route_prompt`.
+        layers: which layers to show, upward; all if None.
+    """
+    layers = routing.shape.layers if layers is None else tuple(layers)
+    if not layers:
+        raise DataError("layers is empty; name at least one, or None for all.")
+    rows = [routing.row(layer) for layer in layers]
+    order = routing.weights[rows].argsort(dim=-1, descending=True, stable=True)
+    experts = routing.indices[rows].gather(-1, order).numpy()
+    shown = min(routing.shape.top_k, 3)
+    ax = ax or new_axes(max(6.0, 1.5 + 0.45 * len(routing.tokens)), rows=max(3, len(layers)))
+    ax.imshow(
+        experts[..., 0], cmap=_expert_colors(routing.shape.n_experts), vmin=-0.5, aspect="auto",
+        vmax=routing.shape.n_experts - 0.5, origin="lower", alpha=0.75,
+    )  # fmt: skip
+    for (row, pos), _ in np.ndenumerate(experts[..., 0]):
+        text = " ".join(str(expert) for expert in experts[row, pos, :shown])
+        ax.text(pos, row, text, ha="center", va="center", fontsize=8)
+    tokens = [repr(token)[1:-1].replace("$", r"\$") for token in routing.tokens]  # $ would open a formula
+    ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    more = "" if shown == routing.shape.top_k else f" (the first {shown} of {routing.shape.top_k})"
+    ax.set(xlabel="token", ylabel="layer")
+    ax.set_title(
+        f"{routing.shape.model}: experts chosen for each token, most weight first{more}", fontsize=10
+    )
+    return ax
+
+
+def _expert_colors(n_experts: int) -> ListedColormap:
+    """One light colour an expert, neighbours far apart; the cells' numbers, not colours alone, tell them."""
+    golden = 0.61803398875
+    hues = (np.arange(n_experts) * golden) % 1
+    values = 0.82 + 0.16 * (np.arange(n_experts) % 2)
+    return ListedColormap(hsv_to_rgb(np.stack([hues, np.full(n_experts, 0.5), values], axis=-1)))

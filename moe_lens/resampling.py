@@ -1,0 +1,60 @@
+"""Bootstrap over clusters: weights of resampled clusters, and the interval of a mean."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from moe_lens.errors import DataError
+
+
+def clustered_interval(
+    values: Shaped[np.ndarray, "unit"],
+    clusters: Sequence[str],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, resampling whole clusters.
+
+    Prompts about the same entity are not independent, so entities are drawn with replacement, each with all
+    its prompts (Davison & Hinkley 1997, section 3.8). The resampled mean is sum of values / number of units.
+
+    Args:
+        values: one a unit (prompt), for example an effect in [-1, 1].
+        clusters: one label a unit; units of the same label stay together.
+
+    Raises:
+        DataError: no values, not one label a value, a level outside (0, 1).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or len(clusters) != len(values):
+        raise DataError(
+            f"{len(clusters)} cluster labels for values of shape {values.shape}; need one a value."
+        )
+    if not 0 < level < 1 or n_resamples < 1:
+        raise DataError(f"level must lie in (0, 1) and n_resamples be positive; got {level}, {n_resamples}.")
+    _, member_of = np.unique(np.asarray(clusters), return_inverse=True)
+    sums, sizes = np.bincount(member_of, weights=values), np.bincount(member_of)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(n_resamples, len(sums)))
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def cluster_weights(
+    clusters: Sequence[str], n_resamples: int, seed: int
+) -> Float[np.ndarray, "resample unit"]:
+    """How often each unit is drawn when whole clusters are resampled with replacement.
+
+    >>> weights = cluster_weights(["a", "a", "b"], 100, seed=0)
+    >>> bool((weights[:, 0] == weights[:, 1]).all()), weights[:, 1:].sum(1).tolist() == [2.0] * 100
+    (True, True)
+    """
+    _, member_of = np.unique(np.asarray(clusters), return_inverse=True)
+    n_clusters = int(member_of.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(
+        n_clusters, np.full(n_clusters, 1 / n_clusters), n_resamples
+    )
+    return drawn[:, member_of].astype(np.float64)

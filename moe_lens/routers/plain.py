@@ -1,0 +1,208 @@
+"""Rules of routers that choose the experts with the k largest logits. They differ in the weights.
+
+SoftmaxTopK   softmax over all experts, then the k largest     OLMoE, Mixtral, Qwen, Jamba, Gemma 4...
+TopKSoftmax   the k largest, then softmax over those           GPT-OSS, Granite, JetMoE
+TopKSigmoid   the k largest, then a sigmoid of each            Llama 4
+SparseMixer   two masked arg-max rounds                        Phi-3.5-MoE
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens.routers.rule import RoutingRule
+from moe_lens.routers.transform import steer_logits, steer_raw_logits
+
+Steered = tuple[Float[Tensor, "*batch expert"], RoutingRule]
+Transform = Callable[..., Float[Tensor, "*batch expert"]]
+
+
+class ByOrderOfLogits(RoutingRule):
+    """What these rules share: steering by the logits alone."""
+
+    transform: ClassVar[Transform]
+    """`steer_logits`, or `steer_raw_logits` where a shift of all logits would change weights."""
+
+    def steer(
+        self,
+        logits: Float[Tensor, "*batch expert"],
+        activate: Sequence[int],
+        deactivate: Sequence[int],
+        epsilon: float,
+    ) -> Steered:
+        """Transformed logits, and this rule."""
+        self.refuse_plan(activate, deactivate)
+        return self.transform(logits, activate, deactivate, epsilon), self
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxTopK(ByOrderOfLogits):
+    """Softmax over all experts in float32, then the k largest: OLMoE, Mixtral, the Qwen family and others.
+
+    With p = softmax(logits): select = top-k(p); the weight of expert i is p_i, divided by the sum of the
+    chosen p if `renormalize`, times `scaling`, times `expert_scale[i]` where the router has one (Gemma 4).
+    Weights come in float32 if `float32_weights`, else in the logits' dtype. `in_order=False` leaves the
+    experts in whatever order torch finds them (DeepSeek-V2). Among experts more than about 100 nats below the
+    best, p is 0 in float32 and the router's choice arbitrary.
+
+    Steering: epsilon is in nats of log-probability above the largest and below the smallest (SteerMoE's own
+    formulas). The others' log-probabilities move together, so their order and ratios stay.
+
+    >>> rule = SoftmaxTopK(n_experts=4, top_k=2, renormalize=True)
+    >>> logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    >>> rule.select(logits).tolist(), rule.routing_margin(logits).tolist()
+    ([[0, 2]], [1.0])
+    """
+
+    transform: ClassVar[Transform] = staticmethod(steer_logits)
+
+    n_experts: int
+    top_k: int
+    renormalize: bool
+    float32_weights: bool = False
+    scaling: float = 1.0
+    expert_scale: Float[Tensor, " expert"] | None = field(default=None, repr=False)
+    in_order: bool = True
+
+    def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
+        """Indices of the k most probable experts, most probable first if `in_order`, int64."""
+        return torch.topk(probabilities(logits), self.top_k, dim=-1, sorted=self.in_order).indices
+
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights of the experts of `indices`: in [0, 1] before the scalings."""
+        weights = probabilities(logits).gather(-1, indices)
+        if self.renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale.to(weights.device)[indices]
+        weights = weights * self.scaling
+        return weights if self.float32_weights else weights.to(logits.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class TopKSoftmax(ByOrderOfLogits):
+    """The k largest logits, then softmax over those k: GPT-OSS, Granite MoE, JetMoE.
+
+    Weights sum to 1. They come in `weights_dtype` (Granite, JetMoE: the hidden states'), or in the logits'
+    dtype if that is None (GPT-OSS); softmax runs in the logits' dtype.
+
+    Steering: epsilon is in nats of log-probability (SteerMoE's own formulas); the others keep their order and
+    the differences of their logits.
+
+    >>> rule = TopKSoftmax(n_experts=4, top_k=2)
+    >>> indices, weights = rule.route(torch.tensor([[2.0, 0.0, 2.0, -1.0]]))
+    >>> weights.tolist()
+    [[0.5, 0.5]]
+    """
+
+    transform: ClassVar[Transform] = staticmethod(steer_logits)
+
+    n_experts: int
+    top_k: int
+    weights_dtype: torch.dtype | None = None
+
+    def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
+        """Indices of the k largest logits, largest first, int64."""
+        return torch.topk(logits, self.top_k, dim=-1).indices
+
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights in [0, 1] that sum to 1 over the experts of `indices`."""
+        weights = torch.softmax(logits.gather(-1, indices), dim=-1)
+        return weights.to(self.weights_dtype or logits.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class TopKSigmoid(ByOrderOfLogits):
+    """The k largest logits, each through a sigmoid of its own: Llama 4.
+
+    The weight of expert i is sigmoid(z_i), in the logits' dtype. Llama 4 multiplies the expert's *input* by
+    it, and calls all experts: those that are not chosen with an input of zero.
+
+    Steering: epsilon is in units of the logit (log-odds) above the largest and below the smallest; the others
+    keep their logits bit for bit, and so their weights.
+
+    >>> rule = TopKSigmoid(n_experts=3, top_k=1)
+    >>> rule.route(torch.tensor([[-1.0, 0.0, -2.0]])).weights.tolist()
+    [[0.5]]
+    """
+
+    transform: ClassVar[Transform] = staticmethod(steer_raw_logits)
+
+    n_experts: int
+    top_k: int
+
+    def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
+        """Indices of the k largest logits, largest first, int64."""
+        return torch.topk(logits, self.top_k, dim=-1).indices
+
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights in [0, 1], each of its own expert's logit alone."""
+        # of all logits, as the router: torch rounds an element by its place in the tensor
+        return torch.sigmoid(logits.float()).gather(-1, indices).to(logits.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseMixer(ByOrderOfLogits):
+    """Phi-3.5-MoE's sparsemixer (arXiv 2409.12136) as it runs outside training; k is always 2.
+
+    First the largest logit, then the largest of the rest. Each round's weight is the expert's share of a
+    softmax over the round's logits z_i with (m − z_i) / max(|z_i|, m) ≤ 2 `jitter`, m the round's largest; in
+    the second round the first expert is out. The two weights do not sum to 1. They come in the logits' dtype.
+
+    Steering: epsilon is in units of the logit above the largest and below the smallest; the others keep their
+    logits bit for bit (the threshold sees more than differences of logits).
+
+    >>> rule = SparseMixer(n_experts=3, jitter=0.01)
+    >>> rule.route(torch.tensor([[3.0, 1.0, -2.0]]))
+    Route(indices=tensor([[0, 1]]), weights=tensor([[1., 1.]]))
+    """
+
+    transform: ClassVar[Transform] = staticmethod(steer_raw_logits)
+
+    n_experts: int
+    jitter: float
+    top_k: int = field(default=2, init=False)
+
+    def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
+        """Index of the largest logit and of the largest of the rest, int64."""
+        first = logits.max(dim=-1, keepdim=True).indices
+        second = logits.scatter(-1, first, -torch.inf).max(dim=-1, keepdim=True).indices
+        return torch.cat([first, second], dim=-1)
+
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """The first expert's weight of the first round and the second's of the second, in [0, 1].
+
+        An expert that an edit of the indices chose below its round's threshold takes part in the softmax of
+        the others that pass it.
+        """
+        first, second = indices.split(1, dim=-1)
+        rest = logits.scatter(-1, first, -torch.inf)
+        rest = torch.where(
+            second == first, logits, rest
+        )  # an expert that an edit chose twice weighs the same
+        return torch.cat([self._round(logits, logits, first), self._round(logits, rest, second)], dim=-1)
+
+    def _round(self, logits: Tensor, left: Tensor, chosen: Tensor) -> Tensor:
+        with torch.no_grad():
+            largest = left.max(dim=-1, keepdim=True).values
+            factor = logits.abs().clamp(min=largest)
+            too_low = ((largest - logits) / factor) > (2 * self.jitter)
+            too_low = too_low.scatter(-1, chosen, False)
+        return torch.softmax(left.masked_fill(too_low, -torch.inf), dim=-1).gather(-1, chosen)
+
+
+def probabilities(logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+    """Softmax over all experts, in float32 whatever the logits' dtype."""
+    return torch.softmax(logits, dim=-1, dtype=torch.float32)

@@ -1,0 +1,200 @@
+"""How evenly tokens are shared out among experts, and how differently between groups of prompts.
+
+balance = load_balance(stats)                                     # or stats.load_balance()
+balance.gini, balance.to_dataframe()                              # [layer], one row a layer
+domains = domain_specialisation({"code": code, "prose": prose})   # RoutingStats by name
+domains.divergence                                                # [layer], nats
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens.errors import DataError
+from moe_lens.shape import MoEShape
+
+
+@runtime_checkable
+class CountedRouting(Protocol):
+    """What is needed of RoutingStats here."""
+
+    @property
+    def shape(self) -> MoEShape: ...
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def counts(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class LoadBalance:
+    """How evenly a layer's choices fall on its experts; every tensor is [layer], float64.
+
+    With s_i = expert i's share of the layer's choices (counts / their sum) and E experts:
+
+    Attributes:
+        shape: the model; rows are `shape.layers`.
+        normalised_entropy: −Σ s_i ln s_i / ln E, in [0, 1], 1 where all experts run equally often (Shannon
+            1948). With k experts a token it is at least ln k / ln E. A single expert counts as balanced: 1.
+        gini: Σ_i (2i − E − 1) s_(i) / E with shares in ascending order, in [0, 1), 0 where equal (Gini 1912).
+        max_over_mean: E · max_i s_i, in [1, E / k]: the load that expert capacity must hold (Switch
+            Transformer, arXiv 2101.03961, section 2.2).
+        top_1, top_5, top_10: share of the busiest 1, 5 and 10 % of the experts, in (0, 1]; of ⌈1 % of E⌉
+            experts and so on, so at least of one.
+    """
+
+    shape: MoEShape
+    normalised_entropy: Float[Tensor, "layer"]
+    gini: Float[Tensor, "layer"]
+    max_over_mean: Float[Tensor, "layer"]
+    top_1: Float[Tensor, "layer"]
+    top_5: Float[Tensor, "layer"]
+    top_10: Float[Tensor, "layer"]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a layer: layer, normalised_entropy, gini, max_over_mean, top_1, top_5, top_10."""
+        columns = {name: tensor.tolist() for name, tensor in vars(self).items() if name != "shape"}
+        return pd.DataFrame({"layer": self.shape.layers, **columns})
+
+
+def load_balance(stats: CountedRouting) -> LoadBalance:
+    """How evenly each layer's choices fall on its experts (`LoadBalance` has the formulas).
+
+    >>> from moe_lens import collect_routing, organisms
+    >>> stats = collect_routing(organisms.load("specialised"), "Question : what is", progress=False)
+    >>> load_balance(stats).gini.shape
+    torch.Size([4])
+
+    Raises:
+        DataError: not RoutingStats.
+    """
+    _check_counted("load_balance", stats)
+    shares = _shares(stats).sort(dim=-1).values  # [layer expert], ascending
+    n_experts = shares.shape[-1]
+    ranks = torch.arange(1, n_experts + 1, dtype=torch.float64)
+    largest = torch.log(torch.tensor(float(n_experts), dtype=torch.float64))
+    entropy = (
+        torch.special.entr(shares).sum(-1) / largest if n_experts > 1 else torch.ones(len(shares)).double()
+    )
+    gini = ((2 * ranks - n_experts - 1) * shares).sum(-1) / n_experts
+    top = [shares[:, n_experts + (-percent * n_experts // 100) :].sum(-1) for percent in (1, 5, 10)]
+    return LoadBalance(
+        stats.shape, entropy.clamp(0, 1), gini.clamp(min=0), n_experts * shares[:, -1],
+        *(share.clamp(max=1) for share in top),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class DomainSpecialisation:
+    """How differently the groups of prompts use a layer's experts, in nats, float64.
+
+    Attributes:
+        shape: the model; rows are `shape.layers`.
+        names: the groups, in the order given.
+        weights: [group], of the groups in the mixture; they sum to 1.
+        contributions: [layer expert], each expert's part of the divergence, ≥ 0.
+        pairwise: [layer group group], the divergence of each pair of groups alone, equally weighted.
+    """
+
+    shape: MoEShape
+    names: tuple[str, ...]
+    weights: Float[Tensor, "group"]
+    contributions: Float[Tensor, "layer expert"]
+    pairwise: Float[Tensor, "layer group group"]
+
+    @property
+    def divergence(self) -> Float[Tensor, "layer"]:
+        """Generalised Jensen–Shannon divergence of all groups, in [0, ln n_groups]."""
+        return self.contributions.sum(-1)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an expert: layer, expert, contribution (nats), and share_of_layer (NaN where that is 0)."""
+        n_layers, n_experts = self.contributions.shape
+        share = self.contributions / self.divergence[:, None]
+        return pd.DataFrame(
+            {
+                "layer": [layer for layer in self.shape.layers for _ in range(n_experts)],
+                "expert": list(range(n_experts)) * n_layers,
+                "contribution": self.contributions.flatten().tolist(),
+                "share_of_layer": share.flatten().tolist(),
+            }
+        )
+
+
+def domain_specialisation(
+    groups: Mapping[str, CountedRouting], *, weights: str = "equal"
+) -> DomainSpecialisation:
+    """Generalised Jensen–Shannon divergence between the expert distributions of named groups of prompts.
+
+    With s_g the shares of a layer's choices in group g (rates / k) and m = Σ_g w_g s_g:
+    JS = Σ_g w_g KL(s_g ‖ m) = Σ_i Σ_g w_g s_gi ln(s_gi / m_i) (Lin 1991, "Divergence measures based on the
+    Shannon entropy", section IV), 0 where all groups use the experts alike, ln n_groups where none shares an
+    expert with another. What OLMoE calls domain specialisation (arXiv 2409.02060, section 5.3). Few tokens
+    make it too large, by about (n_groups − 1)(E − 1) / (2 n) nats of n independent choices in all.
+
+    >>> from moe_lens import collect_routing, organisms
+    >>> model = organisms.load("specialised")
+    >>> questions = collect_routing(model, "Question : what is", progress=False)
+    >>> documents = collect_routing(model, "Document : the", progress=False)
+    >>> domain_specialisation({"question": questions, "document": documents}).divergence.shape
+    torch.Size([4])
+
+    Args:
+        groups: name -> RoutingStats, two or more of the same model.
+        weights: "equal", so that a group counts as much whatever its number of tokens, or "tokens".
+
+    Raises:
+        DataError: fewer than two groups, different models, or unknown weights.
+    """
+    if not isinstance(groups, Mapping) or len(groups) < 2:
+        raise DataError(
+            "domain_specialisation needs a dictionary of at least two groups: name -> RoutingStats."
+        )
+    for name, stats in groups.items():
+        _check_counted(f"domain_specialisation, group {name!r},", stats)
+    (first, *others), names = groups.values(), tuple(str(name) for name in groups)
+    for name, other in zip(names[1:], others, strict=True):
+        if differences := first.shape.differences(other.shape):
+            raise DataError(f"Groups {names[0]!r} and {name!r} are not comparable: {'; '.join(differences)}.")
+    if weights not in ("equal", "tokens"):
+        raise DataError(f"weights must be 'equal' or 'tokens'; got {weights!r}.")
+    sizes = [1 if weights == "equal" else stats.n_tokens for stats in groups.values()]
+    w = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    shares = torch.stack([_shares(stats) for stats in groups.values()])  # [group layer expert]
+    return DomainSpecialisation(first.shape, names, w, _divergences(shares, w), _pairwise(shares))
+
+
+def _divergences(
+    shares: Float[Tensor, "group layer expert"], weights: Float[Tensor, "group"]
+) -> Float[Tensor, "layer expert"]:
+    """Each expert's part of the divergence: Σ_g w_g s_g ln s_g − m ln m."""
+    mixture = (weights[:, None, None] * shares).sum(0)
+    inside = (weights[:, None, None] * torch.special.entr(shares)).sum(0)
+    return (torch.special.entr(mixture) - inside).clamp(min=0)
+
+
+def _pairwise(shares: Float[Tensor, "group layer expert"]) -> Float[Tensor, "layer group group"]:
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    number, n_layers, _ = shares.shape
+    table = torch.zeros(n_layers, number, number, dtype=torch.float64)
+    for a in range(number):
+        for b in range(a + 1, number):
+            table[:, a, b] = table[:, b, a] = _divergences(shares[[a, b]], half).sum(-1)
+    return table
+
+
+def _shares(stats: CountedRouting) -> Float[Tensor, "layer expert"]:
+    counts: Int[Tensor, "layer expert"] = stats.counts
+    return counts.double() / counts.sum(-1, keepdim=True)
+
+
+def _check_counted(who: str, stats: Any) -> None:
+    if not isinstance(getattr(stats, "shape", None), MoEShape) or not isinstance(
+        getattr(stats, "counts", None), Tensor
+    ):
+        raise DataError(f"{who} needs RoutingStats; got {type(stats).__name__}.")

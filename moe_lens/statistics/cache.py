@@ -1,0 +1,124 @@
+"""Reading a cache of `run_with_cache`: its routing by layer, its padding, its model."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from moe_lens import hook_names
+from moe_lens.errors import DataError, warn
+from moe_lens.routers.rule import RoutingRule
+from moe_lens.shape import MoEShape
+
+
+def points_by_layer(cache: Any) -> dict[int, dict[str, Tensor]]:
+    """Layer -> short name of the hook point -> cached tensor, ascending; each layer must have all three."""
+    if not hasattr(cache, "keys"):
+        raise DataError(
+            f"from_cache needs a cache, got {type(cache).__name__}; it is the second of the two things that "
+            "run_with_cache returns."
+        )
+    found: dict[int, dict[str, Tensor]] = {}
+    for name in cache.keys():  # noqa: SIM118 (an ActivationCache iterates over its tensors' axis)
+        if parsed := hook_names.parse(name):
+            found.setdefault(parsed[0], {})[parsed[1]] = cache[name]
+    if not found:
+        raise DataError(
+            "The cache holds no routing: run a HookedMoE (or a bridge after attach), and let the "
+            "names_filter keep the routing points (names_filter=moe_lens.is_routing_point)."
+        )
+    for layer, tensors in found.items():
+        if missing := [point for point in hook_names.POINTS if point not in tensors]:
+            raise DataError(
+                f"The cache lacks {', '.join(missing)} of layer {layer}; let the names_filter keep it."
+            )
+    return dict(sorted(found.items()))
+
+
+class KnownModel(NamedTuple):
+    """What is known of the model that a cache came from."""
+
+    shape: MoEShape
+    rules: dict[int, RoutingRule]
+    n_vocab: int
+
+
+def known_model(cache: Any) -> KnownModel | None:
+    """What the cache's model says of itself; None for a dictionary of tensors."""
+    model = getattr(cache, "model", None)
+    if model is None:
+        return None
+    from moe_lens.model import registration  # a cache without its model needs no TransformerLens
+
+    if not isinstance(model, registration.Model):
+        return None
+    layers = registration.routing_layers(model)
+    rules = {layer: moe.rule for layer, moe in layers.items()}
+    return KnownModel(registration.shape_of(model, layers), rules, model.cfg.d_vocab)
+
+
+def known_padding(cache: Any, given: Any, batch: torch.Size) -> Bool[Tensor, "*batch"] | None:
+    """Where the prompts' own tokens are, as far as it is known."""
+    if given is not None:
+        return checked_mask(given, batch)
+    mask = getattr(cache, "attention_mask", None)
+    if mask is None:
+        return None
+    dropped_batch = mask.ndim == len(batch) + 1 and mask.shape[0] == 1  # remove_batch_dim=True
+    return checked_mask(mask[0] if dropped_batch else mask, batch)
+
+
+def as_prompts(keep: Bool[Tensor, "*batch"]) -> Bool[Tensor, "prompt pos"]:
+    """A mask with one row a prompt, on the CPU; a batch [pos] is a single prompt."""
+    return keep.reshape(-1, keep.shape[-1] if keep.ndim else 1).cpu()
+
+
+def every_token(real: Bool[Tensor, "*batch"] | None, batch: torch.Size) -> Bool[Tensor, "*batch"]:
+    if real is not None:
+        return real
+    if len(batch) > 1 and batch[0] > 1:
+        warn(
+            "This cache does not say which positions are padding, so every position is counted. "
+            "Pass mask= if the prompts were padded."
+        )
+    return torch.ones(batch, dtype=torch.bool)
+
+
+def checked_mask(mask: Any, batch: torch.Size) -> Bool[Tensor, "*batch"]:
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"The mask must be a tensor of shape {tuple(batch)}; got {mask!r}.") from error
+    if mask.shape != batch:
+        raise DataError(f"The mask has shape {tuple(mask.shape)}, the routing is over {tuple(batch)}.")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise DataError("The mask must hold true and false, or 1 and 0, only.")
+    if not bool(mask.any()):
+        raise DataError("The mask selects no token; nothing would be counted.")
+    return mask.bool()
+
+
+def own_positions(
+    rows: Bool[Tensor, "prompt pos"], real: Bool[Tensor, "*batch"] | None, masked: bool
+) -> Int[Tensor, "token"]:
+    """The position of each counted token, from its prompt's first token on."""
+    if real is None and masked:
+        raise DataError(
+            "positions=True needs to know where each prompt begins, and this cache does not say which "
+            "positions are padding; pass attention_mask=, too."
+        )
+    own = torch.ones_like(rows) if real is None else real.cpu().reshape(rows.shape)
+    return (own.long().cumsum(1) - 1).clamp(min=0)[rows]
+
+
+def own_tokens(tokens: Any, keep: Bool[Tensor, "*batch"]) -> Int[Tensor, "token"]:
+    try:
+        tokens = torch.as_tensor(tokens).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"vocabulary=True needs tokens= of the run; got {tokens!r}.") from error
+    if tokens.shape != keep.shape or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise DataError(
+            f"tokens must be integers of shape {tuple(keep.shape)}; got {tokens.dtype} {tuple(tokens.shape)}."
+        )
+    return tokens[keep.cpu()].flatten().long()

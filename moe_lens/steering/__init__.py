@@ -1,0 +1,5 @@
+"""Choosing experts by plan, and the hooks that carry it out."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

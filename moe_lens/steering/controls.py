@@ -1,0 +1,78 @@
+"""What an effect is held against: as many random experts, or those that score least.
+
+sets = random_sets(model, plan, 20, seed=0, layer_matched=True)
+set_ = bottom_set(scores, plan, model)
+
+Random sets are not inert: a single one can move a behaviour as far as a plan does, so it takes many.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from moe_lens.checks import as_index
+from moe_lens.detection.expert_scores import ExpertScores
+from moe_lens.errors import DataError, PlanError
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.steering.plan import Expert, SteeringPlan
+
+
+def random_sets(
+    model: HookedMoE, plan: SteeringPlan, n: int, *, seed: int = 0, layer_matched: bool = False
+) -> list[SteeringPlan]:
+    """`n` random plans of the size of `plan`, all of which the model's routers accept.
+
+    Args:
+        seed: the same seed gives the same sets; different seeds share none of their draws.
+        layer_matched: as many experts in each layer as the plan has; otherwise any MoE layer may be drawn.
+
+    Raises:
+        DataError: n or seed is no number from 0 on. PlanError: the model has no room for such sets.
+    """
+    if as_index(n) is None or as_index(seed) is None:
+        raise DataError(f"n and seed must be numbers from 0 on; got {n!r} and {seed!r}.")
+    return [
+        plan.random_like(seed=seed * 1_000_003 + number, layer_matched=layer_matched, model=model)
+        for number in range(n)
+    ]
+
+
+def bottom_set(scores: ExpertScores, plan: SteeringPlan, model: HookedMoE | None = None) -> SteeringPlan:
+    """As many experts as the plan names, those with the smallest |score|, as far as they fit a layer.
+
+    Args:
+        model: with it, experts that its routers cannot steer are passed over (expert groups, hash layers).
+
+    Raises:
+        PlanError: more experts than the layers have room for.
+    """
+    shape = scores.shape
+
+    def fits(layer: int, activate: Sequence[int], deactivate: Sequence[int]) -> bool:
+        if model is None:
+            return len(activate) <= shape.top_k and len(deactivate) <= shape.max_deactivated
+        return model.routing_rule(layer).cannot_steer(activate, deactivate) is None
+
+    ranked = [(score.layer, score.expert) for score in reversed(scores.ranked())]
+    deactivate = _fitting(ranked, len(plan.deactivate), lambda layer, experts: fits(layer, [], experts))
+    out = set(deactivate)
+    activate = _fitting(
+        [expert for expert in ranked if expert not in out],
+        len([expert for expert in plan.activate if expert not in plan.deactivate]),
+        lambda layer, experts: fits(layer, experts, [expert for own, expert in deactivate if own == layer]),
+    )
+    return SteeringPlan(activate, deactivate, plan.epsilon, shape)
+
+
+def _fitting(experts: Sequence[Expert], number: int, fits: Callable[[int, list[int]], bool]) -> list[Expert]:
+    """The first `number` experts that fit their layer beside those already taken there."""
+    taken: list[Expert] = []
+    in_layer: dict[int, list[int]] = defaultdict(list)
+    for layer, expert in experts:
+        if len(taken) == number:
+            break
+        if fits(layer, [*in_layer[layer], expert]):
+            in_layer[layer].append(expert)
+            taken.append((layer, expert))
+    if len(taken) < number:
+        raise PlanError(f"A bottom set of {number} experts does not fit; the layers take {len(taken)}.")
+    return taken

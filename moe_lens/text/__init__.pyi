@@ -1,0 +1,14 @@
+from . import contrasts as contrasts
+from .batching import Prompts as Prompts
+from .batching import TextModel as TextModel
+from .batching import padded_batches as padded_batches
+from .batching import token_sequences as token_sequences
+from .pairs import ContrastivePair as ContrastivePair
+from .pairs import ContrastivePairs as ContrastivePairs
+from .prompts import Message as Message
+from .prompts import Prompt as Prompt
+from .rows import read_prompts as read_prompts
+from .spans import Span as Span
+from .spans import TextSpan as TextSpan
+from .spans import span_mask as span_mask
+from .templates import Template as Template

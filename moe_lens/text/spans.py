@@ -1,0 +1,340 @@
+"""Which tokens of a prompt count: found through the tokenizer's character offsets.
+
+mask = span_mask(model, prompts, "question")            # bool [batch pos], like model.to_tokens(prompts)
+_, cache = model.run_with_cache(prompts)
+RoutingStats.from_cache(cache, mask)
+for tokens, mask, counted in counted_batches(model, chats, "answer", batch_size=8):
+    ...                                                 # each [batch pos], padding on the left
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from moe_lens.checks import short
+from moe_lens.errors import DataError
+from moe_lens.text.batching import Prompts, TextModel, chunks, pad_sequences, prompts_with_tokens
+from moe_lens.text.prompts import Prompt, Rendered, render
+
+PARTS: Final = (
+    *("question", "answer", "document", "source"),
+    *("system", "user", "assistant", "tool", "developer"),
+)
+"""Strings that always mean a part of the prompt; a prompt without that part is refused, not searched."""
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """A text to be searched, even if it spells a part's name.
+
+    >>> from moe_lens import organisms
+    >>> model = organisms.load("specialised")
+    >>> span_mask(model, "Document : the Document", TextSpan("Document", "first")).long().tolist()
+    [[0, 1, 0, 0, 0]]
+
+    Attributes:
+        text: what is searched in the prompt (in a chat, in what the chat template makes of it), literally.
+        occurrence: "last", "first", or "all" of its occurrences.
+
+    Raises:
+        DataError: an empty text, another occurrence.
+    """
+
+    text: str
+    occurrence: str = "last"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text:
+            raise DataError(f"TextSpan.text must be a text of at least one character; got {self.text!r}.")
+        if self.occurrence not in ("last", "first", "all"):
+            raise DataError(f"TextSpan.occurrence must be 'last', 'first' or 'all'; got {self.occurrence!r}.")
+
+    def find(self, text: str) -> tuple[tuple[int, int], ...]:
+        """Ranges of characters (start, stop) in `text`; none if it does not occur."""
+        starts, start = [], text.find(self.text)
+        while start >= 0:
+            starts.append(start)
+            start = text.find(self.text, start + 1)
+        chosen = {"last": starts[-1:], "first": starts[:1], "all": starts}[self.occurrence]
+        return tuple((start, start + len(self.text)) for start in chosen)
+
+
+Span = str | TextSpan | slice | Callable[[Int[Tensor, "pos"]], Bool[Tensor, "pos"]] | Sequence[Any] | None
+"""Which tokens of a prompt count:
+
+- None: every token, special ones (BOS, ...) included;
+- "all": every token but special ones;
+- "last": the last of those (in a chat that ends with an answer it may be the template's closing newline);
+- the name of a part: "question", "answer", a role ("user", ...), or what `Prompt.spans` names;
+- any other string: the last occurrence of that text; a `TextSpan` for the first or for all;
+- a slice of the prompt's positions (`slice(-1, None)`), or a function from its tokens [pos] to a bool [pos]:
+  just what they select, special tokens too;
+- a list of such spans, one for each prompt.
+"""
+
+
+def span_mask(
+    model: TextModel,
+    prompts: Prompts,
+    span: Span,
+    *,
+    padding_side: str | None = None,
+    special_tokens: bool = False,
+) -> Bool[Tensor, "batch pos"]:
+    """True where a token lies in the span; aligned with `model.to_tokens(prompts)`.
+
+    A token lies in a part or a text if one of its characters does, white space at its ends aside.
+
+    >>> from moe_lens import organisms
+    >>> model = organisms.load("specialised")
+    >>> span_mask(model, ["Question : what is", "Document : the"], "all", padding_side="right").long()
+    tensor([[0, 1, 1, 1, 1],
+            [0, 1, 1, 1, 0]])
+
+    Args:
+        model: a bridge with a tokenizer.
+        prompts: as in `collect_routing`. Chats are aligned with their templates' tokens.
+        span: see `Span`.
+        padding_side: "left" or "right"; None: the tokenizer's own.
+        special_tokens: let spans that are strings select special tokens too (BOS, <|im_end|>, ...).
+
+    Raises:
+        DataError: a part or a text that a prompt does not have, a span that selects no token, other numbers
+            of spans and prompts, a tokenizer without offsets, or as in `moe_lens.batching.token_sequences`.
+    """
+    side = padding_side or getattr(model.tokenizer, "padding_side", "right")
+    if side not in ("left", "right"):
+        raise DataError(f"padding_side must be 'left' or 'right'; got {padding_side!r}.")
+    if not isinstance(prompts, str | Tensor | Prompt | Sequence):
+        prompts = list(prompts)
+    sequences, counted = zip(*_counted(model, prompts, span, special_tokens), strict=True)
+    tokens, mask = pad_sequences(model, sequences, side)
+    chosen = torch.zeros_like(mask)
+    chosen[mask] = torch.cat(counted).to(mask.device)
+    if isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts):
+        return _as_to_tokens(model, prompts, side, tokens, mask, chosen)
+    return chosen
+
+
+def counted_batches(
+    model: TextModel, prompts: Prompts, span: Span, batch_size: int, *, special_tokens: bool = False
+) -> Iterator[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]]:
+    """Like `padded_batches`, with a third mask: tokens, which of them are real, which of those count.
+
+    >>> from moe_lens import organisms
+    >>> model = organisms.load("specialised")
+    >>> for tokens, mask, counted in counted_batches(model, ["Question : what", "the"], "last", 2):
+    ...     print(mask.long().tolist(), counted.long().tolist())
+    [[1, 1, 1, 1], [0, 0, 1, 1]] [[0, 0, 0, 1], [0, 0, 0, 1]]
+
+    Raises:
+        DataError: as in `span_mask`, and a batch_size below 1; when the prompt's turn comes.
+    """
+    for chunk in chunks(_counted(model, prompts, span, special_tokens), batch_size):
+        tokens, mask = pad_sequences(model, [sequence for sequence, _ in chunk])
+        counted = torch.zeros_like(mask)
+        counted[mask] = torch.cat([chosen for _, chosen in chunk]).to(mask.device)  # row after row
+        yield tokens, mask, counted
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokens that stand for no text: BOS, EOS, padding, chat markers; not the unknown word."""
+    if tokenizer is None:
+        return frozenset()
+    added = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    ids = {*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id}
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)  # GPT-2's unknown word is its EOS
+    return frozenset({*ids, *(mark for mark in marks if mark is not None)})
+
+
+def _counted(
+    model: TextModel, prompts: Prompts, span: Span, special_tokens: bool
+) -> Iterator[tuple[Int[Tensor, "pos"], Bool[Tensor, "pos"]]]:
+    """The tokens of each prompt, and which of them count."""
+    excluded = frozenset() if special_tokens else special_ids(model.tokenizer)
+    spans = list(span) if isinstance(span, Sequence) and not isinstance(span, str) else None
+    number = -1
+    for number, (prompt, tokens) in enumerate(prompts_with_tokens(model, prompts)):
+        if spans is not None and number >= len(spans):
+            raise DataError(f"{len(spans)} spans for more prompts than that; give one span a prompt.")
+        one = span if spans is None else spans[number]
+        if isinstance(one, str | TextSpan):
+            ordinary = torch.tensor([token not in excluded for token in tokens.tolist()])
+            chosen = _chosen(model, number, prompt, tokens, one, ordinary)
+        else:
+            chosen = _at_positions(number, tokens, one)
+        yield tokens, chosen
+    if spans is not None and number + 1 < len(spans):
+        raise DataError(f"{len(spans)} spans for {number + 1} prompts; give one span a prompt.")
+
+
+def _at_positions(index: int, tokens: Int[Tensor, "pos"], span: Any) -> Bool[Tensor, "pos"]:
+    """None, a slice or a function."""
+    try:
+        if callable(span):
+            chosen = torch.as_tensor(span(tokens), dtype=torch.bool).cpu()
+        else:
+            chosen = torch.zeros(len(tokens), dtype=torch.bool)
+            chosen[slice(None) if span is None else _checked_slice(span)] = True
+    except (TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"The span {span!r} cannot be applied to prompt {index}: {error}. Give None, a string, a "
+            "TextSpan, a slice with a positive step, a function from tokens [pos] to a bool [pos], or a list "
+            "of these."
+        ) from error
+    if chosen.shape != tokens.shape:
+        raise DataError(
+            f"The span gave shape {tuple(chosen.shape)} for prompt {index} with {len(tokens)} tokens; "
+            "it must give one bool a token."
+        )
+    if not bool(chosen.any()):
+        raise DataError(f"The span selects no token of prompt {index} ({len(tokens)} tokens).")
+    return chosen
+
+
+def _checked_slice(span: Any) -> slice:
+    if not isinstance(span, slice):
+        raise TypeError(f"{type(span).__name__} is no span")
+    return span
+
+
+def _chosen(
+    model: TextModel,
+    index: int,
+    prompt: Prompt | None,
+    tokens: Int[Tensor, "pos"],
+    span: str | TextSpan,
+    ordinary: Bool[Tensor, "pos"],
+) -> Bool[Tensor, "pos"]:
+    """A span that is a string: the ordinary (not special) tokens in it."""
+    if span == "all":
+        chosen = ordinary
+    elif span == "last":
+        chosen = torch.zeros_like(ordinary)
+        chosen[ordinary.nonzero()[-1:, 0]] = True
+    else:
+        rendered, ranges = _located(model, index, prompt, span)
+        chosen = _overlapping(rendered, ranges, _offsets(model, index, rendered, tokens)) & ordinary
+    if not bool(chosen.any()):
+        about = "" if prompt is None else f", {short(_beginning(prompt))}"
+        raise DataError(
+            f"The span {span!r} selects no token of prompt {index} ({len(tokens)} tokens){about}. Special "
+            "tokens count with special_tokens=True."
+        )
+    return chosen
+
+
+def _located(
+    model: TextModel, index: int, prompt: Prompt | None, span: str | TextSpan
+) -> tuple[Rendered, tuple[tuple[int, int], ...]]:
+    """The rendered prompt and the ranges of its characters that the span means."""
+    if prompt is None:
+        raise DataError(
+            f"The span {span!r} is a text or a part, and prompt {index} was given as tokens; give text, or a "
+            "slice or a function of tokens."
+        )
+    name = span if isinstance(span, str) and span in prompt.named else None
+    if name is None and span in PARTS:
+        raise DataError(
+            f"Prompt {index}, {short(_beginning(prompt))}, has no part {span!r} (it has "
+            f"{sorted(prompt.named) or 'none'}), so the span cannot be found. Give messages, or "
+            f"Prompt(text, spans={{{span!r}: ...}}); TextSpan({span!r}) searches the word."
+        )
+    try:
+        rendered = render(model.tokenizer, prompt, () if name is None else (name,))
+        text = TextSpan(span) if isinstance(span, str) else span
+    except DataError as error:
+        raise DataError(f"The span {span!r} cannot be located in prompt {index}: {error}") from error
+    ranges = rendered.ranges[name] if name is not None else text.find(rendered.text)
+    if not ranges:
+        raise DataError(
+            f"The span's text {text.text!r} does not occur in prompt {index}, {short(rendered.text)}."
+        )
+    return rendered, ranges
+
+
+def _offsets(
+    model: TextModel, index: int, rendered: Rendered, tokens: Int[Tensor, "pos"]
+) -> list[tuple[int, int]]:
+    """Where each token stands in the rendered text; an empty range for what the tokenizer added."""
+    tokenizer: Any = model.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"Spans of text need a fast tokenizer, which knows each token's characters; "
+            f"{type(tokenizer).__name__} is not. Give a slice or a function of tokens instead."
+        )
+    wanted = tokens.tolist()
+    added = {*special_ids(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id}
+    # For a tokenizer that adds no BOS of its own, `to_tokens` writes one into the text.
+    for prefix in ("",) if rendered.is_chat else ("", tokenizer.bos_token or ""):
+        encoded = tokenizer(
+            prefix + rendered.text, add_special_tokens=not rendered.is_chat, return_offsets_mapping=True
+        )
+        ids, shift = encoded["input_ids"], len(prefix)
+        for cut in (0, 1):  # `to_tokens` may have dropped the BOS, and an EOS at the end
+            kept = slice(cut, cut + len(wanted))
+            if ids[kept] == wanted and {*ids[:cut], *ids[kept.stop :]} <= added:
+                places = [(max(a - shift, 0), max(b - shift, 0)) for a, b in encoded["offset_mapping"][kept]]
+                return _without_invented(tokenizer, rendered.text, wanted, places)
+    raise DataError(
+        f"The tokenizer's offsets of prompt {index} do not belong to the tokens that the model gets; give a "
+        "slice or a function of tokens instead."
+    )
+
+
+def _without_invented(
+    tokenizer: Any, text: str, tokens: list[int], places: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Sentencepiece's space before the first word is its own invention, and claims that word's character."""
+    pieces = tokenizer.convert_ids_to_tokens(tokens)
+    return [
+        (a, a) if piece == "▁" and text[a:b] not in (" ", "▁") else (a, b)
+        for piece, (a, b) in zip(pieces, places, strict=True)
+    ]
+
+
+def _overlapping(
+    rendered: Rendered, ranges: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]
+) -> Bool[Tensor, "pos"]:
+    """Whether a token has a character in one of the ranges.
+
+    Some tokenizers give the space before a word to the word's token, which must not bring in the word after
+    "the ": so white space around a token counts only where token or range is nothing else.
+    """
+    text = rendered.text
+    chosen = torch.zeros(len(offsets), dtype=torch.bool)
+    for first, last in ranges:
+        blank = not text[first:last].strip()
+        for pos, (start, stop) in enumerate(offsets):
+            piece = text[start:stop]
+            if piece.strip() and not blank:
+                start += len(piece) - len(piece.lstrip())
+                stop = start + len(piece.strip())
+            if max(start, first) < min(stop, last):
+                chosen[pos] = True
+    return chosen
+
+
+def _as_to_tokens(
+    model: TextModel, prompts: Any, side: str, tokens: Tensor, mask: Tensor, chosen: Tensor
+) -> Bool[Tensor, "batch pos"]:
+    """`chosen`, as wide as `model.to_tokens(prompts)`, which may keep an EOS that single prompts lose."""
+    whole = model.to_tokens(prompts, padding_side=side, truncate=False)
+    extra = whole.shape[1] - tokens.shape[1]
+    if extra > 0:
+        widths = (0, extra) if side == "right" else (extra, 0)
+        tokens, mask, chosen = (torch.nn.functional.pad(x, widths) for x in (tokens, mask, chosen))
+    if whole.shape != tokens.shape or not bool((whole == tokens)[mask].all()):
+        raise DataError(
+            "model.to_tokens gives these prompts other tokens together than one by one; take masks from "
+            "counted_batches, with its tokens."
+        )
+    return chosen
+
+
+def _beginning(prompt: Prompt) -> Any:
+    return prompt.content if prompt.messages is None else prompt.messages[0]
