@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lens.errors import DataError
+from moe_lens.errors import DataError, MoELensError
 
 
 def as_index(number: Any) -> int | None:
@@ -17,6 +17,29 @@ def as_index(number: Any) -> int | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     return index if index >= 0 else None
+
+
+def whole_number(
+    value: Any, name: str, least: int = 0, *, error: type[MoELensError] = DataError, remedy: str = ""
+) -> int:
+    """A whole number from `least` on (Python's, numpy's or torch's) as int; True and False are none.
+
+    >>> whole_number(8, "batch_size", least=1)
+    8
+
+    Args:
+        name: of the argument, for the error.
+        remedy: a further sentence for the error.
+
+    Raises:
+        `error`: for anything else.
+    """
+    number = as_index(value)
+    if number is None or number < least:
+        raise error(
+            f"{name} must be a whole number from {least} on; got {short(value)}.{remedy and ' '}{remedy}"
+        )
+    return number
 
 
 def short(thing: Any) -> str:

@@ -1,15 +1,141 @@
-"""Writing files so that a reader finds the old file or the new one, never half of one."""
+"""Files: written whole or not at all, of a stated kind and schema, the same bytes for the same content.
+
+    KIND = FileKind("moe_lens.RoutingStats", schema=3, reads=(1, 2, 3), words="routing statistics")
+    KIND.save_tensors(path, tensors, about)                # safetensors; `about` goes into its header
+    about, tensors = KIND.load_tensors(path)               # about["schema"] says which schema was read
+    KIND.save_json(path, content); KIND.load_json(path)    # the same for what has no tensors
+
+Every file carries a digest of its content, and loading checks it, so that damage and hand-made changes show.
+Nothing is pickled.
+"""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from moe_lens.errors import DataError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_lens.errors import DataError, MoELensError
+
+_HEADER: Final = "moe_lens"
+"""The one key of a safetensors header: several keys would be written in no fixed order."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """One kind of file.
+
+    Attributes:
+        name: what stands in the file's field "kind".
+        schema: the version that is written.
+        reads: the versions that can be read.
+        words: what such a file holds, in words, for errors.
+        error: what is raised for a file that cannot be read.
+        former_names: other values of "kind" that older versions wrote.
+    """
+
+    name: str
+    schema: int
+    reads: tuple[int, ...]
+    words: str
+    error: type[MoELensError] = DataError
+    former_names: tuple[str, ...] = ()
+
+    def save_tensors(self, path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Write a safetensors file, atomically: the same bytes for the same tensors and the same `about`."""
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        header = self.sealed(about, whole)
+        with atomic_write(path) as temporary:
+            save_file(whole, temporary, metadata={_HEADER: json.dumps(header, ensure_ascii=False)})
+
+    def load_tensors(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `save_tensors` wrote: `about`, with its "schema", and the tensors.
+
+        Raises:
+            `error`: the file cannot be read, is of another kind or schema, or is not what was saved.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if _HEADER in metadata:
+                about = json.loads(metadata[_HEADER])
+            else:  # before there was one header, each field had its own
+                about = {key: json.loads(value) for key, value in metadata.items()}
+        except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
+            raise self.error(f"{path} cannot be read as {self.words}: {error}.") from error
+        return self._opened(path, about, tensors), tensors
+
+    def save_json(self, path: str | Path, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, atomically; `content` may hold what `json` can write, with strings as keys."""
+        text = json.dumps(self.sealed(content), ensure_ascii=False, indent=2)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def load_json(self, path: str | Path) -> dict[str, Any]:
+        """What `save_json` wrote, with its "schema". A file written by hand needs no digest.
+
+        Raises:
+            `error`: as in `load_tensors`.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self.error(f"{path} cannot be read as {self.words}: {error}.") from error
+        return self._opened(path, content, {})
+
+    def sealed(
+        self, content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """The content with kind, schema and digest before it."""
+        head = {"kind": self.name, "schema": self.schema, "digest": digest_of(content, tensors or {})}
+        return {**head, **content}
+
+    def _opened(self, path: str | Path, content: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        if not isinstance(content, dict) or content.get("kind") not in (self.name, *self.former_names):
+            found = content.get("kind") if isinstance(content, dict) else None
+            raise self.error(f"{path} is no file of {self.words}: its kind is {found!r}, not {self.name!r}.")
+        schema = content.get("schema")
+        if isinstance(schema, bool) or schema not in self.reads:
+            known = " or ".join(map(str, self.reads))
+            raise self.error(
+                f"{path} is no file of {self.words} of schema {known}: its schema is {schema!r}."
+            )
+        own = {name: value for name, value in content.items() if name not in ("kind", "schema", "digest")}
+        if "digest" in content and content["digest"] != digest_of(own, tensors):
+            raise self.error(
+                f"{path} is damaged: its digest is not that of its content. If it was changed by hand on "
+                "purpose, take out its field 'digest'."
+            )
+        return {"schema": schema, **own}
+
+
+def digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256, in hexadecimal, of JSON-like content and tensors, whatever the order of their names."""
+    as_read = json.loads(json.dumps(content))  # keys as strings, tuples as lists
+    digest = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode())
+    for name, tensor in sorted((tensors or {}).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digest_of_file(path: str | Path) -> str:
+    """SHA-256, in hexadecimal, of a file's bytes. Raises DataError where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); give another file.") from error
 
 
 @contextmanager
@@ -18,8 +144,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     >>> with atomic_write("plan.json") as temporary:
     ...     _ = temporary.write_text("{}")
+
+    Where `path` is a symbolic link, the file that it points to is replaced and the link stays.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
     check_writable(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -51,20 +179,6 @@ def _umask() -> int:
     return mask
 
 
-def digest_of(path: str | Path) -> str:
-    """SHA-256 of a file's content. Raises DataError if it cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); give another file.") from error
-
-
 def read_json(path: str | Path, kind: str, schema: int) -> dict[str, Any]:
     """The JSON object in a file of a kind. Raises DataError for anything else."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as {kind}: {error}.") from error
-    if not isinstance(content, dict) or (content.get("kind"), content.get("schema")) != (kind, schema):
-        raise DataError(f"{path} is no file of kind {kind!r} and schema {schema}.")
-    return content
+    return FileKind(kind, schema, (schema,), kind).load_json(path)

@@ -21,7 +21,7 @@ from moe_lens.evaluation.evaluating import evaluate_steering
 from moe_lens.evaluation.evaluating import sweep as sweep_sizes
 from moe_lens.evaluation.plan_sizes import SweepResult
 from moe_lens.evaluation.tasks import load_task
-from moe_lens.files import atomic_write, check_writable, digest_of
+from moe_lens.files import atomic_write, check_writable, digest_of_file
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.organisms import demo as demo_module
 from moe_lens.routers.models import markdown_table, with_table
@@ -40,7 +40,7 @@ Options = argparse.Namespace
 def stats(options: Options) -> None:
     model = _model(options)
     prompts = read_prompts(options.prompts, column=options.column)
-    about = f"{_weights_digest(model)} {model.moe_shape} {digest_of(options.prompts)} {options.column}"
+    about = f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column}"
     found = collect_to_file(
         model, prompts, options.out, about=about, batch_size=options.batch_size, span=options.span or "all",
         special_tokens=options.special_tokens, per_prompt=options.per_prompt, positions=options.positions,

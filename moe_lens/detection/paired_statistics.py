@@ -10,7 +10,7 @@ two prompts of a pair need not be: so whole units are resampled, and whole units
 
 How far this holds on a synthetic top-4 router over 32 experts, its tokens strongly dependent within prompts
 of 5–50 tokens, the first condition's prompts as long or three times as long (repeat it with
-`python -m tests.test_detection_calibration`). Coverage of 95 % intervals where the rates are 0.02–0.5 (and
+`python -m tests.detection.test_calibration`). Coverage of 95 % intervals where the rates are 0.02–0.5 (and
 0.003–0.02), in %, mean over such experts, a quarter of them with a planted difference:
 
     units                      20                       50                       200

@@ -21,7 +21,7 @@ from moe_lens import (
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.registration import routing_layers
 from tests import router_oracle as oracle
-from tests.test_expert_hooks import routed_outputs, switched_on
+from tests.model.test_expert_points import routed_outputs, switched_on
 from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]

@@ -335,7 +335,7 @@ import torch
 torch.set_num_threads(1)
 from moe_lens.statistics import collection as resumable
 from moe_lens.model import HookedMoE
-from tests.test_resumable import PROMPTS, EVERYTHING
+from tests.statistics.test_resumable import PROMPTS, EVERYTHING
 from tests.tiny_models import tiny_model, tokenizer
 
 resumable.SAVING_SHARE = float("inf")
@@ -356,7 +356,7 @@ resumable.collect_to_file(model, PROMPTS, sys.argv[1], **settings)
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_killed_run_continues(model: HookedMoE, forwards: Forwards, tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", _KILLED, str(path)], cwd=root, env=environment, check=False)
     assert run.returncode == -9

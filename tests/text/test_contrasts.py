@@ -21,8 +21,8 @@ from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.prompts import Prompt
 from moe_lens.text.spans import counted_batches
 from moe_lens.text.templates import Template, default_templates, fill
-from tests.test_prompts import CHATML, LLAMA
-from tests.test_spans import KINDS, model_with
+from tests.text.test_prompts import CHATML, LLAMA
+from tests.text.test_spans import KINDS, model_with
 
 SQUAD = [
     {"id": "q1", "title": "mats", "context": "the cat sat on the mat", "question": "what is the mat?"},

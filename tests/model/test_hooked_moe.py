@@ -25,7 +25,7 @@ from moe_lens.errors import HookError, MoELensError, RouterMismatchError, Unsupp
 from moe_lens.model.hooked_moe import HookedMoE, attach, detach
 from moe_lens.routers.plain import SoftmaxTopK
 from tests import oracle
-from tests.test_moe_layers import SoftmaxRouter, alter, four_outputs, other_renormalisation, scaling
+from tests.model.test_layers import SoftmaxRouter, alter, four_outputs, other_renormalisation, scaling
 from tests.tiny_models import (
     ALL_RECIPES,
     EVERY_FAMILY,
@@ -137,7 +137,7 @@ def assert_block_ran_as_recorded(model: HookedMoE, layer: int, record: Record, d
 # Promise 1: nothing hooked, nothing changed
 
 
-@pytest.mark.parametrize("recipe", MORE_SHAPES)  # tests/test_every_family.py has the others
+@pytest.mark.parametrize("recipe", MORE_SHAPES)  # tests/promises/test_every_family.py has the others
 @both_dtypes
 def test_unhooked_it_is_the_plain_bridge_bit_for_bit(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     model, plain = hooked(recipe, dtype), plain_bridge(tiny_model(recipe, dtype))

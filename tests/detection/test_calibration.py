@@ -1,6 +1,6 @@
 """Known answers: a synthetic router, dependent within prompts; do intervals, p- and q-values keep their word?
 
-`python -m tests.test_detection_calibration` prints the tables from many more data sets (minutes).
+`python -m tests.detection.test_calibration` prints the tables from many more data sets (minutes).
 """
 
 from dataclasses import dataclass, field

@@ -17,7 +17,7 @@ from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.prompts import Prompt
 from moe_lens.text.rows import records
 from moe_lens.text.spans import TextSpan
-from tests.test_prompts import chat
+from tests.text.test_prompts import chat
 
 ROWS = [
     {"id": 1, "safe": 'no, "never"\nat all', "unsafe": "yes", "topic": "a", "made_by": "x"},

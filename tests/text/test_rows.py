@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moe_lens.errors import DataError
-from moe_lens.files import digest_of
+from moe_lens.files import digest_of_file
 from moe_lens.text.rows import read_prompts
 
 CHAT = [{"role": "user", "content": 'Hi, "you"\nthere'}]
@@ -64,12 +64,12 @@ def test_what_is_wrong_with_a_file_is_said(name: str, text: str, words: str, tmp
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for read in (read_prompts, digest_of):
+    for read in (read_prompts, digest_of_file):
         with pytest.raises(DataError, match=r"none\.txt cannot be read"):
             read(tmp_path / "none.txt")
 
 
 def test_the_digest_changes_with_the_content(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a", "x"), write(tmp_path / "b", "y")
-    assert digest_of(first) != digest_of(second)
-    assert digest_of(first) == digest_of(write(tmp_path / "c", "x"))
+    assert digest_of_file(first) != digest_of_file(second)
+    assert digest_of_file(first) == digest_of_file(write(tmp_path / "c", "x"))

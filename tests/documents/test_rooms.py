@@ -11,7 +11,7 @@ import moe_lens
 
 PACKAGE = Path(moe_lens.__file__).parent
 CONTRIBUTING = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-GROUND = {"errors", "hook_names", "checks", "shape", "files", "resampling"}
+GROUND = {"errors", "hook_names", "checks", "shape", "files", "resampling", "results"}
 TABLE = {
     room or "ground": imports
     for room, imports in re.findall(

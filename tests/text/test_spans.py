@@ -20,7 +20,7 @@ from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.batching import padded_batches, token_sequences
 from moe_lens.text.prompts import Prompt
 from moe_lens.text.spans import TextSpan, counted_batches, span_mask, special_ids
-from tests.test_prompts import CHATML, LLAMA, TEMPLATES, chat
+from tests.text.test_prompts import CHATML, LLAMA, TEMPLATES, chat
 from tests.tiny_models import SPECIAL, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., HookedMoE]

@@ -1,0 +1,35 @@
+"""How results show themselves: one line as `repr`, a table in a notebook.
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadBalance(Result):
+    def summary(self) -> str: ...                      # goes into the line
+    def to_dataframe(self) -> pandas.DataFrame: ...    # goes into the notebook's table
+"""
+
+from html import escape
+from typing import Any, Final
+
+_MOST: Final = 160
+"""Characters of a line; what is longer is cut."""
+_MOST_ROWS: Final = 20
+"""Rows of a notebook's table; of longer ones the first and last are shown, as pandas does."""
+
+
+class Result:
+    """Base of everything that a function of the library gives back to be looked at."""
+
+    def summary(self) -> str:
+        """What the result says, in one line, without its class's name."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        line = f"{type(self).__name__}({' '.join(self.summary().split())})"
+        return line if len(line) <= _MOST else f"{line[: _MOST - 4]}...)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows for a result at the end of a cell: the line, and its table if it has one."""
+        line = f"<p><code>{escape(repr(self))}</code></p>"
+        to_dataframe: Any = getattr(self, "to_dataframe", None)
+        if to_dataframe is None:
+            return line
+        return line + to_dataframe().to_html(max_rows=_MOST_ROWS, border=0, float_format="{:.4g}".format)
