@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.router_points import RoutingPoint, fire, installed_points, points_of
-from moe_lens.routers.layouts import Asked, ExpertsCall
+from moe_lens.routers.layouts import ExpertsCall, Request
 
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output; half precision: 5e-2
 
@@ -71,8 +71,8 @@ class HookedExperts:
                 "when the whole block runs."
             )
         hidden: Any = points.hidden
-        asked = Asked(self.moe.block, self.original, points.decision, hidden, [*args, *kwargs.values()])
-        call = self.moe.row.experts.open(asked)
+        request = Request(self.moe.block, self.original, points.decision, hidden, [*args, *kwargs.values()])
+        call = self.moe.row.experts.open(request)
         point.call = call
         try:
             outputs = call.outputs()

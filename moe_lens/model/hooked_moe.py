@@ -2,12 +2,11 @@
 
     model = HookedMoE.from_pretrained("allenai/OLMoE-1B-7B-0125-Instruct")
     model = HookedMoE.from_hf(hf_model, tokenizer)
-    attach(bridge)                              # a bridge that somebody already has becomes a HookedMoE
+    attach(bridge)                              # an existing bridge becomes a HookedMoE
     detach(bridge)                              # ... and what it was before, with HF's own router code
 
-Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and .hook_topk_weights
-(see hook_names), with block-level aliases, and they work in every TransformerLens tool; and, when asked for,
-hook_expert_out.
+Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and .hook_topk_weights (see
+hook_names), with block-level aliases, and on request .hook_expert_out. Every TransformerLens tool knows them.
 """
 
 import functools
@@ -120,12 +119,12 @@ class HookedMoE(TransformerBridge):
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that have a router, ascending; dense layers are left out."""
+        """Numbers of the layers that have a router, ascending, without dense layers."""
         return tuple(routing_layers(self))
 
     @property
     def moe_shape(self) -> MoEShape:
-        """Name, MoE layers, number of experts and k: what results about this model are filed under."""
+        """Name, MoE layers, number of experts and k: what results carry to say which model they are about."""
         return moe_shape(self)
 
     @property
@@ -151,7 +150,7 @@ class HookedMoE(TransformerBridge):
 
     @property
     def use_expert_out(self) -> bool:
-        """Whether the points on expert outputs are there; see `set_use_expert_out`."""
+        """Whether the points on expert outputs exist; see `set_use_expert_out`."""
         return any(has_expert_out(moe) for moe in routing_layers(self).values())
 
     def set_use_expert_out(self, use_expert_out: bool) -> None:
@@ -164,13 +163,13 @@ class HookedMoE(TransformerBridge):
         >>> cache["expert_out", 0].shape                         # [batch pos k d_model]
         torch.Size([1, 5, 2, 64])
 
-        It holds what each chosen expert gives, before its weight; an edit counts, and gradients flow. The
-        sum of weight × output is the block's routed output, shared experts apart, bit for bit (with
+        It holds what each chosen expert gives, before it is weighted; edits take effect, and gradients flow.
+        The sum of weight × output is the block's routed output (without shared experts), bit for bit (with
         transformers' eager experts: up to the order of additions). Three families differ: Llama 4 weights
         what an expert reads, so that its outputs are added as they are; Nemotron-H with latent experts has
         them in the latent space [batch pos k latent]; Laguna scales the sum.
 
-        It costs memory in caches, so it is off at first. Off, nothing is left of it, hooks on it included.
+        It costs memory in caches, so it is off by default. Switching it off removes the hooks on it, too.
 
         Raises:
             HookError: the model does not run its experts in a way that moe_lens knows.
@@ -182,9 +181,9 @@ class HookedMoE(TransformerBridge):
 
     @signature_of(TransformerBridge.forward)
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which text is running (see `moe_lens.positions`).
+        """As in TransformerLens; hooks know which text is running (see `positions=` of the interventions).
 
-        Warns of a token tensor with padding and without `attention_mask`, where every number would be wrong.
+        Warns of a token tensor with padding but without `attention_mask`, where every number would be wrong.
         """
         state = forward_state(self)
         unmasked = kwargs.get("attention_mask") is None and not state.generating
@@ -198,19 +197,19 @@ class HookedMoE(TransformerBridge):
 
     @signature_of(TransformerBridge.generate)
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        """As in TransformerLens; hooks know which tokens are the prompt's."""
         with forward_state(self).generation(input):
             return super().generate(input, *args, **kwargs)
 
     @signature_of(TransformerBridge.hf_generate)
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        """As in TransformerLens; hooks know which tokens are the prompt's."""
         with forward_state(self).generation(input):
             return super().hf_generate(input, *args, **kwargs)
 
     @signature_of(TransformerBridge.generate_stream)
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        """As in TransformerLens; hooks know which tokens are the prompt's."""
         state, generation = forward_state(self), Generation(as_texts(input))
         stream = iter(super().generate_stream(input, *args, **kwargs))
         while True:
@@ -331,17 +330,18 @@ class HookedMoE(TransformerBridge):
     def _refuse_absent_points(self, names: Any) -> None:
         """Raise for the name of a routing point on a layer that has none; other names and filters pass."""
         names = names if isinstance(names, list | tuple) else [names]
-        asked = {name: hook_names.parse(name) for name in names if isinstance(name, str)}
-        if any(asked.values()):
-            layers = self.moe_layers
-            for name, parsed in asked.items():
-                if parsed is not None and parsed[0] not in layers:
-                    raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {layers}.")
-                if parsed is not None and parsed[1] == hook_names.EXPERT_OUT and not self.use_expert_out:
-                    raise HookError(f"{name} is switched off; call model.set_use_expert_out(True) first.")
+        for name in names:
+            parsed = hook_names.parse(name) if isinstance(name, str) else None
+            if parsed is None:
+                continue
+            layer, point = parsed
+            if layer not in self.moe_layers:
+                raise HookError(f"{name}: layer {layer} has no router; the MoE layers are {self.moe_layers}.")
+            if point == hook_names.EXPERT_OUT and not self.use_expert_out:
+                raise HookError(f"{name} is switched off; call model.set_use_expert_out(True) first.")
 
     def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
-        """Which positions are not padding; None where that is not known or does not matter (one string)."""
+        """Which positions are not padding; None where that is unknown or cannot matter (one string)."""
         mask = kwargs.get("attention_mask")
         if mask is None and isinstance(input, list) and len(input) > 1:
             side = kwargs.get("padding_side") or self.tokenizer.padding_side
@@ -368,8 +368,8 @@ def attach(bridge: TransformerBridge) -> HookedMoE:
     >>> attach(bridge) is bridge, isinstance(bridge, HookedMoE)
     (True, True)
 
-    Every router is first compared with its rule; if one fails, nothing is changed. The object stays an
-    instance of its own class. Attaching to a bridge that has the points already changes nothing.
+    Every router is first compared with its rule; if one differs, nothing is changed. The object stays an
+    instance of its own class. Attaching again to a bridge that has the points changes nothing.
 
     Returns: the same bridge.
 
@@ -400,14 +400,14 @@ def _attach(bridge: TransformerBridge, checked: Collection[nn.Module] = ()) -> H
 
 
 def detach(bridge: TransformerBridge) -> TransformerBridge:
-    """Take the routing hook points out again: the bridge is what it was before `attach`.
+    """Remove the routing hook points: the bridge is what it was before `attach`.
 
     >>> from moe_lens import detach, organisms
     >>> bridge = detach(organisms.load("specialised"))
     >>> "blocks.0.mlp.hook_router_logits" in bridge.hook_dict, type(bridge).__name__
     (False, 'TransformerBridge')
 
-    HF's own router code is back, and hooks that were on the points are gone. Returns the same bridge. (An
+    HF's own router code runs again, and hooks that were on the points are gone. Returns the same bridge. (An
     instance of your own subclass of HookedMoE stays one, without points.)
     """
     _require_bridge(bridge, "detach")
@@ -427,7 +427,7 @@ def _hooked_class(cls: type[TransformerBridge]) -> type[TransformerBridge]:
 
 
 def _plain_class(cls: type[TransformerBridge]) -> type[TransformerBridge]:
-    """What `_hooked_class` was given; a subclass of HookedMoE that somebody wrote stays what it is."""
+    """The class that `_hooked_class` was given; a user's own subclass of HookedMoE stays what it is."""
     return TransformerBridge if cls is HookedMoE else vars(cls).get("_plain_class", cls)
 
 

@@ -36,7 +36,7 @@ _STATE: Final = "_forward_state"
 def check_hooked(
     model: Any, kind: type[TransformerBridge] = TransformerBridge, *, error: type[MoELensError] = MoELensError
 ) -> None:
-    """Raise `error` for anything that is not a bridge of this kind; what to pass instead is said in it."""
+    """Raise `error`, which says what to pass instead, for anything that is not a bridge of this kind."""
     if not isinstance(model, kind):
         raise error(
             "A HookedMoE is needed here (HookedMoE.from_pretrained, or attach(bridge)); got "
@@ -69,8 +69,8 @@ def find_routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
 def moe_shape(bridge: TransformerBridge) -> MoEShape:
     """Name, MoE layers, number of experts and k of the model inside a bridge.
 
-    The name is the last part of the hub id or folder that the model was loaded from, so that results do
-    not carry a machine's paths.
+    The name is the last part of the hub id or folder that the model was loaded from, so that results carry
+    no paths of a machine.
 
     Raises:
         UnsupportedRouterError: as in `routing_layers`, or the layers differ in number of experts or k.
@@ -128,7 +128,7 @@ def register_expert_out(bridge: TransformerBridge) -> None:
 
 
 def unregister_expert_out(bridge: TransformerBridge) -> None:
-    """Take the points on expert outputs out again, with their names and the hooks that were on them."""
+    """Remove the points on expert outputs, with their names and the hooks that were on them."""
     for number, moe in routing_layers(bridge).items():
         if points_of(moe) is not None and has_expert_out(moe):
             uninstall_expert_out(moe)
@@ -158,7 +158,7 @@ def forward_state(bridge: TransformerBridge) -> ForwardState:
 
 
 def unregister(bridge: TransformerBridge) -> None:
-    """Take the points out of all layers again, with their names."""
+    """Remove the points of all layers, with their names."""
     unregister_expert_out(bridge)
     for number, moe in routing_layers(bridge).items():
         if points_of(moe) is None:
