@@ -72,6 +72,21 @@ def hooked() -> Callable[..., "HookedMoE"]:
     return hand_out
 
 
+@pytest.fixture
+def with_outputs(hooked: Callable[..., "HookedMoE"]) -> Iterator[Callable[..., "HookedMoE"]]:
+    """`hooked`, with points on expert outputs until the test ends."""
+    used: list[HookedMoE] = []
+
+    def switch_on(*args: Any, **config: Any) -> HookedMoE:
+        used.append(hooked(*args, **config))
+        used[-1].set_use_expert_out(True)
+        return used[-1]
+
+    yield switch_on
+    for model in used:
+        model.set_use_expert_out(False)
+
+
 @pytest.fixture(scope="session")
 def planted_demo() -> "DemoResult":
     """The demo on the planted organism, run once a session (and process)."""

@@ -25,11 +25,11 @@ from moe_lens.errors import HookError, MoELensError, RouterMismatchError, Unsupp
 from moe_lens.model.hooked_moe import HookedMoE, attach, detach
 from moe_lens.routers.plain import SoftmaxTopK
 from tests import oracle
+from tests.families import core_family, every_dtype, every_recipe
 from tests.model.test_layers import SoftmaxRouter, alter, four_outputs, other_renormalisation, scaling
 from tests.tiny_models import (
     ALL_RECIPES,
     EVERY_FAMILY,
-    FAMILIES,
     MOE_LAYERS,
     N_EXPERTS,
     TOP_K,
@@ -48,9 +48,6 @@ from tests.tiny_models import (
 
 Hooked = Callable[..., HookedMoE]
 MORE_SHAPES = [recipe for recipe in ALL_RECIPES if recipe not in EVERY_FAMILY]
-every_recipe = pytest.mark.parametrize("recipe", ALL_RECIPES)
-every_family = pytest.mark.parametrize("recipe", FAMILIES)
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value compared
 SPELLERS = (hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights)
 
@@ -138,7 +135,7 @@ def assert_block_ran_as_recorded(model: HookedMoE, layer: int, record: Record, d
 
 
 @pytest.mark.parametrize("recipe", MORE_SHAPES)  # tests/promises/test_every_family.py has the others
-@both_dtypes
+@every_dtype
 def test_unhooked_it_is_the_plain_bridge_bit_for_bit(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     model, plain = hooked(recipe, dtype), plain_bridge(tiny_model(recipe, dtype))
     assert torch.equal(model(tokens()), plain(tokens()))
@@ -149,7 +146,7 @@ def test_unhooked_it_is_the_plain_bridge_bit_for_bit(hooked: Hooked, recipe: str
     assert torch.equal(model(tokens(), return_type="loss"), plain(tokens(), return_type="loss"))
 
 
-@every_family
+@core_family
 def test_unhooked_gradients_are_those_of_the_plain_bridge(recipe: str) -> None:
     gradients = []
     for wrap in (HookedMoE.from_hf, plain_bridge):
@@ -161,7 +158,7 @@ def test_unhooked_gradients_are_those_of_the_plain_bridge(recipe: str) -> None:
     assert all(torch.equal(ours, plain) for ours, plain in zip(*gradients, strict=True))
 
 
-@every_family
+@core_family
 def test_unhooked_the_rule_never_runs(hooked: Hooked, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: Any) -> Any:
         raise AssertionError("the rule ran")
@@ -177,7 +174,7 @@ def test_unhooked_the_rule_never_runs(hooked: Hooked, recipe: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("recipe", MORE_SHAPES)
-@both_dtypes
+@every_dtype
 def test_identity_hooks_change_no_bit(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     model, plain = hooked(recipe, dtype), plain_bridge(tiny_model(recipe, dtype))
     hooks = [(name, same) for name in point_names(model)]
@@ -186,8 +183,8 @@ def test_identity_hooks_change_no_bit(hooked: Hooked, recipe: str, dtype: torch.
         assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=[hook]), plain(tokens()))
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_caching_changes_no_bit_and_no_other_activation(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -204,7 +201,7 @@ def test_caching_changes_no_bit_and_no_other_activation(
         assert torch.equal(our_cache[name], value), name
 
 
-@every_family
+@core_family
 def test_identity_hooks_change_no_gradient(recipe: str) -> None:
     gradients = []
     for hook_all in (True, False):
@@ -236,7 +233,7 @@ def test_edited_logits_reroute(hooked: Hooked, recipe: str, edit: oracle.Edit) -
     assert (actual - model(tokens())).abs().max() > 0.1
 
 
-@every_family
+@core_family
 def test_each_layer_has_its_own_point(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     for layer in model.moe_layers:
@@ -262,7 +259,7 @@ def test_any_logits_reroute(hooked: Hooked, recipe: str, seed: int, scale: float
 
 
 @every_recipe
-@both_dtypes
+@every_dtype
 def test_each_block_follows_its_edited_logits(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     model = hooked(recipe, dtype)
     for layer in model.moe_layers:
@@ -271,8 +268,8 @@ def test_each_block_follows_its_edited_logits(hooked: Hooked, recipe: str, dtype
         assert_block_ran_as_recorded(model, layer, record, dtype)
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_each_block_follows_its_edited_logits_under_left_padding(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -284,7 +281,7 @@ def test_each_block_follows_its_edited_logits_under_left_padding(
     assert_block_ran_as_recorded(model, layer, record, dtype)
 
 
-@every_family
+@core_family
 def test_edited_logits_reroute_under_left_padding(hooked: Hooked, recipe: str) -> None:
     model, (input_ids, mask) = hooked(recipe), padded()
     actual = model.run_with_hooks(
@@ -296,8 +293,8 @@ def test_edited_logits_reroute_under_left_padding(hooked: Hooked, recipe: str) -
         torch.testing.assert_close(actual[row, own][None], expected, rtol=1e-3, atol=1e-4)
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_each_block_follows_its_edited_logits_in_every_cached_step(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -311,7 +308,7 @@ def test_each_block_follows_its_edited_logits_in_every_cached_step(
     assert_block_ran_as_recorded(model, layer, record, dtype)
 
 
-@every_family
+@core_family
 def test_the_gradient_at_the_logits_is_the_oracles(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     readout = torch.randn(2, 7, VOCAB_SIZE, generator=torch.Generator().manual_seed(5))
@@ -338,7 +335,7 @@ def test_the_gradient_at_the_logits_is_the_oracles(hooked: Hooked, recipe: str) 
         assert_close(actual, expected, torch.float32)
 
 
-@every_family
+@core_family
 def test_the_gradient_at_the_logits_predicts_a_small_step(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layer, step = model.moe_layers[0], 1e-3
@@ -356,7 +353,7 @@ def test_the_gradient_at_the_logits_predicts_a_small_step(hooked: Hooked, recipe
     assert abs(difference) > 1e-3
 
 
-@every_family
+@core_family
 def test_gradients_reach_the_hook_in_bfloat16(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe, torch.bfloat16)
     delta = torch.zeros(2, 7, model.n_experts, requires_grad=True)
@@ -368,7 +365,7 @@ def test_gradients_reach_the_hook_in_bfloat16(hooked: Hooked, recipe: str) -> No
 
 
 @every_recipe
-@both_dtypes
+@every_dtype
 def test_edited_indices_run_with_the_weights_of_the_rule(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -392,7 +389,7 @@ def test_edited_indices_run_with_the_weights_of_the_rule(
     assert_close(output, oracle.block_output(block, hidden, indices, expected), dtype)
 
 
-@every_family
+@core_family
 def test_an_expert_may_be_chosen_twice(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layer = model.moe_layers[0]
@@ -406,7 +403,7 @@ def test_an_expert_may_be_chosen_twice(hooked: Hooked, recipe: str) -> None:
 
 
 @every_recipe
-@both_dtypes
+@every_dtype
 def test_edited_weights_scale_the_experts(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     model = hooked(recipe, dtype)
     layer = model.moe_layers[-1]
@@ -460,7 +457,7 @@ def test_hf_reports_the_edited_logits(hooked: Hooked) -> None:
 
 
 @every_recipe
-@both_dtypes
+@every_dtype
 def test_weights_times_expert_outputs_sum_to_the_routed_output(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -479,7 +476,7 @@ def test_weights_times_expert_outputs_sum_to_the_routed_output(
 # Promise 5: a hook that could not fire raises
 
 
-@every_family
+@core_family
 def test_hooks_in_training_mode_are_refused(recipe: str) -> None:
     model = HookedMoE.from_hf(tiny_model(recipe)).train()
     unhooked = model(tokens())
@@ -492,7 +489,7 @@ def test_hooks_in_training_mode_are_refused(recipe: str) -> None:
     assert torch.equal(model.eval().run_with_cache(tokens())[0], unhooked)
 
 
-@every_family
+@core_family
 def test_a_fused_block_is_refused(recipe: str) -> None:
     model = HookedMoE.from_hf(tiny_model(recipe))
     layer = model.moe_layers[-1]
@@ -538,7 +535,7 @@ def test_a_layer_without_router_is_refused(hooked: Hooked, spell: Callable[[int]
         (hook_names.topk_weights, lambda x, hook: (x, x)),
     ],
 )
-@every_family
+@core_family
 def test_a_bad_return_is_named_and_leaves_no_hook(
     hooked: Hooked, recipe: str, spell: Callable[[int], str], bad: Any
 ) -> None:
@@ -553,7 +550,7 @@ def test_a_bad_return_is_named_and_leaves_no_hook(
 # attach and detach
 
 
-@every_family
+@core_family
 def test_it_is_a_transformer_bridge(hooked: Hooked, recipe: str) -> None:
     assert isinstance(hooked(recipe), TransformerBridge)
 
@@ -586,7 +583,7 @@ def test_the_shape_carries_the_name_without_folders() -> None:
     assert HookedMoE.from_hf(hf_model).moe_shape.model == "my-olmoe"
 
 
-@every_family
+@core_family
 def test_attach_puts_the_points_into_a_bridge_in_place(hooked: Hooked, recipe: str) -> None:
     bridge = plain_bridge(tiny_model(recipe))
     before = bridge(tokens())
@@ -627,7 +624,7 @@ def test_attaching_twice_changes_nothing() -> None:
     assert times == [1]
 
 
-@every_family
+@core_family
 def test_detach_leaves_a_plain_bridge(recipe: str) -> None:
     model, plain = HookedMoE.from_hf(tiny_model(recipe)), plain_bridge(tiny_model(recipe))
     with warnings.catch_warnings():
@@ -644,7 +641,7 @@ def test_detach_leaves_a_plain_bridge(recipe: str) -> None:
     assert set(cache.keys()) == set(plain_cache.keys())
 
 
-@every_family
+@core_family
 def test_a_routing_hook_after_detach_does_not_pass_silently(recipe: str) -> None:
     model = detach(HookedMoE.from_hf(tiny_model(recipe)))
     name = hook_names.router_logits(MOE_LAYERS[recipe][0])
@@ -657,7 +654,7 @@ def test_a_routing_hook_after_detach_does_not_pass_silently(recipe: str) -> None
             model.run_with_cache(tokens(), names_filter=absent)
 
 
-@every_family
+@core_family
 def test_attach_after_detach_works(recipe: str) -> None:
     model = HookedMoE.from_hf(tiny_model(recipe))
     names, hooks = set(model.hook_dict), on_logits(negate, *MOE_LAYERS[recipe])
@@ -678,7 +675,7 @@ def test_detach_of_a_bridge_without_points_changes_nothing() -> None:
     assert torch.equal(bridge(tokens()), before)
 
 
-@every_family
+@core_family
 def test_hooks_on_a_deep_copy_act_on_the_copy_and_only_there(recipe: str) -> None:
     model = HookedMoE.from_hf(tiny_model(recipe))
     before, hooks = model(tokens()), on_logits(negate, *MOE_LAYERS[recipe])
@@ -706,8 +703,8 @@ def test_detaching_a_deep_copy_leaves_the_original_attached() -> None:
 # Loading
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_from_pretrained_gives_the_saved_model(recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = save(tiny_model(recipe, dtype), tmp_path / "tiny-moe", tokenizer())
     model = HookedMoE.from_pretrained(folder, dtype=dtype)
@@ -733,7 +730,7 @@ def test_from_pretrained_of_a_sharded_checkpoint(tmp_path: Path) -> None:
     )
 
 
-@every_family
+@core_family
 def test_layers_offloaded_to_disk_route_and_reroute(recipe: str, tmp_path: Path) -> None:
     folder = save(tiny_model(recipe), tmp_path / "model", tokenizer())
     in_memory = HookedMoE.from_pretrained(folder)
@@ -777,7 +774,7 @@ def test_the_self_check_sees_an_altered_router_that_is_offloaded(tmp_path: Path)
         attach(model)
 
 
-@every_family
+@core_family
 def test_from_hf_puts_a_model_in_training_mode_into_eval_mode(recipe: str) -> None:
     model = HookedMoE.from_hf(tiny_model(recipe).train())
     assert not any(module.training for module in model.modules())
@@ -829,7 +826,7 @@ def test_a_model_without_a_known_router_is_refused_untouched(build: Callable[[],
     assert_refused_untouched(build(), UnsupportedRouterError, words)
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize(
     ("alteration", "words"),
     [(other_renormalisation, "weights differ"), (scaling, "weights differ"), (four_outputs, "returns no")],
@@ -850,7 +847,7 @@ def test_a_model_with_an_altered_router_is_refused_untouched(
     assert_refused_untouched(hf_model, RouterMismatchError, expected)
 
 
-@every_family
+@core_family
 def test_attach_to_a_bridge_with_an_altered_router_is_refused_untouched(recipe: str) -> None:
     bridge = plain_bridge(tiny_model(recipe))
     layer, block = list(sparse_blocks(bridge.original_model).items())[-1]

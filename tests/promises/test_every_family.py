@@ -29,6 +29,7 @@ from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 from tests import router_oracle as oracle
+from tests.families import every_dtype, every_family, one_of_each_kind
 from tests.tiny_models import (
     EVERY_FAMILY,
     ONE_OF_EACH_KIND,
@@ -43,8 +44,6 @@ from tests.tiny_models import (
 Hooked = Callable[..., HookedMoE]
 Plain = Callable[..., TransformerBridge]
 Layers = dict[int, list[int]]
-every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
-one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 in_both_dtypes = pytest.mark.parametrize(
     ("recipe", "dtype"),
     [
@@ -52,7 +51,6 @@ in_both_dtypes = pytest.mark.parametrize(
         *(pytest.param(name, torch.bfloat16, id=f"{name}-bfloat16") for name in ONE_OF_EACH_KIND),
     ],
 )
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SPELLERS = (hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights)
 SCALES = (0.3, 2.0, 10.0)
 LLAMA4 = ("llama4", "llama4_vl")
@@ -664,7 +662,7 @@ def test_steering_keeps_its_guarantee_on_every_token(hooked: Hooked, recipe: str
 
 
 @one_of_each_kind
-@both_dtypes
+@every_dtype
 def test_steering_holds_in_generation_with_and_without_cache(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -797,7 +795,7 @@ def test_parameters_that_the_rule_needs_may_be_offloaded_to_disk(recipe: str, tm
 
 
 @one_of_each_kind
-@both_dtypes
+@every_dtype
 def test_logits_that_a_later_hook_puts_back_undo_the_plan(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:

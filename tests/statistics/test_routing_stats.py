@@ -35,8 +35,8 @@ from moe_lens.statistics.collection import collect_routing, iterate_routing
 from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
+from tests.families import core_family, every_dtype
 from tests.tiny_models import (
-    FAMILIES,
     MOE_LAYERS,
     N_EXPERTS,
     TOP_K,
@@ -50,8 +50,6 @@ from tests.tiny_models import (
 
 Hooked = Callable[..., HookedMoE]
 Captured = dict[int, tuple[Tensor, Tensor, Tensor]]
-every_family = pytest.mark.parametrize("recipe", FAMILIES)
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 def run_hf(hf_model: Any, batch: Tensor, forward: Any = None) -> Captured:
@@ -133,8 +131,8 @@ def random_stats(seed: int, shape: MoEShape | None = None, n_tokens: int = 5) ->
 # From a cache
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_sums_equal_a_loop_over_hugging_faces_own_router_outputs(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -146,7 +144,7 @@ def test_sums_equal_a_loop_over_hugging_faces_own_router_outputs(
     assert agrees(stats, add_up(run_hf(hf_model, batch, forward), recipe, [True] * 18), 18)
 
 
-@every_family
+@core_family
 def test_the_shape_is_the_models_and_leaves_dense_layers_out(hooked: Hooked, recipe: str) -> None:
     shape = RoutingStats.from_cache(hooked(recipe).run_with_cache(tokens())[1]).shape
     assert (shape.layers, shape.n_experts, shape.top_k) == (
@@ -157,7 +155,7 @@ def test_the_shape_is_the_models_and_leaves_dense_layers_out(hooked: Hooked, rec
     assert shape == hooked(recipe).moe_shape
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
 def test_a_mask_chooses_the_positions(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     batch, mask = tokens(3, 6), torch.rand(3, 6, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -166,7 +164,7 @@ def test_a_mask_chooses_the_positions(hooked: Hooked, recipe: str, dtype: torch.
     assert agrees(stats, add_up(run_hf(tiny_model(recipe), batch), recipe, keep), sum(keep))
 
 
-@every_family
+@core_family
 def test_padding_is_left_out_by_itself(hooked: Hooked, recipe: str) -> None:
     model, prompts = hooked(recipe), [prompt(2), prompt(9, 1), prompt(5, 2)]
     stats = RoutingStats.from_cache(model.run_with_cache(prompts)[1])
@@ -186,7 +184,7 @@ def test_a_mask_overrules_the_cache(hooked: Hooked) -> None:
     assert RoutingStats.from_cache(cache, torch.ones(2, 6, dtype=torch.bool)).n_tokens == 12
 
 
-@every_family
+@core_family
 def test_a_cache_without_batch_dimension_counts_the_same(hooked: Hooked, recipe: str) -> None:
     model, batch = hooked(recipe), tokens(1, 6)
     _, cache = model.run_with_cache(batch, remove_batch_dim=True)
@@ -203,7 +201,7 @@ def test_a_plain_dictionary_counts_the_same_under_an_unknown_name(hooked: Hooked
     assert same(dataclasses.replace(plain, shape=whole.shape), whole, exact=True)
 
 
-@every_family
+@core_family
 def test_rates_and_means_are_shares_of_tokens(hooked: Hooked, recipe: str) -> None:
     stats = RoutingStats.from_cache(hooked(recipe).run_with_cache(tokens(3, 6))[1])
     ones = torch.ones(len(stats.shape.layers), dtype=torch.float64)
@@ -269,7 +267,7 @@ def test_an_expert_forced_twice_on_one_token_is_no_rate_above_one(hooked: Hooked
 # Streamed over many prompts
 
 
-@every_family
+@core_family
 @settings(max_examples=6, deadline=None)
 @given(lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6), batch_size=st.integers(1, 7))
 def test_batching_and_padding_change_nothing(
@@ -367,7 +365,7 @@ def test_no_gradient_graph_is_built(hooked: Hooked) -> None:
     assert not stats.weight_sums.requires_grad
 
 
-@every_family
+@core_family
 def test_a_bridge_after_attach_is_counted_the_same(hooked: Hooked, recipe: str) -> None:
     sequences = [[5, 6, 7, 8], [9, 10]]
     stats = collect_routing(attach(plain_bridge(tiny_model(recipe))), sequences, progress=False)
@@ -375,7 +373,7 @@ def test_a_bridge_after_attach_is_counted_the_same(hooked: Hooked, recipe: str) 
     assert same(dataclasses.replace(stats, shape=expected.shape), expected, exact=True)
 
 
-@every_family
+@core_family
 def test_steered_routes_are_counted_under_steering_hooks(hooked: Hooked, recipe: str) -> None:
     model, layer = hooked(recipe), MOE_LAYERS[recipe][-1]
     plain = collect_routing(model, tokens(3, 6), progress=False)
