@@ -77,7 +77,7 @@ def with_outputs(hooked: Callable[..., "HookedMoE"]) -> Iterator[Callable[..., "
     """`hooked`, with points on expert outputs until the test ends."""
     used: list[HookedMoE] = []
 
-    def switch_on(*args: Any, **config: Any) -> HookedMoE:
+    def switch_on(*args: Any, **config: Any) -> "HookedMoE":
         used.append(hooked(*args, **config))
         used[-1].set_use_expert_out(True)
         return used[-1]

@@ -36,17 +36,16 @@ every_family = recipes(EVERY_FAMILY)
 one_of_each_kind = recipes(ONE_OF_EACH_KIND, EVERY_FAMILY)
 
 every_dtype = pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=broad)],
-    ids=str,
+    "dtype", first_of([torch.float32, torch.bfloat16], [torch.float16]), ids=str
 )
-half_precision = pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=broad)], ids=str
+every_dtype_first_float32 = pytest.mark.parametrize(
+    "dtype", first_of([torch.float32], [torch.bfloat16, torch.float16]), ids=str
 )
+half_precision = pytest.mark.parametrize("dtype", first_of([torch.bfloat16], [torch.float16]), ids=str)
 
 
-def _in_every_dtype(first: dict[str, Iterable[str]]) -> pytest.MarkDecorator:
-    """Every family in every dtype; `first`: dtype -> the recipes of the first tier."""
+def in_every_dtype(**first: Iterable[str]) -> pytest.MarkDecorator:
+    """Every family in every dtype. `first`: for a dtype, the recipes of the first tier; the rest is broad."""
     return pytest.mark.parametrize(
         ("recipe", "dtype"),
         [
@@ -59,6 +58,4 @@ def _in_every_dtype(first: dict[str, Iterable[str]]) -> pytest.MarkDecorator:
     )
 
 
-every_family_in_every_dtype = _in_every_dtype({"float32": EVERY_FAMILY, "bfloat16": ONE_OF_EACH_KIND})
-every_family_in_every_dtype_first_float32 = _in_every_dtype({"float32": EVERY_FAMILY})
-one_of_each_kind_in_every_dtype_first_float32 = _in_every_dtype({"float32": ONE_OF_EACH_KIND})
+every_family_in_every_dtype = in_every_dtype(float32=EVERY_FAMILY, bfloat16=ONE_OF_EACH_KIND)
