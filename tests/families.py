@@ -21,9 +21,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def first_of(first: Iterable[Any], beyond: Iterable[Any] = ()) -> list[Any]:
-    """Parameters: those of the first tier, then those of `beyond` that are not among them, marked broad."""
+    """Parameters: those of the first tier, then those of `beyond` that are not among them, marked broad.
+
+    A tuple is one value each for several arguments.
+    """
     first = list(first)
-    return first + [pytest.param(value, marks=broad) for value in beyond if value not in first]
+    rest = [value if isinstance(value, tuple) else (value,) for value in beyond if value not in first]
+    return first + [pytest.param(*values, marks=broad) for values in rest]
 
 
 def recipes(first: Iterable[str], beyond: Iterable[str] = ()) -> pytest.MarkDecorator:
