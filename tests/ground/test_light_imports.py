@@ -107,7 +107,7 @@ USES = {
     points = {"router_logits": logits, "topk_weights": weights, "topk_indices": indices}
     record = RouteRecord.from_cache({f"blocks.1.mlp.hook_{name}": value for name, value in points.items()})
     record.save("route.safetensors")
-    assert RouteRecord.load("route.safetensors").layers == (1,)
+    assert RouteRecord.load("route.safetensors").shape.layers == (1,)
     """,
     "a rule": """
     import torch
