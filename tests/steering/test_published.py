@@ -101,12 +101,12 @@ def test_plans_are_the_authors_selection(file, seed, n_layers, k, tokens, n, m, 
     expected = authors_selection(table, n, m, reverse)
     if expected is None:
         with pytest.raises(PlanError, match=r"only .* experts have a"):
-            ranking.plan(n, m, reverse=reverse)
+            ranking.plan(n, m, opposite=reverse)
         return
     activated, deactivated = expected
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = ranking.plan(n, m, reverse=reverse, on_excess="drop")
+        plan = ranking.plan(n, m, opposite=reverse, on_excess="drop")
     for chosen, all_of_them, room in ((plan.activate, activated, k), (plan.deactivate, deactivated, 5 - k)):
         kept: list[tuple[int, int]] = []
         for pair in all_of_them:
@@ -125,7 +125,7 @@ def test_every_pair_of_numbers_on_one_file_with_many_ties(file) -> None:
             for m in range(9):
                 expected = authors_selection(table, n, m, reverse)
                 try:
-                    plan = ranking.plan(n, m, reverse=reverse)
+                    plan = ranking.plan(n, m, opposite=reverse)
                 except PlanError as error:
                     assert expected is None or "at most" in str(error)  # noqa: PT017
                 else:
@@ -164,7 +164,7 @@ def test_excess_raises_or_is_dropped_with_a_warning(file) -> None:
     [
         ({"n_activate": -1}, "n_activate must be"),
         ({"n_deactivate": -2}, "n_deactivate must be"),
-        ({"n_activate": 100}, "only .* experts have a positive delta"),
+        ({"n_activate": 100}, "only .* experts have a positive score"),
         ({"epsilon": 0.0}, "epsilon must be"),
     ],
 )
