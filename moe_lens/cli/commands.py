@@ -179,7 +179,7 @@ def demo(options: Options) -> None:
     (options.out / "table.md").write_text(text, encoding="utf-8")
     written = [options.out / "table.md"]
     for result in results:
-        labels = {"+": "deactivated toward the document", "−": "deactivated toward memory"}
+        labels = {"+": "deactivated toward the document", "-": "deactivated toward memory"}
         named = {labels[direction]: plan for direction, plan in result.plans.items()}
         written.append(options.out / f"experts-{result.name}.png")
         plots.save(plots.expert_heat_map(result.scores, named), written[-1])

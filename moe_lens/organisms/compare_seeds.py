@@ -36,7 +36,7 @@ class SeedResult:
     @property
     def steered(self) -> tuple[SweepPoint, SweepPoint]:
         """Toward the document, toward memory."""
-        return self.sweep.point(self.size, "+"), self.sweep.point(self.size, "−")
+        return self.sweep.point(self.size, "+"), self.sweep.point(self.size, "-")
 
     @property
     def gap(self) -> float:

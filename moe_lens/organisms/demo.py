@@ -20,8 +20,9 @@ from moe_lens import organisms
 from moe_lens.detection.detecting import detect
 from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.evaluation.evaluating import evaluate_steering, opposite_plan, sweep
+from moe_lens.evaluation.outcomes import ANY_LAYER, DIRECTIONS, Outcome
 from moe_lens.evaluation.plan_sizes import SweepResult
-from moe_lens.evaluation.report import ANY_LAYER, DIRECTIONS, Outcome, SteeringReport
+from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, SteeringTask, answer_task
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.organisms import World
@@ -35,7 +36,7 @@ SIZES: Final = (2, 4, 6, 8, 10, 12)
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
-    """The demo on one organism. Directions: "+" toward the document, "−" toward memory.
+    """The demo on one organism. Directions: "+" toward the document, "-" toward memory.
 
     Attributes:
         scores: document + question against question alone, on the detection split.

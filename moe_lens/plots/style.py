@@ -10,7 +10,7 @@ from moe_lens.errors import DataError
 from moe_lens.files import check_writable
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLORS: Final = {"+": "#0072B2", "−": "#D55E00", "unsteered": "#000000", "random": "#999999"}
+COLORS: Final = {"+": "#0072B2", "-": "#D55E00", "unsteered": "#000000", "random": "#999999"}
 
 
 def save(ax: Axes, path: str | Path) -> None:
