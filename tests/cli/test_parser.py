@@ -172,7 +172,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
 HEAVY = ("transformers", "transformer_lens", "datasets")
 _WITHOUT_A_MODEL = {
     "--help": ("--help",),
-    **{f"{command} --help": (command, "--help") for command in _HELP if command != "detect"},
+    **{f"{command} --help": (command, "--help") for command in _HELP},
     "plan": ("plan", "scores", "--deactivate", "2", "--out", "p.json"),
     "plot heatmap": ("plot", "heatmap", "scores", "--plan", "plan.json", "--out", "f.png"),
     "plot layers": ("plot", "layers", "plan.json", "--out", "f.png"),
