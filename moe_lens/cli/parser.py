@@ -176,7 +176,7 @@ def _detect(adder: Any) -> None:
     command.add_argument("--seed", type=_number, default=0, help="of both (default: 0)")
     command.add_argument("--top", type=_number, default=10, help="how many experts to print (default: 10)")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
-    command.add_argument("--table", type=Path, metavar="FILE", help="all experts as .csv, too")
+    command.add_argument("--table", type=Path, metavar="FILE", help="all experts, as .csv")
 
 
 def _plan(adder: Any) -> None:
@@ -330,7 +330,7 @@ def _random(command: argparse.ArgumentParser) -> None:
 
 def _number(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 
 

@@ -48,7 +48,7 @@ def evaluate_steering(
 ) -> SteeringReport:
     """Measure a task under a plan, under its opposite, and under random sets of as many experts.
 
-    The test prompts must be others than those that the plan was chosen on; `split_clusters` and
+    The task's prompts must not be those that the plan was chosen on; `split_clusters` and
     `ContrastivePairs.split` make such splits.
 
     >>> from moe_lens import SteeringPlan, answer_task, evaluate_steering, organisms
@@ -64,14 +64,15 @@ def evaluate_steering(
     Args:
         model: a HookedMoE.
         plan: toward the behaviour that the task measures.
-        task: from `answer_task` or `load_task`, or made of functions of your own.
+        task: from `answer_task` or `load_task`, or a `SteeringTask` of your own functions.
         reverse: the plan for the opposite direction. By default `opposite_plan` of the scores, and without
             scores the plan with activated and deactivated experts swapped, where that is possible.
-        scores: that the plan came from; for the reverse plan and the least-scoring experts.
+        scores: those that the plan came from; they give the reverse plan and the least-scoring experts.
         n_random: random sets of each kind (layer-matched, any layer) and for each direction.
         alpha: error rate of the verdict.
         level: of the intervals.
         seed: of the random sets and the bootstrap.
+        progress: show a bar, one step a plan.
 
     Raises:
         DataError: too few random sets for the error rate, or a task that gives no number a prompt.
@@ -98,18 +99,22 @@ def evaluate_steering(
             steered={direction: measure(steering) for direction, steering in plans.items()},
             controls=run_controls(model, plans, measure, n_random, seed),
             bottom=None if bottom is None else measure(bottom),
-            limits={name: Limit(m.limit, m.larger_is_worse) for name, m in task.collateral.items()},
+            limits=_limits(task),
             alpha=alpha,
             level=level,
             seed=seed,
         )
 
 
+def _limits(task: SteeringTask) -> dict[str, Limit]:
+    return {name: Limit(measure.limit, measure.larger_is_worse) for name, measure in task.collateral.items()}
+
+
 def measure_outcome(model: HookedMoE, task: SteeringTask, plan: SteeringPlan) -> Outcome:
     """The task's behaviour and collateral measures under a plan."""
     hooks = steer_hooks(plan)
     values = task.values(model, hooks)
-    return Outcome(values, {name: one.value(model, hooks) for name, one in task.collateral.items()})
+    return Outcome(values, {name: measure.value(model, hooks) for name, measure in task.collateral.items()})
 
 
 def run_controls(
@@ -130,7 +135,7 @@ def run_controls(
 
 
 def opposite_plan(scores: ExpertScores, plan: SteeringPlan) -> SteeringPlan:
-    """As many experts as in `plan`, chosen for the opposite contrast.
+    """A plan of as many experts as `plan`, chosen for the opposite contrast.
 
     Raises:
         PlanError: fewer experts than that have the sign, or they do not fit their layers.
@@ -215,19 +220,25 @@ def sweep(
     >>> model, world = organisms.load("planted"), organisms.world("planted")
     >>> scores = detect_document_experts(model, world)
     >>> task = document_task(world, "development")
-    >>> found = sweep(model, scores, task, sizes=(2, 4), n_random=0, progress=False)
-    >>> found.sizes, found.gap(4) > found.gap(2)
+    >>> result = sweep(model, scores, task, sizes=(2, 4), n_random=0, progress=False)
+    >>> result.sizes, result.gap(4) > result.gap(2)
     ((2, 4), True)
 
     Args:
+        model: a HookedMoE.
         scores: the plans take the experts with the most negative and most positive ones.
+        task: what to measure, on development prompts.
         sizes: numbers of experts; those that the model has no room for are left out.
         directions: "+" (toward the scores' first condition), "-" (toward the second), or both.
         mode: "deactivate" (the gentler lever), "activate", or "both" (as many of each).
         n_random: random sets of each size, in any layers; may be 0.
+        level: of the intervals.
+        seed: of the random sets and the bootstrap.
+        progress: show a bar, one step a plan.
 
     Raises:
-        DataError: no sizes, an unknown direction or mode. PlanError: no size is possible.
+        DataError: no sizes, an unknown direction or mode.
+        PlanError: no size is possible.
     """
     check_model_and_task(model, task, seed, level)
     directions = _checked_sweep(sizes, directions, mode, n_random)
@@ -249,7 +260,7 @@ def sweep(
             points.append(
                 SweepPoint(size, direction, outcome.rate, low, high, dict(outcome.collateral), random)
             )
-    limits = {name: Limit(one.limit, one.larger_is_worse) for name, one in task.collateral.items()}
+    limits = _limits(task)
     return SweepResult(
         task.name,
         model.moe_shape.model,

@@ -1,4 +1,4 @@
-"""What a model answers, how well it predicts text, and how sure a difference is.
+"""What a model answers, and how well it predicts text.
 
 says = answers_with(model, prompts, answers, hooks=steer_hooks(plan))     # bool [prompt]
 loss = text_loss(model, sentences, hooks=steer_hooks(plan))               # nats a token
@@ -51,7 +51,7 @@ def answers_with(
         batch_size: prompts in one forward.
 
     Raises:
-        DataError: no prompts, another number of answers than prompts, or an answer that is no single token.
+        DataError: no prompts, another number of answers than prompts, or an answer of several tokens.
     """
     if len(answers) != len(prompts):
         raise DataError(f"{len(prompts)} prompts need as many answers; got {len(answers)}.")
@@ -95,7 +95,7 @@ def continuation_log_probs(
     means: list[float] = []
     for tokens, _, logits in _batch_logits(model, sequences, hooks, batch_size):
         for row in range(len(tokens)):
-            start = -len(added[len(means)]) - 1  # padding stands left
+            start = -len(added[len(means)]) - 1  # padding is on the left
             means.append(float(_next_log_probs(logits[row, start:], tokens[row, start:]).mean()))
     return np.array(means)
 

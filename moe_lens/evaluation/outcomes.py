@@ -27,7 +27,7 @@ _MINUS_SIGN: Final = "−"
 
 
 def direction_of(name: Any) -> str:
-    """The direction "+" or "-"; a minus sign, which version 0.1 and its files have for "-", is that, too.
+    """The direction "+" or "-"; a minus sign, with which version 0.1 wrote "-", is read as a hyphen.
 
     Raises:
         DataError: anything else.

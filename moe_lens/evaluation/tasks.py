@@ -139,16 +139,21 @@ def answer_task(
     (192,)
 
     Args:
-        answers: one a prompt, a single token each; 1 where it is the model's most probable next token.
+        prompts: strings, chats or tokens.
+        answers: one a prompt, a single token each; the value is 1 where it is the most probable next token.
         alternatives: answers of the opposite behaviour, one a prompt. With them, answers and alternatives may
             be of any length, and the value is 1 where the answer has the higher mean log-probability a token.
         clusters: one label a prompt; by default the prompts are independent.
-        neutral_texts: their loss should not rise by more than `loss_limit` nats a token.
+        neutral_texts: their loss should not rise by more than `loss_limit`.
         closed_book: (question, answer) pairs; the share answered should not fall by more than
             `accuracy_limit`.
+        loss_limit: in nats a token.
+        accuracy_limit: a share, in [0, 1].
+        name: of the behaviour, for tables and figures.
+        batch_size: prompts in one forward.
 
     Raises:
-        DataError: unequal numbers, or (when measured) an answer that is no single token.
+        DataError: unequal numbers; when measured, an answer of several tokens without alternatives.
     """
     prompts, answers = _listed(prompts, "prompts"), _texts(answers, "answers")
     neutral_texts, closed_book = _texts(neutral_texts, "neutral_texts"), _pairs(closed_book)
@@ -268,7 +273,7 @@ def split_clusters(labels: Sequence[Any], fractions: Sequence[float], *, seed: i
 
 
 def _listed(given: Any, name: str) -> list[Any]:
-    """The items of anything but a text, which is one item by mistake."""
+    """The items; a text, which would be taken for its letters, is refused."""
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         raise DataError(f"{name} must be a list; got {given!r}.")
     return list(given)

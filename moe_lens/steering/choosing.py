@@ -86,7 +86,7 @@ def select(
         n_deactivate: the same for negative scores.
         on_excess: what to do with experts beyond k (activated) or E − k (deactivated) of one layer: "raise"
             leaves them in, for the plan to refuse; "drop" leaves them out, with a warning that names them.
-        condition: what else the ranked experts have in common, for the error: " and a q-value up to 0.05".
+        condition: what else is true of all ranked experts, for the error: " and a q-value up to 0.05".
 
     Raises:
         PlanError: not a number from 0 on, or more than there are experts of that sign.
@@ -153,7 +153,7 @@ def draw_like(
 
     Args:
         activate: experts to be matched by as many activated ones.
-        deactivate: experts to be matched by as many deactivated ones; no expert stands in both.
+        deactivate: experts to be matched by as many deactivated ones; no expert may be in both.
         seed: the same seed gives the same experts.
         layer_matched: keep the numbers in each layer too.
         model: draw only what its routers accept, from the layers that can be steered at all.

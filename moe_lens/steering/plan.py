@@ -1,4 +1,4 @@
-"""`SteeringPlan`: which experts to promote and which to keep out; chosen, drawn at random, saved and loaded.
+"""`SteeringPlan`: which experts to promote and which to keep out.
 
 plan = SteeringPlan.from_scores(scores, n_activate=0, n_deactivate=50)
 plan = SteeringPlan(activate=[(3, 17)], deactivate=[(5, 2), (5, 9)])     # (layer, expert)
@@ -54,7 +54,7 @@ class SteeringPlan(Result):
 
     Attributes:
         activate: (layer, expert) pairs to promote, in rank order where they come from scores.
-        deactivate: pairs to keep out. Where an expert stands in both, deactivation wins.
+        deactivate: pairs to keep out. Where an expert is in both, deactivation wins.
         epsilon: distance above the largest and below the smallest score, in `EPSILON_RANGE`; in nats on
             softmax routers, for others see the docstring of their rule.
         shape: the model that the plan was made for; None for a plan written by hand, which is checked when
@@ -145,14 +145,14 @@ class SteeringPlan(Result):
     ) -> "SteeringPlan":
         """A random plan of the same size, the control: as many activated and deactivated experts.
 
-        Experts are drawn in random order, passing over those of layers that are full. A shape knows nothing
-        of expert groups and of layers that cannot be steered; a model does, and with it only plans that its
-        routers accept are drawn, from the layers that can be steered at all.
+        Experts are drawn in random order, passing over those of layers that are full. A shape does not
+        tell expert groups or layers that cannot be steered. A model does: with it, only layers that can be
+        steered are drawn from, and only plans that its routers accept are returned.
 
         Args:
             seed: the same seed gives the same plan.
             layer_matched: keep the numbers in each layer too; otherwise any MoE layer may be drawn.
-            shape: of the model to draw from (`model.moe_shape`); needed only where the plan has none.
+            shape: the shape of the model to draw from (`model.moe_shape`), if the plan has none.
             model: a HookedMoE to draw from, instead of a shape.
 
         Raises:
@@ -191,7 +191,11 @@ class SteeringPlan(Result):
         return refused_layers(self.activate, self.deactivate, model)
 
     def check_fits(self, shape: MoEShape) -> None:
-        """Raise PlanError unless the plan can be applied to a model of this shape and was made for one."""
+        """Check that the plan was made for a model of this shape, or for none, and can be applied to it.
+
+        Raises:
+            PlanError: another model, an expert that does not exist, more experts than a layer has room for.
+        """
         if self.shape is not None and (misfits := self.shape.misfits(shape)):
             raise PlanError(
                 f"The plan was made for another model (plan / model): {'; '.join(misfits)}. "
@@ -282,7 +286,7 @@ def _checked_experts(name: str, experts: Iterable[Any]) -> tuple[Expert, ...]:
     for pair in pairs:
         numbers = [as_index(number) for number in pair]
         if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
-            raise PlanError(f"{name}: {pair!r} is no (layer, expert) pair of numbers from 0 on.")
+            raise PlanError(f"{name}: {pair!r} is not a (layer, expert) pair of whole numbers from 0 on.")
         checked.append((numbers[0], numbers[1]))
     if repeated := [expert for expert, number in Counter(checked).items() if number > 1]:
         raise PlanError(f"{name} names {repeated[0]} (layer, expert) more than once.")

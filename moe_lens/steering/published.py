@@ -56,7 +56,7 @@ class PublishedRanking(Result):
     ((0, 2), (0, 3))
 
     Attributes:
-        shape: the model that the counts are about, as far as it is known.
+        shape: the model that the counts are of, as far as it is known.
         layer: [row], int64, layer numbers of the model.
         expert: [row], int64.
         a1: [row], int64, tokens of the first condition at which the expert was active.
@@ -156,19 +156,18 @@ def read_published_ranking(
     ((1, 0),)
 
     A file is a DataFrame pickled by pandas 1.0 to 3 (protocols 0 to 5, also gzipped), or a table of the same
-    columns whose name ends in .csv or .csv.gz. What no such DataFrame holds is refused by name. To convert a
-    pickle that is refused, on a machine where its code may run:
+    columns whose name ends in .csv or .csv.gz. Anything that such a DataFrame does not hold is refused by
+    name. To convert a pickle that is refused, on a machine where its code may run:
     `pandas.read_pickle(path).to_csv("ranking.csv", index=False)`.
 
     Args:
         path: the file. Columns layer, expert, a1, a2, d1, d2; risk_diff and risk_diff_abs are compared with
             the counts where they exist, others are not read.
         shape: of the model to steer, `model.moe_shape`; the file is checked against it.
-        layers: which layer of the model is meant by each layer number of the file: a mapping, or the model's
-            layer numbers in the order of the file's. The authors' code counts MoE layers from 0, so for a
-            model whose first layers are dense pass `layers=model.moe_shape.layers`. Without it, the numbers
-            must be those of `shape`, or go 0, 1, 2, ...; a plan with them is then refused by models where
-            they do not mean the same.
+        layers: which layer of the model each layer number of the file means: a mapping, or the model's layer
+            numbers in the order of the file's. The authors' code counts MoE layers from 0, so for a model
+            whose first layers are dense pass `layers=model.moe_shape.layers`. Without it, the numbers must be
+            those of `shape`, or go 0, 1, 2, ...; models where they do not mean the same then refuse the plan.
         top_k: experts per token, where the counts do not tell (they do if every token chose k experts).
         model: name of the model, where `shape` is not given.
 
@@ -192,7 +191,7 @@ def read_published_ranking(
             k,
         )
         if shape is not None and (misfits := of_counts.misfits(shape)):
-            raise DataError(f"its model is not that of shape= (file / shape): {'; '.join(misfits)}.")
+            raise DataError(f"it is about another model than shape= (file / shape): {'; '.join(misfits)}.")
         for column in counts.values():
             column.flags.writeable = False
         ranking = PublishedRanking(of_counts, **counts)
@@ -239,7 +238,8 @@ def _whole_numbers(name: str, column: Shaped[np.ndarray, "row"]) -> Int[np.ndarr
     numbers = _numbers(name, column)
     wrong = (numbers < 0) | (numbers > _MAX_COUNT) | (numbers != np.floor(numbers))
     if (bad := np.flatnonzero(wrong)).size:
-        raise DataError(f"column {name!r}, row {bad[0]}: {numbers[bad[0]]:g} is no whole number from 0 on.")
+        number = f"{numbers[bad[0]]:g}"
+        raise DataError(f"column {name!r}, row {bad[0]}: {number} is not a whole number from 0 on.")
     return numbers.astype(np.int64)
 
 

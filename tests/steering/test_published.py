@@ -351,15 +351,15 @@ def refused(table: pd.DataFrame, path: Path, words: str, **arguments: Any) -> No
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (-1, "'a1', row 4: -1 is no whole number"),
-        (1.5, "'a1', row 4: 1.5 is no whole"),
+        (-1, "'a1', row 4: -1 is not a whole number"),
+        (1.5, "'a1', row 4: 1.5 is not a whole"),
         (np.nan, "'a1', row 4: no finite"),
         (np.inf, "'a1', row 4: no finite"),
         ("3", "'a1', row 4: no finite"),
         (True, "'a1', row 4: no finite"),
         (None, "'a1', row 4: no finite"),
         (2**70, "'a1', row 4: no finite"),
-        (2.0**60, "'a1', row 4: .* is no whole number"),
+        (2.0**60, "'a1', row 4: .* is not a whole number"),
     ],
 )
 def test_numbers_that_are_no_counts(file, value, words) -> None:
