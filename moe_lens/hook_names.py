@@ -8,6 +8,8 @@
 """
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from moe_lens.errors import HookError
 
@@ -17,6 +19,12 @@ TOPK_WEIGHTS = "hook_topk_weights"
 EXPERT_OUT = "hook_expert_out"
 POINTS = (ROUTER_LOGITS, TOPK_INDICES, TOPK_WEIGHTS)
 """Short names of the routing points of one MoE layer, in the order in which they fire."""
+
+HookList = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""Pairs (hook name or filter, hook function), as TransformerLens' `run_with_hooks` and `hooks` take them."""
+
+Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""What functions with a parameter `hooks=` take: a `HookList`, or any other sequence of such pairs."""
 
 _NAME = re.compile(rf"^blocks\.(\d+)\.(?:mlp\.)?({'|'.join((*POINTS, EXPERT_OUT))})$")
 

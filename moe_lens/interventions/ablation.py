@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError, HookError
+from moe_lens.hook_names import HookList
 from moe_lens.interventions.edits import Experts, RoutingEdit, experts_by_layer
 from moe_lens.interventions.forcing import ScaleEdit, scale_experts
 from moe_lens.interventions.positions import Positions, checked_positions
 from moe_lens.model.expert_points import ExpertPoint
 from moe_lens.model.registration import Model, moe_shape, with_expert_out
-from moe_lens.model.router_points import HookList, RoutingPoint
+from moe_lens.model.router_points import RoutingPoint
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
 from moe_lens.text.batching import Prompts, how_many

@@ -40,9 +40,9 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError
+from moe_lens.hook_names import HookList
 from moe_lens.interventions.replay import replay_hooks
 from moe_lens.model.registration import Model, routing_layers
-from moe_lens.model.router_points import HookList
 from moe_lens.resampling import cluster_weights
 from moe_lens.statistics.routes import RouteRecord
 from moe_lens.text.batching import Prompts, chunks, token_sequences

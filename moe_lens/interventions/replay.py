@@ -10,10 +10,11 @@ from torch import Tensor
 from moe_lens import hook_names
 from moe_lens.checks import numbers_of
 from moe_lens.errors import DataError, HookError
+from moe_lens.hook_names import HookList
 from moe_lens.interventions.edits import RoutingEdit, columns_of
 from moe_lens.interventions.forcing import ForceEdit
 from moe_lens.interventions.positions import Positions, checked_positions
-from moe_lens.model.router_points import HookList, RoutingPoint
+from moe_lens.model.router_points import RoutingPoint
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.routes import RouteRecord
 

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError, MoELensError
+from moe_lens.hook_names import HookList
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.registration import forward_state, routing_layers
-from moe_lens.model.router_points import HookList
 from moe_lens.text.batching import token_sequences
 
 MOST_TOKENS: Final = {"cpu": 2**13, "cuda": 2**16}

@@ -10,7 +10,7 @@ A hook that could not fire raises; it is never silently skipped. (`expert_points
 experts' outputs.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,6 @@ from moe_lens.model.state import ForwardState
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
-
-HookList = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
-"""Pairs (hook name or filter, hook function), as TransformerLens' `run_with_hooks` and `hooks` take them."""
-
-Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
-"""What functions with a parameter `hooks=` take: a `HookList`, or any other sequence of such pairs."""
 
 _NOT_REAL = (torch.bool, torch.complex64, torch.complex128)
 

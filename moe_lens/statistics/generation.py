@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError
+from moe_lens.hook_names import Hooks
 from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import Model, moe_shape, routing_layers
-from moe_lens.model.router_points import Hooks
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.batching import Prompts, how_many, padded_batches
