@@ -9,6 +9,8 @@
 
 import re
 
+from moe_lens.errors import HookError
+
 ROUTER_LOGITS = "hook_router_logits"
 TOPK_INDICES = "hook_topk_indices"
 TOPK_WEIGHTS = "hook_topk_weights"
@@ -19,27 +21,37 @@ POINTS = (ROUTER_LOGITS, TOPK_INDICES, TOPK_WEIGHTS)
 _NAME = re.compile(rf"^blocks\.(\d+)\.(?:mlp\.)?({'|'.join((*POINTS, EXPERT_OUT))})$")
 
 
+def name(layer: int, point: str) -> str:
+    """Name of a point of `layer`, given its short name.
+
+    >>> from moe_lens import hook_names
+    >>> hook_names.name(3, hook_names.TOPK_INDICES)
+    'blocks.3.mlp.hook_topk_indices'
+    """
+    return f"blocks.{layer}.mlp.{point}"
+
+
 def router_logits(layer: int) -> str:
     """Name of the point on the router logits of `layer`, shape [batch pos expert]."""
-    return _name(layer, ROUTER_LOGITS)
+    return name(layer, ROUTER_LOGITS)
 
 
 def topk_indices(layer: int) -> str:
     """Name of the point on the chosen experts of `layer`, int64, shape [batch pos k]."""
-    return _name(layer, TOPK_INDICES)
+    return name(layer, TOPK_INDICES)
 
 
 def topk_weights(layer: int) -> str:
     """Name of the point on the chosen experts' weights of `layer`, shape [batch pos k]."""
-    return _name(layer, TOPK_WEIGHTS)
+    return name(layer, TOPK_WEIGHTS)
 
 
 def expert_out(layer: int) -> str:
     """Name of the point on the chosen experts' outputs of `layer`, shape [batch pos k d_model].
 
-    It is there after `model.set_use_expert_out(True)`, and fires after the other three.
+    It exists after `model.set_use_expert_out(True)`, and fires after the other three.
     """
-    return _name(layer, EXPERT_OUT)
+    return name(layer, EXPERT_OUT)
 
 
 def block_aliases(points: tuple[str, ...] = POINTS) -> dict[str, str]:
@@ -53,5 +65,17 @@ def parse(name: str) -> tuple[int, str] | None:
     return (int(match.group(1)), match.group(2)) if match else None
 
 
-def _name(layer: int, point: str) -> str:
-    return f"blocks.{layer}.mlp.{point}"
+def layer_of(name: str | None) -> int:
+    """Layer of one of these points; within a hook: `hook_names.layer_of(hook.name)`.
+
+    >>> from moe_lens import hook_names
+    >>> hook_names.layer_of("blocks.3.mlp.hook_router_logits")
+    3
+
+    Raises:
+        HookError: the name is not that of a routing point.
+    """
+    parsed = parse(name or "")
+    if parsed is None:
+        raise HookError(f"{name!r} is not the name of a routing hook point; moe_lens.hook_names spells them.")
+    return parsed[0]

@@ -20,7 +20,6 @@ from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.registration import forward_state, with_expert_out
-from moe_lens.routers.without import route_without
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"], Int[Tensor, "batch pos"]], Any]
 
@@ -146,18 +145,19 @@ class _Seen:
     weights_on_input: dict[int, bool] = field(default_factory=dict)
 
     def note_logits(self, value: Tensor, hook: Any) -> None:
-        self.logits[_layer(hook)] = (value.detach().clone(), hook.rule)  # a steering hook may have set it
+        rule = hook.rule  # a steering hook may have set it
+        self.logits[hook_names.layer_of(hook.name)] = (value.detach().clone(), rule)
 
     def note_indices(self, value: Tensor, hook: Any) -> None:
-        self.indices[_layer(hook)] = value.clone()
+        self.indices[hook_names.layer_of(hook.name)] = value.clone()
 
     def note_weights(self, value: Tensor, hook: Any) -> None:
-        layer = _layer(hook)
+        layer = hook_names.layer_of(hook.name)
         self.weights[layer] = value.detach().clone()
         self.others[layer] = _routes_without(*self.logits[layer], self.indices[layer], self.weights[layer])
 
     def follow_outputs(self, value: Tensor, hook: Any) -> Tensor:
-        layer = _layer(hook)
+        layer = hook_names.layer_of(hook.name)
         value = value if value.requires_grad else value.detach().requires_grad_()
         self.outputs[layer], self.weights_on_input[layer] = value, hook.weights_on_input
         self.changes[layer] = _change(hook, value, self.weights[layer], *self.others[layer])
@@ -178,7 +178,7 @@ def _routes_without(
     other_indices = indices.unsqueeze(-2).repeat_interleave(n_slots, dim=-2)
     other_weights = weights.unsqueeze(-2).repeat_interleave(n_slots, dim=-2)
     for expert in indices.unique().tolist():
-        without, ruled = route_without(rule, logits, expert)
+        without, ruled = rule.without(logits, expert)
         instead, weighed = ruled.route(without)
         here = (indices == expert).unsqueeze(-1)
         other_indices = torch.where(here, instead.unsqueeze(-2), other_indices)
@@ -237,9 +237,3 @@ def _rows_that_fit(model: HookedMoE, n_pos: int) -> int:
 
 def _stack(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.detach().cpu() for tensor in tensors])
-
-
-def _layer(hook: Any) -> int:
-    parsed = hook_names.parse(hook.name)
-    assert parsed is not None
-    return parsed[0]

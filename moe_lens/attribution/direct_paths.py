@@ -161,11 +161,11 @@ class _Freezer:
 
         def leave(outputs: Tensor, hook: Any) -> Tensor:
             leaf = outputs.detach().requires_grad_()
-            self.expert_out[_layer(hook)] = leaf
+            self.expert_out[hook_names.layer_of(hook.name)] = leaf
             return leaf
 
         def note(indices: Tensor, hook: Any) -> None:
-            self.indices[_layer(hook)] = indices.clone()
+            self.indices[hook_names.layer_of(hook.name)] = indices.clone()
 
         layers = self.model.moe_layers
         return [
@@ -321,9 +321,3 @@ def _first(name: str, output: Any) -> Tensor:
     if not isinstance(first, Tensor):
         raise MoELensError(f"{name} gives {type(first).__name__}, not a tensor; its share cannot be told.")
     return first
-
-
-def _layer(hook: Any) -> int:
-    parsed = hook_names.parse(hook.name)
-    assert parsed is not None
-    return parsed[0]

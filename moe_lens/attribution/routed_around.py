@@ -24,7 +24,6 @@ from moe_lens.checks import as_index
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.registration import forward_state
-from moe_lens.routers.biased import FixedExperts
 from moe_lens.shape import MoEShape
 from moe_lens.text.batching import Prompts
 
@@ -185,7 +184,7 @@ def _ablatable(model: HookedMoE) -> list[int]:
     layers = []
     for layer in model.moe_layers:
         rule = model.routing_rule(layer)
-        if isinstance(rule, FixedExperts):
+        if not rule.chooses_by_logits:
             continue
         reasons = (rule.cannot_steer([], [expert]) for expert in range(rule.n_experts))
         if (reason := next((each for each in reasons if each is not None), None)) is not None:

@@ -27,7 +27,6 @@ from moe_lens.model.expert_points import ExpertPoint
 from moe_lens.model.registration import Model, moe_shape, with_expert_out
 from moe_lens.model.router_points import HookList, RoutingPoint
 from moe_lens.routers.rule import RoutingRule
-from moe_lens.routers.without import route_without
 from moe_lens.shape import MoEShape
 from moe_lens.text.batching import Prompts, how_many
 from moe_lens.text.spans import Span, counted_batches
@@ -42,7 +41,7 @@ class RouteAroundEdit(RoutingEdit):
     experts: tuple[int, ...]
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
-        logits, hook.rule = route_without(hook.rule, value, self.experts)
+        logits, hook.rule = hook.rule.without(value, self.experts)
         return logits
 
     def highest_expert(self) -> int:

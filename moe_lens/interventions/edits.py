@@ -58,7 +58,7 @@ class RoutingEdit(ABC):
     @property
     def entry(self) -> tuple[str, "RoutingEdit"]:
         """(name of its point, itself): an entry of a hook list."""
-        return f"blocks.{self.layer}.mlp.{self.point}", self
+        return hook_names.name(self.layer, self.point), self
 
     def __call__(self, value: Tensor, hook: Any) -> Tensor | None:
         """What TransformerLens calls."""

@@ -327,8 +327,11 @@ def _recorded(model: Model, tokens: Tensor, weights: bool) -> tuple[Tensor, Rout
     def keep(value: Tensor, hook: Any) -> None:
         kept[hook.name] = value.detach()
 
-    points = (hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights)
-    hooks: HookList = [(spell(layer), keep) for layer in routing_layers(model) for spell in points]
+    hooks: HookList = [
+        (hook_names.name(layer, point), keep)
+        for layer in routing_layers(model)
+        for point in hook_names.POINTS
+    ]
     logits = _run(model, tokens, hooks)
     return logits, RouteRecord.from_cache(kept, weights=weights)
 

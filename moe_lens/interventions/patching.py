@@ -33,13 +33,6 @@ ROUTER_POINTS: Final = {
 }
 """What `patch_router` can put in, and the hook points that take it."""
 
-SPELL: Final = {
-    hook_names.ROUTER_LOGITS: hook_names.router_logits,
-    hook_names.TOPK_INDICES: hook_names.topk_indices,
-    hook_names.TOPK_WEIGHTS: hook_names.topk_weights,
-    hook_names.EXPERT_OUT: hook_names.expert_out,
-}
-
 Clean = dict[int, dict[str, Tensor]]
 """Layer -> short name of a point -> what it held in the clean run, [batch pos ...] with batch or one row."""
 
@@ -102,7 +95,7 @@ def patch_router(
 
     def hooks_for(cells: Sequence[Cell]) -> HookList:
         return [
-            (SPELL[name](layer), PutClean(clean[layer][name], places, len(cells)))
+            (hook_names.name(layer, name), PutClean(clean[layer][name], places, len(cells)))
             for layer, places in by_layer(cells).items()
             for name in points
         ]
@@ -291,7 +284,7 @@ def _lacks(layer: int, point: str) -> str:
         remedy = "call model.set_use_expert_out(True) before run_with_cache"
     else:
         remedy = "let the names_filter of run_with_cache keep it (names_filter=moe_lens.is_routing_point)"
-    return f"The clean cache lacks {SPELL[point](layer)}; {remedy}."
+    return f"The clean cache lacks {hook_names.name(layer, point)}; {remedy}."
 
 
 def _checked(model: MoEShape, corrupted: tuple[int, ...], layer: int, point: str, tensor: Tensor) -> Tensor:
@@ -300,7 +293,7 @@ def _checked(model: MoEShape, corrupted: tuple[int, ...], layer: int, point: str
     n_dims = 4 if point == hook_names.EXPERT_OUT else 3
     width = model.n_experts if point == hook_names.ROUTER_LOGITS else model.top_k
     shaped = tensor[None] if tensor.ndim == n_dims - 1 else tensor  # cached with remove_batch_dim=True
-    where = f"The clean cache's {SPELL[point](layer)} has shape {tuple(tensor.shape)}"
+    where = f"The clean cache's {hook_names.name(layer, point)} has shape {tuple(tensor.shape)}"
     if shaped.ndim != n_dims or shaped.shape[2] != width:
         raise DataError(
             f"{where}, this model has {model.n_experts} experts and runs {model.top_k}: the cache is another "

@@ -13,15 +13,7 @@ from torch import nn
 from moe_lens.errors import UnsupportedRouterError
 from moe_lens.model.probing import closest_rules
 from moe_lens.routers.rule import RoutingRule
-from moe_lens.routers.table import RULES, RouterRow, is_known_router, row_for, rule_for
-
-REFUSED_ROUTERS: Final = {
-    "SwitchTransformersTop1Router": (
-        "an expert takes only so many tokens of a sequence and drops the rest, so that a token's expert is "
-        "no function of its own router logits, and the model is an encoder-decoder"
-    ),
-}
-"""Router classes that moe_lens knows and refuses -> the reason."""
+from moe_lens.routers.table import REFUSED_ROUTERS, RULES, Family, is_known_router, row_for, rule_for
 
 _NOT_FEED_FORWARD: Final = ("JetMoeAttention", "JetMoeMoA")  # attention heads as experts
 
@@ -35,7 +27,7 @@ class MoELayer:
     router: nn.Module
 
     @property
-    def row(self) -> RouterRow:
+    def row(self) -> Family:
         """How this class of routers is read."""
         return row_for(self.router)
 

@@ -10,7 +10,7 @@ from moe_lens.model.layers import MoELayer
 from moe_lens.model.probing import _evaluating, _hidden_states
 from moe_lens.routers.layouts import Layout, LayoutError, RouterOutput
 from moe_lens.routers.rule import RoutingRule
-from moe_lens.routers.table import RouterRow
+from moe_lens.routers.table import Family
 
 
 def check_router(moe: MoELayer) -> None:
@@ -37,7 +37,7 @@ def check_router(moe: MoELayer) -> None:
                 )
 
 
-def _difference(router: Any, block: Any, rule: RoutingRule, row: RouterRow, hidden: Tensor) -> str | None:
+def _difference(router: Any, block: Any, rule: RoutingRule, row: Family, hidden: Tensor) -> str | None:
     """What differs between HF's router output and the rule's, in words; None if nothing does."""
     inputs = row.inputs(block, hidden)
     try:

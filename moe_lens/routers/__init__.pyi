@@ -11,11 +11,12 @@ from .plain import TopKSigmoid as TopKSigmoid
 from .plain import TopKSoftmax as TopKSoftmax
 from .rule import Route as Route
 from .rule import RoutingRule as RoutingRule
+from .rule import route_without as route_without
 from .table import RULES as RULES
+from .table import Family as Family
 from .table import RouterRow as RouterRow
 from .table import is_known_router as is_known_router
 from .table import register_rule as register_rule
 from .table import rule_for as rule_for
 from .transform import steer_logits as steer_logits
 from .transform import steer_raw_logits as steer_raw_logits
-from .without import route_without as route_without

@@ -41,6 +41,9 @@ class _ChoiceRule(RoutingRule):
     """What steering does to the logits, on which the weights depend."""
     _LEFT_OUT: ClassVar[float] = -torch.inf
     """The selection score of experts in groups that were not chosen."""
+    _EPSILON_WITHOUT: ClassVar[float] = 0.01
+    """How far below the others' the logit of an expert goes that `without` keeps out: as in a steering plan,
+    since the rule keeps it out itself, and the weights do not see experts that are not chosen."""
 
     n_experts: int
     top_k: int
@@ -81,7 +84,17 @@ class _ChoiceRule(RoutingRule):
         """Transformed logits, and this rule with the experts put in and kept out."""
         steering = self._next_steering(activate, deactivate)
         steered = self.transform(logits, activate, deactivate, epsilon)
-        return steered, replace(self, steering=replace(steering, logits=steered.detach().clone()))
+        rule = self._prepared(logits, activate, deactivate, epsilon)
+        return steered, replace(rule, steering=replace(steering, logits=steered.detach().clone()))
+
+    def _prepared(
+        self, logits: Tensor, activate: Sequence[int], deactivate: Sequence[int], epsilon: float
+    ) -> "_ChoiceRule":
+        """The rule with what it has to remember of the logits before they are steered; nothing at first."""
+        return self
+
+    def _leave_out(self, logits: Float[Tensor, "*batch expert"], experts: list[int]) -> Steered:
+        return self.steer(logits, [], experts, self._EPSILON_WITHOUT)
 
     def _next_steering(self, activate: Sequence[int], deactivate: Sequence[int]) -> Steering:
         """That of these experts, beside as much of an earlier plan's as there is room for."""
@@ -167,16 +180,11 @@ class SigmoidTopK(_ChoiceRule):
         dtype = torch.float32 if self.float32_scores else self.unsteered_dtype or logits.dtype
         return SCORES[self.score](logits.to(dtype))
 
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """As in the other rules here; the float32 logits are scored in the dtype that they had before."""
-        rule = replace(self, unsteered_dtype=self.unsteered_dtype or logits.dtype)
-        return super(SigmoidTopK, rule).steer(logits, activate, deactivate, epsilon)
+    def _prepared(
+        self, logits: Tensor, activate: Sequence[int], deactivate: Sequence[int], epsilon: float
+    ) -> "SigmoidTopK":
+        """Steered logits, which are float32, are scored in the dtype that they had before."""
+        return replace(self, unsteered_dtype=self.unsteered_dtype or logits.dtype)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -220,19 +228,14 @@ class BiasedSoftmaxTopK(_ChoiceRule):
         weights = weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=self.smallest_sum)
         return weights.to(self.weights_dtype or weights.dtype)
 
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """As in the other rules here, with `p_scale`."""
+    def _prepared(
+        self, logits: Tensor, activate: Sequence[int], deactivate: Sequence[int], epsilon: float
+    ) -> "BiasedSoftmaxTopK":
+        """`p_scale` undoes what steering does to the other experts' p."""
         scores = torch.log_softmax(logits.detach().float(), dim=-1)
         moved = steer_raw_logits(scores, activate, deactivate, epsilon)
         p_scale = torch.exp(torch.logsumexp(moved, dim=-1, keepdim=True))  # the others' p before / after
-        scaled = replace(self, p_scale=p_scale if self.p_scale is None else p_scale * self.p_scale)
-        return super(BiasedSoftmaxTopK, scaled).steer(logits, activate, deactivate, epsilon)
+        return replace(self, p_scale=p_scale if self.p_scale is None else p_scale * self.p_scale)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -255,6 +258,7 @@ class GroupLimitedSoftmax(_ChoiceRule):
     transform: ClassVar[Transform] = staticmethod(steer_logits)
 
     _LEFT_OUT: ClassVar[float] = 0.0
+    _EPSILON_WITHOUT: ClassVar[float] = torch.inf  # its weights are shares of all experts' probability
 
     scaling: float = 1.0
     in_order: bool = False
@@ -284,6 +288,8 @@ class FixedExperts(RoutingRule):
     Logits change the weights only (those of `weights`), so no steering is possible here. Which tokens are
     routed is known only while the model runs; offline use `rule.for_call(token_ids)`.
     """
+
+    chooses_by_logits: ClassVar[bool] = False
 
     n_experts: int
     top_k: int

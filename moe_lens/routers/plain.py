@@ -6,6 +6,7 @@ TopKSigmoid   the k largest, then a sigmoid of each            Llama 4
 SparseMixer   two masked arg-max rounds                        Phi-3.5-MoE
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.routers.rule import RoutingRule
+from moe_lens.routers.rule import RoutingRule, chooses_any
 from moe_lens.routers.transform import steer_logits, steer_raw_logits
 
 Steered = tuple[Float[Tensor, "*batch expert"], RoutingRule]
@@ -22,7 +23,7 @@ Transform = Callable[..., Float[Tensor, "*batch expert"]]
 
 
 class ByOrderOfLogits(RoutingRule):
-    """What these rules share: steering by the logits alone."""
+    """What these rules share: logits alone steer them."""
 
     transform: ClassVar[Transform]
     """`steer_logits`, or `steer_raw_logits` where a shift of all logits would change weights."""
@@ -37,6 +38,16 @@ class ByOrderOfLogits(RoutingRule):
         """Transformed logits, and this rule."""
         self.refuse_plan(activate, deactivate)
         return self.transform(logits, activate, deactivate, epsilon), self
+
+    def _leave_out(self, logits: Float[Tensor, "*batch expert"], experts: list[int]) -> Steered:
+        """The experts' logits become -inf."""
+        removed = logits.index_fill(-1, torch.tensor(experts, device=logits.device), -torch.inf)
+        still_chosen = chooses_any(self, removed, experts)
+        if not bool(still_chosen.any()):
+            return removed, self
+        # softmax underflows: all experts but the best have probability 0, like the excluded ones
+        spread, _ = self.steer(removed, [], experts, math.inf)
+        return torch.where(still_chosen.unsqueeze(-1), spread, removed), self
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,12 @@
-"""Reading a live Hugging Face router's parameters into its rule."""
+"""Reading a live Hugging Face router's parameters into its rule.
+
+    rule = deepseek_v3(router, block)          # block: the MoE block around the router
+
+A reader's return annotation is the rule's name in the table of supported models, so it says which classes of
+rules can come out. Below the readers: what blocks pass to a router besides the hidden states.
+"""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,35 +16,34 @@ from moe_lens.errors import UnsupportedRouterError
 from moe_lens.routers.biased import SCORES, BiasedSoftmaxTopK, FixedExperts, GroupLimitedSoftmax, SigmoidTopK
 from moe_lens.routers.groups import GroupLimit
 from moe_lens.routers.plain import SoftmaxTopK, SparseMixer, TopKSigmoid, TopKSoftmax
-from moe_lens.routers.rule import RoutingRule
 
 
-def _softmax(router: Any, block: Any, renormalize: bool | None = None, **fields: Any) -> SoftmaxTopK:
+def softmax(router: Any, block: Any, renormalize: bool | None = None, **fields: Any) -> SoftmaxTopK:
     if renormalize is None:
         renormalize = router.norm_topk_prob
     return SoftmaxTopK(router.num_experts, router.top_k, bool(renormalize), **fields)
 
 
-def _gemma4(router: Any, block: Any) -> SoftmaxTopK:
+def gemma4(router: Any, block: Any) -> SoftmaxTopK:
     n_experts, k = router.proj.weight.shape[0], router.config.top_k_experts
     return SoftmaxTopK(
         n_experts, k, True, float32_weights=True, expert_scale=_tensor(router, "per_expert_scale")
     )
 
 
-def _gpt_oss(router: Any, block: Any) -> TopKSoftmax:
+def gpt_oss(router: Any, block: Any) -> TopKSoftmax:
     return TopKSoftmax(router.num_experts, router.top_k)
 
 
-def _granite(router: Any, block: Any) -> TopKSoftmax:
+def granite(router: Any, block: Any) -> TopKSoftmax:
     return TopKSoftmax(router.num_experts, router.top_k, weights_dtype=next(router.parameters()).dtype)
 
 
-def _llama4(router: Any, block: Any) -> TopKSigmoid:
+def llama4(router: Any, block: Any) -> TopKSigmoid:
     return TopKSigmoid(router.num_experts, router.top_k)
 
 
-def _phimoe(router: Any, block: Any) -> SparseMixer:
+def phimoe(router: Any, block: Any) -> SparseMixer:
     return SparseMixer(router.num_experts, router.router_jitter_noise)
 
 
@@ -49,10 +53,10 @@ def _groups(router: Any, n_summed: int) -> GroupLimit | None:
     return GroupLimit(router.num_group, router.topk_group, n_summed)
 
 
-def _deepseek_v2(router: Any, block: Any) -> RoutingRule:
+def deepseek_v2(router: Any, block: Any) -> SoftmaxTopK | GroupLimitedSoftmax:
     scaling = float(router.routed_scaling_factor)
     if router.topk_method == "greedy":
-        return _softmax(router, block, False, float32_weights=True, scaling=scaling, in_order=False)
+        return softmax(router, block, False, float32_weights=True, scaling=scaling, in_order=False)
     if router.topk_method == "group_limited_greedy":
         return GroupLimitedSoftmax(
             n_experts=router.num_experts, top_k=router.top_k, groups=_groups(router, 1), scaling=scaling
@@ -63,7 +67,7 @@ def _deepseek_v2(router: Any, block: Any) -> RoutingRule:
     )
 
 
-def _deepseek_v3(router: Any, block: Any) -> SigmoidTopK:
+def deepseek_v3(router: Any, block: Any) -> SigmoidTopK:
     return SigmoidTopK(
         n_experts=router.num_experts,
         top_k=router.top_k,
@@ -75,7 +79,7 @@ def _deepseek_v3(router: Any, block: Any) -> SigmoidTopK:
     )
 
 
-def _deepseek_v4(router: Any, block: Any) -> SigmoidTopK:
+def deepseek_v4(router: Any, block: Any) -> SigmoidTopK:
     names = {"SqrtSoftplusActivation": "sqrtsoftplus", "Sigmoid": "sigmoid"}
     if (name := type(router.score_fn).__name__) not in names:
         raise UnsupportedRouterError(
@@ -94,13 +98,13 @@ def _deepseek_v4(router: Any, block: Any) -> SigmoidTopK:
     )
 
 
-def _deepseek_v4_hash(router: Any, block: Any) -> FixedExperts:
+def deepseek_v4_hash(router: Any, block: Any) -> FixedExperts:
     return FixedExperts(
-        router.num_experts, router.top_k, _tensor(router, "tid2eid"), _deepseek_v4(router, block)
+        router.num_experts, router.top_k, _tensor(router, "tid2eid"), deepseek_v4(router, block)
     )
 
 
-def _ernie(router: Any, block: Any) -> BiasedSoftmaxTopK:
+def ernie(router: Any, block: Any) -> BiasedSoftmaxTopK:
     return BiasedSoftmaxTopK(
         n_experts=router.num_experts,
         top_k=router.top_k,
@@ -110,21 +114,21 @@ def _ernie(router: Any, block: Any) -> BiasedSoftmaxTopK:
     )
 
 
-def _afmoe(router: Any, block: Any) -> SigmoidTopK:
+def afmoe(router: Any, block: Any) -> SigmoidTopK:
     bias = _of_block(router, block, "expert_bias")
     return SigmoidTopK(
         n_experts=router.num_experts, top_k=router.top_k, bias=bias, scaling=float(router.route_scale)
     )
 
 
-def _minimax_m2(router: Any, block: Any) -> SigmoidTopK:
+def minimax_m2(router: Any, block: Any) -> SigmoidTopK:
     bias = _of_block(router, block, "e_score_correction_bias")
     return SigmoidTopK(
         n_experts=router.num_experts, top_k=router.top_k, in_order=False, bias=bias, sum_epsilon=0.0
     )
 
 
-def _lfm2(router: Any, block: Any) -> SigmoidTopK:
+def lfm2(router: Any, block: Any) -> SigmoidTopK:
     return SigmoidTopK(
         n_experts=router.num_experts,
         top_k=router.top_k,
@@ -136,7 +140,7 @@ def _lfm2(router: Any, block: Any) -> SigmoidTopK:
     )
 
 
-def _laguna(router: Any, block: Any) -> SigmoidTopK:
+def laguna(router: Any, block: Any) -> SigmoidTopK:
     return SigmoidTopK(
         n_experts=router.num_experts,
         top_k=router.top_k,
@@ -146,21 +150,20 @@ def _laguna(router: Any, block: Any) -> SigmoidTopK:
     )
 
 
-def _with_bias(name: str) -> Callable[[Any, Tensor], tuple[Any, ...]]:
-    """The block passes a bias of its own to the router."""
+def with_bias(name: str) -> Callable[[Any, Tensor], tuple[Any, ...]]:
+    """Inputs of a router to which its block passes a bias that the block holds under this name."""
     return lambda block, hidden: (hidden, _tensor(block, name) if hasattr(block, name) else None)
 
 
-def _afmoe_inputs(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def afmoe_inputs(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs of AFMoE's router: hidden states with a batch dimension, and the block's bias."""
     return hidden[None], _tensor(block, "expert_bias")  # [batch pos d_model]
 
 
-def _with_token_ids(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def with_token_ids(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs of DeepSeek-V4's hash router: the hidden states, and ids of as many tokens."""
     table = next(router for router in block.modules() if hasattr(router, "tid2eid")).tid2eid
     return hidden, torch.arange(len(hidden), device=table.device) % len(table)
-
-
-_renormalized = partial(_softmax, renormalize=True)
 
 
 def hidden_dtype(router: nn.Module, block: nn.Module | None) -> torch.dtype:

@@ -1,20 +1,23 @@
-"""`RoutingRule`: what every rule offers. The rules themselves are in `plain_rules` and `biased_rules`.
+"""`RoutingRule`: what every rule offers. The rules themselves are in `plain.py` and `biased.py`.
 
     indices, weights = rule.route(logits)         # [*batch expert] -> [*batch k], [*batch k]
     margin = rule.routing_margin(logits)          # [*batch]: how far each token is from other experts
+    logits, rule = rule.without(logits, 3)        # routing as if expert 3 were not there
 
 Rules know no models and no hooks, so they serve live routers and also offline, on cached or edited logits.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.checks import as_index
 from moe_lens.errors import DataError, HookError, PlanError
 from moe_lens.routers.transform import steer_raw_logits
 
@@ -38,10 +41,13 @@ class RoutingRule(ABC):
     [7, 6]
 
     A rule is a frozen dataclass (`eq=False`, for tensors among its fields) whose fields are the router's
-    parameters; `n_experts` and `top_k` are among them. What is said here holds for rules that choose the
+    parameters; `n_experts` and `top_k` are among them. The methods here are right for rules that choose the
     experts with the k largest logits; a rule that chooses otherwise overrides `selection_scores`,
-    `routing_margin`, `cannot_steer` and `steer`.
+    `routing_margin`, `cannot_steer` and `steer`, and `without` where steering does not serve it.
     """
+
+    chooses_by_logits: ClassVar[bool] = True
+    """Whether the choice of experts depends on the router logits at all."""
 
     n_experts: int
     """Number of experts that the router chooses from."""
@@ -139,10 +145,59 @@ class RoutingRule(ABC):
             )
         return steered, self
 
+    def without(
+        self, logits: Float[Tensor, "*batch expert"], experts: int | Sequence[int] | Any
+    ) -> "tuple[Float[Tensor, '*batch expert'], RoutingRule]":
+        """Logits, and the rule to route them by, that never choose an expert (or any of several).
+
+        >>> from moe_lens import organisms
+        >>> rule = organisms.load("specialised").routing_rule(0)
+        >>> logits, rule = rule.without(torch.arange(8.0), 7)
+        >>> rule.route(logits).indices.tolist()                 # the next-best one takes its place
+        [6, 5]
+
+        Where the router chooses by the order of its logits, the expert's becomes -inf and that is all, so
+        that the weights of softmax routers are those of a model without the expert. Where a bias or expert
+        groups decide too, the route is that of `SteeringPlan(deactivate=...)`, and the rule that comes back
+        keeps the expert out itself. Either way the other experts keep their order (in groups: a group with
+        too few experts left is passed over), and gradients flow to their logits.
+        Within a hook on the router logits: `logits, hook.rule = hook.rule.without(logits, expert)`.
+
+        Raises:
+            HookError: the router takes its experts from a table, so that no logit matters; fewer than k
+                experts would be left, not counting those that another hook set to -inf; no such expert.
+        """
+        excluded = self._numbers(experts)
+        if (reason := self.cannot_steer([], excluded)) is not None:
+            raise HookError(f"{type(self).__name__} cannot route around experts {excluded}: {reason}.")
+        remaining, rule = self._leave_out(logits, excluded)
+        if bool(chooses_any(rule, remaining, excluded).any()):
+            raise HookError(
+                f"Experts {excluded} cannot be routed around: on some token fewer than {self.top_k} others "
+                "have finite logits. Another hook has set theirs to -inf; let fewer hooks exclude experts."
+            )
+        return remaining, rule
+
+    def _leave_out(
+        self, logits: Float[Tensor, "*batch expert"], experts: list[int]
+    ) -> "tuple[Float[Tensor, '*batch expert'], RoutingRule]":
+        """What `without` gives for experts that the rule can leave out."""
+        return self.steer(logits, [], experts, math.inf)
+
+    def _numbers(self, experts: Any) -> list[int]:
+        given = list(experts) if isinstance(experts, Sequence | set) else [experts]
+        numbers = [number for expert in given if (number := as_index(expert)) is not None]
+        if len(numbers) < len(given) or not numbers:
+            raise HookError(
+                "Routing around experts needs an expert's number "
+                f"(0 to {self.n_experts - 1}) or several; got {experts!r}."
+            )
+        return numbers
+
     def __eq__(self, other: object) -> bool:
         """Whether it is the same rule with the same parameters, tensors among them compared by value."""
         return type(self) is type(other) and all(
-            _same(getattr(self, each.name), getattr(other, each.name)) for each in fields(cast(Any, self))
+            _same(getattr(self, field.name), getattr(other, field.name)) for field in fields(cast(Any, self))
         )
 
     def __hash__(self) -> int:
@@ -151,6 +206,22 @@ class RoutingRule(ABC):
     def for_call(self, *arguments: Any) -> "RoutingRule":
         """The rule for one call of the router, given what its block passes beside the hidden states."""
         return self
+
+
+def route_without(
+    rule: RoutingRule, logits: Float[Tensor, "*batch expert"], expert: int | Sequence[int] | Any
+) -> tuple[Float[Tensor, "*batch expert"], RoutingRule]:
+    """`rule.without(logits, expert)`, as a function."""
+    return rule.without(logits, expert)
+
+
+def chooses_any(
+    rule: RoutingRule, logits: Float[Tensor, "*batch expert"], experts: Sequence[int]
+) -> Bool[Tensor, "*batch"]:
+    """On which tokens the rule chooses one of these experts."""
+    named = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    named[list(experts)] = True
+    return named[rule.select(logits)].any(dim=-1)
 
 
 def at_least_float32(scores: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:

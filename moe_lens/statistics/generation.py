@@ -138,7 +138,7 @@ def generate_recorded(
         record.setdefault(hook.name, []).append(value.detach().clone())
 
     # Recorders come last: what they see is what the experts get.
-    points = [spell(layer) for layer in routing_layers(model) for spell in _SPELLINGS]
+    points = [hook_names.name(layer, point) for layer in routing_layers(model) for point in hook_names.POINTS]
     ends: Any = stops or None  # a list will do, whatever TransformerLens' annotation says
     with torch.no_grad(), model.hooks([*hooks, *((name, keep) for name in points)]):
         output: Any = model.generate(
@@ -146,9 +146,6 @@ def generate_recorded(
             stop_at_eos=bool(stops), eos_token_id=ends, **attention_mask,
         )  # fmt: skip
     return output[:, tokens.shape[1] :], {name: record[name] for name in points}
-
-
-_SPELLINGS = (hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights)
 
 
 def _count(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformer_lens.utilities.components_utils import get_act_name
 
 from moe_lens import hook_names
+from moe_lens.errors import HookError
 
 SPELLERS = [hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights]
 
@@ -20,12 +21,18 @@ def test_names_are_those_of_the_design() -> None:
     ]
 
 
+def test_a_point_can_be_given_by_its_short_name() -> None:
+    spelled = [hook_names.name(3, point) for point in (*hook_names.POINTS, hook_names.EXPERT_OUT)]
+    assert spelled == [spell(3) for spell in (*SPELLERS, hook_names.expert_out)]
+
+
 @settings(max_examples=30, deadline=None)
 @given(layer=st.integers(0, 10_000), point=st.integers(0, 2))
 def test_parse_undoes_spelling(layer: int, point: int) -> None:
     name = SPELLERS[point](layer)
     assert hook_names.parse(name) == (layer, hook_names.POINTS[point])
     assert hook_names.parse(name.replace("mlp.", "")) == (layer, hook_names.POINTS[point])
+    assert hook_names.layer_of(name) == hook_names.layer_of(name.replace("mlp.", "")) == layer
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,8 @@ def test_parse_undoes_spelling(layer: int, point: int) -> None:
 )
 def test_other_names_are_not_parsed(name: str) -> None:
     assert hook_names.parse(name) is None
+    with pytest.raises(HookError, match="is not the name of a routing hook point"):
+        hook_names.layer_of(name)
 
 
 @pytest.mark.parametrize("spell", SPELLERS)

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from torch import nn
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
 import moe_lens
-from moe_lens.model.hooked_moe import _TRANSFORMER_LENS_NAMES
-from moe_lens.model.layers import REFUSED_ROUTERS, find_moe_layers
+from moe_lens.errors import MoELensError
+from moe_lens.model.hooked_moe import _TRANSFORMER_LENS_NAMES, HookedMoE
+from moe_lens.model.layers import find_moe_layers
 from moe_lens.routers.models import SupportedModel, markdown_table, supported_models
-from moe_lens.routers.table import RULES
+from moe_lens.routers.plain import SoftmaxTopK, TopKSoftmax
+from moe_lens.routers.rule import RoutingRule
+from moe_lens.routers.table import REFUSED_ROUTERS, RULES, Family, register_rule, rule_for
 from tests.tiny_models import EVERY_FAMILY, tiny_model
 
 MODELS = {model.architecture: model for model in supported_models()}
@@ -147,6 +151,82 @@ def test_another_k_in_the_config_is_the_rules_k(model: SupportedModel) -> None:
     fields = config.get_text_config().to_dict() if nested else {}
     changed: dict[str, Any] = {"text_config": {**fields, model.top_k: 1}} if nested else {model.top_k: 1}
     assert {moe.rule.top_k for moe in find_moe_layers(tiny_model(recipe, **changed))} == {1}
+
+
+# One row
+
+
+class NewRouter(nn.Linear):
+    """The router of a family that nobody supports yet."""
+
+
+def read_new_router(router: Any, block: Any) -> TopKSoftmax | SoftmaxTopK:
+    return TopKSoftmax(router.out_features, 2)
+
+
+def test_a_new_family_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = markdown_table().splitlines()
+    row = Family(
+        read_new_router,
+        architectures={"NewMoeForCausalLM": "a dense first layer"},
+        top_k="n_active",
+        refused="steering of even layers: they are odd",
+        wrong_in_compatibility_mode=("fold_ln",),
+    )
+    monkeypatch.setitem(RULES, "NewRouter", row)
+    assert rule_for(NewRouter(3, 5)) == TopKSoftmax(5, 2)
+    [model] = [model for model in supported_models() if model not in MODELS.values()]
+    assert model == SupportedModel(
+        "NewMoeForCausalLM",
+        "NewRouter",
+        "TopKSoftmax or SoftmaxTopK",
+        "n_active",
+        "a dense first layer",
+        "steering of even layers: they are odd",
+        ("fold_ln",),
+    )
+    [line] = [line for line in markdown_table().splitlines() if line not in before]
+    assert line == (
+        "| `NewMoeForCausalLM` | NewRouter | TopKSoftmax or SoftmaxTopK | `n_active` | a dense first layer | "
+        "steering of even layers: they are odd; compatibility mode with `fold_ln` |"
+    )
+
+
+def test_a_second_row_for_an_architecture_adds_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Family(
+        read_new_router,
+        architectures={"OlmoeForCausalLM": "new routers in odd layers"},
+        wrong_in_compatibility_mode=("fold_ln",),
+    )
+    monkeypatch.setitem(RULES, "NewRouter", row)
+    [model] = [model for model in supported_models() if model.architecture == "OlmoeForCausalLM"]
+    assert model.router == "OlmoeTopKRouter, NewRouter"
+    assert model.rule == "SoftmaxTopK, TopKSoftmax or SoftmaxTopK"
+    assert (model.special, model.refused) == ("new routers in odd layers", "")
+    assert model.wrong_in_compatibility_mode == ("fold_ln",)
+
+
+def test_compatibility_mode_refuses_what_the_row_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HookedMoE.from_hf(tiny_model("olmoe"))
+    row = replace(RULES["OlmoeTopKRouter"], wrong_in_compatibility_mode=("center_unembed",))
+    monkeypatch.setitem(RULES, "OlmoeTopKRouter", row)
+    with pytest.raises(MoELensError, match=r"center_unembed.*OlmoeForCausalLM.*center_unembed=False"):
+        model.enable_compatibility_mode()
+    assert not model.compatibility_mode
+
+
+def test_a_registered_rule_names_no_model_and_a_replaced_one_keeps_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NewRouter", "LagunaTopKRouter"):  # so that the test leaves the table as it was
+        monkeypatch.setitem(RULES, name, RULES["LagunaTopKRouter"])
+    register_rule("NewRouter", lambda router: TopKSoftmax(5, 2), replace=True)
+    monkeypatch.delitem(RULES, "NewRouter")
+    register_rule("NewRouter", lambda router: TopKSoftmax(5, 2))
+    register_rule("LagunaTopKRouter", lambda router: TopKSoftmax(5, 2), replace=True)
+    assert {model.architecture for model in supported_models()} == set(MODELS)
+    [laguna] = [model for model in supported_models() if model.router == "LagunaTopKRouter"]
+    assert laguna == replace(MODELS["LagunaForCausalLM"], rule=RoutingRule.__name__)
 
 
 # What it says elsewhere

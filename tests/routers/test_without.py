@@ -1,14 +1,17 @@
-"""`route_without`: the expert is out, the others stay as they were, for every rule."""
+"""`RoutingRule.without`: the expert is out, the others stay as they were, for every rule."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_lens import hook_names
 from moe_lens.errors import HookError
+from moe_lens.interventions import route_around
 from moe_lens.routers.plain import ByOrderOfLogits, SoftmaxTopK, TopKSoftmax
+from moe_lens.routers.rule import route_without
 from moe_lens.routers.table import rule_for
-from moe_lens.routers.without import route_without
+from tests.tiny_models import tokens
 
 FAMILIES = (
     "olmoe", "mixtral", "gemma4", "gpt_oss", "granitemoe", "llama4", "phimoe", "deepseek_v2_grouped",
@@ -114,6 +117,37 @@ def test_after_steering_both_hold(hooked) -> None:
     indices = rule.route(edited).indices
     assert bool((indices == 5).any(-1).all())
     assert not bool(torch.isin(indices, torch.tensor([1, 3])).any())
+
+
+class _Downwards(SoftmaxTopK):
+    """Has a way of its own to be without experts: the others' logits change places."""
+
+    def without(self, logits, experts):
+        return super().without(-logits, experts)
+
+
+def test_a_rule_may_override_it_and_hooks_follow(hooked) -> None:
+    model = hooked("olmoe")
+    rule = _Downwards(6, 3, False)
+    logits = _logits(rule)
+    edited, edited_rule = route_without(rule, logits, 2)
+    wanted = -logits
+    wanted[:, 2] = -torch.inf
+    assert torch.equal(edited, wanted)
+    assert edited_rule is rule
+
+    def put_rule(value, hook):
+        hook.rule = rule
+
+    point = hook_names.router_logits(1)
+    hooks = [(point, put_rule), *route_around([(1, 2)])]
+    with model.hooks(hooks):
+        _, cache = model.run_with_cache(tokens())
+    _, plain = model.run_with_cache(tokens())
+    masked = -plain[point]
+    masked[..., 2] = -torch.inf
+    wanted = masked.topk(3).indices.sort(-1).values
+    assert torch.equal(cache["topk_indices", 1].sort(-1).values, wanted)
 
 
 def test_refused(hooked) -> None:
