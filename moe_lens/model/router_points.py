@@ -9,7 +9,7 @@ HF's logits -> HookPoint -> rule.select -> HookPoint -> rule.weigh -> HookPoint 
 A hook that could not fire raises; it never does nothing. (`expert_hooks` adds the point on their outputs.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,3 +278,6 @@ class _LeaveBlock:
 
 HookList = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 """Pairs (hook name, hook function), as TransformerLens' `run_with_hooks` and `hooks` take them."""
+
+Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""What functions with a parameter `hooks=` take: a `HookList`, or any other sequence of such pairs."""

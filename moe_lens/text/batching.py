@@ -162,7 +162,7 @@ def pad_sequences(
     return tokens.to(model.cfg.device), mask.to(model.cfg.device)
 
 
-def padding(mask: Bool[Tensor, "batch pos"]) -> dict[str, Int[Tensor, "batch pos"]]:
+def padding(mask: Bool[Tensor, "batch pos"]) -> dict[str, Any]:
     """What a forward needs to be told of padding: {"attention_mask": ...}, or nothing if there is none.
 
     Without a mask the run is the very one that `model(tokens)` makes, bit for bit.
