@@ -17,6 +17,7 @@ from moe_lens.attribution.results import GradientAttribution
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.metric import Metric, check_metric
+from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import moe_shape, with_expert_out
 from moe_lens.model.router_points import Hooks
 from moe_lens.text.batching import Prompts, pad_sequences, padding, token_sequences
@@ -70,7 +71,7 @@ def gradient_attribution(
     check_metric(metric)
     tokens, mask = pad_sequences(model, list(token_sequences(model, prompts)))
     attention_mask = padding(mask)
-    if attention_mask and not getattr(model.adapter, "supports_batched_generation", True):
+    if attention_mask and not supports_padding(model):
         raise DataError("This model cannot run prompts of different lengths at once; give them one by one.")
     layers = model.moe_layers
     followed = [*map(hook_names.router_logits, layers), *map(hook_names.expert_out, layers)]

@@ -5,7 +5,6 @@ found.prefill.rates, found.decode.rates      # RoutingStats of either phase
 found.texts                                  # what was written
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +16,12 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError
+from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import Model, moe_shape, routing_layers
+from moe_lens.model.router_points import Hooks
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.batching import Prompts, how_many, padded_batches, padding
-
-Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +129,7 @@ def generate_recorded(
             f"{model.cfg.n_ctx}; give fewer."
         )
     attention_mask = padding(mask)
-    if attention_mask and not getattr(model.adapter, "supports_batched_generation", True):
+    if attention_mask and not supports_padding(model):
         raise DataError("This model cannot generate from prompts of different lengths; use batch_size=1.")
     record: dict[str, list[Tensor]] = {}
 
