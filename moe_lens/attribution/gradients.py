@@ -5,7 +5,7 @@ found = gradient_attribution(model, tokens, metric, baseline=clean)      # attri
 found.router_logits, found.expert_out       # [layer batch pos expert], [layer batch pos k]
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,8 @@ def gradient_attribution(
     if padding and not getattr(model.adapter, "supports_batched_generation", True):
         raise DataError("This model cannot run prompts of different lengths at once; give them one by one.")
     layers = model.moe_layers
+    points = (hook_names.ROUTER_LOGITS, hook_names.EXPERT_OUT)
+    other = None if baseline is None else hook_names.points_of(baseline, points, layers, what="baseline")
     names = [*map(hook_names.router_logits, layers), *map(hook_names.expert_out, layers)]
     seen: dict[str, Tensor] = {}
 
@@ -124,7 +126,7 @@ def gradient_attribution(
     effects = []
     for name, grad in zip(names, grads, strict=True):
         now = wide(seen[name].detach())
-        towards = now if baseline is None else _of(baseline, name, now) - now
+        towards = now if other is None else _of(other, name, now) - now
         effects.append((wide(grad) * towards * mask.reshape(*mask.shape, *[1] * (now.ndim - 2))).cpu())
     n = len(layers)
     indices = torch.stack([seen[name].cpu() for name in chosen])
@@ -134,7 +136,7 @@ def gradient_attribution(
         torch.stack([each.sum(-1) for each in effects[n:]]),
         indices,
         float(value.detach()),
-        _same(baseline, chosen, indices),
+        _same(other, layers, indices),
     )
 
 
@@ -149,13 +151,14 @@ def _number(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def _of(baseline: Any, name: str, now: Tensor) -> Tensor:
+Baseline = dict[int, dict[str, Tensor]]
+"""Layer -> short name of a point -> what it held in the baseline's run."""
+
+
+def _of(baseline: Baseline, name: str, now: Tensor) -> Tensor:
     """An activation of the baseline, where it fits."""
-    other = _find(baseline, name)
-    if other is None:
-        raise DataError(
-            f"baseline has no {name}; make it with model.set_use_expert_out(True) and model.run_with_cache."
-        )
+    layer, point = hook_names.parse(name) or (-1, "")
+    other = baseline[layer][point]
     if other.shape != now.shape:
         raise DataError(
             f"baseline has {name} of shape {tuple(other.shape)}, this run {tuple(now.shape)}; both runs need "
@@ -166,15 +169,8 @@ def _of(baseline: Any, name: str, now: Tensor) -> Tensor:
     return other.detach().to(now)
 
 
-def _find(baseline: Any, name: str) -> Tensor | None:
-    try:
-        value = baseline[name]
-    except (KeyError, TypeError, IndexError):
+def _same(baseline: Baseline | None, layers: Sequence[int], indices: Tensor) -> Tensor | None:
+    """Whether the baseline chose the same experts; None where it does not say which it chose."""
+    if baseline is None or any(hook_names.TOPK_INDICES not in baseline[layer] for layer in layers):
         return None
-    return value if isinstance(value, Tensor) else None
-
-
-def _same(baseline: Any, chosen: list[str], indices: Tensor) -> Tensor | None:
-    others = [None if baseline is None else _find(baseline, name) for name in chosen]
-    found = [other.cpu() for other in others if other is not None]
-    return torch.stack(found) == indices if len(found) == len(chosen) else None
+    return torch.stack([baseline[layer][hook_names.TOPK_INDICES].cpu() for layer in layers]) == indices

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from moe_lens.cli import commands
-from moe_lens.detection.paired_statistics import ScoreName
+from moe_lens.detection.scores import SCORES
 from moe_lens.errors import MoELensError
 from moe_lens.steering.plan import OnExcess
 
@@ -159,9 +159,7 @@ def _detect(commands_: Any) -> None:
         command.add_argument(
             f"--{name}", metavar="NAME", help=f"field or column of that meaning (default: {name})"
         )
-    command.add_argument(
-        "--score", choices=get_args(ScoreName), default="risk_difference", help="which score"
-    )
+    command.add_argument("--score", choices=tuple(SCORES), default="risk_difference", help="which score")
     _spans(command)
     command.add_argument("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
     command.add_argument("--resamples", type=_number, default=1000, help="of the bootstrap (default: 1000)")

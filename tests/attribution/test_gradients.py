@@ -160,8 +160,9 @@ def test_bad_input_is_refused(hooked, with_outputs) -> None:
     with pytest.raises(DataError, match=r"metric gives nan"):
         gradient_attribution(model, given, lambda logits: logits.sum() * torch.nan)
     _, without_outputs = model.run_with_cache(given)
-    for baseline in (without_outputs, {}, 7, "x"):
-        with pytest.raises(DataError, match=r"baseline has no .*set_use_expert_out"):
+    lacks, none = r"baseline lacks .*set_use_expert_out", "baseline holds no routing"
+    for baseline, says in ((without_outputs, lacks), ({}, none), (7, none), ("x", none)):
+        with pytest.raises(DataError, match=says):
             gradient_attribution(model, given, metric, baseline=baseline)
     model = with_outputs("olmoe")
     _, other = model.run_with_cache(tokens(2, 5))

@@ -481,12 +481,12 @@ def test_other_caches_are_refused(with_outputs: Hooked) -> None:
     _, without = model.run_with_cache(CLEAN)
     refused(
         without,
-        r"lacks blocks.0.mlp.hook_expert_out; call model.set_use_expert_out\(True\) before",
+        r"lacks hook_expert_out of layer 0; call model.set_use_expert_out\(True\) before",
         patch_expert_outputs,
     )
     for name in ("blocks.1.mlp.hook_router_logits", "blocks.1.hook_router_logits"):
         without.cache_dict.pop(name, None)
-    refused(without, "lacks blocks.1.mlp.hook_router_logits; let the names_filter")
+    refused(without, "lacks hook_router_logits of layer 1; let the names_filter")
     for other in ("mixtral", "olmoe_norm_gqa", "qwen2_moe"):
         refused(cached(with_outputs(other)), "another model|lacks")
     deeper = cached(with_outputs("olmoe", num_hidden_layers=4))
