@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.registration import check_hooked
 from moe_lens.text.batching import Prompts, token_sequences
 
 Batches = list[tuple[list[int], Int[Tensor, "batch pos"]]]
@@ -26,11 +27,7 @@ def equal_length_batches(model: HookedMoE, prompts: Prompts, batch_size: int) ->
     Raises:
         DataError: not a HookedMoE, batch_size below 1, or as in `token_sequences`.
     """
-    if not isinstance(model, HookedMoE):
-        raise DataError(
-            f"A HookedMoE is needed here (HookedMoE.from_pretrained, or attach(bridge)); got "
-            f"{type(model).__name__}."
-        )
+    check_hooked(model, HookedMoE, error=DataError)
     size = as_index(batch_size)
     if not size:
         raise DataError(f"batch_size must be a number from 1 on; got {batch_size!r}.")

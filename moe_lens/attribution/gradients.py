@@ -17,6 +17,7 @@ from moe_lens import hook_names
 from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import moe_shape, with_expert_out
 from moe_lens.shape import MoEShape
 from moe_lens.text.batching import Prompts, pad_sequences, token_sequences
@@ -102,7 +103,7 @@ def gradient_attribution(
         raise DataError(f"metric must be a function of the logits [batch pos d_vocab]; got {metric!r}.")
     tokens, mask = pad_sequences(model, list(token_sequences(model, prompts)))
     padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    if padding and not getattr(model.adapter, "supports_batched_generation", True):
+    if padding and not supports_padding(model):
         raise DataError("This model cannot run prompts of different lengths at once; give them one by one.")
     layers = model.moe_layers
     points = (hook_names.ROUTER_LOGITS, hook_names.EXPERT_OUT)

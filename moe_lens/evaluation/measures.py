@@ -5,7 +5,7 @@ loss = text_loss(model, sentences, hooks=steer_hooks(plan))               # nats
 low, high = clustered_interval(says.numpy(), clusters=entities, seed=0)   # 95 % interval of the mean
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from moe_lens.errors import DataError
 from moe_lens.model.registration import Model
+from moe_lens.model.router_points import Hooks
 from moe_lens.text.batching import padded_batches, token_sequences
-
-Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 
 def answers_with(

@@ -153,7 +153,8 @@ def bytes_a_token(model: HookedMoE, n_pos: int) -> int:
     d_model, d_mlp = cfg.d_model, getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
     n_run = model.n_experts if moe.row.experts.weights_on_input else model.top_k  # Llama 4 runs all experts
     experts = n_run * (3 * d_mlp + 4 * d_model)
-    if getattr(model.original_model.config, "_experts_implementation", None) == "batched_mm":
+    hf_model: Any = model.original_model
+    if "batched_mm" in hf_model.get_experts_implementation().values():
         experts += n_run * 3 * d_mlp * d_model  # it copies the weights of every chosen expert
     attention = 3 * (getattr(cfg, "n_heads", None) or 0) * n_pos
     numbers = 3 * cfg.d_vocab + 2 * cfg.n_layers * d_model + experts + attention + 12 * d_model

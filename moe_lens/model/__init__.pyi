@@ -7,5 +7,6 @@ from .layers import find_moe_layers as find_moe_layers
 from .probing import closest_rules as closest_rules
 from .registration import Model as Model
 from .router_points import HookList as HookList
+from .router_points import Hooks as Hooks
 from .router_points import RoutingPoint as RoutingPoint
 from .self_check import check_router as check_router

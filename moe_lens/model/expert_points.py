@@ -1,6 +1,6 @@
-"""A HookPoint on what each chosen expert of a MoE layer gives, before it is weighted.
+"""A HookPoint on what each chosen expert of an MoE layer gives, before it is weighted.
 
-    point = install_expert_out(moe)            # moe: a layer with routing points (router_hooks.install)
+    point = install_expert_out(moe)            # moe: a layer with routing points (router_points.install)
     ...
     uninstall_expert_out(moe)                  # Hugging Face's own experts again, without a trace
 
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
-from moe_lens.model.router_points import RoutingPoint, fire
-from moe_lens.routers.layouts import Asked, ExpertsCall
+from moe_lens.model.router_points import RoutingPoint, fire, installed_points, points_of
+from moe_lens.routers.layouts import ExpertsCall, Request
 
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output; half precision: 5e-2
 
 
 class ExpertPoint(RoutingPoint):
-    """The point on chosen experts' outputs [batch pos k d_model]; a hook may ask it for other experts'."""
+    """The point on the chosen experts' outputs [batch pos k d_model]; it can compute other experts' too."""
 
     call: ExpertsCall | None = None
 
@@ -35,9 +35,9 @@ class ExpertPoint(RoutingPoint):
         """What other experts would give for the tokens that are running; only within a hook on this point.
 
         Args:
-            indices: experts, int64; as many a token as are wanted.
-            weights: at which they would be chosen; matters where a weight multiplies what the expert reads
-                (Llama 4), and is those of the chosen experts, slot by slot, if None.
+            indices: experts, int64; any number for each token.
+            weights: with which they would be chosen. They matter where a weight multiplies what the expert
+                reads (Llama 4); None: those of the chosen experts, slot by slot.
         """
         if self.call is None:
             raise HookError(f"{self.name}: outputs_of works only within a hook on this point.")
@@ -46,12 +46,12 @@ class ExpertPoint(RoutingPoint):
 
     @property
     def weights_on_input(self) -> bool:
-        """Whether weights multiply what the expert reads, so that its output counts as it is (Llama 4)."""
+        """Whether weights multiply what the expert reads, so that its output is added as it is (Llama 4)."""
         return self.moe.row.experts.weights_on_input
 
 
 class HookedExperts:
-    """Stands in for the forward of a block's experts; an object, for `copy.deepcopy`, as `HookedRouter`."""
+    """Takes the place of the forward of a block's experts; an object for `HookedRouter`'s reason."""
 
     def __init__(self, moe: MoELayer, original: Callable[..., Any], was_on_instance: bool):
         self.moe = moe
@@ -60,8 +60,8 @@ class HookedExperts:
         self.checked = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        points = self.moe.points
-        point: ExpertPoint = points.expert_out
+        points = installed_points(self.moe)
+        point: Any = points.expert_out
         points.experts_fired = True
         if not point.is_hooked:
             return self.original(*args, **kwargs)
@@ -70,9 +70,9 @@ class HookedExperts:
                 f"{self.moe.where}: its experts ran without its router. Hooks on expert outputs work only "
                 "when the whole block runs."
             )
-        given = [*args, *kwargs.values()]
-        asked = Asked(self.moe.block, self.original, points.decision, points.hidden, given)
-        call = self.moe.row.experts.open(asked)
+        hidden: Any = points.hidden
+        request = Request(self.moe.block, self.original, points.decision, hidden, [*args, *kwargs.values()])
+        call = self.moe.row.experts.open(request)
         point.call = call
         try:
             outputs = call.outputs()
@@ -109,13 +109,13 @@ def install_expert_out(moe: MoELayer) -> ExpertPoint:
             "states, indices, weights), so their outputs cannot be hooked. Leave set_use_expert_out(False)."
         )
     experts: Any = moe.experts
-    points = moe.points
-    points.expert_out = ExpertPoint(moe, points.shape, points.state)
-    instance_forward = experts.__dict__.get("forward")
+    points = installed_points(moe)
+    point = points.expert_out = ExpertPoint(moe, points.shape, points.state)
+    instance_forward = vars(experts).get("forward")
     experts.forward = HookedExperts(
         moe, instance_forward or experts.forward, was_on_instance=instance_forward is not None
     )
-    return points.expert_out
+    return point
 
 
 def uninstall_expert_out(moe: MoELayer) -> None:
@@ -128,4 +128,5 @@ def uninstall_expert_out(moe: MoELayer) -> None:
         experts.forward = hooked.original
     else:
         del experts.forward
-    moe.points.expert_out = None
+    if (points := points_of(moe)) is not None:
+        points.expert_out = None

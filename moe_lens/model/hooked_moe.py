@@ -2,41 +2,41 @@
 
     model = HookedMoE.from_pretrained("allenai/OLMoE-1B-7B-0125-Instruct")
     model = HookedMoE.from_hf(hf_model, tokenizer)
-    attach(bridge)                              # a bridge that somebody already has becomes a HookedMoE
+    attach(bridge)                              # an existing bridge becomes a HookedMoE
     detach(bridge)                              # ... and what it was before, with HF's own router code
 
-Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and .hook_topk_weights
-(see hook_names), with block-level aliases, and they work in every TransformerLens tool; and, when asked for,
-hook_expert_out.
+Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and .hook_topk_weights (see
+hook_names), with block-level aliases, and on request .hook_expert_out. Every TransformerLens tool knows them.
 """
 
+import functools
 import inspect
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
-from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.utilities.slice import Slice
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_lens import hook_names
 from moe_lens.checks import looks_padded
 from moe_lens.errors import DataError, HookError, MoELensError, warn
-from moe_lens.model.layers import find_moe_layers
+from moe_lens.model.compatibility import refuse_wrong_options
+from moe_lens.model.layers import find_moe_layers, no_moe
+from moe_lens.model.loading import boot, check_wrappable, wrap
+from moe_lens.model.private_names import become
 from moe_lens.model.registration import (
     common_size,
     find_routing_layers,
     forward_state,
+    has_expert_out,
     moe_shape,
-    no_moe,
     register,
     register_expert_out,
     routing_layers,
@@ -44,14 +44,21 @@ from moe_lens.model.registration import (
     unregister,
     unregister_expert_out,
 )
+from moe_lens.model.router_points import points_of
 from moe_lens.model.self_check import check_router
 from moe_lens.model.state import Generation, as_texts
-from moe_lens.routers.models import supported_models
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
 
-_TRANSFORMER_LENS_NAMES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
-"""Architectures that TransformerLens spells otherwise than transformers."""
+P = ParamSpec("P")
+
+
+def signature_of(base: Callable[P, Any]) -> Callable[[Callable[..., Any]], Callable[P, Any]]:
+    """Show an override with the parameters of the TransformerLens method that it overrides.
+
+    `help`, `inspect.signature`, completion and type checkers then know them; the docstring stays its own.
+    """
+    return functools.wraps(base, assigned=())
 
 
 class HookedMoE(TransformerBridge):
@@ -85,23 +92,7 @@ class HookedMoE(TransformerBridge):
             RouterMismatchError: a router does not compute what its rule says.
             MoELensError: TransformerLens has no adapter for the architecture.
         """
-        try:
-            bridge = TransformerBridge.boot_transformers(str(name_or_path), **kwargs)
-        except ValueError as error:  # raised before any weight is loaded
-            names = _TRANSFORMER_LENS_NAMES.items()
-            spelling = next((tl for hf, tl in names if repr(hf) in str(error)), None)
-            if "Could not determine supported architecture" in str(error) and spelling is None:
-                raise MoELensError(
-                    f"TransformerLens has no adapter for the architecture of {name_or_path}. "
-                    "moe_lens.supported_models() lists what can be loaded."
-                ) from error
-            if spelling is None:
-                raise
-            overrides = {**(kwargs.pop("hf_config_overrides", None) or {}), "original_architecture": spelling}
-            bridge = TransformerBridge.boot_transformers(
-                str(name_or_path), hf_config_overrides=overrides, **kwargs
-            )
-        return cls._of(bridge)
+        return cls._of(boot(str(name_or_path), **kwargs))
 
     @classmethod
     def from_hf(cls, hf_model: nn.Module, tokenizer: Any = None) -> "HookedMoE":
@@ -115,49 +106,25 @@ class HookedMoE(TransformerBridge):
             UnsupportedRouterError, RouterMismatchError: as in `from_pretrained`; the model is left as it was.
             MoELensError: the model is wrapped by a bridge already.
         """
-        if not isinstance(hf_model, nn.Module):
-            raise MoELensError(
-                f"from_hf needs a Hugging Face model in memory, got {type(hf_model).__name__}; for a name or "
-                "a folder use HookedMoE.from_pretrained."
-            )
-        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise MoELensError(
-                f"from_hf needs a tokenizer object, got {type(tokenizer).__name__}; load it with "
-                "AutoTokenizer.from_pretrained."
-            )
-        if any(hasattr(module, "original_component") for module in hf_model.modules()):
-            raise MoELensError(
-                f"{type(hf_model).__name__} is wrapped by a TransformerBridge already. "
-                "Use moe_lens.attach(bridge) on that bridge, or wrap a freshly loaded model."
-            )
-        architecture = _architecture(hf_model)
-        _check_routers(hf_model)
-        config: Any = hf_model.config
-        with TemporaryDirectory() as folder:
-            bridge = build_bridge_from_module(
-                hf_model,
-                architecture,
-                hf_config=config,
-                tokenizer=_reloadable(tokenizer, folder),
-                model_name=config.name_or_path or architecture,
-            )
-        return cls._of(bridge.eval())
+        check_wrappable(hf_model, tokenizer)
+        checked = _checked_routers(hf_model)
+        return cls._of(wrap(hf_model, tokenizer), checked)
 
     @classmethod
-    def _of(cls, bridge: TransformerBridge) -> "HookedMoE":
-        bridge.__class__ = cls  # TransformerLens' builders cannot be told which class to make
-        attach(bridge)
+    def _of(cls, bridge: TransformerBridge, checked: Collection[nn.Module] = ()) -> "HookedMoE":
+        become(bridge, cls)
+        _attach(bridge, checked)
         assert isinstance(bridge, cls)
         return bridge
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that have a router, ascending; dense layers are left out."""
+        """Numbers of the layers that have a router, ascending, without dense layers."""
         return tuple(routing_layers(self))
 
     @property
     def moe_shape(self) -> MoEShape:
-        """Name, MoE layers, number of experts and k: what results about this model are filed under."""
+        """Name, MoE layers, number of experts and k: what results carry to say which model they are about."""
         return moe_shape(self)
 
     @property
@@ -183,8 +150,8 @@ class HookedMoE(TransformerBridge):
 
     @property
     def use_expert_out(self) -> bool:
-        """Whether the points on expert outputs are there; see `set_use_expert_out`."""
-        return any(moe.points.expert_out is not None for moe in routing_layers(self).values())
+        """Whether the points on expert outputs exist; see `set_use_expert_out`."""
+        return any(has_expert_out(moe) for moe in routing_layers(self).values())
 
     def set_use_expert_out(self, use_expert_out: bool) -> None:
         """Put hook_expert_out [batch pos k d_model] into every MoE layer's `mlp`, or take it out again.
@@ -196,13 +163,13 @@ class HookedMoE(TransformerBridge):
         >>> cache["expert_out", 0].shape                         # [batch pos k d_model]
         torch.Size([1, 5, 2, 64])
 
-        It holds what each chosen expert gives, before its weight; an edit counts, and gradients flow. The
-        sum of weight × output is the block's routed output, shared experts apart, bit for bit (with
+        It holds what each chosen expert gives, before it is weighted; edits take effect, and gradients flow.
+        The sum of weight × output is the block's routed output (without shared experts), bit for bit (with
         transformers' eager experts: up to the order of additions). Three families differ: Llama 4 weights
         what an expert reads, so that its outputs are added as they are; Nemotron-H with latent experts has
         them in the latent space [batch pos k latent]; Laguna scales the sum.
 
-        It costs memory in caches, so it is off at first. Off, nothing is left of it, hooks on it included.
+        It costs memory in caches, so it is off by default. Switching it off removes the hooks on it, too.
 
         Raises:
             HookError: the model does not run its experts in a way that moe_lens knows.
@@ -212,10 +179,11 @@ class HookedMoE(TransformerBridge):
         else:
             unregister_expert_out(self)
 
+    @signature_of(TransformerBridge.forward)
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which text is running (see `moe_lens.positions`).
+        """As in TransformerLens; hooks know which text is running (see `positions=` of the interventions).
 
-        Warns of a token tensor with padding and without `attention_mask`, where every number would be wrong.
+        Warns of a token tensor with padding but without `attention_mask`, where every number would be wrong.
         """
         state = forward_state(self)
         unmasked = kwargs.get("attention_mask") is None and not state.generating
@@ -227,18 +195,21 @@ class HookedMoE(TransformerBridge):
         with state.reading(input):
             return super().forward(input, *args, **kwargs)
 
+    @signature_of(TransformerBridge.generate)
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        """As in TransformerLens; hooks know which tokens are the prompt's."""
         with forward_state(self).generation(input):
             return super().generate(input, *args, **kwargs)
 
+    @signature_of(TransformerBridge.hf_generate)
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        """As in TransformerLens; hooks know which tokens are the prompt's."""
         with forward_state(self).generation(input):
             return super().hf_generate(input, *args, **kwargs)
 
+    @signature_of(TransformerBridge.generate_stream)
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's (see `moe_lens.positions`)."""
+        """As in TransformerLens; hooks know which tokens are the prompt's."""
         state, generation = forward_state(self), Generation(as_texts(input))
         stream = iter(super().generate_stream(input, *args, **kwargs))
         while True:
@@ -249,7 +220,20 @@ class HookedMoE(TransformerBridge):
                     return
             yield step
 
-    def run_with_cache(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def run_with_cache(
+        self,
+        input: Any = None,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: str | list[str] | Callable[[str], bool] | None = None,
+        stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
+        pos_slice: Any = None,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As in TransformerLens; the cache also gets an attribute `attention_mask`, bool [batch pos] or None.
 
         It says which positions hold the prompts' own tokens when a list of prompts was padded or a mask was
@@ -257,29 +241,71 @@ class HookedMoE(TransformerBridge):
         """
         if isinstance(input, list) and not input:
             raise DataError("The list of prompts is empty; give at least one prompt.")
-        self._refuse_absent_points(kwargs.get("names_filter"))
-        args = args if input is None else (input, *args)
-        output, activations = super().run_with_cache(*args, **kwargs)
+        self._refuse_absent_points(names_filter)
+        bridge: Any = super()  # its overloads tell True from False for return_cache_object
+        output, activations = bridge.run_with_cache(
+            *(() if input is None else (input,)),
+            return_cache_object=return_cache_object,
+            remove_batch_dim=remove_batch_dim,
+            names_filter=names_filter,
+            stop_at_layer=stop_at_layer,
+            start_at_layer=start_at_layer,
+            pos_slice=pos_slice,
+            incl_bwd=incl_bwd,
+            reset_hooks_end=reset_hooks_end,
+            clear_contexts=clear_contexts,
+            **kwargs,
+        )
         if isinstance(activations, ActivationCache):
-            vars(activations)["attention_mask"] = self._own_tokens(input, kwargs)
+            mask = self._own_tokens(input, {**kwargs, "pos_slice": pos_slice})
+            vars(activations)["attention_mask"] = mask
         return output, activations
 
     def run_with_hooks(
-        self, input: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
+        self,
+        input: Any,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        return_type: str | None = "logits",
+        stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
+        return super().run_with_hooks(
+            input,
+            self._checked_hooks(fwd_hooks),
+            self._checked_hooks(bwd_hooks),
+            reset_hooks_end=reset_hooks_end,
+            clear_contexts=clear_contexts,
+            return_type=return_type,
+            stop_at_layer=stop_at_layer,
+            start_at_layer=start_at_layer,
+            remove_batch_dim=remove_batch_dim,
+            **kwargs,
+        )
+
+    def hooks(
+        self,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
     ) -> Any:
         """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
         fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
-        return super().run_with_hooks(input, fwd_hooks, bwd_hooks, *args, **kwargs)
+        return super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
 
-    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
-        return super().hooks(self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks), *args, **kwargs)
-
+    @signature_of(TransformerBridge.add_hook)
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
         self._refuse_absent_points(name)
         super().add_hook(name, *args, **kwargs)
 
+    @signature_of(TransformerBridge.enable_compatibility_mode)
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens, and refused with options that can change what this model computes.
 
@@ -287,33 +313,8 @@ class HookedMoE(TransformerBridge):
         """
         options = inspect.signature(super().enable_compatibility_mode).bind(*args, **kwargs)
         options.apply_defaults()
-        model = next((m for m in supported_models() if m.architecture == self._hf_architecture), None)
-        if model is not None and not options.arguments["no_processing"]:
-            has_value_biases = any(
-                "v_proj" in name and name.endswith("bias")
-                for name, _ in self.original_model.named_parameters()
-            )
-            wrong = [
-                option
-                for option in model.wrong_in_compatibility_mode
-                if options.arguments[option] and (option != "fold_value_biases" or has_value_biases)
-            ]
-            if wrong:
-                biases = (
-                    ["fold_value_biases"] if has_value_biases and "fold_value_biases" not in wrong else []
-                )
-                off = ", ".join(f"{option}=False" for option in wrong + biases)
-                raise MoELensError(
-                    f"enable_compatibility_mode with {' and '.join(wrong)} can change what "
-                    f"{model.architecture} computes in TransformerLens 4.3. Pass {off} or no_processing=True."
-                )
+        refuse_wrong_options(self, options.arguments)
         super().enable_compatibility_mode(*args, **kwargs)
-
-    @property
-    def _hf_architecture(self) -> str:
-        """The architecture by transformers' name."""
-        names = {ours: hf for hf, ours in _TRANSFORMER_LENS_NAMES.items()}
-        return names.get(str(self.cfg.architecture), str(self.cfg.architecture))
 
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
         try:
@@ -329,17 +330,18 @@ class HookedMoE(TransformerBridge):
     def _refuse_absent_points(self, names: Any) -> None:
         """Raise for the name of a routing point on a layer that has none; other names and filters pass."""
         names = names if isinstance(names, list | tuple) else [names]
-        asked = {name: hook_names.parse(name) for name in names if isinstance(name, str)}
-        if any(asked.values()):
-            layers = self.moe_layers
-            for name, parsed in asked.items():
-                if parsed is not None and parsed[0] not in layers:
-                    raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {layers}.")
-                if parsed is not None and parsed[1] == hook_names.EXPERT_OUT and not self.use_expert_out:
-                    raise HookError(f"{name} is switched off; call model.set_use_expert_out(True) first.")
+        for name in names:
+            parsed = hook_names.parse(name) if isinstance(name, str) else None
+            if parsed is None:
+                continue
+            layer, point = parsed
+            if layer not in self.moe_layers:
+                raise HookError(f"{name}: layer {layer} has no router; the MoE layers are {self.moe_layers}.")
+            if point == hook_names.EXPERT_OUT and not self.use_expert_out:
+                raise HookError(f"{name} is switched off; call model.set_use_expert_out(True) first.")
 
     def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
-        """Which positions are not padding; None where that is not known or does not matter (one string)."""
+        """Which positions are not padding; None where that is unknown or cannot matter (one string)."""
         mask = kwargs.get("attention_mask")
         if mask is None and isinstance(input, list) and len(input) > 1:
             side = kwargs.get("padding_side") or self.tokenizer.padding_side
@@ -366,8 +368,8 @@ def attach(bridge: TransformerBridge) -> HookedMoE:
     >>> attach(bridge) is bridge, isinstance(bridge, HookedMoE)
     (True, True)
 
-    Every router is first compared with its rule; if one fails, nothing is changed. The object stays an
-    instance of its own class. Attaching to a bridge that has the points already changes nothing.
+    Every router is first compared with its rule; if one differs, nothing is changed. The object stays an
+    instance of its own class. Attaching again to a bridge that has the points changes nothing.
 
     Returns: the same bridge.
 
@@ -376,35 +378,41 @@ def attach(bridge: TransformerBridge) -> HookedMoE:
         MoELensError: not a TransformerBridge.
     """
     _require_bridge(bridge, "attach")
+    return _attach(bridge)
+
+
+def _attach(bridge: TransformerBridge, checked: Collection[nn.Module] = ()) -> HookedMoE:
+    """`attach`; routers of `checked` have been compared with their rules already."""
     hooked_class, layers = _hooked_class(type(bridge)), find_routing_layers(bridge)
-    if any(moe.points and hook_names.router_logits(n) not in bridge.hook_dict for n, moe in layers.items()):
+    hooked = [number for number, moe in layers.items() if points_of(moe) is not None]
+    if any(hook_names.router_logits(number) not in bridge.hook_dict for number in hooked):
         raise MoELensError(
             "This model's routers are hooked through another bridge around the same model; detach that first."
         )
     shape = shape_of(bridge, layers)
     for moe in layers.values():
-        if moe.points is None:
+        if points_of(moe) is None and moe.router not in checked:
             check_router(moe)
     register(bridge, layers, shape)
-    bridge.__class__ = hooked_class
+    become(bridge, hooked_class)
     assert isinstance(bridge, HookedMoE)
     return bridge
 
 
 def detach(bridge: TransformerBridge) -> TransformerBridge:
-    """Take the routing hook points out again: the bridge is what it was before `attach`.
+    """Remove the routing hook points: the bridge is what it was before `attach`.
 
     >>> from moe_lens import detach, organisms
     >>> bridge = detach(organisms.load("specialised"))
     >>> "blocks.0.mlp.hook_router_logits" in bridge.hook_dict, type(bridge).__name__
     (False, 'TransformerBridge')
 
-    HF's own router code is back, and hooks that were on the points are gone. Returns the same bridge. (An
+    HF's own router code runs again, and hooks that were on the points are gone. Returns the same bridge. (An
     instance of your own subclass of HookedMoE stays one, without points.)
     """
     _require_bridge(bridge, "detach")
     unregister(bridge)
-    bridge.__class__ = _plain_class(type(bridge))
+    become(bridge, _plain_class(type(bridge)))
     return bridge
 
 
@@ -419,7 +427,7 @@ def _hooked_class(cls: type[TransformerBridge]) -> type[TransformerBridge]:
 
 
 def _plain_class(cls: type[TransformerBridge]) -> type[TransformerBridge]:
-    """What `_hooked_class` was given; a subclass of HookedMoE that somebody wrote stays what it is."""
+    """The class that `_hooked_class` was given; a user's own subclass of HookedMoE stays what it is."""
     return TransformerBridge if cls is HookedMoE else vars(cls).get("_plain_class", cls)
 
 
@@ -431,35 +439,12 @@ def _require_bridge(bridge: Any, verb: str) -> None:
         )
 
 
-def _architecture(hf_model: nn.Module) -> str:
-    """The name under which TransformerLens knows the model's class, or the class that it derives from."""
-    names = [_TRANSFORMER_LENS_NAMES.get(cls.__name__, cls.__name__) for cls in type(hf_model).__mro__]
-    known = next((name for name in names if name in SUPPORTED_ARCHITECTURES), None)
-    if known is None:
-        raise MoELensError(
-            f"TransformerLens has no adapter for {names[0]}. Pass a causal language model such as "
-            "OlmoeForCausalLM or MixtralForCausalLM, not its headless base."
-        )
-    return known
-
-
-def _check_routers(hf_model: nn.Module) -> None:
-    """Everything that can be refused before the model is changed."""
-    layers = list(find_moe_layers(hf_model)) or no_moe(type(hf_model).__name__)
+def _checked_routers(hf_model: nn.Module) -> set[nn.Module]:
+    """The routers of a bare model, compared with their rules, so that a refusal leaves it unchanged."""
+    layers = list(find_moe_layers(hf_model))
+    if not layers:
+        raise no_moe(type(hf_model).__name__)
     common_size(layers)
     for moe in layers:
         check_router(moe)
-
-
-def _reloadable(tokenizer: Any, folder: str) -> Any:
-    """A tokenizer that was built in memory, as one loaded from a folder.
-
-    TransformerLens loads a tokenizer that has a BOS a second time, from where it came from, to switch the
-    BOS on; without an origin that fails.
-    """
-    if tokenizer is None or tokenizer.init_kwargs.get("name_or_path"):
-        return tokenizer
-    tokenizer.save_pretrained(folder)
-    loaded = AutoTokenizer.from_pretrained(folder)
-    loaded.padding_side = tokenizer.padding_side
-    return loaded
+    return {moe.router for moe in layers}

@@ -4,13 +4,14 @@ for moe in find_moe_layers(hf_model):      # works on a bare HF model and on one
     print(moe.where, moe.rule)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import nn
 
 from moe_lens.errors import UnsupportedRouterError
+from moe_lens.model.private_names import hf_path
 from moe_lens.model.probing import closest_rules
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.routers.table import REFUSED_ROUTERS, RULES, Family, is_known_router, row_for, rule_for
@@ -38,14 +39,9 @@ class MoELayer:
 
     @property
     def experts(self) -> nn.Module | None:
-        """The module whose forward `expert_hooks` stands in for; None where experts are run otherwise."""
+        """The module whose forward runs the experts (`expert_points` replaces it); None without one."""
         experts = self.row.experts.module(self.block)
-        return None if experts is None else _unwrap(experts)
-
-    @property
-    def points(self) -> Any:
-        """The installed hook points (`router_hooks.RoutingPoints`); None where there are none."""
-        return getattr(self.router.__dict__.get("forward"), "points", None)
+        return None if experts is None else unwrap(experts)
 
 
 def find_moe_layers(root: nn.Module, prefix: str = "") -> Iterator[MoELayer]:
@@ -56,12 +52,12 @@ def find_moe_layers(root: nn.Module, prefix: str = "") -> Iterator[MoELayer]:
             rules come closest to what its router computes.
     """
     for name, block in root.named_modules(prefix=prefix):
-        if hasattr(block, "original_component"):  # a bridge's wrapper around the block or router proper
+        if hasattr(block, "original_component"):  # a bridge's wrapper around the actual block or router
             continue
         if type(block).__name__ in _NOT_FEED_FORWARD:
             continue
-        where = name.replace("._original_component", "") or type(block).__name__
-        children = [_unwrap(child) for child in block.children()]
+        where = hf_path(name) or type(block).__name__
+        children = [unwrap(child) for child in block.children()]
         routers = [child for child in children if is_known_router(child)]
         if len(routers) == 1:
             yield MoELayer(where, block, routers[0])
@@ -69,37 +65,47 @@ def find_moe_layers(root: nn.Module, prefix: str = "") -> Iterator[MoELayer]:
             raise UnsupportedRouterError(_why_refused(where, block, children))
 
 
+def no_moe(name: str, elsewhere: Sequence[MoELayer] = ()) -> UnsupportedRouterError:
+    """The error for a model without MoE layers, or with such layers only outside its decoder blocks."""
+    if elsewhere:
+        places = ", ".join(moe.where for moe in elsewhere)
+        return UnsupportedRouterError(
+            f"{name} has its Mixture-of-Experts layers outside the blocks of the bridge ({places}), where "
+            "there is no layer number to hook them by."
+        )
+    return UnsupportedRouterError(
+        f"{name} has no Mixture-of-Experts layer, so there is no routing to hook. "
+        "Use TransformerLens' TransformerBridge for dense models."
+    )
+
+
 def _why_refused(where: str, block: nn.Module, children: list[nn.Module]) -> str:
     for child in children:
         if (reason := REFUSED_ROUTERS.get(type(child).__name__)) is not None:
             return f"{where}: moe_lens does not hook {type(child).__name__}: {reason}."
-    found = ", ".join(sorted(type(child).__name__ for child in children)) or "nothing"
-    close = next((words for child in _routers_first(children) if (words := closest_rules(child, block))), [])
+    parts = ", ".join(sorted(type(child).__name__ for child in children)) or "nothing"
+    described = (closest_rules(child, block) for child in _perhaps_routers(children))
+    closest = next((rules for rules in described if rules), [])
     hint = (
-        f"Closest rules: {'; '.join(close)}" if close else "Its decision could not be compared with any rule"
+        f"Closest rules: {'; '.join(closest)}"
+        if closest
+        else "Its decision could not be compared with any rule"
     )
     return (
         f"{where}: {type(block).__name__} holds experts but no router that moe_lens has a rule for (its "
-        f"parts: {found}). {hint}. Known router classes: {', '.join(sorted(RULES))}. If a rule fits yours, "
+        f"parts: {parts}). {hint}. Known router classes: {', '.join(sorted(RULES))}. If a rule fits yours, "
         "add it with moe_lens.register_rule(router_class_name, factory); CONTRIBUTING.md shows how."
     )
 
 
-def _routers_first(children: list[nn.Module]) -> list[nn.Module]:
-    """What may be a router, by name; experts are none."""
+def _perhaps_routers(children: list[nn.Module]) -> list[nn.Module]:
+    """The children that may be routers, judged by their class names: likely ones first, experts left out."""
 
     def rank(child: nn.Module) -> int:
         name = type(child).__name__.lower()
         return 0 if "router" in name or "gat" in name else 2 if "expert" in name or "mlp" in name else 1
 
     return sorted((child for child in children if rank(child) < 2), key=rank)
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The HF module inside a bridge's wrapper, or the module itself."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
-        module = inner
-    return module
 
 
 def unwrap(module: Any) -> Any:

@@ -22,24 +22,25 @@ CHECK_TOKENS: Final = 1024
 def closest_rules(router: nn.Module, block: nn.Module) -> list[str]:
     """What comes closest to the decisions of a router without a rule, best first, in words; at most three.
 
-    The router runs on random hidden states, and its output is compared with rules of every kind: with those
-    of known routers whose parameters it has too, and with the common ones.
+    The router runs on random hidden states, and its output is compared with rules of every kind: the rules of
+    known routers, if it has the parameters that they read, and the common ones.
     """
     try:
-        with torch.random.fork_rng(devices=[]), _evaluating(router):
-            decision = _read(copy.deepcopy(router), next(_hidden_states(router, block))[1])
-    except Exception:  # anything may be wrong with a router that nobody knows; there is only less to say then
+        with torch.random.fork_rng(devices=[]), evaluating(router):
+            decision = _read(copy.deepcopy(router), next(hidden_states(router, block))[1])
+    except Exception:  # anything may be wrong with an unknown router; then the error has no hint
         return []
     scored: list[tuple[tuple[float, float], RoutingRule, list[str]]] = []
-    for name, rule in _candidates(router, block, decision.logits.shape[-1], decision.indices.shape[-1]):
+    for names, rule in _candidates(router, block, decision.logits.shape[-1], decision.indices.shape[-1]):
         try:
             agreement = _agreement(rule, decision)
         except Exception:  # a rule of another kind of router, whose parameters do not fit
             continue
-        if (same := next((names for _, known, names in scored if known == rule), None)) is not None:
-            same.extend(name)
+        listed = next((known_as for _, known, known_as in scored if known == rule), None)
+        if listed is not None:
+            listed.extend(names)
         else:
-            scored.append((agreement, rule, name))
+            scored.append((agreement, rule, names))
     scored.sort(key=lambda item: item[0], reverse=True)
     return [
         f"{rule}{' as in ' + ', '.join(names) if names else ''} (the same experts on {same:.0%} of random "
@@ -49,11 +50,11 @@ def closest_rules(router: nn.Module, block: nn.Module) -> list[str]:
 
 
 def _read(router: Any, hidden: Tensor) -> RouterOutput:
-    """The decision of a router that nobody knows, as far as it shows; raises anything where it does not."""
+    """The decision of an unknown router, guessed from shapes and dtypes; any exception where that fails."""
     with torch.no_grad():
         try:
             output = router(hidden)
-        except Exception:
+        except Exception:  # whatever it raises, it may want a batch dimension
             output = router(hidden[None])
     parts = list(output.values()) if isinstance(output, dict) else list(output)
     tensors = [part.reshape(len(hidden), -1) for part in parts if isinstance(part, Tensor) and part.ndim > 1]
@@ -68,8 +69,8 @@ def _read(router: Any, hidden: Tensor) -> RouterOutput:
 
 
 @contextmanager
-def _evaluating(router: nn.Module) -> Iterator[None]:
-    """The router in eval mode, in which models route when they are hooked, without gradients."""
+def evaluating(router: nn.Module) -> Iterator[None]:
+    """The router in eval mode, the only one in which hooked models route, without gradients."""
     modes = [(module, module.training) for module in router.modules()]
     router.eval()
     try:
@@ -80,7 +81,7 @@ def _evaluating(router: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _hidden_states(router: nn.Module, block: nn.Module | None) -> Iterator[tuple[float, Tensor]]:
+def hidden_states(router: nn.Module, block: nn.Module | None) -> Iterator[tuple[float, Tensor]]:
     """Scales and random hidden states [CHECK_TOKENS d_model] for a router."""
     weight = next(parameter for parameter in router.parameters() if parameter.ndim == 2)
     device = torch.device("cpu") if weight.device.type == "meta" else weight.device  # accelerate moves it
@@ -93,7 +94,7 @@ def _hidden_states(router: nn.Module, block: nn.Module | None) -> Iterator[tuple
 def _candidates(
     router: nn.Module, block: nn.Module, n_experts: int, k: int
 ) -> Iterator[tuple[list[str], RoutingRule]]:
-    """Rules to compare with, and the known router that follows each, if any."""
+    """Rules to compare with, and the known routers that follow each, if any."""
     for name, row in sorted(RULES.items()):
         try:
             rule = row.rule(router, block)

@@ -1,15 +1,16 @@
 """HookPoints inside a Hugging Face MoE model's routers.
 
-    points = install(moe, shape)               # points.router_logits, .topk_indices, .topk_weights
-    ...
-    uninstall(moe)                             # moe: a layer that moe_layers.find_moe_layers gave
+    points = install(moe, shape, state)        # points.router_logits, .topk_indices, .topk_weights
+    points_of(moe)                             # the same, or None where none are installed
+    uninstall(moe)                             # moe: a layer that find_moe_layers gave
 
 As long as no point has a hook, HF's own router code runs and nothing else. With a hook, the order is:
 HF's logits -> HookPoint -> rule.select -> HookPoint -> rule.weigh -> HookPoint -> HF's experts.
-A hook that could not fire raises; it never does nothing. (`expert_hooks` adds the point on their outputs.)
+A hook that could not fire raises; it is never silently skipped. (`expert_points` adds the point on the
+experts' outputs.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +21,27 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
+from moe_lens.model.private_names import has_hooks
 from moe_lens.model.state import ForwardState
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
 
-_NO_NUMBERS = (torch.bool, torch.complex64, torch.complex128)
+HookList = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""Pairs (hook name or filter, hook function), as TransformerLens' `run_with_hooks` and `hooks` take them."""
+
+Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""What functions with a parameter `hooks=` take: a `HookList`, or any other sequence of such pairs."""
+
+_NOT_REAL = (torch.bool, torch.complex64, torch.complex128)
 
 
 class RoutingPoint(HookPoint):
     """A HookPoint that lets a hook see the model's shape and the routing rule.
 
-    A hook object with a method `check_fits(shape)` or `check_rule(rule)` is asked at every way of adding it,
-    so that a steering plan made for another model, or impossible with this router, is refused before the
-    forward starts.
+    If a hook has a method `check_fits(shape)` or `check_rule(rule)`, that is called whenever the hook is
+    added, by whatever function: so a steering plan made for another model, or impossible with this router, is
+    refused before the forward starts.
     """
 
     def __init__(self, moe: MoELayer, shape: MoEShape, state: ForwardState):
@@ -54,25 +62,26 @@ class RoutingPoint(HookPoint):
 
     @property
     def chosen(self) -> Int[Tensor, "batch pos k"]:
-        """The experts chosen for the tokens that are running; within hooks on their weights or outputs."""
-        if self.moe.points.indices is None:
+        """The experts chosen for the tokens that are running; only within hooks on weights or outputs."""
+        points = points_of(self.moe)
+        if points is None or points.indices is None:
             raise HookError(
                 f"{self.name}: the chosen experts are known only to hooks on weights and outputs."
             )
-        return self.moe.points.indices
+        return points.indices
 
     def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens, after the hook's `check_fits` and `check_rule`, if it has them."""
-        for name, about in (("check_fits", lambda: self.shape), ("check_rule", lambda: self.moe.rule)):
-            check = getattr(hook, name, None)
-            if check is not None:
-                check(about())
+        if (check_fits := getattr(hook, "check_fits", None)) is not None:
+            check_fits(self.shape)
+        if (check_rule := getattr(hook, "check_rule", None)) is not None:
+            check_rule(self.moe.rule)
         return super().add_hook(hook, *args, **kwargs)
 
     @property
     def is_hooked(self) -> bool:
         """Whether any hook, TransformerLens' or torch's own, waits on this point."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+        return has_hooks(self)
 
 
 class RoutingPoints:
@@ -104,7 +113,7 @@ class RoutingPoints:
 
 
 def fire(point: RoutingPoint, value: Tensor) -> Tensor:
-    """What a point's hooks make of a value. Raises HookError where it is of another shape or kind."""
+    """A value after a point's hooks. Raises HookError where they return another shape or kind of numbers."""
     edited = point(value)
     if not isinstance(edited, Tensor) or edited.shape != value.shape:
         got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
@@ -112,7 +121,7 @@ def fire(point: RoutingPoint, value: Tensor) -> Tensor:
             f"{point.name}: a hook returned {got} where shape {tuple(value.shape)} is needed. "
             "Return a tensor of the same shape, or None to leave it as it is."
         )
-    if edited.is_floating_point() != value.is_floating_point() or edited.dtype in _NO_NUMBERS:
+    if edited.is_floating_point() != value.is_floating_point() or edited.dtype in _NOT_REAL:
         raise HookError(
             f"{point.name}: a hook returned dtype {edited.dtype} where {value.dtype} is needed. "
             "Convert it before returning it."
@@ -121,8 +130,10 @@ def fire(point: RoutingPoint, value: Tensor) -> Tensor:
 
 
 class HookedRouter:
-    """Stands in for a router's `forward`. An object, not a closure: `copy.deepcopy` then gives a copy
-    whose points are those of the copied model."""
+    """Takes the place of a router's `forward`.
+
+    It is an object, not a closure, so that the points of a deep copy are those of the copied model.
+    """
 
     def __init__(
         self,
@@ -190,13 +201,13 @@ class HookedRouter:
                 )
 
     def _check_duplicates(self, indices: Tensor, weights: Tensor) -> None:
-        """TransformerLens' bridge around the router keeps one weight an expert."""
+        """Refuse one expert with two weights: TransformerLens' wrapper of the router keeps one for each."""
         if self.points.topk_indices.is_hooked:
             same = indices.unsqueeze(-1) == indices.unsqueeze(-2)
             if bool((same & (weights.unsqueeze(-1) != weights.unsqueeze(-2))).any()):
                 raise HookError(
                     f"{self.moe.where}: hooks chose an expert twice for a token, and its two weights differ; "
-                    "TransformerLens keeps one weight an expert. Give both the same weight."
+                    "TransformerLens keeps one weight for each expert. Give both the same weight."
                 )
 
     def _check_weights(self, weights: Tensor, because: str) -> None:
@@ -211,7 +222,7 @@ class HookedRouter:
 
 def install(moe: MoELayer, shape: MoEShape, state: ForwardState) -> RoutingPoints:
     """Put hook points into the router of `moe`, a layer of a model of this shape; it must have none yet."""
-    instance_forward = moe.router.__dict__.get("forward")
+    instance_forward = vars(moe.router).get("forward")
     points = RoutingPoints(moe, shape, state)
     hooked = HookedRouter(moe, points, instance_forward or moe.router.forward, instance_forward is not None)
     hooked.handles = [
@@ -222,9 +233,23 @@ def install(moe: MoELayer, shape: MoEShape, state: ForwardState) -> RoutingPoint
     return hooked.points
 
 
+def points_of(moe: MoELayer) -> RoutingPoints | None:
+    """The hook points that are installed in the router of `moe`; None where there are none."""
+    hooked = vars(moe.router).get("forward")
+    return hooked.points if isinstance(hooked, HookedRouter) else None
+
+
+def installed_points(moe: MoELayer) -> RoutingPoints:
+    """`points_of`, where there must be some. Raises HookError where there are none."""
+    points = points_of(moe)
+    if points is None:
+        raise HookError(f"{moe.where} has no routing hook points; call moe_lens.attach(bridge) first.")
+    return points
+
+
 def uninstall(moe: MoELayer) -> None:
     """Give the router of `moe` its own forward back. Does nothing where no points are installed."""
-    hooked = moe.router.__dict__.get("forward")
+    hooked = vars(moe.router).get("forward")
     if not isinstance(hooked, HookedRouter):
         return
     for handle in hooked.handles:
@@ -237,7 +262,7 @@ def uninstall(moe: MoELayer) -> None:
 
 @dataclass
 class _EnterBlock:
-    """Notes what the block is given: HF routers see it flattened. Refuses hooks in training mode."""
+    """Notes what the block is given, which HF routers see flattened. Refuses hooks in training mode."""
 
     hooked: HookedRouter
 
@@ -257,7 +282,7 @@ class _EnterBlock:
 
 @dataclass
 class _LeaveBlock:
-    """Notices a block that ran without its router, a fused kernel for one."""
+    """Notices a block that ran without its router, as fused kernels do."""
 
     hooked: HookedRouter
 
@@ -274,7 +299,3 @@ class _LeaveBlock:
             f"{self.hooked.moe.where}: {type(block).__name__} ran without calling its {what}, so the {hooks} "
             "could not fire. Load the model without fused MoE kernels (use_kernels=False)."
         )
-
-
-HookList = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
-"""Pairs (hook name, hook function), as TransformerLens' `run_with_hooks` and `hooks` take them."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_lens.errors import RouterMismatchError, UnsupportedRouterError
 from moe_lens.model.layers import MoELayer
-from moe_lens.model.probing import _evaluating, _hidden_states
+from moe_lens.model.probing import evaluating, hidden_states
 from moe_lens.routers.layouts import Layout, LayoutError, RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.routers.table import Family
@@ -21,13 +21,13 @@ def check_router(moe: MoELayer) -> None:
     Raises:
         RouterMismatchError: logits, indices, weights or a dtype differ; the message says which and where.
     """
-    with _evaluating(moe.router):
-        for scale, hidden in _hidden_states(moe.router, moe.block):
+    with evaluating(moe.router):
+        for scale, hidden in hidden_states(moe.router, moe.block):
             try:
                 difference = _difference(moe.router, moe.block, moe.rule, moe.row, hidden)
             except UnsupportedRouterError:
                 raise
-            except Exception as error:  # whatever a changed router or an output of another form leads to
+            except Exception as error:  # whatever a changed router, or an output of another form, leads to
                 difference = f"it cannot be run and read: {type(error).__name__}: {error}"
             if difference is not None:
                 raise RouterMismatchError(
@@ -64,8 +64,8 @@ def _difference(router: Any, block: Any, rule: RoutingRule, row: Family, hidden:
 
 def _mismatch(rule: RoutingRule, layout: Layout, output: Any, theirs: RouterOutput) -> str | None:
     logits, weights, indices = theirs
-    tensors = [each for each in vars(rule).values() if isinstance(each, Tensor)]
-    if any(each.is_floating_point() and not bool(each.isfinite().all()) for each in tensors):
+    tensors = [value for value in vars(rule).values() if isinstance(value, Tensor)]
+    if any(tensor.is_floating_point() and not bool(tensor.isfinite().all()) for tensor in tensors):
         return "a bias or scale of the router holds NaN or infinity"
     if indices.shape != (len(logits), rule.top_k):
         return f"indices have shape {tuple(indices.shape)}, not {(len(logits), rule.top_k)}"

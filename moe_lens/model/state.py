@@ -1,12 +1,12 @@
-"""What the model is running at the moment: which tokens, on top of how many cached ones, after which prompt.
+"""What the model is running at the moment: which tokens, after how many cached ones, for which prompt.
 
     state = watch(hf_model)                    # forward hooks see it as `hook.state`
     state.offset, state.n_prompt               # columns before these tokens; columns of the prompt
     unwatch(state)
 
-Hooks inside a block see no more than [batch pos ...]; to tell the prompt from what the model has written, and
-column 5 of a prompt from column 0 of a cached step, they ask here. A forward or a generation within a hook,
-and several streams side by side, each have their own prompt. (Threads that share a model share this state.)
+Hooks inside a block see only [batch pos ...]. This state tells them the prompt from what the model has
+written, and column 5 of a prompt from column 0 of a cached step. A forward or a generation within a hook, and
+each of several streams side by side, has its own prompt. (Threads that share a model share this state.)
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 @dataclass(eq=False)
 class Generation:
-    """One call of `generate`: its strings, how deep in other forwards it runs, its prompt's columns."""
+    """One call of `generate`: its strings, its depth in other forwards, how many columns its prompt has."""
 
     texts: list[str] | None
     depth: int = 0
@@ -37,12 +37,12 @@ class ForwardState:
     Attributes:
         tokens: its input, int64 [batch pos]; None where it was given embeddings.
         attention_mask: as it was given, [batch total]; None without one.
-        offset: how many columns are in the KV cache already; 0 in a plain forward.
+        offset: how many columns the KV cache holds before it; 0 in a plain forward.
         n_prompt: how many columns, cached ones included, are the prompt's. In `generate`, those of its first
             forward. Elsewhere all columns of a forward without cache; with one, the cached columns.
         texts: the strings that the forward or the generation was given; None where it was given tokens.
         generating: whether it is a step of `generate`.
-        memory: what hooks found out about this forward and need not find out again in the next layer.
+        memory: what hooks computed about this forward and keep for the next layers.
         rows: which prompt each row of the batch is, int64 [batch], where a function runs some of its prompts,
             or some of them several times; None: row by row.
         bridge: the TransformerBridge around the model; None for a bare model.
@@ -63,11 +63,11 @@ class ForwardState:
     _given: list[str] | None = field(default=None, repr=False)
 
     def columns(self, n_pos: int) -> Tensor:
-        """The columns [pos] of the tokens that are running, of which there are `n_pos`."""
+        """The columns [pos] of the `n_pos` tokens that are running."""
         return torch.arange(self.offset, self.offset + n_pos)
 
     def own_tokens(self) -> Tensor | None:
-        """Bool [batch pos], False on padding, for the columns that are running; None without a mask."""
+        """Bool [batch pos] for the columns that are running, False on padding; None without a mask."""
         mask = self.attention_mask
         if mask is None or mask.ndim != 2:
             return None
@@ -85,7 +85,7 @@ class ForwardState:
 
     @contextmanager
     def of_prompts(self, rows: Any) -> Iterator[None]:
-        """While it lasts, the rows of a forward are these prompts, so that hooks by prompt find theirs."""
+        """Within the context, the rows of a forward are these prompts, so that hooks find what is theirs."""
         before, self.rows = self.rows, torch.as_tensor(rows, dtype=torch.int64).cpu()
         try:
             yield
@@ -94,10 +94,10 @@ class ForwardState:
 
     @contextmanager
     def generation(self, given: Any) -> Iterator[None]:
-        """While it lasts, the columns of its first forward are the prompt.
+        """Within the context, the columns of the first forward are the prompt.
 
         Args:
-            given: what `generate` got; or a `Generation` that goes on.
+            given: what `generate` was given; or a `Generation` that continues.
         """
         generation = given if isinstance(given, Generation) else Generation(as_texts(given))
         generation.depth = len(self._outer)
@@ -109,7 +109,7 @@ class ForwardState:
 
     @contextmanager
     def reading(self, given: Any) -> Iterator[None]:
-        """A forward of the bridge, which was given a string, strings or tokens."""
+        """A forward of the bridge, called with a string, strings or tokens."""
         before, self._given = self._given, as_texts(given)
         try:
             yield
@@ -118,29 +118,30 @@ class ForwardState:
 
     def enter(self, kwargs: dict[str, Any]) -> None:
         """A forward of the Hugging Face model begins, with these keyword arguments."""
-        here = [each for each in self._generations if each.depth == len(self._outer)]
+        running = [generation for generation in self._generations if generation.depth == len(self._outer)]
         self._outer.append(tuple(getattr(self, name) for name in _OF_A_FORWARD))
         tokens = kwargs.get("input_ids")
-        given = tokens if tokens is not None else kwargs.get("inputs_embeds")
-        n_pos = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else 0
+        inputs = tokens if tokens is not None else kwargs.get("inputs_embeds")
+        n_pos = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0
         self.tokens = tokens if isinstance(tokens, Tensor) else None
         self.attention_mask, self.offset, self.memory = kwargs.get("attention_mask"), _cached(kwargs), {}
-        if not here:
+        if not running:
             self.n_prompt, self.texts, self.generating = self.offset or n_pos, self._given, 0
             return
-        if here[-1].n_prompt is None:
-            here[-1].n_prompt = self.offset + n_pos
-        self.n_prompt, self.texts, self.generating = here[-1].n_prompt, here[-1].texts, 1
+        innermost = running[-1]
+        if innermost.n_prompt is None:
+            innermost.n_prompt = self.offset + n_pos
+        self.n_prompt, self.texts, self.generating = innermost.n_prompt, innermost.texts, 1
 
     def leave(self) -> None:
-        """It ends, or was broken off: what ran around it, if anything, goes on."""
+        """The forward ends, or was interrupted: the one around it, if any, continues."""
         for name, value in zip(_OF_A_FORWARD, self._outer.pop(), strict=True):
             setattr(self, name, value)
 
 
 @dataclass
 class _Enter:
-    """A forward pre-hook. An object, so that a deep copy of the model notes its own forwards."""
+    """A forward pre-hook; an object, so that a deep copy of the model records its own forwards."""
 
     state: ForwardState
 
@@ -150,7 +151,7 @@ class _Enter:
 
 @dataclass
 class _Leave:
-    """A forward hook that is called after an exception, too."""
+    """A forward hook that is called after an exception as well."""
 
     state: ForwardState
 
@@ -159,7 +160,7 @@ class _Leave:
 
 
 def watch(hf_model: nn.Module, bridge: nn.Module | None = None) -> ForwardState:
-    """A state that notes every forward of `hf_model`, the model inside `bridge`."""
+    """A state that follows every forward of `hf_model`, the model inside `bridge`."""
     state = ForwardState(bridge=bridge)
     state.handles = [
         hf_model.register_forward_pre_hook(_Enter(state), with_kwargs=True),
@@ -169,7 +170,7 @@ def watch(hf_model: nn.Module, bridge: nn.Module | None = None) -> ForwardState:
 
 
 def unwatch(state: ForwardState) -> None:
-    """Note no more forwards."""
+    """Stop following forwards."""
     for handle in state.handles:
         handle.remove()
     state.handles = []

@@ -5,9 +5,9 @@
     GroupLimitedSoftmax  softmax within the best groups           DeepSeek-V2
     FixedExperts         a table by token id                      DeepSeek-V4's first layers
 
-Here an expert with the lowest logit can still be chosen, and one with the highest be left out. So steering
-changes more than logits: it gives a rule that keeps deactivated experts out and puts activated ones in,
-whatever their bias and group, until a later hook changes their logits (`Steering`).
+With these rules, an expert with the lowest logit can still be chosen, and one with the highest left out. So
+steering changes more than logits: it returns a rule that keeps deactivated experts out and puts activated
+ones in, whatever their bias and group, until a later hook changes their logits (`Steering`).
 """
 
 from abc import abstractmethod
@@ -42,8 +42,8 @@ class _ChoiceRule(RoutingRule):
     _LEFT_OUT: ClassVar[float] = -torch.inf
     """The selection score of experts in groups that were not chosen."""
     _EPSILON_WITHOUT: ClassVar[float] = 0.01
-    """How far below the others' the logit of an expert goes that `without` keeps out: as in a steering plan,
-    since the rule keeps it out itself, and the weights do not see experts that are not chosen."""
+    """How far `without` lowers the logits of excluded experts: as far as a steering plan, since the rule
+    keeps them out itself, and the other experts' weights do not depend on them."""
 
     n_experts: int
     top_k: int
@@ -57,7 +57,7 @@ class _ChoiceRule(RoutingRule):
         return torch.topk(choice, self.top_k, dim=-1, sorted=self.in_order).indices
 
     def routing_margin(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch"]:
-        """As in `RoutingRule`; under group limits `group_margin`, where steering is left out of account."""
+        """As in `RoutingRule`; under group limits `group_margin`, which does not consider steering."""
         if self.groups is None:
             return super().routing_margin(logits)
         self.check_width(logits)
@@ -90,14 +90,14 @@ class _ChoiceRule(RoutingRule):
     def _prepared(
         self, logits: Tensor, activate: Sequence[int], deactivate: Sequence[int], epsilon: float
     ) -> "_ChoiceRule":
-        """The rule with what it has to remember of the logits before they are steered; nothing at first."""
+        """The rule, with what it must know about the logits before they are steered; here nothing."""
         return self
 
     def _leave_out(self, logits: Float[Tensor, "*batch expert"], experts: list[int]) -> Steered:
         return self.steer(logits, [], experts, self._EPSILON_WITHOUT)
 
     def _next_steering(self, activate: Sequence[int], deactivate: Sequence[int]) -> Steering:
-        """That of these experts, beside as much of an earlier plan's as there is room for."""
+        """The steering of these experts, and as much of an earlier plan's as there is still room for."""
         self.refuse_plan(activate, deactivate)
         steering = Steering(tuple(activate), tuple(deactivate))
         earlier = self.steering or Steering()
@@ -112,7 +112,7 @@ class _ChoiceRule(RoutingRule):
         return self._steered(self._choice(logits), logits)
 
     def _allowed_scores(self, logits: Tensor) -> Tensor:
-        """Selection scores, experts of groups that were not chosen left out."""
+        """Selection scores, `_LEFT_OUT` for experts of groups that were not chosen."""
         choice = self._choice(logits)
         if self.groups is not None:
             held = None if self.steering is None else self.steering.held(logits)
@@ -231,7 +231,7 @@ class BiasedSoftmaxTopK(_ChoiceRule):
     def _prepared(
         self, logits: Tensor, activate: Sequence[int], deactivate: Sequence[int], epsilon: float
     ) -> "BiasedSoftmaxTopK":
-        """`p_scale` undoes what steering does to the other experts' p."""
+        """With the `p_scale` that undoes what steering does to the other experts' p."""
         scores = torch.log_softmax(logits.detach().float(), dim=-1)
         moved = steer_raw_logits(scores, activate, deactivate, epsilon)
         p_scale = torch.exp(torch.logsumexp(moved, dim=-1, keepdim=True))  # the others' p before / after
@@ -271,14 +271,14 @@ class GroupLimitedSoftmax(_ChoiceRule):
     ) -> Float[Tensor, "*batch k"]:
         """Weights in [0, `scaling`] of the experts of `indices`, whatever their group.
 
-        Only where p underflows in the chosen groups does the router itself take an expert from another one,
+        Only where p underflows in the chosen groups does the router itself take an expert from another group,
         with weight 0.
         """
         weights = probabilities(logits).gather(-1, indices)
-        makeshift = self._allowed_scores(logits).gather(-1, indices) <= 0
+        is_makeshift = self._allowed_scores(logits).gather(-1, indices) <= 0
         # an expert outside the groups that an edit of the indices chose keeps its p
         chosen = (self.select(logits).unsqueeze(-2) == indices.unsqueeze(-1)).any(dim=-1)
-        return weights.masked_fill(makeshift & chosen, 0.0) * self.scaling
+        return weights.masked_fill(is_makeshift & chosen, 0.0) * self.scaling
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Choosing among groups of experts: steering's part in the choice, and how far it is from another one."""
+"""Choosing among groups of experts, under steering too, and how far the choice is from another one."""
 
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ class Steering:
     logits: Float[Tensor, "*batch expert"] | None = field(default=None, repr=False, compare=False)
 
     def after(self, earlier: "Steering") -> "Steering":
-        """This steering and what it leaves of an earlier one."""
+        """This steering, added to an earlier one; it wins where both name an expert."""
         taken = {*self.activate, *self.deactivate}
         return Steering(
             (*self.activate, *(expert for expert in earlier.activate if expert not in taken)),
@@ -32,7 +32,7 @@ class Steering:
         )
 
     def held(self, logits: Float[Tensor, "*batch expert"]) -> Held:
-        """Which experts it holds in and out on each token with these logits."""
+        """Which experts it puts in and keeps out on each token with these logits."""
         untouched = torch.ones_like(logits, dtype=torch.bool)
         if self.logits is not None and self.logits.shape == logits.shape:
             untouched = logits == self.logits.to(logits.device)
@@ -175,6 +175,6 @@ def group_margin(
 def _edge(
     values: Float[Tensor, "*batch value"], k: int
 ) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]]:
-    """The k-th largest value and the next one, -inf where there is none."""
+    """The k-th largest value and the next smaller one, -inf where there is none."""
     ordered = F.pad(values, (0, 1), value=-torch.inf).topk(k + 1, dim=-1).values
     return ordered[..., -2:-1], ordered[..., -1:]

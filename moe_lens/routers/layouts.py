@@ -5,13 +5,13 @@ Routers: `InOrder` serves nearly all, a tuple of logits, weights and indices. `A
 
 Experts, one at a time:
 
-    call = layout.open(Asked(block, forward, decision, hidden, args))   # inside the experts' forward
+    call = layout.open(Request(block, forward, decision, hidden, args))     # inside the experts' forward
     call.outputs()                          # [token k d_model]: what each chosen expert gives, unweighted
     call.outputs(indices, weights)          # ... and what other experts would give the same tokens
     call.combine(outputs)                   # what the experts' forward returns for such outputs
 
-Three ways are known: batched experts that take indices and weights; Llama 4, where every expert runs on its
-weighted input; JetMoe, where tokens are sorted by expert.
+Three layouts are known: batched experts that take indices and weights; Llama 4, where every expert runs on
+its weighted input; JetMoe, where tokens are sorted by expert.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from moe_lens.errors import HookError, RouterMismatchError
 
 
 class LayoutError(RouterMismatchError):
-    """A router's output that is laid out otherwise."""
+    """A router's output is laid out in another way than its row says."""
 
 
 class RouterOutput(NamedTuple):
@@ -46,7 +46,7 @@ class Layout(Protocol):
     """How one kind of router returns its decision."""
 
     def call(self, router: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Run the router: its output as it is, and the logits [token expert]."""
+        """Run the router; gives its output unchanged, and the logits [token expert]."""
         ...
 
     def weights_dtype(self, output: Any) -> torch.dtype:
@@ -54,11 +54,11 @@ class Layout(Protocol):
         ...
 
     def pack(self, output: Any, decision: RouterOutput) -> Any:
-        """An output like `output` that says `decision`."""
+        """An output of the form of `output` that holds `decision`."""
         ...
 
     def unpack(self, output: Any, logits: Tensor) -> RouterOutput:
-        """The decision in an output; raises LayoutError, saying what it is not, where there is none."""
+        """The decision in an output; raises LayoutError, with what is missing, where there is none."""
         ...
 
 
@@ -94,7 +94,7 @@ class InOrder:
 
 
 class Probabilities(InOrder):
-    """Gemma 4: probabilities [token expert] in the place of logits, which are what `router.proj` gives."""
+    """Gemma 4: probabilities [token expert] stand in place of the logits, which `router.proj` gives."""
 
     def call(self, router: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         seen: list[Tensor] = []
@@ -199,8 +199,8 @@ Outputs = Float[Tensor, "token slot d_model"]
 
 
 @dataclass
-class Asked:
-    """What the forward of a block's experts was asked for.
+class Request:
+    """One call of the forward of a block's experts, with what the router decided.
 
     Attributes:
         block: the MoE block. hidden: what it was given, [token d_model].
@@ -233,14 +233,14 @@ class ExpertsLayout(Protocol):
     """How one kind of block runs its experts."""
 
     weights_on_input: bool
-    """Whether a weight multiplies what the expert reads, so that its output counts as it is."""
+    """Whether a weight multiplies what the expert reads, so that its output is added as it is."""
 
     def module(self, block: Any) -> nn.Module | None:
-        """The module of the block whose forward is stood in for; None where the block has no such module."""
+        """The module of the block whose forward runs the experts; None where the block has no such module."""
         ...
 
-    def open(self, asked: Asked) -> ExpertsCall:
-        """The call that `module(block).forward` was asked for."""
+    def open(self, request: Request) -> ExpertsCall:
+        """What `module(block).forward` is to compute."""
         ...
 
 
@@ -253,13 +253,13 @@ class Batched:
         experts = getattr(block, "experts", None)
         return experts if isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList) else None
 
-    def open(self, asked: Asked) -> ExpertsCall:
-        if len(asked.args) != 3 or not all(isinstance(arg, Tensor) for arg in asked.args):
+    def open(self, request: Request) -> ExpertsCall:
+        if len(request.args) != 3 or not all(isinstance(arg, Tensor) for arg in request.args):
             raise HookError(
-                f"{type(asked.block).__name__} does not call its experts with (hidden states, indices, "
+                f"{type(request.block).__name__} does not call its experts with (hidden states, indices, "
                 "weights), so their outputs cannot be told apart. Leave set_use_expert_out(False)."
             )
-        return _BatchedCall(asked.forward, *asked.args)
+        return _BatchedCall(request.forward, *request.args)
 
 
 @dataclass
@@ -291,37 +291,37 @@ class InputWeighted:
     def module(self, block: Any) -> nn.Module | None:
         return getattr(block, "experts", None)
 
-    def open(self, asked: Asked) -> ExpertsCall:
-        return _InputWeightedCall(asked)
+    def open(self, request: Request) -> ExpertsCall:
+        return _InputWeightedCall(request)
 
 
 @dataclass
 class _InputWeightedCall:
-    asked: Asked
+    request: Request
     all_outputs: Tensor | None = None  # [token expert d_model]
 
     def outputs(self, indices: Tensor | None = None, weights: Tensor | None = None) -> Outputs:
         if indices is None:
-            self.all_outputs = self._run(self.asked.args[0])
-            return self._of(self.all_outputs, self.asked.decision.indices)
-        weights = self.asked.decision.weights if weights is None else weights
+            self.all_outputs = self._run(self.request.args[0])
+            return self._of(self.all_outputs, self.request.decision.indices)
+        weights = self.request.decision.weights if weights is None else weights
         columns = []
         for slot, weight in zip(indices.unbind(-1), weights.unbind(-1), strict=True):
-            scores = torch.zeros(self.asked.decision.logits.shape, dtype=weight.dtype, device=weight.device)
+            scores = torch.zeros(self.request.decision.logits.shape, dtype=weight.dtype, device=weight.device)
             scores = scores.scatter(1, slot[:, None], weight[:, None])
-            routed = self.asked.hidden.repeat(scores.shape[1], 1)
+            routed = self.request.hidden.repeat(scores.shape[1], 1)
             routed = routed * scores.to(routed.dtype).transpose(0, 1).reshape(-1, 1)
             columns.append(self._of(self._run(routed), slot[:, None]))
         return torch.cat(columns, dim=1)
 
     def combine(self, outputs: Outputs) -> Tensor:
         assert self.all_outputs is not None
-        index = self.asked.decision.indices.unsqueeze(-1).expand_as(outputs)
+        index = self.request.decision.indices.unsqueeze(-1).expand_as(outputs)
         return self.all_outputs.scatter(1, index, outputs).transpose(0, 1).flatten(0, 1)
 
     def _run(self, routed: Tensor) -> Tensor:
-        outputs = self.asked.forward(routed)
-        return outputs.unflatten(0, (self.asked.decision.logits.shape[-1], -1)).transpose(0, 1)
+        outputs = self.request.forward(routed)
+        return outputs.unflatten(0, (self.request.decision.logits.shape[-1], -1)).transpose(0, 1)
 
     def _of(self, outputs: Tensor, indices: Tensor) -> Tensor:
         return outputs.gather(1, indices.unsqueeze(-1).expand(-1, -1, outputs.shape[-1]))
@@ -335,26 +335,26 @@ class Sorted:
     def module(self, block: Any) -> nn.Module | None:
         return getattr(block, "output_linear", None)
 
-    def open(self, asked: Asked) -> ExpertsCall:
-        return _SortedCall(asked)
+    def open(self, request: Request) -> ExpertsCall:
+        return _SortedCall(request)
 
 
 @dataclass
 class _SortedCall:
-    asked: Asked
+    request: Request
 
     def outputs(self, indices: Tensor | None = None, weights: Tensor | None = None) -> Outputs:
         if indices is None:
-            return self._in_slots(self.asked.forward(*self.asked.args), self.asked.decision.indices)
+            return self._in_slots(self.request.forward(*self.request.args), self.request.decision.indices)
         order = indices.flatten().sort(0).indices
-        n_experts = self.asked.decision.logits.shape[-1]
+        n_experts = self.request.decision.logits.shape[-1]
         sizes = torch.bincount(indices.flatten(), minlength=n_experts).tolist()
         sorted_tokens = order.div(indices.shape[-1], rounding_mode="trunc")
-        gate, up = self.asked.block.input_linear(self.asked.hidden[sorted_tokens], sizes).chunk(2, dim=-1)
-        return self._in_slots(self.asked.forward(self.asked.block.activation(gate) * up, sizes), indices)
+        gate, up = self.request.block.input_linear(self.request.hidden[sorted_tokens], sizes).chunk(2, dim=-1)
+        return self._in_slots(self.request.forward(self.request.block.activation(gate) * up, sizes), indices)
 
     def combine(self, outputs: Outputs) -> Tensor:
-        return outputs.flatten(0, 1)[self.asked.decision.indices.flatten().sort(0).indices]
+        return outputs.flatten(0, 1)[self.request.decision.indices.flatten().sort(0).indices]
 
     def _in_slots(self, sorted_outputs: Tensor, indices: Tensor) -> Tensor:
         order = indices.flatten().sort(0).indices

@@ -195,14 +195,13 @@ class SparseMixer(ByOrderOfLogits):
     ) -> Float[Tensor, "*batch k"]:
         """The first expert's weight of the first round and the second's of the second, in [0, 1].
 
-        An expert that an edit of the indices chose below its round's threshold takes part in the softmax of
-        the others that pass it.
+        An expert below its round's threshold that an edit of the indices chose takes part in the softmax of
+        those that pass the threshold.
         """
         first, second = indices.split(1, dim=-1)
         rest = logits.scatter(-1, first, -torch.inf)
-        rest = torch.where(
-            second == first, logits, rest
-        )  # an expert that an edit chose twice weighs the same
+        # an expert that an edit chose twice weighs the same both times
+        rest = torch.where(second == first, logits, rest)
         return torch.cat([self._round(logits, logits, first), self._round(logits, rest, second)], dim=-1)
 
     def _round(self, logits: Tensor, left: Tensor, chosen: Tensor) -> Tensor:

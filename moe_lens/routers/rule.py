@@ -101,7 +101,7 @@ class RoutingRule(ABC):
             )
 
     def cannot_steer(self, activate: Sequence[int], deactivate: Sequence[int]) -> str | None:
-        """Why no steering keeps its guarantee for these experts, in words; None where it does."""
+        """Why steering cannot keep its guarantee for these experts, in words; None where it can."""
         experts, room = [*activate, *deactivate], self.n_experts - self.top_k
         if len(set(experts)) < len(experts):
             return "an expert is named twice"
@@ -204,7 +204,7 @@ class RoutingRule(ABC):
         return hash((type(self), self.n_experts, self.top_k))
 
     def for_call(self, *arguments: Any) -> "RoutingRule":
-        """The rule for one call of the router, given what its block passes beside the hidden states."""
+        """The rule for one call of the router, given what its block passes besides the hidden states."""
         return self
 
 

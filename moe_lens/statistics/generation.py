@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
+from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import Model, moe_shape, routing_layers
 from moe_lens.model.router_points import Hooks
 from moe_lens.results import Result
@@ -128,7 +129,7 @@ def generate_recorded(
             f"{model.cfg.n_ctx}; give fewer."
         )
     padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    if padding and not getattr(model.adapter, "supports_batched_generation", True):
+    if padding and not supports_padding(model):
         raise DataError("This model cannot generate from prompts of different lengths; use batch_size=1.")
     record: dict[str, list[Tensor]] = {}
 

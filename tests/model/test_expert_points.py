@@ -13,6 +13,7 @@ from moe_lens import HookedMoE, hook_names
 from moe_lens.errors import HookError
 from moe_lens.model.hooked_moe import detach
 from moe_lens.model.registration import routing_layers
+from moe_lens.model.router_points import installed_points
 from tests.tiny_models import (
     EVERY_FAMILY,
     FAMILIES,
@@ -246,8 +247,9 @@ def test_outputs_of_other_experts(recipe: str) -> None:
 
     run(model, [(hook_names.expert_out(layer), ask)])
     torch.testing.assert_close(said[0], given[0])
+    point: Any = installed_points(routing_layers(model)[layer]).expert_out
     with pytest.raises(HookError, match="only within a hook"):
-        routing_layers(model)[layer].points.expert_out.outputs_of(others)
+        point.outputs_of(others)
 
 
 def test_points_follow_a_deep_copy_and_go_with_detach() -> None:

@@ -18,6 +18,7 @@ from moe_lens.model.hooked_moe import HookedMoE, attach
 from moe_lens.model.layers import MoELayer, find_moe_layers
 from moe_lens.model.probing import closest_rules
 from moe_lens.model.registration import routing_layers
+from moe_lens.model.router_points import points_of
 from moe_lens.model.self_check import check_router
 from moe_lens.routers.table import RULES
 from tests.tiny_models import (
@@ -90,7 +91,7 @@ def test_finds_every_router_and_no_dense_layer(recipe: str) -> None:
     for moe in found:
         assert type(moe.router).__name__ in RULES
         assert moe.router in list(moe.block.children())
-        assert moe.points is None
+        assert points_of(moe) is None
 
 
 @pytest.mark.parametrize("recipe", ALL_RECIPES)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lens.errors import HookError, MoELensError
 from moe_lens.model.layers import MoELayer, find_moe_layers
-from moe_lens.model.router_points import RoutingPoints, install, uninstall
+from moe_lens.model.router_points import RoutingPoints, install, points_of, uninstall
 from moe_lens.model.state import ForwardState
 from moe_lens.routers.plain import SoftmaxTopK
 from moe_lens.shape import MoEShape
@@ -82,9 +82,9 @@ def test_without_hooks_hfs_own_code_runs_and_the_rule_does_not(
 def test_uninstall_leaves_no_trace(recipe: str) -> None:
     model, _ = with_points(recipe)
     for moe in find_moe_layers(model):
-        assert moe.points is not None
+        assert points_of(moe) is not None
         uninstall(moe)
-        assert moe.points is None
+        assert points_of(moe) is None
         assert "forward" not in vars(moe.router)
     assert hook_census(model) == {}
     assert torch.equal(logits_of(model), logits_of(tiny_model(recipe)))
@@ -133,7 +133,7 @@ def test_a_copy_of_the_model_has_points_of_its_own() -> None:
     model, points = with_points("olmoe")
     before = logits_of(model)
     clone = copy.deepcopy(model)
-    copied = next(find_moe_layers(clone)).points
+    copied = points_of(next(find_moe_layers(clone)))
     assert copied is not None
     assert copied is not points[0]
     copied.topk_weights.add_hook(lambda weights, hook: 0 * weights)
@@ -309,5 +309,5 @@ def test_a_refused_run_does_not_spoil_the_next() -> None:
 def test_moe_layer_reads_points_of_its_own_router_only() -> None:
     first, second, _ = find_moe_layers(tiny_model("olmoe"))
     points = install(first, MoEShape("m", (0,), 6, 3), ForwardState())
-    assert MoELayer("x", first.block, first.router).points is points
-    assert second.points is None
+    assert points_of(MoELayer("x", first.block, first.router)) is points
+    assert points_of(second) is None

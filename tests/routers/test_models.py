@@ -15,8 +15,9 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 
 import moe_lens
 from moe_lens.errors import MoELensError
-from moe_lens.model.hooked_moe import _TRANSFORMER_LENS_NAMES, HookedMoE
+from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.layers import find_moe_layers
+from moe_lens.model.loading import TRANSFORMER_LENS_NAMES
 from moe_lens.routers.models import SupportedModel, markdown_table, supported_models
 from moe_lens.routers.plain import SoftmaxTopK, TopKSoftmax
 from moe_lens.routers.rule import RoutingRule
@@ -63,7 +64,7 @@ def native_routers(architecture: str) -> tuple[str, ...] | None:
 
 
 def by_transformers_name(architecture: str) -> str:
-    names = {ours: hf for hf, ours in _TRANSFORMER_LENS_NAMES.items()}
+    names = {ours: hf for hf, ours in TRANSFORMER_LENS_NAMES.items()}
     return names.get(architecture, architecture)
 
 

@@ -1,0 +1,40 @@
+"""What `enable_compatibility_mode` must not do: options that change what a model computes are refused.
+
+refuse_wrong_options(bridge, options)      # by the model's row in `RULES`
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_lens.errors import MoELensError
+from moe_lens.model.loading import hf_architecture
+from moe_lens.routers.models import supported_models
+
+
+def refuse_wrong_options(bridge: TransformerBridge, options: Mapping[str, Any]) -> None:
+    """Raise MoELensError, with what to pass instead, where options of that mode are wrong for a model.
+
+    Args:
+        options: every option of `enable_compatibility_mode` -> its value.
+    """
+    architecture, has_biases = hf_architecture(bridge), _has_value_biases(bridge.original_model)
+    harmless = set() if has_biases else {"fold_value_biases"}
+    models = {model.architecture: model for model in supported_models()}
+    named = models[architecture].wrong_in_compatibility_mode if architecture in models else ()
+    wrong = [option for option in named if options[option] and option not in harmless]
+    if not wrong or options["no_processing"]:
+        return
+    off = list(wrong)
+    if has_biases and "fold_value_biases" not in off:
+        off.append("fold_value_biases")  # TransformerLens can fail to fold these where other folds are off
+    raise MoELensError(
+        f"enable_compatibility_mode with {' and '.join(wrong)} can change what {architecture} computes in "
+        f"TransformerLens 4.3. Pass {', '.join(f'{option}=False' for option in off)} or no_processing=True."
+    )
+
+
+def _has_value_biases(model: nn.Module) -> bool:
+    return any("v_proj" in name and name.endswith("bias") for name, _ in model.named_parameters())

@@ -1,0 +1,104 @@
+"""Names of other libraries that are not part of their documented interfaces: all of them stand here.
+
+    add_points(bridge, {0: {"hook_router_logits": point}})     # TransformerLens knows them by both names
+    remove_points(bridge, 0, ("hook_router_logits",))
+    has_hooks(point), supports_padding(bridge), hf_path(name), become(bridge, cls)
+
+`tests/model/test_private_names.py` checks that each still exists and does what is said here, and that no
+other file of the package uses such a name.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from moe_lens import hook_names
+
+
+class PointsOnly(nn.Module):
+    """Stands as `block.mlp` where TransformerLens gives the MoE block another name (`moe`, `mixer`)."""
+
+
+def add_points(bridge: Any, added: Mapping[int, Mapping[str, Any]]) -> None:
+    """Let a bridge know points (layer -> short name -> point) under both of their names.
+
+    It does what TransformerLens' own scan for hooks would do, which walks the whole bridge each time.
+
+    - `bridge._hook_registry`, name -> HookPoint: what `hook_dict`, caching and `run_with_hooks` look in.
+    - `block._hook_alias_registry`, alias -> path below the block, and `block._register_aliases()`, which sets
+      the attributes: so that aliases outlive the rebuilding of the registry in compatibility mode.
+    """
+    for number, points in added.items():
+        block: Any = bridge.blocks[number]
+        if not hasattr(block, "mlp"):
+            block.mlp = PointsOnly().train(bridge.training)
+        for name, target in hook_names.block_aliases(tuple(points)).items():
+            point = points[name].train(bridge.training)
+            setattr(block.mlp, name, point)
+            point.name = f"blocks.{number}.{target}"
+            bridge._hook_registry[point.name] = point
+    for number, points in added.items():
+        block = bridge.blocks[number]
+        block._hook_alias_registry.update(hook_names.block_aliases(tuple(points)))
+        block._register_aliases()
+        for name, point in points.items():
+            bridge._hook_registry[f"blocks.{number}.{name}"] = point
+
+
+def remove_points(bridge: Any, number: int, points: Iterable[str]) -> None:
+    """Let a bridge forget points of one layer, under both of their names.
+
+    - `mlp._hook_registry`, short name -> HookPoint: a component notes there every HookPoint that is set on
+      it, and the next scan would find a detached point there. (`PointsOnly` is no component and has none.)
+    - The others are those of `add_points`.
+    """
+    block: Any = bridge.blocks[number]
+    of_component = {} if isinstance(block.mlp, PointsOnly) else block.mlp._hook_registry
+    for alias, target in hook_names.block_aliases(tuple(points)).items():
+        delattr(block.mlp, alias)
+        of_component.pop(alias, None)
+        vars(block).pop(alias, None)
+        block._hook_alias_registry.pop(alias, None)
+        for name in (alias, target):
+            bridge._hook_registry.pop(f"blocks.{number}.{name}", None)
+
+
+def supports_padding(bridge: Any) -> bool:
+    """Whether the model inside a bridge can run prompts of different lengths in one batch.
+
+    `adapter.supports_batched_generation`, True by default: TransformerLens' own `generate` refuses lists of
+    prompts by it.
+    """
+    return bridge.adapter.supports_batched_generation
+
+
+def hf_path(name: str) -> str:
+    """A module's path as Hugging Face has it, from its path below a bridge.
+
+    A bridge's component holds the module that it wraps as the child `_original_component`. Only the places
+    that errors name depend on it.
+    """
+    return name.replace("._original_component", "")
+
+
+def become(bridge: Any, cls: type) -> None:
+    """Make a bridge an instance of another class of bridges, in place, by assigning `__class__`.
+
+    TransformerLens' builders cannot be told which class to make; and `attach` keeps the object that somebody
+    already has.
+    """
+    bridge.__class__ = cls
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether any hook waits on a module: torch keeps them in `_forward_hooks` and the three others.
+
+    TransformerLens' hooks are torch hooks of its HookPoints, so that these hold them too.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
