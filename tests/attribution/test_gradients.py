@@ -17,21 +17,6 @@ def metric(logits):
     return logits[:, -1].log_softmax(-1)[:, 9].sum() + 0.1 * logits[0, 1, 7]
 
 
-@pytest.fixture
-def with_outputs(hooked):
-    """A family's model with hook_expert_out on, until the test ends."""
-    used = []
-
-    def build(family):
-        used.append(hooked(family))
-        used[-1].set_use_expert_out(True)
-        return used[-1]
-
-    yield build
-    for model in used:
-        model.set_use_expert_out(False)
-
-
 def _value(model, given, name, edit) -> float:
     with torch.no_grad():
         return float(metric(model.run_with_hooks(given, fwd_hooks=[(name, lambda x, hook: edit(x.clone()))])))
