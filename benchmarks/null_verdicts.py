@@ -79,7 +79,7 @@ class Bench:
         def measure(one: SteeringPlan) -> Outcome:
             return Outcome(self.says_document(one, test), {})
 
-        plans = {"+": plan, "−": opposite_plan(scores, plan)}
+        plans = {"+": plan, "-": opposite_plan(scores, plan)}
         return SteeringReport(
             task="answers with the document's value",
             model=self.name,
@@ -101,7 +101,7 @@ class Bench:
             try:
                 plans = [
                     (side, SteeringPlan.from_scores(own, n_deactivate=size))
-                    for side, own in (("+", scores), ("−", -scores))
+                    for side, own in (("+", scores), ("-", -scores))
                 ]
             except PlanError:  # too few experts of one sign, or too many in one layer
                 continue

@@ -43,7 +43,7 @@ def draw_votes(ax: Axes, weights: Tensor, plan: SteeringPlan, title: str) -> Axe
 def draw_rates(ax: Axes, report: SteeringReport) -> None:
     """Rates with intervals over countries; one dot a random set of as many experts."""
     conditions = (
-        ("−", "toward\nmemory", "#d55e00"),
+        ("-", "toward\nmemory", "#d55e00"),
         ("", "as\ntrained", "black"),
         ("+", "toward\ndocument", "#0072b2"),
     )
@@ -57,7 +57,7 @@ def draw_rates(ax: Axes, report: SteeringReport) -> None:
         sets = [o.rate for kind in report.controls.values() for o in kind[direction]] if direction else []
         jitter = [x + 0.2 + 0.02 * (number % 10) for number in range(len(sets))]
         ax.scatter(
-            jitter, sets, s=9, color="#999999", label="random sets of 6 experts" if direction == "−" else None
+            jitter, sets, s=9, color="#999999", label="random sets of 6 experts" if direction == "-" else None
         )
     ax.set(
         xticks=range(3),

@@ -41,6 +41,7 @@ class FileKind:
         words: what such a file holds, in words, for errors.
         error: what is raised for a file that cannot be read.
         former_names: other values of "kind" that older versions wrote.
+        default_schema: of files without a field "schema", where users write such by hand; None: refused.
     """
 
     name: str
@@ -49,6 +50,7 @@ class FileKind:
     words: str
     error: type[MoELensError] = DataError
     former_names: tuple[str, ...] = ()
+    default_schema: int | None = None
 
     def save_tensors(self, path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Write a safetensors file, atomically: the same bytes for the same tensors and the same `about`."""
@@ -73,7 +75,7 @@ class FileKind:
                 about = {key: json.loads(value) for key, value in metadata.items()}
         except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
             raise self.error(f"{path} cannot be read as {self.words}: {error}.") from error
-        return self._opened(path, about, tensors), tensors
+        return self.opened(path, about, tensors), tensors
 
     def save_json(self, path: str | Path, content: Mapping[str, Any]) -> None:
         """Write a JSON file, atomically; `content` may hold what `json` can write, with strings as keys."""
@@ -91,7 +93,7 @@ class FileKind:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise self.error(f"{path} cannot be read as {self.words}: {error}.") from error
-        return self._opened(path, content, {})
+        return self.opened(path, content)
 
     def sealed(
         self, content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
@@ -100,18 +102,21 @@ class FileKind:
         head = {"kind": self.name, "schema": self.schema, "digest": digest_of(content, tensors or {})}
         return {**head, **content}
 
-    def _opened(self, path: str | Path, content: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def opened(
+        self, path: str | Path, content: Any, tensors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """What `sealed` made a file's content of, with its "schema"; `path` is named in errors."""
         if not isinstance(content, dict) or content.get("kind") not in (self.name, *self.former_names):
             found = content.get("kind") if isinstance(content, dict) else None
             raise self.error(f"{path} is no file of {self.words}: its kind is {found!r}, not {self.name!r}.")
-        schema = content.get("schema")
+        schema = content.get("schema", self.default_schema)
         if isinstance(schema, bool) or schema not in self.reads:
             known = " or ".join(map(str, self.reads))
             raise self.error(
                 f"{path} is no file of {self.words} of schema {known}: its schema is {schema!r}."
             )
         own = {name: value for name, value in content.items() if name not in ("kind", "schema", "digest")}
-        if "digest" in content and content["digest"] != digest_of(own, tensors):
+        if "digest" in content and content["digest"] != digest_of(own, tensors or {}):
             raise self.error(
                 f"{path} is damaged: its digest is not that of its content. If it was changed by hand on "
                 "purpose, take out its field 'digest'."
@@ -177,8 +182,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def read_json(path: str | Path, kind: str, schema: int) -> dict[str, Any]:
-    """The JSON object in a file of a kind. Raises DataError for anything else."""
-    return FileKind(kind, schema, (schema,), kind).load_json(path)

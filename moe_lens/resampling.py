@@ -1,4 +1,4 @@
-"""Bootstrap over clusters: weights of resampled clusters, and the interval of a mean."""
+"""Bootstrap over clusters: weights of resampled clusters, the interval of a mean; and many seeds from one."""
 
 from collections.abc import Sequence
 
@@ -58,3 +58,15 @@ def cluster_weights(
         n_clusters, np.full(n_clusters, 1 / n_clusters), n_resamples
     )
     return drawn[:, member_of].astype(np.float64)
+
+
+def spawned_seeds(seed: int, n: int) -> list[int]:
+    """`n` seeds whose random numbers are independent of each other and of those of other seeds' children.
+
+    >>> spawned_seeds(3, 2) == spawned_seeds(3, 5)[:2], len({*spawned_seeds(3, 5), *spawned_seeds(4, 5)})
+    (True, 10)
+
+    numpy's `SeedSequence.spawn`; each seed is 128 bits, so that no two are alike.
+    """
+    children = np.random.SeedSequence(seed).spawn(n)
+    return [int.from_bytes(child.generate_state(4).astype("<u4").tobytes(), "little") for child in children]

@@ -1,4 +1,7 @@
-"""What each command of `moe-lens` does: files in, files out. `cli.py` has the parser and the help."""
+"""What each command of `moe-lens` does: files in, files out. parser.py has the arguments and the help.
+
+The rooms are imported lazily, so that a command loads what it uses: plans and figures need no model library.
+"""
 
 import argparse
 import hashlib
@@ -7,76 +10,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import torch
-from matplotlib.axes import Axes
-from tqdm.auto import tqdm
-
-from moe_lens import organisms, plots
-from moe_lens.detection.detecting import detect as detect_experts
-from moe_lens.detection.detecting import selection_stability, template_agreement
-from moe_lens.detection.expert_scores import ExpertScores
+import moe_lens
+from moe_lens import detection, evaluation, organisms, plots, statistics, steering, text
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.evaluation.evaluating import evaluate_steering
-from moe_lens.evaluation.evaluating import sweep as sweep_sizes
-from moe_lens.evaluation.plan_sizes import SweepResult
-from moe_lens.evaluation.tasks import load_task
 from moe_lens.files import atomic_write, check_writable, digest_of_file
-from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.organisms import demo as demo_module
-from moe_lens.routers.models import markdown_table, with_table
-from moe_lens.statistics.collection import collect_to_file, route_prompt
-from moe_lens.statistics.routing_stats import RoutingStats
-from moe_lens.steering.hooks import steer_hooks
-from moe_lens.steering.plan import SteeringPlan
-from moe_lens.steering.published import read_published_ranking
-from moe_lens.text.batching import padded_batches
-from moe_lens.text.pairs import ContrastivePairs
-from moe_lens.text.rows import csv_rows, jsonl_rows, read_prompts
 
 Options = argparse.Namespace
 
 
 def stats(options: Options) -> None:
     model = _model(options)
-    prompts = read_prompts(options.prompts, column=options.column)
+    prompts = text.read_prompts(options.prompts, column=options.column)
     about = f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column}"
-    found = collect_to_file(
+    counted = statistics.collect_to_file(
         model, prompts, options.out, about=about, batch_size=options.batch_size, span=options.span or "all",
         special_tokens=options.special_tokens, per_prompt=options.per_prompt, positions=options.positions,
         vocabulary=options.vocabulary,
     )  # fmt: skip
-    print(f"{found}\n{found.load_balance().to_dataframe().round(3).to_string(index=False)}")
+    print(f"{counted}\n{counted.load_balance().to_dataframe().round(3).to_string(index=False)}")
     _wrote(options.out)
 
 
 def detect(options: Options) -> None:
-    is_csv = options.pairs.suffix == ".csv"
-    rows = (csv_rows if is_csv else jsonl_rows)(options.pairs)
-    columns = {name: getattr(options, name) for name in ("first", "second", "cluster", "template")}
-    for name in ("cluster", "template"):
-        if columns[name] is None and any(name in row for _, row in rows):
-            columns[name] = name
-    given = {name: column for name, column in columns.items() if column is not None}
-    pairs = (ContrastivePairs.from_csv if is_csv else ContrastivePairs.from_jsonl)(options.pairs, **given)
+    pairs = _pairs(options)
     if not options.top:
         raise DataError("--top must be at least 1.")
     check_writable(options.out)
-    scores = detect_experts(
+    scores = detection.detect(
         _model(options), pairs, score=options.score, span=options.span or "pairs", seed=options.seed,
         special_tokens=options.special_tokens, level=options.level, n_resamples=options.resamples,
         n_permutations=options.permutations, batch_size=options.batch_size,
     )  # fmt: skip
     scores.save(options.out)
     print(f"{scores}\n{scores.to_dataframe().head(options.top).round(4).to_string(index=False)}")
-    print(selection_stability(scores, n=min(options.top, scores.delta.numel())))
+    print(detection.selection_stability(scores, n=min(options.top, scores.delta.numel())))
     written = [options.out]
     if options.table is not None:
         with atomic_write(options.table) as temporary:
             scores.to_dataframe().to_csv(temporary, index=False)
         written.append(options.table)
     if len(set(pairs.templates)) > 1:
-        print(f"rank correlation between templates:\n{template_agreement(scores).round(2).to_string()}")
+        agreement = detection.template_agreement(scores).round(2)
+        print(f"rank correlation between templates:\n{agreement.to_string()}")
     _wrote(*written)
 
 
@@ -90,15 +65,15 @@ def plan(options: Options) -> None:
         if options.moe_layers and shape is None:
             raise DataError("--moe-layers needs --model, whose MoE layers are meant.")
         layers = shape.layers if shape is not None and options.moe_layers else None
-        ranking = read_published_ranking(options.scores, shape=shape, layers=layers)
+        ranking = steering.read_published_ranking(options.scores, shape=shape, layers=layers)
         if "all" in numbers.values():
             raise DataError("A published ranking needs numbers for --activate and --deactivate.")
         given = {name: number or 0 for name, number in numbers.items()}
-        chosen = ranking.plan(**given, reverse=options.reverse, **common)
+        chosen = ranking.plan(**given, opposite=options.reverse, **common)
     else:
-        scores = ExpertScores.load(options.scores)
+        scores = detection.ExpertScores.load(options.scores)
         scores = -scores if options.reverse else scores
-        chosen = SteeringPlan.from_scores(scores, **numbers, q=options.q, **common)
+        chosen = steering.SteeringPlan.from_scores(scores, **numbers, q=options.q, **common)
     if not len(chosen):
         raise DataError("The plan names no expert; ask for some with --activate, --deactivate or --q.")
     chosen.save(options.out)
@@ -107,18 +82,21 @@ def plan(options: Options) -> None:
 
 
 def steer(options: Options) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
     if (options.prompt is None) == (options.prompts is None):
         raise DataError("Give the prompts either as --prompt TEXT (repeatable) or as --prompts FILE.")
-    prompts = options.prompt or read_prompts(options.prompts, column=options.column)
+    prompts = options.prompt or text.read_prompts(options.prompts, column=options.column)
     if not options.max_new_tokens:
         raise DataError("--max-new-tokens must be at least 1.")
-    model, chosen = _model(options), SteeringPlan.load(options.plan)
+    model, chosen = _model(options), steering.SteeringPlan.load(options.plan)
     settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "verbose": False}
     rows = []
     for index, prompt in enumerate(tqdm(prompts, desc="generating", unit="prompt")):
-        tokens, _ = next(iter(padded_batches(model, [prompt], 1)))
+        tokens, _ = next(iter(text.padded_batches(model, [prompt], 1)))
         texts = {}
-        for name, hooks in (("unsteered", []), ("steered", steer_hooks(chosen))):
+        for name, hooks in (("unsteered", []), ("steered", steering.steer_hooks(chosen))):
             with model.hooks(fwd_hooks=hooks), torch.no_grad():
                 output: Any = model.generate(tokens, return_type="tokens", **settings)
             texts[name] = model.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
@@ -133,10 +111,11 @@ def steer(options: Options) -> None:
 
 
 def evaluate(options: Options) -> None:
-    reverse = None if options.reverse is None else SteeringPlan.load(options.reverse)
-    scores = None if options.scores is None else ExpertScores.load(options.scores)
-    task, chosen = load_task(options.task), SteeringPlan.load(options.plan)
-    report = evaluate_steering(
+    load = steering.SteeringPlan.load
+    reverse = None if options.reverse is None else load(options.reverse)
+    scores = None if options.scores is None else detection.ExpertScores.load(options.scores)
+    task, chosen = evaluation.load_task(options.task), load(options.plan)
+    report = evaluation.evaluate_steering(
         _model(options), chosen, task, reverse=reverse, scores=scores, n_random=options.n_random,
         seed=options.seed, alpha=options.alpha,
     )  # fmt: skip
@@ -147,25 +126,27 @@ def evaluate(options: Options) -> None:
 
 
 def sweep(options: Options) -> None:
-    found = sweep_sizes(
-        _model(options), ExpertScores.load(options.scores), load_task(options.task), sizes=options.sizes,
-        n_random=options.n_random, seed=options.seed,
-    )  # fmt: skip
-    print(found)
+    scores, task = detection.ExpertScores.load(options.scores), evaluation.load_task(options.task)
+    result = evaluation.sweep(
+        _model(options), scores, task, sizes=options.sizes, n_random=options.n_random, seed=options.seed
+    )
+    print(result)
     if options.out is not None:
-        found.save(options.out)
+        result.save(options.out)
         _wrote(options.out)
 
 
 def plot(options: Options) -> None:
-    mpl.use("Agg")
+    _draw_into_files()
     plots.save(PLOTS[options.kind](options), options.out)
     _wrote(options.out)
 
 
 def demo(options: Options) -> None:
-    mpl.use("Agg")  # files only, no window
-    torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
+    from moe_lens.organisms import demo as organisms_demo
+
+    _draw_into_files()
+    _one_thread()
     names = options.model or organisms.names()
     for name in names:
         organisms.path(name)  # a wrong name fails before the first minute of work
@@ -173,13 +154,13 @@ def demo(options: Options) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MoELensError(f"{options.out} cannot be made a folder ({error}); give another --out.") from error
-    results = [demo_module.run_demo(name, seed=options.seed) for name in names]
-    text = f"{demo_module.table(results)}\n\n{demo_module.LEGEND}\n"
-    print(f"\n{text}")
-    (options.out / "table.md").write_text(text, encoding="utf-8")
+    results = [organisms_demo.run_demo(name, seed=options.seed) for name in names]
+    words = f"{organisms_demo.table(results)}\n\n{organisms_demo.LEGEND}\n"
+    print(f"\n{words}")
+    (options.out / "table.md").write_text(words, encoding="utf-8")
     written = [options.out / "table.md"]
     for result in results:
-        labels = {"+": "deactivated toward the document", "−": "deactivated toward memory"}
+        labels = {"+": "deactivated toward the document", "-": "deactivated toward memory"}
         named = {labels[direction]: plan for direction, plan in result.plans.items()}
         written.append(options.out / f"experts-{result.name}.png")
         plots.save(plots.expert_heat_map(result.scores, named), written[-1])
@@ -189,27 +170,46 @@ def demo(options: Options) -> None:
 
 
 def models(options: Options) -> None:
+    from moe_lens.routers.models import markdown_table, with_table
+
     if options.readme is None:
         print(markdown_table(), end="")
         return
     try:
-        text = options.readme.read_text(encoding="utf-8")
+        page = options.readme.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MoELensError(f"{options.readme} cannot be read ({error}); give another --readme.") from error
-    new = with_table(text)
+    new = with_table(page)
     with atomic_write(options.readme) as temporary:
         temporary.write_text(new, encoding="utf-8")
 
 
-def _model(options: Options) -> HookedMoE:
-    """The model that --model or MODEL names: an organism, a folder or a name on the hub."""
+def _pairs(options: Options) -> Any:
+    """The file's pairs; where it has columns "cluster" and "template", they are that without being named."""
+    from moe_lens.text.rows import csv_rows, jsonl_rows
+
+    is_csv = options.pairs.suffix == ".csv"
+    rows = (csv_rows if is_csv else jsonl_rows)(options.pairs)
+    columns = {name: getattr(options, name) for name in ("first", "second", "cluster", "template")}
+    for name in ("cluster", "template"):
+        if columns[name] is None and any(name in row for _, row in rows):
+            columns[name] = name
+    given = {name: column for name, column in columns.items() if column is not None}
+    read = text.ContrastivePairs.from_csv if is_csv else text.ContrastivePairs.from_jsonl
+    return read(options.pairs, **given)
+
+
+def _model(options: Options) -> Any:
+    """The HookedMoE that --model or MODEL names: an organism, a folder or a name on the hub."""
+    import torch
+
     kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
     if options.device is not None:
         kwargs["device"] = options.device
     shipped = options.model in organisms.names()
     if shipped:
-        torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
-    load = organisms.load if shipped else HookedMoE.from_pretrained
+        _one_thread()
+    load = organisms.load if shipped else moe_lens.HookedMoE.from_pretrained
     try:
         return load(options.model, **kwargs)
     except MoELensError:
@@ -219,7 +219,19 @@ def _model(options: Options) -> HookedMoE:
         raise DataError(f"The model {options.model} cannot be loaded: {reason}") from error
 
 
-def _weights_digest(model: HookedMoE) -> str:
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
+
+
+def _draw_into_files() -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no window
+
+
+def _weights_digest(model: Any) -> str:
     """Of numbers all over every parameter and buffer: counts of other weights should not be continued."""
     digest = hashlib.sha256()
     network = model.original_model
@@ -238,36 +250,41 @@ def _file(options: Options) -> Path:
     return options.file
 
 
-def _scores(options: Options) -> ExpertScores:
-    return ExpertScores.load(_file(options))
+def _scores(options: Options) -> Any:
+    return detection.ExpertScores.load(_file(options))
 
 
-def _heat_map(options: Options) -> Axes:
-    named = {path.stem: SteeringPlan.load(path) for path in options.plan or []}
+def _stats(options: Options) -> Any:
+    return statistics.RoutingStats.load(_file(options))
+
+
+def _heat_map(options: Options) -> Any:
+    named = {path.stem: steering.SteeringPlan.load(path) for path in options.plan or []}
     return plots.expert_heat_map(_scores(options), named)
 
 
-def _tokens(options: Options) -> Axes:
+def _tokens(options: Options) -> Any:
     if options.prompt is None or options.model is None:
         raise DataError("plot tokens needs --model MODEL and --prompt TEXT.")
-    hooks = [hook for path in options.plan or [] for hook in steer_hooks(SteeringPlan.load(path))]
-    return plots.token_routing(route_prompt(_model(options), options.prompt, hooks=hooks))
+    plans = [steering.SteeringPlan.load(path) for path in options.plan or []]
+    hooks = [hook for plan in plans for hook in steering.steer_hooks(plan)]
+    return plots.token_routing(statistics.route_prompt(_model(options), options.prompt, hooks=hooks))
 
 
-def _coactivation(options: Options) -> Axes:
-    found = RoutingStats.load(_file(options))
-    layer = found.shape.layers[0] if options.layer is None else options.layer
-    return plots.coactivation_matrix(found, layer)
+def _coactivation(options: Options) -> Any:
+    counted = _stats(options)
+    layer = counted.shape.layers[0] if options.layer is None else options.layer
+    return plots.coactivation_matrix(counted, layer)
 
 
-PLOTS: dict[str, Callable[[Options], Axes]] = {
+PLOTS: dict[str, Callable[[Options], Any]] = {
     "heatmap": _heat_map,
     "volcano": lambda options: plots.volcano(_scores(options)),
-    "layers": lambda options: plots.selected_by_layer(SteeringPlan.load(_file(options))),
+    "layers": lambda options: plots.selected_by_layer(steering.SteeringPlan.load(_file(options))),
     "coactivation": _coactivation,
-    "balance": lambda options: plots.load_balance(RoutingStats.load(_file(options)).load_balance()),
+    "balance": lambda options: plots.load_balance(_stats(options).load_balance()),
     "tokens": _tokens,
-    "sweep": lambda options: plots.sweep_curves(SweepResult.load(_file(options))),
+    "sweep": lambda options: plots.sweep_curves(evaluation.SweepResult.load(_file(options))),
 }
 """Kind of figure -> how it is drawn."""
 

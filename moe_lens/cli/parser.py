@@ -1,4 +1,4 @@
-"""The command `moe-lens`: a thin shell over the library.
+"""The command `moe-lens`: its arguments and its help. commands.py has what each command does.
 
 moe-lens demo                                   the whole ladder of organisms
 moe-lens models                                 the table of supported models
@@ -9,21 +9,21 @@ moe-lens steer MODEL PLAN --prompt TEXT         generate, unsteered and steered
 moe-lens evaluate MODEL PLAN TASK               is the effect larger than that of random experts?
 moe-lens sweep MODEL SCORES TASK                the effect of plans of several sizes
 moe-lens plot KIND FILE --out F                 a figure of any of these files
+
+Help needs no model library, and neither does a command that runs no model: so commands.py is imported when a
+command runs, and choices that other rooms know are looked up when they are needed.
 """
 
 import argparse
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from moe_lens.cli import commands
-from moe_lens.detection.scores import SCORES
 from moe_lens.errors import MoELensError
-from moe_lens.steering.plan import OnExcess
 
 _WORKFLOW = """\
 From prompts to a result:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with _sigterm_interrupts():
-            options.run(options)
+            getattr(_commands(), options.command)(options)
     except MoELensError as error:
         print(f"moe-lens: {error}", file=sys.stderr)
         return 1
@@ -59,6 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("moe-lens: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _commands() -> Any:
+    from moe_lens.cli import commands
+
+    return commands
 
 
 @contextmanager
@@ -81,16 +87,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_WORKFLOW,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    adders = parser.add_subparsers(required=True, metavar="COMMAND")
+    adders = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_demo, _models, _stats, _detect, _plan, _steer, _evaluate, _sweep, _plot):
         add(adders)
     return parser
 
 
-def _demo(commands_: Any) -> None:
+def _demo(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.demo,
+        adder,
+        "demo",
         "measure, detect and steer a small trained model, beside its controls",
         """On each organism (a small trained model that ships with the package): find the experts that run
         more often with a document than without, choose the plan's size on development questions, steer toward
@@ -106,10 +112,10 @@ def _demo(commands_: Any) -> None:
     command.add_argument("--seed", type=_number, default=0, help="of random sets and bootstrap (default: 0)")
 
 
-def _models(commands_: Any) -> None:
+def _models(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.models,
+        adder,
+        "models",
         "print the table of supported models",
         """Print, as Markdown, every Hugging Face architecture that moe_lens supports: its router, the routing
         rule, where k comes from, special cases, and what is refused.""",
@@ -119,10 +125,10 @@ def _models(commands_: Any) -> None:
     )
 
 
-def _stats(commands_: Any) -> None:
+def _stats(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.stats,
+        adder,
+        "stats",
         "routing statistics over many prompts",
         """Count which experts run, layer by layer, and print how evenly they are used. PROMPTS is a .txt file
         (one prompt a line), a .jsonl file (each line a string, a list of messages, a list of token numbers,
@@ -142,10 +148,10 @@ def _stats(commands_: Any) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
 
 
-def _detect(commands_: Any) -> None:
+def _detect(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.detect,
+        adder,
+        "detect",
         "which experts follow a contrast, with intervals and q-values",
         """Score every expert on contrastive pairs, with a confidence interval (paired bootstrap), a p-value
         (sign flips) and a q-value (Benjamini–Hochberg over all experts). PAIRS is a .jsonl or .csv file
@@ -159,7 +165,10 @@ def _detect(commands_: Any) -> None:
         command.add_argument(
             f"--{name}", metavar="NAME", help=f"field or column of that meaning (default: {name})"
         )
-    command.add_argument("--score", choices=tuple(SCORES), default="risk_difference", help="which score")
+    command.add_argument(
+        "--score", choices=_Choices(_score_names), metavar="SCORE", default="risk_difference",
+        help="%(choices)s (default: %(default)s)",
+    )  # fmt: skip
     _spans(command)
     command.add_argument("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
     command.add_argument("--resamples", type=_number, default=1000, help="of the bootstrap (default: 1000)")
@@ -167,13 +176,13 @@ def _detect(commands_: Any) -> None:
     command.add_argument("--seed", type=_number, default=0, help="of both (default: 0)")
     command.add_argument("--top", type=_number, default=10, help="how many experts to print (default: 10)")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
-    command.add_argument("--table", type=Path, metavar="FILE", help="all experts as .csv, too")
+    command.add_argument("--table", type=Path, metavar="FILE", help="all experts, as .csv")
 
 
-def _plan(commands_: Any) -> None:
+def _plan(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.plan,
+        adder,
+        "plan",
         "choose the experts to steer",
         """Write a steering plan: activate the experts with the most positive scores, deactivate those with
         the most negative ones. SCORES comes from `moe-lens detect`, or, with --steermoe, is a ranking that
@@ -191,7 +200,7 @@ def _plan(commands_: Any) -> None:
     command.add_argument("--reverse", action="store_true", help="for the opposite contrast")
     command.add_argument("--epsilon", type=float, default=0.01, help="of the transform (default: 0.01)")
     command.add_argument(
-        "--on-excess", choices=get_args(OnExcess), default="raise", help="experts that do not fit a layer"
+        "--on-excess", choices=("raise", "drop"), default="raise", help="experts that do not fit a layer"
     )
     command.add_argument("--steermoe", action="store_true", help="SCORES is a published ranking")
     command.add_argument("--model", help="with --steermoe: the model that the plan is for")
@@ -202,10 +211,10 @@ def _plan(commands_: Any) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plan, JSON")
 
 
-def _steer(commands_: Any) -> None:
+def _steer(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.steer,
+        adder,
+        "steer",
         "generate with a plan, beside the unsteered text",
         """Generate greedily from each prompt, unsteered and under the plan, as JSON lines with the fields
         index, prompt, unsteered, steered.""",
@@ -218,14 +227,14 @@ def _steer(commands_: Any) -> None:
     command.add_argument("--out", type=Path, metavar="FILE", help="JSON lines (default: print them)")
 
 
-def _evaluate(commands_: Any) -> None:
+def _evaluate(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.evaluate,
+        adder,
+        "evaluate",
         "is the effect of a plan larger than that of random experts?",
         """Measure a behaviour on held-out prompts under the plan, under the plan for the opposite direction,
         and under random sets of as many experts (any layer, and layer by layer), and say in words whether
-        the two-way gap exceeds these controls. TASK is a JSON file; `moe_lens.tasks.load_task` documents
+        the two-way gap exceeds these controls. TASK is a JSON file; `moe_lens.load_task` documents
         it.""",
     )
     _model_and(command, "plan", "steering plan")
@@ -239,10 +248,10 @@ def _evaluate(commands_: Any) -> None:
     command.add_argument("--out", type=Path, metavar="FILE", help="the report, JSON")
 
 
-def _sweep(commands_: Any) -> None:
+def _sweep(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.sweep,
+        adder,
+        "sweep",
         "the effect of plans of several sizes, both directions",
         """Deactivate 2, 4, ... experts in either direction, and as many random ones, and measure the task
         under each. Choose a size on development prompts and evaluate it on others.""",
@@ -254,15 +263,17 @@ def _sweep(commands_: Any) -> None:
     command.add_argument("--out", type=Path, metavar="FILE", help="the sweep, JSON")
 
 
-def _plot(commands_: Any) -> None:
+def _plot(adder: Any) -> None:
     command = _command(
-        commands_,
-        commands.plot,
+        adder,
+        "plot",
         "draw a figure from a file",
         """heatmap and volcano take scores, layers a plan, coactivation and balance routing statistics,
         sweep a sweep, tokens no file but --model and --prompt.""",
     )
-    command.add_argument("kind", choices=tuple(commands.PLOTS), help="which figure")
+    command.add_argument(
+        "kind", choices=_Choices(lambda: _commands().PLOTS), metavar="KIND", help="which figure: %(choices)s"
+    )
     command.add_argument("file", type=Path, nargs="?", metavar="FILE", help="what to draw")
     command.add_argument(
         "--plan", type=Path, action="append", metavar="FILE", help="heatmap: mark its experts; tokens: steer"
@@ -274,12 +285,25 @@ def _plot(commands_: Any) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
 
 
-def _command(
-    adder: Any, run: Callable[[argparse.Namespace], None], short: str, long: str
-) -> argparse.ArgumentParser:
-    command = adder.add_parser(run.__name__, help=short, description=long)
-    command.set_defaults(run=run)
-    return command
+class _Choices:
+    """The choices of an argument, asked for when an argument is checked or its help is shown."""
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self._names = names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+
+def _score_names() -> Iterable[str]:
+    from moe_lens.detection.scores import SCORES
+
+    return tuple(SCORES)
+
+
+def _command(adder: Any, name: str, short: str, long: str) -> argparse.ArgumentParser:
+    """The parser of the command that the function of this name in commands.py carries out."""
+    return adder.add_parser(name, help=short, description=long)
 
 
 def _model_and(command: argparse.ArgumentParser, name: str, text: str) -> None:
@@ -306,7 +330,7 @@ def _random(command: argparse.ArgumentParser) -> None:
 
 def _number(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 
 

@@ -10,14 +10,22 @@ from typing import Literal, get_args
 
 from tqdm.auto import tqdm
 
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError, PlanError
+from moe_lens.evaluation.outcomes import (
+    ANY_LAYER,
+    DIRECTIONS,
+    LAYER_MATCHED,
+    Limit,
+    Outcome,
+    direction_of,
+)
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
-from moe_lens.evaluation.report import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, Limit, Outcome, SteeringReport
+from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import SteeringTask
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.resampling import clustered_interval
+from moe_lens.resampling import clustered_interval, spawned_seeds
 from moe_lens.steering.controls import bottom_set, random_sets
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
@@ -40,7 +48,7 @@ def evaluate_steering(
 ) -> SteeringReport:
     """Measure a task under a plan, under its opposite, and under random sets of as many experts.
 
-    The test prompts must be others than those that the plan was chosen on; `split_clusters` and
+    The task's prompts must not be those that the plan was chosen on; `split_clusters` and
     `ContrastivePairs.split` make such splits.
 
     >>> from moe_lens import SteeringPlan, answer_task, evaluate_steering, organisms
@@ -56,14 +64,15 @@ def evaluate_steering(
     Args:
         model: a HookedMoE.
         plan: toward the behaviour that the task measures.
-        task: from `answer_task` or `load_task`, or made of functions of your own.
+        task: from `answer_task` or `load_task`, or a `SteeringTask` of your own functions.
         reverse: the plan for the opposite direction. By default `opposite_plan` of the scores, and without
             scores the plan with activated and deactivated experts swapped, where that is possible.
-        scores: that the plan came from; for the reverse plan and the least-scoring experts.
+        scores: those that the plan came from; they give the reverse plan and the least-scoring experts.
         n_random: random sets of each kind (layer-matched, any layer) and for each direction.
         alpha: error rate of the verdict.
         level: of the intervals.
         seed: of the random sets and the bootstrap.
+        progress: show a bar, one step a plan.
 
     Raises:
         DataError: too few random sets for the error rate, or a task that gives no number a prompt.
@@ -72,12 +81,12 @@ def evaluate_steering(
     check_model_and_task(model, task, seed, level)
     _check(plan, scores, n_random, alpha)
     _check_fits(model, plan)
-    plans = {"+": plan, "−": _reverse(model, plan, reverse, scores)}
+    plans = {"+": plan, "-": _reverse(model, plan, reverse, scores)}
     bottom = None if scores is None else bottom_set(scores, plan, model)
     with tqdm(total=3 + 4 * n_random + (bottom is not None), unit="run", disable=not progress) as bar:
 
-        def measure(one: SteeringPlan) -> Outcome:
-            outcome = measure_outcome(model, task, one)
+        def measure(steering: SteeringPlan) -> Outcome:
+            outcome = measure_outcome(model, task, steering)
             bar.update()
             return outcome
 
@@ -87,21 +96,25 @@ def evaluate_steering(
             plans=plans,
             clusters=task.clusters,
             unsteered=measure(SteeringPlan()),
-            steered={direction: measure(one) for direction, one in plans.items()},
+            steered={direction: measure(steering) for direction, steering in plans.items()},
             controls=run_controls(model, plans, measure, n_random, seed),
             bottom=None if bottom is None else measure(bottom),
-            limits={name: Limit(m.limit, m.larger_is_worse) for name, m in task.collateral.items()},
+            limits=_limits(task),
             alpha=alpha,
             level=level,
             seed=seed,
         )
 
 
+def _limits(task: SteeringTask) -> dict[str, Limit]:
+    return {name: Limit(measure.limit, measure.larger_is_worse) for name, measure in task.collateral.items()}
+
+
 def measure_outcome(model: HookedMoE, task: SteeringTask, plan: SteeringPlan) -> Outcome:
     """The task's behaviour and collateral measures under a plan."""
     hooks = steer_hooks(plan)
     values = task.values(model, hooks)
-    return Outcome(values, {name: one.value(model, hooks) for name, one in task.collateral.items()})
+    return Outcome(values, {name: measure.value(model, hooks) for name, measure in task.collateral.items()})
 
 
 def run_controls(
@@ -112,23 +125,17 @@ def run_controls(
     seed: int,
 ) -> dict[str, dict[str, list[Outcome]]]:
     """Kind -> direction -> outcomes of random sets; each of the four lists has draws of its own."""
-    return {
-        kind: {
-            direction: [
-                measure(one)
-                for one in random_sets(
-                    model, plans[direction], n_random, seed=4 * seed + 2 * first + second,
-                    layer_matched=kind == LAYER_MATCHED,
-                )
-            ]
-            for second, direction in enumerate(DIRECTIONS)
-        }
-        for first, kind in enumerate((LAYER_MATCHED, ANY_LAYER))
-    }  # fmt: skip
+    lists = [(kind, direction) for kind in (LAYER_MATCHED, ANY_LAYER) for direction in DIRECTIONS]
+    controls: dict[str, dict[str, list[Outcome]]] = {LAYER_MATCHED: {}, ANY_LAYER: {}}
+    for (kind, direction), list_seed in zip(lists, spawned_seeds(seed, len(lists)), strict=True):
+        matched = kind == LAYER_MATCHED
+        sets = random_sets(model, plans[direction], n_random, seed=list_seed, layer_matched=matched)
+        controls[kind][direction] = [measure(random) for random in sets]
+    return controls
 
 
 def opposite_plan(scores: ExpertScores, plan: SteeringPlan) -> SteeringPlan:
-    """As many experts as in `plan`, chosen for the opposite contrast.
+    """A plan of as many experts as `plan`, chosen for the opposite contrast.
 
     Raises:
         PlanError: fewer experts than that have the sign, or they do not fit their layers.
@@ -172,8 +179,7 @@ def check_model_and_task(model: HookedMoE, task: SteeringTask, seed: int, level:
     for given, wanted in ((model, HookedMoE), (task, SteeringTask)):
         if not isinstance(given, wanted):
             raise DataError(f"A {wanted.__name__} is needed here; got {type(given).__name__}.")
-    if as_index(seed) is None:
-        raise DataError(f"seed must be a number from 0 on; got {seed!r}.")
+    whole_number(seed, "seed")
     if not isinstance(level, float) or not 0 < level < 1:
         raise DataError(f"level must be a number between 0 and 1; got {level!r}.")
 
@@ -185,7 +191,7 @@ def _check(plan: SteeringPlan, scores: ExpertScores | None, n_random: int, alpha
         raise DataError(f"scores must be ExpertScores; got {type(scores).__name__}.")
     if isinstance(alpha, bool) or not isinstance(alpha, float) or not 0 < alpha < 1:
         raise DataError(f"alpha must be a number between 0 and 1; got {alpha!r}.")
-    if (number := as_index(n_random)) is None or 1 / (number + 1) ** 2 > alpha:
+    if 1 / (whole_number(n_random, "n_random") + 1) ** 2 > alpha:
         raise DataError(
             f"With n_random={n_random!r} no p-value can reach alpha={alpha:g}, since none falls below "
             "1 / (n_random + 1)²; take more random sets, 20 for example."
@@ -214,22 +220,28 @@ def sweep(
     >>> model, world = organisms.load("planted"), organisms.world("planted")
     >>> scores = detect_document_experts(model, world)
     >>> task = document_task(world, "development")
-    >>> found = sweep(model, scores, task, sizes=(2, 4), n_random=0, progress=False)
-    >>> found.sizes, found.gap(4) > found.gap(2)
+    >>> result = sweep(model, scores, task, sizes=(2, 4), n_random=0, progress=False)
+    >>> result.sizes, result.gap(4) > result.gap(2)
     ((2, 4), True)
 
     Args:
+        model: a HookedMoE.
         scores: the plans take the experts with the most negative and most positive ones.
+        task: what to measure, on development prompts.
         sizes: numbers of experts; those that the model has no room for are left out.
-        directions: "+" (toward the scores' first condition), "−" (toward the second), or both.
+        directions: "+" (toward the scores' first condition), "-" (toward the second), or both.
         mode: "deactivate" (the gentler lever), "activate", or "both" (as many of each).
         n_random: random sets of each size, in any layers; may be 0.
+        level: of the intervals.
+        seed: of the random sets and the bootstrap.
+        progress: show a bar, one step a plan.
 
     Raises:
-        DataError: no sizes, an unknown direction or mode. PlanError: no size is possible.
+        DataError: no sizes, an unknown direction or mode.
+        PlanError: no size is possible.
     """
     check_model_and_task(model, task, seed, level)
-    _check_sweep(sizes, directions, mode, n_random)
+    directions = _checked_sweep(sizes, directions, mode, n_random)
     plans = _plans(model, scores, sizes, directions, mode)
     unsteered = measure_outcome(model, task, SteeringPlan())
     points = []
@@ -240,15 +252,15 @@ def sweep(
             bar.update()
             return outcome
 
-        for number, ((size, direction), plan) in enumerate(plans.items()):
+        seeds = spawned_seeds(seed, len(plans))
+        for ((size, direction), plan), plan_seed in zip(plans.items(), seeds, strict=True):
             outcome = measure(plan)
             low, high = clustered_interval(outcome.values, task.clusters, level=level, seed=seed)
-            sets = random_sets(model, plan, n_random, seed=10_000 * (seed + 1) + number)
-            random = [measure(one).rate for one in sets]
+            random = [measure(set_).rate for set_ in random_sets(model, plan, n_random, seed=plan_seed)]
             points.append(
                 SweepPoint(size, direction, outcome.rate, low, high, dict(outcome.collateral), random)
             )
-    limits = {name: Limit(one.limit, one.larger_is_worse) for name, one in task.collateral.items()}
+    limits = _limits(task)
     return SweepResult(
         task.name,
         model.moe_shape.model,
@@ -285,12 +297,21 @@ def _plans(
     return plans
 
 
-def _check_sweep(sizes: Sequence[int], directions: Sequence[str], mode: str, n_random: int) -> None:
-    if not isinstance(sizes, Iterable) or not (sizes := list(sizes)) or not all(map(as_index, sizes)):
-        raise DataError(f"sizes must be numbers of experts from 1 on, at least one; got {sizes!r}.")
-    if not directions or not set(directions) <= set(DIRECTIONS):
-        raise DataError(f"directions must be of {DIRECTIONS}; got {directions!r}.")
+def _checked_sweep(
+    sizes: Sequence[int], directions: Sequence[str], mode: str, n_random: int
+) -> tuple[str, ...]:
+    """The directions, after everything has been looked at; raises DataError before anything runs."""
+    if not isinstance(sizes, Iterable) or not len(sizes):
+        raise DataError(f"sizes must be numbers of experts, at least one; got {sizes!r}.")
+    for size in sizes:
+        whole_number(size, "each of sizes", least=1)
+    try:
+        named = tuple(direction_of(direction) for direction in directions)
+    except DataError:
+        named = ()
+    if not named:
+        raise DataError(f"directions must be of {DIRECTIONS}, at least one; got {directions!r}.")
     if mode not in get_args(Mode):
         raise DataError(f"mode must be one of {get_args(Mode)}; got {mode!r}.")
-    if as_index(n_random) is None:
-        raise DataError(f"n_random must be a number from 0 on; got {n_random!r}.")
+    whole_number(n_random, "n_random")
+    return named

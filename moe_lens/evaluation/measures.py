@@ -1,12 +1,12 @@
-"""What a model answers, how well it predicts text, and how sure a difference is.
+"""What a model answers, and how well it predicts text.
 
 says = answers_with(model, prompts, answers, hooks=steer_hooks(plan))     # bool [prompt]
 loss = text_loss(model, sentences, hooks=steer_hooks(plan))               # nats a token
-low, high = clustered_interval(says.numpy(), clusters=entities, seed=0)   # 95 % interval of the mean
+low, high = clustered_interval(says.double().numpy(), clusters=entities)  # 95 % interval of the mean
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,18 +14,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import DataError
-from moe_lens.model.registration import Model
-from moe_lens.model.router_points import Hooks
-from moe_lens.text.batching import padded_batches, token_sequences
+from moe_lens.text.batching import TextModel, padded_batches, token_sequences
+
+Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
+
+
+@runtime_checkable
+class MeasuredModel(TextModel, Protocol):
+    """What measuring asks of a model: a `HookedMoE` has it, as any TransformerBridge."""
+
+    @property
+    def run_with_hooks(self) -> Callable[..., Any]:
+        """TransformerLens' `run_with_hooks`; gives logits [batch pos vocab]."""
+        ...
 
 
 def answers_with(
-    model: Model,
+    model: MeasuredModel,
     prompts: Sequence[Any],
     answers: Sequence[str],
     *,
     hooks: Hooks = (),
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> Bool[Tensor, "prompt"]:
     """Whether the model's most probable next token is the answer, for each prompt.
 
@@ -35,11 +45,13 @@ def answers_with(
     torch.Size([4])
 
     Args:
+        prompts: strings, chats or tokens.
         answers: one a prompt, each a single token of the model's vocabulary.
         hooks: forward hooks to run under.
+        batch_size: prompts in one forward.
 
     Raises:
-        DataError: no prompts, another number of answers than prompts, or an answer that is no single token.
+        DataError: no prompts, another number of answers than prompts, or an answer of several tokens.
     """
     if len(answers) != len(prompts):
         raise DataError(f"{len(prompts)} prompts need as many answers; got {len(answers)}.")
@@ -52,12 +64,12 @@ def answers_with(
 
 
 def continuation_log_probs(
-    model: Model,
+    model: MeasuredModel,
     prompts: Sequence[Any],
     continuations: Sequence[str],
     *,
     hooks: Hooks = (),
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> Float[np.ndarray, "prompt"]:
     """Mean log-probability a token, in nats, of each continuation after its prompt.
 
@@ -69,6 +81,9 @@ def continuation_log_probs(
 
     Args:
         prompts: strings, chats or tokens; a continuation's tokens are put after its prompt's.
+        continuations: one text a prompt, of one token at least.
+        hooks: forward hooks to run under.
+        batch_size: prompts in one forward.
 
     Raises:
         DataError: no prompts, unequal numbers, or a continuation without tokens.
@@ -77,17 +92,17 @@ def continuation_log_probs(
         raise DataError(f"{len(prompts)} prompts need as many continuations; got {len(continuations)}.")
     added = [_continuation_tokens(model, text) for text in continuations]
     sequences = [torch.cat(pair) for pair in zip(token_sequences(model, prompts), added, strict=True)]
-    found: list[float] = []
+    means: list[float] = []
     for tokens, _, logits in _batch_logits(model, sequences, hooks, batch_size):
         for row in range(len(tokens)):
-            n_added = len(added[len(found)])  # padding stands left
-            found.append(
-                float(_next_log_probs(logits[row, -n_added - 1 :], tokens[row, -n_added - 1 :]).mean())
-            )
-    return np.array(found)
+            start = -len(added[len(means)]) - 1  # padding is on the left
+            means.append(float(_next_log_probs(logits[row, start:], tokens[row, start:]).mean()))
+    return np.array(means)
 
 
-def text_loss(model: Model, texts: Sequence[str], *, hooks: Hooks = (), batch_size: int = 64) -> float:
+def text_loss(
+    model: MeasuredModel, texts: Sequence[str], *, hooks: Hooks = (), batch_size: int = 32
+) -> float:
     """Mean cross-entropy of every token after a text's first, in nats a token, over all texts together.
 
     Raises:
@@ -104,15 +119,15 @@ def text_loss(model: Model, texts: Sequence[str], *, hooks: Hooks = (), batch_si
     return total / n_tokens
 
 
-def _batch_logits(model: Model, prompts: Sequence[Any], hooks: Hooks, batch_size: int) -> Any:
-    """Yields (tokens [batch pos], mask [batch pos], logits [batch pos vocab]), padding on the left."""
+def _batch_logits(
+    model: MeasuredModel, prompts: Sequence[Any], hooks: Hooks, batch_size: int
+) -> Iterator[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Float[Tensor, "batch pos vocab"]]]:
+    """Tokens, mask and logits of one batch after the other, padded on the left."""
     for tokens, mask in padded_batches(model, prompts, batch_size):
         with torch.no_grad():
             logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), attention_mask=mask.long())
-        largest = logits.amax(-1)[
-            mask.to(logits.device)
-        ]  # −inf for some of the vocabulary is a mask, not a fault
-        if not bool(torch.isfinite(largest).all()):
+        largest = logits.amax(-1)[mask.to(logits.device)]
+        if not bool(torch.isfinite(largest).all()):  # -inf for some of the vocabulary is a mask, not a fault
             raise DataError(
                 "The model's logits are NaN or infinite under these hooks; nothing can be measured."
             )
@@ -124,7 +139,7 @@ def _next_log_probs(logits: Float[Tensor, "pos vocab"], tokens: Int[Tensor, "pos
     return logits[:-1].double().log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
 
 
-def _continuation_tokens(model: Model, text: str) -> Int[Tensor, "pos"]:
+def _continuation_tokens(model: MeasuredModel, text: str) -> Int[Tensor, "pos"]:
     if model.tokenizer is None:
         raise DataError("continuation_log_probs needs a model with a tokenizer.")
     tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -136,7 +151,7 @@ def _continuation_tokens(model: Model, text: str) -> Int[Tensor, "pos"]:
     return torch.tensor(tokens)
 
 
-def _single_token(model: Model, answer: str) -> int:
+def _single_token(model: MeasuredModel, answer: str) -> int:
     if model.tokenizer is None:
         raise DataError("answers_with needs a model with a tokenizer.")
     tokens = model.to_tokens(answer, prepend_bos=False)[0]

@@ -1,33 +1,37 @@
 """`SweepResult`: how the effect grows with the size of the plan, beside random sets of the same size.
 
-found = sweep(model, scores, development_task, sizes=(2, 4, 8, 16))
-size = found.best_size()                               # to be evaluated on other prompts
+result = sweep(model, scores, development_task, sizes=(2, 4, 8, 16))
+size = result.best_size()                               # to be evaluated on other prompts
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import pandas as pd
 
 from moe_lens.errors import DataError
-from moe_lens.evaluation.report import Limit
-from moe_lens.files import atomic_write, read_json
+from moe_lens.evaluation.outcomes import Limit, direction_of
+from moe_lens.files import FileKind
+from moe_lens.results import Result
 
-_KIND: Final = "moe_lens.SweepResult"
-_SCHEMA: Final = 1
+if TYPE_CHECKING:
+    import pandas
+
+_KIND: Final = FileKind("moe_lens.SweepResult", 2, (1, 2), "a sweep over plan sizes")
+"""Schema 1 had no digest and named the direction "-" by a minus sign."""
 
 
-@dataclass(frozen=True)
-class SweepPoint:
+@dataclass(frozen=True, repr=False)
+class SweepPoint(Result):
     """One size in one direction.
 
     Attributes:
         size: experts named (deactivated, activated, or each of both).
-        direction: "+" toward the first condition of the scores, "−" toward the second.
-        mean: of the behaviour. low, high: its bootstrap interval over clusters.
+        direction: "+" toward the first condition of the scores, "-" toward the second.
+        mean: of the behaviour.
+        low: lower bound of the mean's bootstrap interval over clusters.
+        high: its upper bound.
         collateral: name -> value.
         control_means: behaviour under each random set of that size, in any layers.
     """
@@ -40,6 +44,9 @@ class SweepPoint:
     collateral: dict[str, float]
     control_means: list[float]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", direction_of(self.direction))
+
     @property
     def band(self) -> tuple[float, float]:
         """Interval that holds the middle 90 % of the random sets; NaN without any."""
@@ -48,15 +55,23 @@ class SweepPoint:
         low, high = np.quantile(self.control_means, [0.05, 0.95])
         return float(low), float(high)
 
+    def summary(self) -> str:
+        """Size, direction, mean and interval."""
+        return f"size {self.size}, {self.direction}: mean {self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-@dataclass(frozen=True)
-class SweepResult:
+
+@dataclass(frozen=True, repr=False)
+class SweepResult(Result):
     """The points of a sweep, and the unsteered model.
 
     Attributes:
-        points: by size, then direction.
-        unsteered: mean behaviour. unsteered_collateral: name -> value.
+        task: name of the behaviour.
+        model: name of the model.
+        mode: "deactivate", "activate" or "both".
+        unsteered: mean behaviour without a plan.
+        unsteered_collateral: name -> value without a plan.
         limits: collateral measure -> how much worse a plan may make it.
+        points: by size, then direction.
     """
 
     task: str
@@ -74,15 +89,15 @@ class SweepResult:
 
     def point(self, size: int, direction: str) -> SweepPoint:
         """The point of a size and direction. Raises DataError if it was not measured."""
-        sign = "−" if direction == "-" else direction  # the hyphen is on every keyboard
+        wanted = (size, direction_of(direction))
         for point in self.points:
-            if (point.size, point.direction) == (size, sign):
+            if (point.size, point.direction) == wanted:
                 return point
         raise DataError(f"The sweep has no size {size!r} in direction {direction!r}; sizes are {self.sizes}.")
 
     def gap(self, size: int) -> float:
-        """Two-way gap: mean behaviour in direction "+" minus that in direction "−"."""
-        return self.point(size, "+").mean - self.point(size, "−").mean
+        """Two-way gap: mean behaviour in direction "+" minus that in direction "-"."""
+        return self.point(size, "+").mean - self.point(size, "-").mean
 
     def excess(self, size: int) -> float:
         """How far the worst collateral measure lies beyond its limit; at most 0 if all keep theirs."""
@@ -105,8 +120,17 @@ class SweepResult:
         largest = max(self.gap(size) for size in gentle)
         return min(size for size in gentle if self.gap(size) >= largest - tolerance)
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def summary(self) -> str:
+        """Sizes, gaps and what was measured."""
+        sides = {point.direction for point in self.points}
+        gaps = [f"{size}: {self.gap(size):+.2f}" for size in self.sizes] if len(sides) == 2 else []
+        what = f"gap by size {', '.join(gaps)}" if gaps else f"sizes {', '.join(map(str, self.sizes))}"
+        return f"{self.task}, {self.model}, {self.mode}, unsteered {self.unsteered:.2f}; {what}"
+
+    def to_dataframe(self) -> "pandas.DataFrame":
         """One row a point: size, direction, mean, low, high, random sets (mean, 5 %, 95 %), collateral."""
+        import pandas as pd
+
         rows = []
         for point in self.points:
             random = np.mean(point.control_means) if point.control_means else np.nan
@@ -118,21 +142,19 @@ class SweepResult:
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> None:
-        """Write the sweep as JSON, atomically."""
-        with atomic_write(path) as temporary:
-            content = {"kind": _KIND, "schema": _SCHEMA, **asdict(self)}
-            temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write the sweep as JSON, atomically; equal sweeps give equal files."""
+        _KIND.save_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "SweepResult":
         """Read what `save` wrote. Raises DataError, naming the file and what is wrong with it."""
-        content: dict[str, Any] = read_json(path, _KIND, _SCHEMA)
+        content = _KIND.load_json(path)
         try:
-            del content["kind"], content["schema"]
+            del content["schema"]
             content["points"] = tuple(SweepPoint(**point) for point in content["points"])
             content["limits"] = {name: Limit(**limit) for name, limit in content["limits"].items()}
             return cls(**content)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, DataError) as error:
             raise DataError(f"{path} is damaged: {error!r}") from error
 
     def __str__(self) -> str:

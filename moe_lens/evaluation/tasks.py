@@ -5,29 +5,36 @@ task = load_task("task.json")
 values = task.measure(model, steer_hooks(plan))        # [prompt]; 1.0 where the model gives the answer
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 from jaxtyping import Float
 
-from moe_lens.checks import as_index
+from moe_lens.checks import short, whole_number
 from moe_lens.errors import DataError
-from moe_lens.evaluation.measures import Hooks, answers_with, continuation_log_probs, text_loss
-from moe_lens.model.registration import Model
+from moe_lens.evaluation.measures import (
+    Hooks,
+    MeasuredModel,
+    answers_with,
+    continuation_log_probs,
+    text_loss,
+)
+from moe_lens.files import FileKind
+from moe_lens.results import Result
 from moe_lens.text.prompts import as_prompt
 
-Measure = Callable[[Model, Hooks], Any]
+Measure = Callable[[Any, Hooks], Any]
 """From a model and forward hooks to the behaviour's values, one a prompt."""
-Collateral = Callable[[Model, Hooks], float]
+Collateral = Callable[[Any, Hooks], float]
+"""From a model and forward hooks to one number."""
 LOSS: Final = "neutral loss (nats a token)"
 CLOSED_BOOK: Final = "closed-book accuracy"
-_KIND: Final = "moe_lens.SteeringTask"
-_FIELDS: Final = {"kind", "name", "prompts", "neutral_texts", "closed_book"}
+_KIND: Final = FileKind("moe_lens.SteeringTask", 1, (1,), "a steering task", default_schema=1)
+_FIELDS: Final = ("name", "prompts", "neutral_texts", "closed_book")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +55,7 @@ class CollateralMeasure:
         """How much worse `value` is than the unsteered one."""
         return value - unsteered if self.larger_is_worse else unsteered - value
 
-    def value(self, model: Model, hooks: Hooks = ()) -> float:
+    def value(self, model: MeasuredModel, hooks: Hooks = ()) -> float:
         """The number under the hooks. Raises DataError unless it is finite."""
         value = _numbers(self.measure(model, hooks), "A collateral measure")
         if value.shape != () or not np.isfinite(value):
@@ -56,8 +63,8 @@ class CollateralMeasure:
         return float(value)
 
 
-@dataclass(frozen=True, eq=False)
-class SteeringTask:
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringTask(Result):
     """A behaviour to move, measured on held-out prompts, and what must not suffer from it.
 
     >>> from moe_lens import SteeringTask, organisms
@@ -74,7 +81,7 @@ class SteeringTask:
         collateral: name -> what should stay as it is.
 
     Raises:
-        DataError: no clusters.
+        DataError: prompts of fewer than two clusters.
     """
 
     name: str
@@ -91,7 +98,12 @@ class SteeringTask:
                 f"{len(set(self.clusters))}."
             )
 
-    def values(self, model: Model, hooks: Hooks = ()) -> Float[np.ndarray, "prompt"]:
+    def summary(self) -> str:
+        """Name, prompts and clusters, and what should stay as it is."""
+        beside = f", beside {', '.join(self.collateral)}" if self.collateral else ""
+        return f"{self.name}: {len(self.clusters)} prompts of {len(set(self.clusters))} clusters{beside}"
+
+    def values(self, model: MeasuredModel, hooks: Hooks = ()) -> Float[np.ndarray, "prompt"]:
         """The behaviour of each prompt under the hooks. Raises DataError unless it is a number a prompt."""
         values = _numbers(self.measure(model, hooks), f"The task {self.name!r}")
         if values.shape != (len(self.clusters),) or not np.isfinite(values).all():
@@ -113,7 +125,7 @@ def answer_task(
     loss_limit: float = 0.1,
     accuracy_limit: float = 0.1,
     name: str = "gives the answer",
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> SteeringTask:
     """A task of prompts with the answer that shows the behaviour.
 
@@ -127,34 +139,31 @@ def answer_task(
     (192,)
 
     Args:
-        answers: one a prompt, a single token each; 1 where it is the model's most probable next token.
+        prompts: strings, chats or tokens.
+        answers: one a prompt, a single token each; the value is 1 where it is the most probable next token.
         alternatives: answers of the opposite behaviour, one a prompt. With them, answers and alternatives may
             be of any length, and the value is 1 where the answer has the higher mean log-probability a token.
         clusters: one label a prompt; by default the prompts are independent.
-        neutral_texts: their loss should not rise by more than `loss_limit` nats a token.
+        neutral_texts: their loss should not rise by more than `loss_limit`.
         closed_book: (question, answer) pairs; the share answered should not fall by more than
             `accuracy_limit`.
+        loss_limit: in nats a token.
+        accuracy_limit: a share, in [0, 1].
+        name: of the behaviour, for tables and figures.
+        batch_size: prompts in one forward.
 
     Raises:
-        DataError: unequal numbers, or (when measured) an answer that is no single token.
+        DataError: unequal numbers; when measured, an answer of several tokens without alternatives.
     """
-    prompts, answers = _listed(prompts, "prompts"), _listed(answers, "answers")
-    neutral_texts, closed_book = _listed(neutral_texts, "neutral_texts"), _listed(closed_book, "closed_book")
-    labels = [
-        str(label) for label in _listed(range(len(prompts)) if clusters is None else clusters, "clusters")
-    ]
-    if alternatives is not None:
-        alternatives = _listed(alternatives, "alternatives")
+    prompts, answers = _listed(prompts, "prompts"), _texts(answers, "answers")
+    neutral_texts, closed_book = _texts(neutral_texts, "neutral_texts"), _pairs(closed_book)
+    alternatives = None if alternatives is None else _texts(alternatives, "alternatives")
+    labels = _listed(range(len(prompts)) if clusters is None else clusters, "clusters")
     for what, given in (("answers", answers), ("clusters", labels), ("alternatives", alternatives)):
         if given is not None and len(given) != len(prompts):
             raise DataError(f"{len(prompts)} prompts need as many {what}; got {len(given)}.")
-    _check_texts("answers", answers)
-    _check_texts("alternatives", alternatives or [])
-    _check_texts("neutral_texts", neutral_texts)
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in closed_book):
-        raise DataError("closed_book must be (question, answer) pairs.")
 
-    def measure(model: Model, hooks: Hooks) -> Any:
+    def measure(model: MeasuredModel, hooks: Hooks) -> Any:
         if alternatives is None:
             return answers_with(model, prompts, answers, hooks=hooks, batch_size=batch_size).double().numpy()
         first, second = (
@@ -165,19 +174,28 @@ def answer_task(
 
     collateral = {}
     if neutral_texts:
-        collateral[LOSS] = CollateralMeasure(
-            lambda model, hooks: text_loss(model, neutral_texts, hooks=hooks, batch_size=batch_size),
-            loss_limit,
-        )
+        collateral[LOSS] = _loss(neutral_texts, loss_limit, batch_size)
     if closed_book:
-        questions, known = [q for q, _ in closed_book], [a for _, a in closed_book]
+        collateral[CLOSED_BOOK] = _accuracy(closed_book, accuracy_limit, batch_size)
+    return SteeringTask(name, measure, tuple(str(label) for label in labels), collateral)
 
-        def accuracy(model: Model, hooks: Hooks) -> float:
-            right = answers_with(model, questions, known, hooks=hooks, batch_size=batch_size)
-            return float(right.double().mean())
 
-        collateral[CLOSED_BOOK] = CollateralMeasure(accuracy, accuracy_limit, larger_is_worse=False)
-    return SteeringTask(name, measure, tuple(labels), collateral)
+def _loss(texts: Sequence[str], limit: float, batch_size: int) -> CollateralMeasure:
+    """The loss on neutral texts."""
+    return CollateralMeasure(
+        lambda model, hooks: text_loss(model, texts, hooks=hooks, batch_size=batch_size), limit
+    )
+
+
+def _accuracy(pairs: Sequence[tuple[str, str]], limit: float, batch_size: int) -> CollateralMeasure:
+    """The share of questions that are answered."""
+    questions, answers = [question for question, _ in pairs], [answer for _, answer in pairs]
+
+    def measure(model: MeasuredModel, hooks: Hooks) -> float:
+        right = answers_with(model, questions, answers, hooks=hooks, batch_size=batch_size)
+        return float(right.double().mean())
+
+    return CollateralMeasure(measure, limit, larger_is_worse=False)
 
 
 def load_task(path: str | Path) -> SteeringTask:
@@ -197,32 +215,18 @@ def load_task(path: str | Path) -> SteeringTask:
     Raises:
         DataError: naming the file and the field at fault.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as a task: {error}.") from error
-    if not isinstance(content, dict) or content.get("kind") != _KIND:
-        raise DataError(f'{path} is no task; it must be a JSON object with "kind": "{_KIND}".')
-    if unknown := set(content) - _FIELDS:
-        raise DataError(f"{path}: unknown field {sorted(unknown)[0]!r}; a task has {sorted(_FIELDS)}.")
+    content = _KIND.load_json(path)
+    del content["schema"]
+    if unknown := set(content) - set(_FIELDS):
+        raise DataError(f"{path}: unknown field {sorted(unknown)[0]!r}; a task has {', '.join(_FIELDS)}.")
     rows = _rows(path, content, "prompts", ("prompt", "answer"), ("alternative", "cluster"))
+    facts = _rows(path, content, "closed_book", ("question", "answer"), ())
     if not rows:
         raise DataError(f"{path}: prompts is empty.")
-    with_alternative = sum("alternative" in row for row in rows)
-    if with_alternative not in (0, len(rows)):
-        raise DataError(
-            f"{path}: {with_alternative} of {len(rows)} prompts have an alternative; all or none."
-        )
-    facts = _rows(path, content, "closed_book", ("question", "answer"), ())
     texts = content.get("neutral_texts", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise DataError(f"{path}: neutral_texts must be a list of texts.")
-    with_cluster = sum("cluster" in row for row in rows)
-    if with_cluster not in (0, len(rows)):
-        raise DataError(
-            f"{path}: {with_cluster} of {len(rows)} prompts have a cluster; give it to all or none."
-        )
-    clusters = [row.get("cluster", f"prompt {index}") for index, row in enumerate(rows)]
+    clusters = _column(path, rows, "cluster") or [f"prompt {index}" for index in range(len(rows))]
     if len(set(clusters)) < 2:
         raise DataError(f"{path}: the prompts are of one cluster; an interval needs at least two.")
     name = content.get("name", Path(path).stem)
@@ -231,7 +235,7 @@ def load_task(path: str | Path) -> SteeringTask:
     return answer_task(
         [row["prompt"] for row in rows],
         [row["answer"] for row in rows],
-        alternatives=[row["alternative"] for row in rows] if with_alternative else None,
+        alternatives=_column(path, rows, "alternative"),
         clusters=clusters,
         neutral_texts=texts,
         closed_book=[(row["question"], row["answer"]) for row in facts],
@@ -260,9 +264,7 @@ def split_clusters(labels: Sequence[Any], fractions: Sequence[float], *, seed: i
     total = float(sum(fractions))
     if not fractions or not min(fractions) > 0 or not total <= 1 + 1e-9:
         raise DataError(f"fractions must be positive and sum to at most 1; got {tuple(fractions)}.")
-    if (number := as_index(seed)) is None:
-        raise DataError(f"seed must be a number from 0 on; got {seed!r}.")
-    order = np.random.default_rng(number).permutation(len(clusters))
+    order = np.random.default_rng(whole_number(seed, "seed")).permutation(len(clusters))
     bounds = np.floor(np.cumsum([0.0, *fractions]) * len(clusters) + 0.5 + 1e-9).astype(int)  # halves go up
     groups = [{clusters[i] for i in order[low:high]} for low, high in pairwise(bounds)]
     if not all(groups):
@@ -271,16 +273,25 @@ def split_clusters(labels: Sequence[Any], fractions: Sequence[float], *, seed: i
 
 
 def _listed(given: Any, name: str) -> list[Any]:
-    """The items of anything but a text, which is one item by mistake."""
+    """The items; a text, which would be taken for its letters, is refused."""
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         raise DataError(f"{name} must be a list; got {given!r}.")
     return list(given)
 
 
-def _check_texts(name: str, texts: Sequence[Any]) -> None:
+def _texts(given: Any, name: str) -> list[str]:
+    texts = _listed(given, name)
     for index, text in enumerate(texts):
         if not isinstance(text, str) or not text:
             raise DataError(f"{name}[{index}] must be a text; got {text!r}.")
+    return texts
+
+
+def _pairs(given: Any) -> list[tuple[str, str]]:
+    pairs = _listed(given, "closed_book")
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise DataError("closed_book must be (question, answer) pairs.")
+    return [cast(tuple[str, str], tuple(pair)) for pair in pairs]
 
 
 def _numbers(given: Any, name: str) -> np.ndarray:
@@ -290,26 +301,36 @@ def _numbers(given: Any, name: str) -> np.ndarray:
         raise DataError(f"{name} must give numbers; got {given!r}.") from error
 
 
+def _column(path: str | Path, rows: list[dict[str, Any]], name: str) -> list[str] | None:
+    """An optional field of all rows; None where no row has it."""
+    n_rows = sum(name in row for row in rows)
+    if n_rows not in (0, len(rows)):
+        article = "an" if name[0] in "aeiou" else "a"
+        raise DataError(
+            f"{path}: {n_rows} of {len(rows)} prompts have {article} {name}; give it to all or to none."
+        )
+    return [row[name] for row in rows] if n_rows else None
+
+
 def _rows(
     path: str | Path, content: dict[str, Any], name: str, required: Sequence[str], optional: Sequence[str]
 ) -> list[dict[str, Any]]:
+    """The objects in the list `name`, each with its fields as they should be."""
     rows = content.get(name, [])
     if not isinstance(rows, list):
         raise DataError(f"{path}: {name} must be a list of objects.")
     for index, row in enumerate(rows):
-        fields = set(row) if isinstance(row, dict) else set()
+        where, fields = f"{path}: {name}[{index}]", set(row) if isinstance(row, dict) else set()
         if not set(required) <= fields or not fields <= {*required, *optional}:
-            raise DataError(
-                f"{path}: {name}[{index}] must have {', '.join(required)}"
-                + (f" and may have {', '.join(optional)}" if optional else "")
-                + f"; got {row!r}."
-            )
-        texts = [row[key] for key in (*required, *optional) if key in row and key != "prompt"]
+            may = f" and may have {', '.join(optional)}" if optional else ""
+            got = f"fields {sorted(row)}" if isinstance(row, dict) else short(row)
+            raise DataError(f"{where} must have {', '.join(required)}{may}; got {got}.")
+        texts = [row[field] for field in fields - {"prompt"}]
         if not all(isinstance(text, str) and text for text in texts):
-            raise DataError(f"{path}: {name}[{index}]: every field but the prompt must be text; got {row!r}.")
+            raise DataError(f"{where}: every field but the prompt must be text; got {short(row)}.")
         try:
             if "prompt" in row:
                 as_prompt(row["prompt"] or None)
         except DataError as error:
-            raise DataError(f"{path}: {name}[{index}]: {error}") from error
+            raise DataError(f"{where}: {error}") from error
     return rows

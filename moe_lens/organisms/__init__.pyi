@@ -1,3 +1,4 @@
+from .demo import SIZES as SIZES
 from .demo import DemoResult as DemoResult
 from .demo import detect_document_experts as detect_document_experts
 from .demo import document_pairs as document_pairs
@@ -7,6 +8,7 @@ from .shipped import load as load
 from .shipped import names as names
 from .shipped import path as path
 from .shipped import world as world
+from .worlds import SPLITS as SPLITS
 from .worlds import Conflict as Conflict
 from .worlds import Fact as Fact
 from .worlds import World as World

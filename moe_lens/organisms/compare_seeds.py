@@ -18,11 +18,18 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.organisms.demo import compare_sizes, detect_document_experts
 from moe_lens.organisms.recipes import recipe
 from moe_lens.organisms.worlds import World
+from moe_lens.results import Result
 
 
-@dataclass(frozen=True, eq=False)
-class SeedResult:
-    """One trained seed on the development split."""
+@dataclass(frozen=True, eq=False, repr=False)
+class SeedResult(Result):
+    """One trained seed on the development split.
+
+    Attributes:
+        name: of the recipe.
+        seed: of the training.
+        sweep: plans of several sizes on the development split.
+    """
 
     name: str
     seed: int
@@ -36,12 +43,16 @@ class SeedResult:
     @property
     def steered(self) -> tuple[SweepPoint, SweepPoint]:
         """Toward the document, toward memory."""
-        return self.sweep.point(self.size, "+"), self.sweep.point(self.size, "−")
+        return self.sweep.point(self.size, "+"), self.sweep.point(self.size, "-")
 
     @property
     def gap(self) -> float:
         """Two-way gap on the development split, in [-1, 1]."""
         return self.sweep.gap(self.size)
+
+    def summary(self) -> str:
+        """Recipe, seed, size and gap."""
+        return f"{self.name}, seed {self.seed}: {self.size} experts off, gap {self.gap:+.2f}"
 
     @property
     def worst_closed_book(self) -> float:
@@ -64,8 +75,8 @@ def development_result(folder: Path) -> SeedResult:
     """Detect on the detection split, choose the size and measure on the development split."""
     about = json.loads((folder / "training.json").read_text())
     model, world = HookedMoE.from_pretrained(folder), World(recipe(about["name"]).variant)
-    found = compare_sizes(model, world, detect_document_experts(model, world))
-    return SeedResult(about["name"], about["seed"], found)
+    sizes = compare_sizes(model, world, detect_document_experts(model, world))
+    return SeedResult(about["name"], about["seed"], sizes)
 
 
 def best(results: Sequence[SeedResult]) -> SeedResult:

@@ -5,14 +5,13 @@
     print(result.report)
 
 Each organism knows facts by heart and can read them from a document. The question is which of the two it
-says when they disagree, and whether choosing the route moves that in both directions. Everything is
-detected on one split of the entities, the plan's size is chosen on a second, and the numbers that are shown
-come from a third.
+says when they disagree, and whether choosing the route moves that in both directions. Experts are detected on
+one split of the entities, the plan's size is chosen on a second, and the numbers shown come from a third.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -20,24 +19,30 @@ from moe_lens import organisms
 from moe_lens.detection.detecting import detect
 from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.evaluation.evaluating import evaluate_steering, opposite_plan, sweep
+from moe_lens.evaluation.outcomes import ANY_LAYER, DIRECTIONS, Outcome
 from moe_lens.evaluation.plan_sizes import SweepResult
-from moe_lens.evaluation.report import ANY_LAYER, DIRECTIONS, Outcome, SteeringReport
+from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, SteeringTask, answer_task
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.organisms import World
+from moe_lens.organisms.worlds import World
+from moe_lens.results import Result
 from moe_lens.steering.plan import SteeringPlan
 from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.prompts import Prompt
+
+if TYPE_CHECKING:
+    import pandas
 
 SIZES: Final = (2, 4, 6, 8, 10, 12)
 """Numbers of deactivated experts that are tried on the development split."""
 
 
-@dataclass(frozen=True, eq=False)
-class DemoResult:
-    """The demo on one organism. Directions: "+" toward the document, "−" toward memory.
+@dataclass(frozen=True, eq=False, repr=False)
+class DemoResult(Result):
+    """The demo on one organism. Directions: "+" toward the document, "-" toward memory.
 
     Attributes:
+        name: of the organism.
         scores: document + question against question alone, on the detection split.
         development: plans of several sizes on the development split; the size comes from here.
         report: the chosen plans on the test split, beside their controls.
@@ -58,6 +63,14 @@ class DemoResult:
         """Number of experts that each plan deactivates."""
         return len(self.plans["+"])
 
+    def summary(self) -> str:
+        """Name, size of the plans, and the verdict with its gap."""
+        return f"{self.name}: {self.size} experts off, {self.report.summary()}"
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """The report's table."""
+        return self.report.to_dataframe()
+
 
 def run_demo(
     name: str = "specialised", *, seed: int = 0, n_random: int = 20, progress: bool = True
@@ -68,15 +81,18 @@ def run_demo(
         name: one of `organisms.names()`.
         seed: of the random sets, the bootstrap and the sign flips.
         n_random: random sets of each kind and direction, at least 4.
+        progress: print what is done, and show a bar.
 
     Raises:
-        MoELensError: no organism of that name. DataError: n_random below 4.
+        MoELensError: no organism of that name.
+        DataError: n_random below 4.
     """
-    return run_on(organisms.load(name), organisms.world(name), name, seed, n_random, progress)
+    model, world = organisms.load(name), organisms.world(name)
+    return run_on(model, world, name, seed=seed, n_random=n_random, progress=progress)
 
 
 def run_on(
-    model: HookedMoE, world: World, name: str, seed: int = 0, n_random: int = 20, progress: bool = True
+    model: HookedMoE, world: World, name: str, *, seed: int = 0, n_random: int = 20, progress: bool = True
 ) -> DemoResult:
     """The same for any model that lives in a world of organisms (a freshly trained one, say)."""
     if progress:

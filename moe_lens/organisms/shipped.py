@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import torch
 from transformers.utils import logging
 
 from moe_lens.errors import MoELensError
@@ -44,18 +45,25 @@ def world(name: str) -> World:
     return World(RECIPES[path(name).name].variant)
 
 
-def load(name: str, **kwargs: Any) -> HookedMoE:
+def load(
+    name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+) -> HookedMoE:
     """An organism as a HookedMoE, ready for hooks; no progress bar for half a million parameters.
+
+    >>> from moe_lens import organisms
+    >>> organisms.load("null", dtype=torch.bfloat16).moe_shape.n_experts
+    8
 
     Args:
         name: one of `names()`.
-        kwargs: passed on to `HookedMoE.from_pretrained`.
+        dtype: of the weights.
+        device: where the model is to be; by default where TransformerLens puts it.
 
     Raises:
         MoELensError: for a name that is not in `names()`.
     """
     with _without_progress_bar():
-        return HookedMoE.from_pretrained(path(name), **kwargs)
+        return HookedMoE.from_pretrained(path(name), dtype=dtype, device=device)
 
 
 @contextmanager

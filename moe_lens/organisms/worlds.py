@@ -80,7 +80,7 @@ class World:
 
     Args:
         variant: ``"uncued"`` or ``"majority"``: how documents and memory compete (see the module's
-        docstring).
+            docstring).
         seed: draws the facts and the prompts. The shipped organisms all live in the world of seed 0.
     """
 
@@ -157,12 +157,12 @@ class World:
         """
         split = check_split(split)
         rng = self._rng(f"generic {split}")
-        found: dict[str, None] = {}
-        while len(found) < n:
+        sentences: dict[str, None] = {}  # a dictionary keeps the order and drops repetitions
+        while len(sentences) < n:
             sentence = story(rng)
             if split_of_sentence(sentence) == split:
-                found[sentence] = None
-        return tuple(found)
+                sentences[sentence] = None
+        return tuple(sentences)
 
     def _rng(self, purpose: str) -> random.Random:
         # A stream for each purpose: adding a draw to one leaves the others as they were.

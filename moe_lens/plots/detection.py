@@ -69,7 +69,7 @@ def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axe
     for chosen, color, label in (
         (values > q, COLORS["random"], f"q > {q:g}"),
         ((values <= q) & (delta >= 0), COLORS["+"], f"q ≤ {q:g}, more under condition 1"),
-        ((values <= q) & (delta < 0), COLORS["−"], f"q ≤ {q:g}, more under condition 2"),
+        ((values <= q) & (delta < 0), COLORS["-"], f"q ≤ {q:g}, more under condition 2"),
     ):
         label = f"{label}: {int(chosen.sum())} experts"
         ax.scatter(

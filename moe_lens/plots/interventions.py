@@ -94,7 +94,7 @@ def mediation_curves(
         shares = found.shares_by_layer(cumulative=cumulative, clusters=clusters)
         for name, color, says in (
             ("restored", COLORS["+"], "restored by the clean route"),
-            ("lost", COLORS["−"], "lost with the corrupted route"),
+            ("lost", COLORS["-"], "lost with the corrupted route"),
         ):
             share, low, high = np.where(np.isfinite(shares[name]), shares[name], np.nan).T
             ax.plot(rows, share, style, marker="o", markersize=4, color=color, label=f"{says}, {which}")
@@ -147,7 +147,7 @@ def attribution_bars(
     ax = ax or new_axes(7.5, rows=max(5, round(0.62 * len(bars))))
     heights = np.arange(len(bars))[::-1]
     values = np.array([value for _, value in bars])
-    ax.barh(heights, values, color=[COLORS["+"] if value >= 0 else COLORS["−"] for value in values])
+    ax.barh(heights, values, color=[COLORS["+"] if value >= 0 else COLORS["-"] for value in values])
     ax.axhline(heights[len(names)] + 0.5, color="black", linewidth=0.6, linestyle=":")
     ax.axvline(0, color="black", linewidth=0.8)
     limit = 1.25 * max(float(np.abs(values).max()), 1e-9)

@@ -6,8 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from moe_lens.errors import DataError
+from moe_lens.evaluation.outcomes import ANY_LAYER, DIRECTIONS, LAYER_MATCHED
 from moe_lens.evaluation.plan_sizes import SweepResult
-from moe_lens.evaluation.report import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, SteeringReport
+from moe_lens.evaluation.report import SteeringReport
+from moe_lens.evaluation.verdict import SIGNS
 from moe_lens.plots.style import COLORS, new_axes
 from moe_lens.steering.plan import SteeringPlan
 
@@ -25,7 +27,7 @@ def selected_by_layer(plan: SteeringPlan, *, ax: Axes | None = None) -> Axes:
     off = set(plan.deactivate)
     groups = (
         ("activated", [e for e in plan.activate if e not in off], COLORS["+"], 1),
-        ("deactivated", list(plan.deactivate), COLORS["−"], -1),
+        ("deactivated", list(plan.deactivate), COLORS["-"], -1),
     )
     for label, experts, color, sign in groups:
         numbers = np.array([sum(layer == own for own, _ in experts) for layer in layers])
@@ -44,7 +46,7 @@ def selected_by_layer(plan: SteeringPlan, *, ax: Axes | None = None) -> Axes:
 def sweep_curves(found: SweepResult, *, ax: Axes | None = None) -> Axes:
     """Behaviour against plan size, both directions, with intervals, beside random sets of the same size."""
     ax = ax or new_axes(7.5, rows=6)
-    for side, name, marker in (("+", "toward condition 1", "^"), ("−", "toward condition 2", "v")):
+    for side, name, marker in (("+", "toward condition 1", "^"), ("-", "toward condition 2", "v")):
         points = [point for point in found.points if point.direction == side]
         if not points:
             continue
@@ -52,7 +54,7 @@ def sweep_curves(found: SweepResult, *, ax: Axes | None = None) -> Axes:
         errors = np.array([[p.mean - p.low for p in points], [p.high - p.mean for p in points]])
         ax.errorbar(
             sizes, means, yerr=np.maximum(errors, 0), color=COLORS[side], marker=marker, capsize=3,
-            label=f"{side} {name}",
+            label=f"{SIGNS[side]} {name}",
         )  # fmt: skip
     pooled = [
         [rate for p in found.points if p.size == size for rate in p.control_means] for size in found.sizes
@@ -84,7 +86,7 @@ def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = N
     plus, minus = ([report.steered[side].rate for report in found] for side in DIRECTIONS)
     ax.vlines(places, minus, plus, color="#555555", linewidth=1, zorder=1)
     ax.scatter(places, plus, s=110, marker="^", color=COLORS["+"], label="+ the plan", zorder=3)
-    ax.scatter(places, minus, s=110, marker="v", color=COLORS["−"], label="− its reverse", zorder=3)
+    ax.scatter(places, minus, s=110, marker="v", color=COLORS["-"], label="− its reverse", zorder=3)
     unsteered = [report.unsteered.rate for report in found]
     ax.hlines(
         unsteered, places - 0.1, places + 0.1, linewidth=2.5, color=COLORS["unsteered"], label="unsteered"
@@ -109,7 +111,7 @@ def _random_dots(ax: Axes, reports: Sequence[SteeringReport]) -> None:
             face = COLORS["random"] if kind == ANY_LAYER else "none"
             ax.scatter(
                 across, rates, s=18, marker=marker, edgecolors=COLORS["random"], facecolors=face,
-                label=f"{len(sets[0])} random sets, {kind}, as {side}",
+                label=f"{len(sets[0])} random sets, {kind}, as {SIGNS[side]}",
             )  # fmt: skip
 
 

@@ -9,8 +9,18 @@ from matplotlib.axes import Axes
 from moe_lens.errors import DataError
 from moe_lens.files import check_writable
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLORS: Final = {"+": "#0072B2", "−": "#D55E00", "unsteered": "#000000", "random": "#999999"}
+
+class _Colors(dict[str, str]):
+    """Colours by what they stand for; code of version 0.1 asks for "-" by a minus sign."""
+
+    def __missing__(self, name: str) -> str:
+        if name == "−":
+            return self["-"]
+        raise KeyError(name)
+
+
+COLORS: Final = _Colors({"+": "#0072B2", "-": "#D55E00", "unsteered": "#000000", "random": "#999999"})
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
 
 
 def save(ax: Axes, path: str | Path) -> None:

@@ -9,38 +9,42 @@ Random sets are not inert: a single one can move a behaviour as far as a plan do
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.detection.expert_scores import ExpertScores
-from moe_lens.errors import DataError, PlanError
-from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.steering.plan import Expert, SteeringPlan
+from moe_lens.errors import PlanError
+from moe_lens.resampling import spawned_seeds
+from moe_lens.steering.choosing import Expert, SteerableModel
+from moe_lens.steering.plan import SteeringPlan
 
 
 def random_sets(
-    model: HookedMoE, plan: SteeringPlan, n: int, *, seed: int = 0, layer_matched: bool = False
+    model: SteerableModel, plan: SteeringPlan, n: int, *, seed: int = 0, layer_matched: bool = False
 ) -> list[SteeringPlan]:
     """`n` random plans of the size of `plan`, all of which the model's routers accept.
 
     Args:
-        seed: the same seed gives the same sets; different seeds share none of their draws.
+        model: a HookedMoE.
+        plan: the plan that the sets are to be compared with.
+        n: how many sets; may be 0.
+        seed: the same seed gives the same sets, and a larger `n` only adds to them.
         layer_matched: as many experts in each layer as the plan has; otherwise any MoE layer may be drawn.
 
     Raises:
-        DataError: n or seed is no number from 0 on. PlanError: the model has no room for such sets.
+        DataError: n or seed is not a number from 0 on.
+        PlanError: the model has no room for such sets.
     """
-    if as_index(n) is None or as_index(seed) is None:
-        raise DataError(f"n and seed must be numbers from 0 on; got {n!r} and {seed!r}.")
-    return [
-        plan.random_like(seed=seed * 1_000_003 + number, layer_matched=layer_matched, model=model)
-        for number in range(n)
-    ]
+    seeds = spawned_seeds(whole_number(seed, "seed"), whole_number(n, "n"))
+    return [plan.random_like(seed=number, layer_matched=layer_matched, model=model) for number in seeds]
 
 
-def bottom_set(scores: ExpertScores, plan: SteeringPlan, model: HookedMoE | None = None) -> SteeringPlan:
-    """As many experts as the plan names, those with the smallest |score|, as far as they fit a layer.
+def bottom_set(scores: ExpertScores, plan: SteeringPlan, model: SteerableModel | None = None) -> SteeringPlan:
+    """As many experts as the plan names, those with the smallest |score|, as far as they fit their layers.
 
     Args:
-        model: with it, experts that its routers cannot steer are passed over (expert groups, hash layers).
+        scores: that the plan came from.
+        plan: the plan that the set is to be compared with.
+        model: a HookedMoE; with it, experts that its routers cannot steer are passed over (those of expert
+            groups or hash layers).
 
     Raises:
         PlanError: more experts than the layers have room for.
@@ -54,11 +58,11 @@ def bottom_set(scores: ExpertScores, plan: SteeringPlan, model: HookedMoE | None
 
     ranked = [(score.layer, score.expert) for score in reversed(scores.ranked())]
     deactivate = _fitting(ranked, len(plan.deactivate), lambda layer, experts: fits(layer, [], experts))
-    out = set(deactivate)
+    deactivated = SteeringPlan((), deactivate)
     activate = _fitting(
-        [expert for expert in ranked if expert not in out],
-        len([expert for expert in plan.activate if expert not in plan.deactivate]),
-        lambda layer, experts: fits(layer, experts, [expert for own, expert in deactivate if own == layer]),
+        [expert for expert in ranked if expert not in set(deactivate)],
+        len(plan) - len(plan.deactivate),
+        lambda layer, experts: fits(layer, experts, deactivated.in_layer(layer)[1]),
     )
     return SteeringPlan(activate, deactivate, plan.epsilon, shape)
 

@@ -53,11 +53,11 @@ class SteeringHook:
         return steered
 
     def check_fits(self, shape: MoEShape) -> None:
-        """Asked by the hook point before the hook is added; raises PlanError."""
+        """Called by the hook point before the hook is added; raises PlanError where the plan does not fit."""
         self.plan.check_fits(shape)
 
     def check_rule(self, rule: RoutingRule) -> None:
-        """Asked by the hook point before the hook is added; raises PlanError where the rule cannot obey."""
+        """Called by the hook point before the hook is added; raises PlanError where the rule cannot obey."""
         if (reason := rule.cannot_steer(*self._experts)) is not None:
             raise PlanError(f"Layer {self.layer} cannot be steered by this plan: {reason}.")
 
@@ -75,11 +75,15 @@ def steer_hooks(plan: SteeringPlan) -> HookList:
     ['blocks.0.mlp.hook_router_logits', 'blocks.2.mlp.hook_router_logits']
 
     Use them with `run_with_hooks(fwd_hooks=...)`, `hooks(...)` or `add_hook`. Hooks on the same point run in
-    the order of the list: what comes before the plan is steered, what comes after edits steered scores. (On
-    routers with a correction bias or expert groups, the rule that steers travels on the hook point: the plan
-    holds for an expert on a token until a later hook changes that logit, and cached steered logits alone do
-    not repeat the route in another run; patch the indices and weights.) The guarantees are those of one plan:
-    of two plans on one layer, the later one's hold.
+    the order of the list: the plan steers what hooks before it return, hooks after it edit what it steered.
+    Of two plans on one layer, the guarantees of the later one hold.
+
+    On routers with a correction bias or expert groups, the rule that steers travels on the hook point. There
+    the plan holds for an expert on a token until a later hook changes that logit; and steered logits from a
+    cache do not by themselves repeat the route in another run: patch the indices and weights.
+
+    Raises:
+        PlanError: not a SteeringPlan.
     """
     if not isinstance(plan, SteeringPlan):
         raise PlanError(f"steer_hooks needs a SteeringPlan; got {type(plan).__name__}.")

@@ -2,8 +2,8 @@
 
 columns = read_columns(Path("risk_diff.pkl"), ("layer", "expert", "a1"))
 
-A pickle is a program, and `pandas.read_pickle` runs it. Here its instructions are read by `pickletools`, a
-small stack machine notes which names they would call on what, and the columns are decoded from the bytes.
+A pickle is a program, and `pandas.read_pickle` runs it. Here `pickletools` reads its instructions, a
+small stack machine notes what they would call and with what, and the columns are decoded from the bytes.
 """
 
 import csv
@@ -36,7 +36,7 @@ _DAMAGES: Final = (
 
 
 def read_columns(path: Path, wanted: tuple[str, ...]) -> dict[str, Shaped[np.ndarray, "row"]]:
-    """Those of the wanted columns that a pickled DataFrame or a .csv file has, as they stand in the file.
+    """Those of the wanted columns that a pickled DataFrame or a .csv file has, as they are in the file.
 
     Raises:
         DataError: a file that cannot be read, or that holds anything that such a table does not.
@@ -83,8 +83,8 @@ def _check_different(names: list[Any], wanted: tuple[str, ...]) -> None:
         raise DataError(f"column {twice[0]!r} stands in the table more than once.")
 
 
-# The pickle, read as data. A pickle names classes and functions, and says which to call with what; here names
-# stay names and calls stay records of calls.
+# The pickle, read as data. A pickle names classes and functions, and says which to call with what. Here a
+# name is only a name, and a call only the record of a call.
 
 _PLAIN: Final = {"slice", "bytearray", "bytes", "object"}
 _ARRAYS: Final = {"_reconstruct", "scalar"}
@@ -230,7 +230,7 @@ def _checked_name(module: Any, name: Any) -> _Name:
 
 def _recorded(function: Any, args: Any) -> _Call:
     if not isinstance(function, _Name) or not isinstance(args, tuple):
-        raise DataError("the pickle calls something that is no named function.")
+        raise DataError("the pickle calls something other than a named function.")
     if function.name == "_reconstructor":  # protocols 0 and 1 make an object of class args[0] so
         return _recorded(args[0], ())
     return _Call(function.name, args)
@@ -247,8 +247,8 @@ def _dict_of(items: list[Any]) -> dict[str, Any]:
 
 def _call(value: Any, *names: str) -> _Call:
     if not isinstance(value, _Call) or value.name not in names:
-        found = value.name if isinstance(value, _Call) else type(value).__name__
-        raise DataError(f"the pickle holds a {found} where a {names[0]} belongs.")
+        kind = value.name if isinstance(value, _Call) else type(value).__name__
+        raise DataError(f"the pickle holds a {kind} where a {names[0]} belongs.")
     return value
 
 
@@ -290,7 +290,7 @@ def _places(value: Any, n_columns: int) -> Sequence[int]:
 
 
 def _index_entries(index: Any) -> list[Any]:
-    """The entries of a pandas Index; whatever is no text becomes None, for no column that is used."""
+    """The entries of a pandas Index; anything but text becomes None, since no wanted column is named so."""
     content = _call(index, "_new_Index").args[1]
     data = content.get("data")
     if data is None:  # a RangeIndex

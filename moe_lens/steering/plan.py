@@ -1,4 +1,4 @@
-"""`SteeringPlan`: which experts to promote and which to keep out; chosen, drawn at random, saved and loaded.
+"""`SteeringPlan`: which experts to promote and which to keep out.
 
 plan = SteeringPlan.from_scores(scores, n_activate=0, n_deactivate=50)
 plan = SteeringPlan(activate=[(3, 17)], deactivate=[(5, 2), (5, 9)])     # (layer, expert)
@@ -6,36 +6,42 @@ control = plan.random_like(seed=0)
 plan.save("plan.json")
 """
 
-import json
 import math
-import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Final, Literal, SupportsFloat, get_args
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat
 
 from moe_lens.checks import as_index
 from moe_lens.detection.expert_scores import ExpertScore, ExpertScores
-from moe_lens.errors import DataError, PlanError, warn
-from moe_lens.files import atomic_write
+from moe_lens.errors import DataError, PlanError
+from moe_lens.files import FileKind, digest_of
+from moe_lens.results import Result
 from moe_lens.shape import MoEShape, shape_from_json
+from moe_lens.steering.choosing import (
+    Expert,
+    HowMany,
+    OnExcess,
+    SteerableModel,
+    draw_like,
+    in_layer,
+    refused_layers,
+    select,
+)
 
-Expert = tuple[int, int]
-"""(layer, expert)"""
-OnExcess = Literal["raise", "drop"]
-HowMany = int | Literal["all"]
+if TYPE_CHECKING:
+    import pandas
 
 EPSILON_RANGE: Final = (1e-4, 30.0)
 """Nats; with a smaller or larger epsilon float32's rounding would merge scores that differ."""
-_ATTEMPTS: Final = 100
-_KIND: Final = "moe_lens.SteeringPlan"
-_SCHEMA: Final = 1
+_KIND: Final = FileKind("moe_lens.SteeringPlan", 2, (1, 2), "a steering plan", error=PlanError)
+"""Schema 1 had no digest."""
 
 
-@dataclass(frozen=True, init=False)
-class SteeringPlan:
+@dataclass(frozen=True, init=False, repr=False)
+class SteeringPlan(Result):
     """Which experts to promote into the top-k and which to keep out of it.
 
     >>> from moe_lens import SteeringPlan, is_routing_point, organisms, steer_hooks
@@ -47,8 +53,8 @@ class SteeringPlan:
     (True, False)
 
     Attributes:
-        activate, deactivate: (layer, expert) pairs, in rank order where they come from scores. Where an
-            expert stands in both, deactivation wins.
+        activate: (layer, expert) pairs to promote, in rank order where they come from scores.
+        deactivate: pairs to keep out. Where an expert is in both, deactivation wins.
         epsilon: distance above the largest and below the smallest score, in `EPSILON_RANGE`; in nats on
             softmax routers, for others see the docstring of their rule.
         shape: the model that the plan was made for; None for a plan written by hand, which is checked when
@@ -101,11 +107,12 @@ class SteeringPlan:
         4
 
         Args:
-            n_activate, n_deactivate: how many; none by default. "all" takes every expert of that sign which
-                fits its layer (at most k activated, E − k deactivated), with a warning that names those left
-                out.
+            n_activate: how many; none by default. "all" takes every expert with a positive score that fits
+                its layer (at most k activated), with a warning that names those left out.
+            n_deactivate: the same for negative scores (at most E − k deactivated in a layer).
             q: take significant experts only, those with a q-value up to this; needs scores from `detect`.
                 With neither number given, "all" of both signs.
+            epsilon: of the plan.
             on_excess: what to do with more than k activated or more than E − k deactivated experts in one
                 layer. "raise", or "drop" those of lower rank with a warning, as the paper's code does (which
                 drops activations beyond k without a word).
@@ -114,25 +121,19 @@ class SteeringPlan:
             PlanError: a negative number, more experts asked for than have the sign (and the significance), an
                 excess, or scores without q-values where `q` is given.
         """
-        if on_excess not in get_args(OnExcess):
-            raise PlanError(f"on_excess must be one of {get_args(OnExcess)}; got {on_excess!r}.")
         if not isinstance(scores, ExpertScores):
             raise PlanError(f"from_scores needs ExpertScores; got {type(scores).__name__}.")
-        candidates = _candidates(scores, q)
         if q is not None and n_activate is None and n_deactivate is None:
             n_activate = n_deactivate = "all"
-        chosen = {}
-        for name, number, sign, room in (
-            ("activate", n_activate, 1, scores.shape.top_k),
-            ("deactivate", n_deactivate, -1, scores.shape.max_deactivated),
-        ):
-            of_sign = [score for score in candidates if score.delta * sign > 0]
-            wanted = len(of_sign) if number == "all" else 0 if number is None else number
-            experts = _first(f"n_{name}", wanted, of_sign, q)
-            if number == "all" or on_excess == "drop":
-                experts = _drop_excess(name, experts, room)
-            chosen[name] = experts
-        return cls(chosen["activate"], chosen["deactivate"], epsilon, scores.shape)
+        activate, deactivate = select(
+            _significant(scores, q),
+            0 if n_activate is None else n_activate,
+            0 if n_deactivate is None else n_deactivate,
+            scores.shape,
+            on_excess=on_excess,
+            condition="" if q is None else f" and a q-value up to {q:g}",
+        )
+        return cls(activate, deactivate, epsilon, scores.shape)
 
     def random_like(
         self,
@@ -140,52 +141,35 @@ class SteeringPlan:
         seed: int,
         layer_matched: bool = False,
         shape: MoEShape | None = None,
-        model: Any = None,
+        model: SteerableModel | None = None,
     ) -> "SteeringPlan":
         """A random plan of the same size, the control: as many activated and deactivated experts.
 
-        Experts are drawn in random order, passing over those of layers that are full. A shape knows nothing
-        of expert groups and of layers that cannot be steered; a model does, and with it only plans that its
-        routers accept are drawn, from the layers that can be steered at all.
+        Experts are drawn in random order, passing over those of layers that are full. A shape does not
+        tell expert groups or layers that cannot be steered. A model does: with it, only layers that can be
+        steered are drawn from, and only plans that its routers accept are returned.
 
         Args:
             seed: the same seed gives the same plan.
             layer_matched: keep the numbers in each layer too; otherwise any MoE layer may be drawn.
-            shape: of the model to draw from (`model.moe_shape`); needed only where the plan has none.
+            shape: the shape of the model to draw from (`model.moe_shape`), if the plan has none.
             model: a HookedMoE to draw from, instead of a shape.
 
         Raises:
             PlanError: no shape known, or the model has no room for so many experts.
         """
         if model is not None:
-            shape = getattr(model, "moe_shape", None)
-            if shape is None or not hasattr(model, "routing_rule"):
+            if not isinstance(model, SteerableModel):
                 raise PlanError(f"random_like needs a HookedMoE as model; got {type(model).__name__}.")
+            shape = model.moe_shape
         shape = self.shape if shape is None else _checked_shape(shape)
         if shape is None:
             raise PlanError("random_like of a plan without shape: pass shape=model.moe_shape.")
-        if (number := as_index(seed)) is None:
-            raise PlanError(f"seed must be a number from 0 on; got {seed!r}.")
         self.check_fits(shape)
-        rng = random.Random(number)
-        closed = set() if model is None or layer_matched else _closed_layers(model, shape)
-        refused: list[int] = []
-        for _ in range(_ATTEMPTS if model is not None else 1):
-            plan = self._drawn(rng, shape, layer_matched, closed)
-            if len(plan) < len(self):
-                raise PlanError(
-                    f"No room for {len(self)} experts beside the layers {sorted(closed)}, which "
-                    "cannot be steered."
-                )
-            refused = [] if model is None else plan.refused_layers(model)
-            for layer in refused:
-                plan = plan._redrawn(rng, layer, model)
-            if model is None or not plan.refused_layers(model):
-                return plan
-        raise PlanError(
-            f"{_ATTEMPTS} random draws of {len(self)} experts gave none that the routers accept; layer "
-            f"{refused[0]} refuses most. Steer fewer experts, or none in that layer."
+        activate, deactivate = draw_like(
+            self._activated, self.deactivate, shape, seed=seed, layer_matched=layer_matched, model=model
         )
+        return SteeringPlan(activate, deactivate, self.epsilon, shape)
 
     def reversed(self) -> "SteeringPlan":
         """The same experts, activated ones deactivated and the other way round.
@@ -198,47 +182,20 @@ class SteeringPlan:
         """
         return SteeringPlan(self.deactivate, self._activated, self.epsilon, self.shape)
 
-    def _drawn(
-        self, rng: random.Random, shape: MoEShape, layer_matched: bool, closed: set[int]
-    ) -> "SteeringPlan":
-        layers = [layer for layer in shape.layers if layer not in closed]
-        free = [(layer, expert) for layer in layers for expert in range(shape.n_experts)]
-        rng.shuffle(free)
-        deactivate = _take(self.deactivate, free, shape.layers, shape.max_deactivated, layer_matched)
-        free = [expert for expert in free if expert not in deactivate]
-        activate = _take(self._activated, free, shape.layers, shape.top_k, layer_matched)
-        return SteeringPlan(activate, deactivate, self.epsilon, shape)
-
     def in_layer(self, layer: int) -> tuple[list[int], list[int]]:
         """Activated and deactivated experts of a layer; deactivation wins."""
-        return (
-            [expert for own, expert in self._activated if own == layer],
-            [expert for own, expert in self.deactivate if own == layer],
-        )
+        return in_layer(self.activate, self.deactivate, layer)
 
-    def refused_layers(self, model: Any) -> list[int]:
+    def refused_layers(self, model: SteerableModel) -> list[int]:
         """The layers of a HookedMoE whose rule cannot obey the plan (`RoutingRule.cannot_steer`)."""
-        layers = sorted({layer for layer, _ in self.activate + self.deactivate})
-        return [layer for layer in layers if model.routing_rule(layer).cannot_steer(*self.in_layer(layer))]
-
-    def _redrawn(self, rng: random.Random, layer: int, model: Any) -> "SteeringPlan":
-        """The same with other experts in one layer, if some that its rule accepts are soon found."""
-        assert self.shape is not None
-        n_activate, n_deactivate = (len(experts) for experts in self.in_layer(layer))
-        for _ in range(_ATTEMPTS):
-            drawn = rng.sample(range(self.shape.n_experts), n_activate + n_deactivate)
-            activate, deactivate = drawn[:n_activate], drawn[n_activate:]
-            if model.routing_rule(layer).cannot_steer(activate, deactivate) is None:
-                return SteeringPlan(
-                    [e for e in self.activate if e[0] != layer] + [(layer, e) for e in activate],
-                    [e for e in self.deactivate if e[0] != layer] + [(layer, e) for e in deactivate],
-                    self.epsilon,
-                    self.shape,
-                )
-        return self
+        return refused_layers(self.activate, self.deactivate, model)
 
     def check_fits(self, shape: MoEShape) -> None:
-        """Raise PlanError unless the plan can be applied to a model of this shape and was made for one."""
+        """Check that the plan was made for a model of this shape, or for none, and can be applied to it.
+
+        Raises:
+            PlanError: another model, an expert that does not exist, more experts than a layer has room for.
+        """
         if self.shape is not None and (misfits := self.shape.misfits(shape)):
             raise PlanError(
                 f"The plan was made for another model (plan / model): {'; '.join(misfits)}. "
@@ -268,22 +225,47 @@ class SteeringPlan:
         """The same experts for another model, checked against its shape."""
         return SteeringPlan(self.activate, self.deactivate, self.epsilon, shape)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan's content, in hexadecimal: equal plans have equal digests, in files too."""
+        return digest_of(asdict(self))
+
+    def summary(self) -> str:
+        """How many experts the plan names, in which layers, of which model."""
+        layers = sorted({layer for layer, _ in (*self.activate, *self.deactivate)})
+        of_model = "" if self.shape is None else f" of {self.shape.model}"
+        return (
+            f"activates {len(self._activated)}, deactivates {len(self.deactivate)} experts in layers "
+            f"{layers}{of_model}, epsilon {self.epsilon:g}"
+        )
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row an expert, in rank order: layer, expert, and whether it is activated or deactivated."""
+        import pandas as pd
+
+        rows = [(*expert, "activate") for expert in self._activated]
+        rows += [(*expert, "deactivate") for expert in self.deactivate]
+        return pd.DataFrame(rows, columns=["layer", "expert", "role"])
+
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, atomically."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        """Write the plan as JSON, atomically; equal plans give equal files."""
+        _KIND.save_json(path, asdict(self))
 
     def to_json(self) -> dict[str, Any]:
         """What `save` writes, as a JSON object."""
-        return {"kind": _KIND, "schema": _SCHEMA, **asdict(self)}
+        return _KIND.sealed(asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringPlan":
-        """Read what `save` wrote. Raises PlanError, naming the file and the field at fault."""
+        """Read what `save` wrote, or a file written by hand, which needs no digest.
+
+        Raises:
+            PlanError: naming the file and the field at fault.
+        """
+        content = _KIND.load_json(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            return plan_from_json(content)
-        except (OSError, ValueError, RecursionError, DataError, PlanError) as error:
+            return _from_content(content)
+        except (DataError, PlanError) as error:
             raise PlanError(f"{path} cannot be read as a steering plan: {error}") from error
 
     @property
@@ -304,7 +286,7 @@ def _checked_experts(name: str, experts: Iterable[Any]) -> tuple[Expert, ...]:
     for pair in pairs:
         numbers = [as_index(number) for number in pair]
         if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
-            raise PlanError(f"{name}: {pair!r} is no (layer, expert) pair of numbers from 0 on.")
+            raise PlanError(f"{name}: {pair!r} is not a (layer, expert) pair of whole numbers from 0 on.")
         checked.append((numbers[0], numbers[1]))
     if repeated := [expert for expert, number in Counter(checked).items() if number > 1]:
         raise PlanError(f"{name} names {repeated[0]} (layer, expert) more than once.")
@@ -331,8 +313,8 @@ def _checked_epsilon(epsilon: SupportsFloat) -> float:
     return value
 
 
-def _candidates(scores: ExpertScores, q: float | None) -> list[ExpertScore]:
-    """All experts, ranked; with `q` the significant ones only."""
+def _significant(scores: ExpertScores, q: float | None) -> list[ExpertScore]:
+    """All experts, ranked; with `q` those with a q-value up to it."""
     ranked = scores.ranked()
     if q is None:
         return ranked
@@ -344,70 +326,15 @@ def _candidates(scores: ExpertScores, q: float | None) -> list[ExpertScore]:
     return [score for score in ranked if float(scores.q[rows[score.layer], score.expert]) <= q]
 
 
-def _first(name: str, number: Any, candidates: list[ExpertScore], q: float | None) -> list[Expert]:
-    if (wanted := as_index(number)) is None:
-        raise PlanError(f'{name} must be a number from 0 on, or "all"; got {number!r}.')
-    if wanted > len(candidates):
-        sign = "positive" if name == "n_activate" else "negative"
-        significant = "" if q is None else f" and a q-value up to {q:g}"
-        raise PlanError(
-            f"{name}={wanted}, but only {len(candidates)} experts have a {sign} score{significant}; "
-            'ask for at most that many, or for "all".'
-        )
-    return [(score.layer, score.expert) for score in candidates[:wanted]]
-
-
-def _drop_excess(name: str, experts: list[Expert], room: int) -> list[Expert]:
-    """The experts without those beyond `room` in their layer; `experts` come in rank order."""
-    used: Counter[int] = Counter()
-    kept: list[Expert] = []
-    for layer, expert in experts:
-        used[layer] += 1
-        if used[layer] <= room:
-            kept.append((layer, expert))
-    if dropped := [expert for expert in experts if expert not in kept]:
-        warn(f"{name}: dropped {len(dropped)} experts beyond {room} in their layer: {dropped}")
-    return kept
-
-
-def _closed_layers(model: Any, shape: MoEShape) -> set[int]:
-    """The layers of which no single expert can be steered."""
-
-    def is_closed(layer: int) -> bool:
-        refuses = model.routing_rule(layer).cannot_steer
-        return all(refuses([], [e]) and refuses([e], []) for e in range(shape.n_experts))
-
-    return {layer for layer in shape.layers if is_closed(layer)}
-
-
-def _take(
-    like: Iterable[Expert], free: list[Expert], layers: tuple[int, ...], room: int, layer_matched: bool
-) -> list[Expert]:
-    """As many experts as in `like`, from `free` in order; a layer gives at most `room`, or as in `like`."""
-    left = Counter(layer for layer, _ in like)
-    number = left.total()
-    if not layer_matched:
-        left = Counter(dict.fromkeys(layers, room))
-    taken: list[Expert] = []
-    for layer, expert in free:
-        if len(taken) < number and left[layer] > 0:
-            left[layer] -= 1
-            taken.append((layer, expert))
-    return taken
-
-
 def plan_from_json(content: Any) -> SteeringPlan:
-    """The plan that `save` wrote as a JSON object. Raises PlanError, naming the field at fault."""
-    if not isinstance(content, dict):
-        raise PlanError("the file holds no JSON object.")
-    expected = {"kind", "schema", "activate", "deactivate", "epsilon", "shape"}
+    """The plan that `to_json` made a JSON object of. Raises PlanError, naming the field at fault."""
+    return _from_content(_KIND.opened("The JSON object", content))
+
+
+def _from_content(content: dict[str, Any]) -> SteeringPlan:
+    expected = {"schema", "activate", "deactivate", "epsilon", "shape"}
     if wrong := sorted(expected.symmetric_difference(content)):
         raise PlanError(f"field {wrong[0]!r} is {'missing' if wrong[0] in expected else 'unknown'}.")
-    if content["kind"] != _KIND or content["schema"] is True or content["schema"] != _SCHEMA:
-        raise PlanError(
-            f"fields 'kind' and 'schema' must be {_KIND!r} and {_SCHEMA}; "
-            f"got {content['kind']!r} and {content['schema']!r}."
-        )
     for name in ("activate", "deactivate"):
         if not isinstance(content[name], list):
             raise PlanError(f"field {name!r} must be a list of [layer, expert]; got {content[name]!r}.")

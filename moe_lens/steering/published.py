@@ -13,18 +13,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float, Int, Shaped
 
-from moe_lens.checks import as_index
+from moe_lens.checks import as_index, whole_number
 from moe_lens.detection.expert_scores import ExpertScore
 from moe_lens.errors import DataError, PlanError, warn
+from moe_lens.results import Result
 from moe_lens.shape import UNKNOWN_MODEL, MoEShape
+from moe_lens.steering.choosing import OnExcess, select
 from moe_lens.steering.pickled_table import read_columns
-from moe_lens.steering.plan import Expert, OnExcess, SteeringPlan
+from moe_lens.steering.plan import SteeringPlan
+
+if TYPE_CHECKING:
+    import pandas
 
 COUNTS: Final = ("layer", "expert", "a1", "a2", "d1", "d2")
 """The columns that a file must have."""
@@ -34,8 +38,8 @@ _MAX_COUNT: Final = 2**40
 _TOLERANCE: Final = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
-class PublishedRanking:
+@dataclass(frozen=True, eq=False, repr=False)
+class PublishedRanking(Result):
     """The counts of a published result file, in the file's order; `read_published_ranking` makes it.
 
     >>> import pandas as pd
@@ -52,10 +56,13 @@ class PublishedRanking:
     ((0, 2), (0, 3))
 
     Attributes:
-        shape: the model that the counts are about, as far as it is known.
-        layer, expert: [row], int64; `layer` is a layer number of the model.
-        a1, d1: [row], int64, tokens of the first condition at which the expert was, and was not, active.
-        a2, d2: [row], int64, the same for the second condition.
+        shape: the model that the counts are of, as far as it is known.
+        layer: [row], int64, layer numbers of the model.
+        expert: [row], int64.
+        a1: [row], int64, tokens of the first condition at which the expert was active.
+        a2: [row], int64, tokens of the second condition at which it was.
+        d1: [row], int64, tokens of the first condition at which it was not.
+        d2: [row], int64, tokens of the second condition at which it was not.
     """
 
     shape: MoEShape
@@ -82,7 +89,7 @@ class PublishedRanking:
         n_activate: int = 0,
         n_deactivate: int = 0,
         *,
-        reverse: bool = False,
+        opposite: bool = False,
         on_excess: OnExcess = "raise",
         epsilon: float = 0.01,
     ) -> SteeringPlan:
@@ -92,29 +99,40 @@ class PublishedRanking:
         float64 decides what is a tie. An expert whose delta is 0 is never chosen.
 
         Args:
-            n_activate, n_deactivate: how many experts to promote and to keep out.
-            reverse: negate delta first, as the authors' `reversed` does.
+            n_activate: how many experts to promote.
+            n_deactivate: how many experts to keep out.
+            opposite: for the opposite contrast; delta is negated first, as the authors' `reversed` does.
             on_excess: with more than k activated or E − k deactivated experts in a layer, "raise", or "drop"
                 those of lower rank with a warning. The authors drop activations beyond k without a word.
+            epsilon: of the plan.
 
         Raises:
             PlanError: more experts asked for than have the sign, an excess, or an argument out of range.
         """
-        if not isinstance(reverse, bool):
-            raise PlanError(f"reverse must be True or False; got {reverse!r}.")
-        if on_excess not in ("raise", "drop"):
-            raise PlanError(f'on_excess must be "raise" or "drop"; got {on_excess!r}.')
-        sign = -1 if reverse else 1
-        ranked = [(score[:2], sign * score.delta) for score in self.ranked()]
-        activate = _first("n_activate", n_activate, [pair for pair, delta in ranked if delta > 0])
-        deactivate = _first("n_deactivate", n_deactivate, [pair for pair, delta in ranked if delta < 0])
-        if on_excess == "drop":
-            activate = _within("activate", activate, self.shape.top_k)
-            deactivate = _within("deactivate", deactivate, self.shape.max_deactivated)
-        return SteeringPlan(activate, deactivate, epsilon, self.shape)
+        if not isinstance(opposite, bool):
+            raise PlanError(f"opposite must be True or False; got {opposite!r}.")
+        sign = -1 if opposite else 1
+        chosen = select(
+            [score._replace(delta=sign * score.delta) for score in self.ranked()],
+            whole_number(n_activate, "n_activate", error=PlanError),
+            whole_number(n_deactivate, "n_deactivate", error=PlanError),
+            self.shape,
+            on_excess=on_excess,
+        )
+        return SteeringPlan(*chosen, epsilon, self.shape)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """A row an expert in the file's order: layer, expert, the four counts, p1, p2 and delta."""
+    def summary(self) -> str:
+        """How many experts of which model are ranked."""
+        shape = self.shape
+        return (
+            f"{len(self.layer)} experts: {shape.n_experts} in each of {len(shape.layers)} layers of "
+            f"{shape.model}, k = {shape.top_k}"
+        )
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row an expert, in the file's order: layer, expert, the four counts, p1, p2 and delta."""
+        import pandas as pd
+
         table = pd.DataFrame({name: getattr(self, name) for name in COUNTS})
         rates = {"p1": self.a1 / (self.a1 + self.d1), "p2": self.a2 / (self.a2 + self.d2)}
         return table.assign(**rates, delta=self.delta)
@@ -138,19 +156,18 @@ def read_published_ranking(
     ((1, 0),)
 
     A file is a DataFrame pickled by pandas 1.0 to 3 (protocols 0 to 5, also gzipped), or a table of the same
-    columns whose name ends in .csv or .csv.gz. What no such DataFrame holds is refused by name. To convert a
-    pickle that is refused, on a machine where its code may run:
+    columns whose name ends in .csv or .csv.gz. Anything that such a DataFrame does not hold is refused by
+    name. To convert a pickle that is refused, on a machine where its code may run:
     `pandas.read_pickle(path).to_csv("ranking.csv", index=False)`.
 
     Args:
         path: the file. Columns layer, expert, a1, a2, d1, d2; risk_diff and risk_diff_abs are compared with
             the counts where they exist, others are not read.
         shape: of the model to steer, `model.moe_shape`; the file is checked against it.
-        layers: which layer of the model is meant by each layer number of the file: a mapping, or the model's
-            layer numbers in the order of the file's. The authors' code counts MoE layers from 0, so for a
-            model whose first layers are dense pass `layers=model.moe_shape.layers`. Without it, the numbers
-            must be those of `shape`, or go 0, 1, 2, ...; a plan with them is then refused by models where
-            they do not mean the same.
+        layers: which layer of the model each layer number of the file means: a mapping, or the model's layer
+            numbers in the order of the file's. The authors' code counts MoE layers from 0, so for a model
+            whose first layers are dense pass `layers=model.moe_shape.layers`. Without it, the numbers must be
+            those of `shape`, or go 0, 1, 2, ...; models where they do not mean the same then refuse the plan.
         top_k: experts per token, where the counts do not tell (they do if every token chose k experts).
         model: name of the model, where `shape` is not given.
 
@@ -167,17 +184,17 @@ def read_published_ranking(
         grid = _checked_grid(counts)
         k = _experts_per_token(grid, shape.top_k if shape is not None and top_k is None else top_k)
         counts["layer"] = _model_layers(counts["layer"], layers, shape)
-        found = MoEShape(
+        of_counts = MoEShape(
             shape.model if shape is not None and model == UNKNOWN_MODEL else model,
             tuple(np.unique(counts["layer"]).tolist()),
             grid["expert"].shape[1],
             k,
         )
-        if shape is not None and (misfits := found.misfits(shape)):
-            raise DataError(f"its model is not that of shape= (file / shape): {'; '.join(misfits)}.")
+        if shape is not None and (misfits := of_counts.misfits(shape)):
+            raise DataError(f"it is about another model than shape= (file / shape): {'; '.join(misfits)}.")
         for column in counts.values():
             column.flags.writeable = False
-        ranking = PublishedRanking(found, **counts)
+        ranking = PublishedRanking(of_counts, **counts)
         _check_scores(ranking.delta, scores)
     except DataError as error:
         raise DataError(f"{path} cannot be read as a published ranking: {error}") from error
@@ -221,7 +238,8 @@ def _whole_numbers(name: str, column: Shaped[np.ndarray, "row"]) -> Int[np.ndarr
     numbers = _numbers(name, column)
     wrong = (numbers < 0) | (numbers > _MAX_COUNT) | (numbers != np.floor(numbers))
     if (bad := np.flatnonzero(wrong)).size:
-        raise DataError(f"column {name!r}, row {bad[0]}: {numbers[bad[0]]:g} is no whole number from 0 on.")
+        number = f"{numbers[bad[0]]:g}"
+        raise DataError(f"column {name!r}, row {bad[0]}: {number} is not a whole number from 0 on.")
     return numbers.astype(np.int64)
 
 
@@ -249,23 +267,22 @@ def _checked_grid(counts: dict[str, Int[np.ndarray, "row"]]) -> dict[str, Int[np
 
 def _experts_per_token(grid: dict[str, Int[np.ndarray, "layer expert"]], given: int | None) -> int:
     """k: every token adds one to k of a layer's experts, so the counts a of a layer sum to k × tokens."""
-    if given is not None and not as_index(given):
-        raise DataError(f"top_k must be a whole number from 1 on; got {given!r}.")
+    if given is not None:
+        given = whole_number(given, "top_k", least=1)
     sums = [grid[f"a{condition}"].sum(axis=1) for condition in "12"]
     tokens = [(grid[f"a{condition}"] + grid[f"d{condition}"])[:, 0] for condition in "12"]
     rates = np.concatenate(sums) / np.concatenate(tokens)
     low, high = float(rates.min()), float(rates.max())
-    found = int(low) if low == high and low.is_integer() and low >= 1 else None
-    if given is not None and found not in (None, int(given)):
-        raise DataError(f"{found} experts are active for every token, not the {given} of shape= or top_k=.")
-    if given is not None:
-        return int(given)
-    if found is None:
+    counted = int(low) if low == high and low.is_integer() and low >= 1 else None
+    if given is not None and counted not in (None, given):
+        raise DataError(f"{counted} experts are active for every token, not the {given} of shape= or top_k=.")
+    k = counted if given is None else given
+    if k is None:
         raise DataError(
             f"between {low:g} and {high:g} experts are active for a token, depending on the layer: no k. If "
             "the model does so, pass top_k=."
         )
-    return found
+    return k
 
 
 def _model_layers(
@@ -310,38 +327,18 @@ def _some(numbers: Iterable[int]) -> str:
 
 def _check_scores(delta: Float[np.ndarray, "row"], scores: dict[str, Float[np.ndarray, "row"]]) -> None:
     """The file's own scores must be those of its counts, and put the experts in the same order."""
-    for name, own in scores.items():
+    for name, stated in scores.items():
         expected = np.abs(delta) if name == "risk_diff_abs" else delta
-        if (bad := np.flatnonzero(np.abs(own - expected) > _TOLERANCE)).size:
+        if (bad := np.flatnonzero(np.abs(stated - expected) > _TOLERANCE)).size:
             row = bad[0]
             raise DataError(
-                f"column {name!r}, row {row}: {own[row]:.7g}, but the counts give {expected[row]:.7g}: "
+                f"column {name!r}, row {row}: {stated[row]:.7g}, but the counts give {expected[row]:.7g}: "
                 "not one table. To go by the counts, take the column out."
             )
-        ranks, own_ranks = (np.argsort(-np.abs(x), kind="stable") for x in (delta, own))
-        signs = name == "risk_diff" and not np.array_equal(np.sign(own), np.sign(delta))
-        if signs or not np.array_equal(ranks, own_ranks):
+        ranks, stated_ranks = (np.argsort(-np.abs(column), kind="stable") for column in (delta, stated))
+        other_signs = name == "risk_diff" and not np.array_equal(np.sign(stated), np.sign(delta))
+        if other_signs or not np.array_equal(ranks, stated_ranks):
             warn(
                 f"column {name!r} is rounded and orders experts otherwise than the counts do; plans follow "
                 "the counts."
             )
-
-
-def _first(name: str, number: int, candidates: list[Expert]) -> list[Expert]:
-    if (wanted := as_index(number)) is None:
-        raise PlanError(f"{name} must be a number from 0 on; got {number!r}.")
-    if wanted > len(candidates):
-        sign = "positive" if name == "n_activate" else "negative"
-        raise PlanError(
-            f"{name}={wanted}, but only {len(candidates)} experts have a {sign} delta; ask for fewer."
-        )
-    return candidates[:wanted]
-
-
-def _within(name: str, experts: list[Expert], room: int) -> list[Expert]:
-    """The experts without those beyond `room` in their layer; `experts` come in rank order."""
-    used: Counter[int] = Counter()
-    kept = [pair for pair in experts if not used.update([pair[0]]) and used[pair[0]] <= room]
-    if dropped := [pair for pair in experts if pair not in kept]:
-        warn(f"{name}: dropped {len(dropped)} experts beyond {room} in their layer: {dropped}")
-    return kept

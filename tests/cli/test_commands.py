@@ -477,7 +477,7 @@ def test_evaluate_with_scores_needs_no_reverse_plan(
     assert run("evaluate", NAME, *files, *options, "--out", tmp_path / "r") == 0
     report = SteeringReport.load(tmp_path / "r")
     assert report.bottom is not None
-    assert report.plans["−"].deactivate == SteeringPlan.load(work / "reverse.json").deactivate
+    assert report.plans["-"].deactivate == SteeringPlan.load(work / "reverse.json").deactivate
     assert "least-scoring experts" in capsys.readouterr().out
 
 

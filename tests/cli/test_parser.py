@@ -1,6 +1,8 @@
 """The command `moe-lens`: its help, its exit status and what it says of bad input."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from moe_lens.cli import commands
 from moe_lens.cli import parser as cli
 from moe_lens.detection.expert_scores import risk_difference
 from moe_lens.evaluation.evaluating import evaluate_steering, sweep
+from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, CollateralMeasure, SteeringTask
 from moe_lens.organisms import demo
 from moe_lens.organisms.demo import DemoResult
 from moe_lens.routers.models import markdown_table
 from moe_lens.statistics.collection import collect_routing
 from moe_lens.steering.plan import SteeringPlan
+from tests.notebooks import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +169,38 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     assert all(kind in _HELP["plot"] for kind in commands.PLOTS)
 
 
+HEAVY = ("transformers", "transformer_lens", "datasets")
+_WITHOUT_A_MODEL = {
+    "--help": ("--help",),
+    **{f"{command} --help": (command, "--help") for command in _HELP},
+    "plan": ("plan", "scores", "--deactivate", "2", "--out", "p.json"),
+    "plot heatmap": ("plot", "heatmap", "scores", "--plan", "plan.json", "--out", "f.png"),
+    "plot layers": ("plot", "layers", "plan.json", "--out", "f.png"),
+    "plot coactivation": ("plot", "coactivation", "stats", "--out", "f.png"),
+    "plot balance": ("plot", "balance", "stats", "--out", "f.png"),
+    "plot sweep": ("plot", "sweep", "sweep.json", "--out", "f.png"),
+}
+
+
+@pytest.mark.parametrize("arguments", _WITHOUT_A_MODEL.values(), ids=_WITHOUT_A_MODEL.keys())
+def test_what_runs_no_model_loads_no_model_library(
+    arguments: tuple[str, ...], files: Path, tmp_path: Path
+) -> None:
+    for name in ("scores", "stats", "plan.json", "sweep.json"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from moe_lens.cli.parser import main\n"
+        "try:\n    status = main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    status = stop.code\n"
+        f"print('status', status, 'heavy', [name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert run.stdout.splitlines()[-1] == "status 0 heavy []", run.stdout + run.stderr
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of good and bad files."""
@@ -183,6 +219,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     SteeringPlan(deactivate=[(77, 1)]).save(folder / "other-layer.json")
     SteeringPlan(deactivate=[(0, 300)]).save(folder / "other-expert.json")
     SteeringPlan().save(folder / "empty-plan.json")
+    points = tuple(SweepPoint(2, side, 0.5, 0.4, 0.6, {}, [0.5]) for side in "+-")
+    SweepResult("task", "null", "deactivate", 0.5, {}, {}, points).save(folder / "sweep.json")
     rows = [{"prompt": c.open_book, "answer": c.document_answer, "cluster": c.entity} for c in conflicts[:3]]
     task: dict[str, Any] = {"kind": "moe_lens.SteeringTask", "prompts": rows}
     long = [{**row, "answer": "Bergen Kyoto"} for row in rows]
@@ -310,8 +348,8 @@ _BAD = [
     # evaluate, sweep
     (("evaluate", "null", "plan.json", "missing", *_EVALUATE), "missing"),
     (("evaluate", "null", "plan.json", "no.json", *_EVALUATE), "no.json"),
-    (("evaluate", "null", "plan.json", "plan.json", *_EVALUATE), "plan.json is no task"),
-    (("evaluate", "null", "plan.json", "list.json", *_EVALUATE), "list.json is no task"),
+    (("evaluate", "null", "plan.json", "plan.json", *_EVALUATE), "plan.json is no file of a steering task"),
+    (("evaluate", "null", "plan.json", "list.json", *_EVALUATE), "list.json is no file of a steering task"),
     (("evaluate", "null", "plan.json", "unknown-field.json", *_EVALUATE), "'promts'"),
     (("evaluate", "null", "plan.json", "no-answer.json", *_EVALUATE), "prompts[3]"),
     (("evaluate", "null", "plan.json", "number-answer.json", *_EVALUATE), "prompts[0]"),

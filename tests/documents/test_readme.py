@@ -73,7 +73,7 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
     row = dict(zip(header, next(cells for cells in lines if cells[0] == "planted"), strict=True))
     report = planted_demo.report
     assert float(row["toward doc"]) == pytest.approx(report.steered["+"].rate, abs=0.05)
-    assert float(row["toward memory"]) == pytest.approx(report.steered["−"].rate, abs=0.05)
+    assert float(row["toward memory"]) == pytest.approx(report.steered["-"].rate, abs=0.05)
     assert float(row["doc rate"]) == pytest.approx(report.unsteered.rate, abs=0.05)
     assert row["verdict"] == "exceeds controls"
     assert row["experts off"].startswith(f"{planted_demo.size} of ")

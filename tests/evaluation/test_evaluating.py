@@ -107,7 +107,7 @@ def test_a_planted_effect_is_found(model: HookedMoE) -> None:
     report = evaluate(model, fake_task(planted()))
     assert report.verdict
     assert report.steered["+"].rate == pytest.approx(0.9)
-    assert report.steered["−"].rate == pytest.approx(0.1)
+    assert report.steered["-"].rate == pytest.approx(0.1)
     assert report.unsteered.rate == pytest.approx(0.5)
     assert report.explanation.count("moves as meant") == 2
 
@@ -170,15 +170,15 @@ def test_every_condition_is_measured_once_and_reported(model: HookedMoE) -> None
     report = evaluate(model, fake_task(noise, seen), scores=scores(model), n_random=5, seed=7)
     assert len(seen) == 3 + 1 + 4 * 5
     assert SteeringPlan() in seen
-    assert report.plans == {"+": PLAN, "−": REVERSE}
-    for plan, outcome in ((PLAN, report.steered["+"]), (REVERSE, report.steered["−"])):
+    assert report.plans == {"+": PLAN, "-": REVERSE}
+    for plan, outcome in ((PLAN, report.steered["+"]), (REVERSE, report.steered["-"])):
         assert outcome.values.tolist() == values_at(noise(plan)).tolist()
     assert (report.task, report.model, report.clusters) == ("planted", model.moe_shape.model, CLUSTERS)
     assert (report.alpha, report.level, report.seed) == (0.05, 0.95, 7)
     sizes = {
         kind: {side: len(sets) for side, sets in sides.items()} for kind, sides in report.controls.items()
     }
-    assert sizes == {"layer-matched": {"+": 5, "−": 5}, "any layer": {"+": 5, "−": 5}}
+    assert sizes == {"layer-matched": {"+": 5, "-": 5}, "any layer": {"+": 5, "-": 5}}
 
 
 def test_the_four_lists_have_draws_of_their_own_and_the_right_numbers(model: HookedMoE) -> None:
@@ -220,10 +220,10 @@ def test_the_reverse_comes_from_the_scores_or_from_swapping(model: HookedMoE) ->
     plan = SteeringPlan.from_scores(own, n_deactivate=3, epsilon=0.3)
     assert set(plan.deactivate) == set(TOWARD)
     report = evaluate_steering(model, plan, fake_task(planted()), scores=own, progress=False)
-    assert set(report.plans["−"].deactivate) == set(AGAINST)
-    assert report.plans["−"].epsilon == 0.3
+    assert set(report.plans["-"].deactivate) == set(AGAINST)
+    assert report.plans["-"].epsilon == 0.3
     assert report.verdict
-    swapped = evaluate_steering(model, PLAN, fake_task(planted()), n_random=4, progress=False).plans["−"]
+    swapped = evaluate_steering(model, PLAN, fake_task(planted()), n_random=4, progress=False).plans["-"]
     assert (swapped.activate, swapped.deactivate) == (PLAN.deactivate, ())
 
 
@@ -250,10 +250,10 @@ def test_collateral_of_every_condition(model: HookedMoE) -> None:
     report = evaluate(model, task, n_random=8)
     assert report.unsteered.collateral == {"loss": 1.0, "accuracy": 0.9}
     for harms in report.harms().values():
-        assert harms == {"+": pytest.approx(0.3), "−": pytest.approx(0.3)}
+        assert harms == {"+": pytest.approx(0.3), "-": pytest.approx(0.3)}
     assert "loss gets worse by at most 0.30 (direction +), MORE than the limit of 0.2" in report.explanation
     assert "accuracy gets worse by at most 0.30 (direction +), within the limit of 0.5" in report.explanation
-    random = report.controls["any layer"]["−"][0]
+    random = report.controls["any layer"]["-"][0]
     assert random.collateral == {"loss": pytest.approx(1.3), "accuracy": pytest.approx(0.6)}
 
 

@@ -17,8 +17,8 @@ from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError, PlanError
 from moe_lens.evaluation.evaluating import sweep
 from moe_lens.evaluation.measures import Hooks
+from moe_lens.evaluation.outcomes import Limit
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
-from moe_lens.evaluation.report import Limit
 from moe_lens.evaluation.tasks import CollateralMeasure, SteeringTask
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.resampling import clustered_interval
@@ -80,7 +80,7 @@ def run(
 def test_points_are_those_of_the_plans(model: HookedMoE, mode: Any) -> None:
     own, seen = scores(model), []
     found = run(model, fake_task(own, seen), own, mode=mode, n_random=3, seed=2)
-    assert [(p.size, p.direction) for p in found.points] == [(2, "+"), (2, "−"), (3, "+"), (3, "−")]
+    assert [(p.size, p.direction) for p in found.points] == [(2, "+"), (2, "-"), (3, "+"), (3, "-")]
     assert (found.sizes, found.mode, found.task, found.model) == ((2, 3), mode, "fake", model.moe_shape.model)
     assert found.unsteered == 0.5
     assert found.unsteered_collateral == {"loss": 1.0}
@@ -119,7 +119,7 @@ def test_the_same_seed_gives_the_same_sweep(model: HookedMoE) -> None:
 def test_gap_and_best_size_of_a_real_sweep(model: HookedMoE) -> None:
     own = scores(model)
     found = run(model, fake_task(own), own, sizes=(1, 2, 3, 4, 5, 6))
-    gaps = {n: found.point(n, "+").mean - found.point(n, "−").mean for n in found.sizes}
+    gaps = {n: found.point(n, "+").mean - found.point(n, "-").mean for n in found.sizes}
     assert {n: found.gap(n) for n in found.sizes} == gaps
     assert all(gaps[n] < gaps[n + 1] for n in range(1, 6))
     assert [found.excess(n) > 0 for n in found.sizes] == [False] * 4 + [
@@ -135,14 +135,14 @@ def test_gap_and_best_size_of_a_real_sweep(model: HookedMoE) -> None:
 def test_impossible_sizes_are_left_out(model: HookedMoE) -> None:
     own = scores(model, n_negative=5)
     assert run(model, fake_task(own), own, sizes=[1, 5, 6, 40, 5], n_random=0).sizes == (1, 5)
-    assert run(model, fake_task(own), own, sizes=[5, 6], n_random=0, directions=("−",)).sizes == (5, 6)
+    assert run(model, fake_task(own), own, sizes=[5, 6], n_random=0, directions=("-",)).sizes == (5, 6)
     assert run(model, fake_task(own), own, sizes=[1, 36], n_random=0, mode="both").sizes == (1,)
 
 
 def test_a_size_is_measured_in_both_directions_or_not_at_all(model: HookedMoE) -> None:
     own = scores(model, n_negative=5)
-    found = run(model, fake_task(own), own, sizes=[3, 6], n_random=0, directions=("−", "+"))
-    assert {(p.size, p.direction) for p in found.points} == {(3, "+"), (3, "−")}
+    found = run(model, fake_task(own), own, sizes=[3, 6], n_random=0, directions=("-", "+"))
+    assert {(p.size, p.direction) for p in found.points} == {(3, "+"), (3, "-")}
 
 
 def test_no_possible_size_is_refused_with_the_reason(model: HookedMoE) -> None:
@@ -160,7 +160,7 @@ def test_no_possible_size_is_refused_with_the_reason(model: HookedMoE) -> None:
         ({"sizes": (2, 2.5)}, "sizes"),
         ({"sizes": (True,)}, "sizes"),
         ({"directions": ()}, "directions"),
-        ({"directions": ("+", "-")}, "directions"),  # a hyphen is no minus sign
+        ({"directions": ("+", "~")}, "directions"),
         ({"mode": "promote"}, "mode"),
         ({"n_random": -1}, "n_random"),
     ],
@@ -178,7 +178,7 @@ def test_a_point_that_was_not_measured_is_refused(model: HookedMoE) -> None:
     found = run(model, fake_task(own), own, n_random=0, directions=("+",))
     with pytest.raises(DataError, match="size 4"):
         found.point(4, "+")
-    with pytest.raises(DataError, match="direction '−'"):
+    with pytest.raises(DataError, match="direction '-'"):
         found.gap(2)
 
 
@@ -186,7 +186,7 @@ def test_a_point_that_was_not_measured_is_refused(model: HookedMoE) -> None:
 
 
 def made(points: dict[int, tuple[float, float, float, float]], limit: float = 0.25) -> SweepResult:
-    """size -> (mean +, mean −, loss +, accuracy −)."""
+    """size -> (mean +, mean -, loss +, accuracy -)."""
     return SweepResult(
         "task",
         "m",
@@ -199,7 +199,7 @@ def made(points: dict[int, tuple[float, float, float, float]], limit: float = 0.
             for size, (plus, minus, loss, accuracy) in points.items()
             for side, mean, collateral in (
                 ("+", plus, {"loss": loss, "accuracy": 1.0}),
-                ("−", minus, {"loss": 1.0, "accuracy": accuracy}),
+                ("-", minus, {"loss": 1.0, "accuracy": accuracy}),
             )
         ),
     )
@@ -292,7 +292,7 @@ def test_a_saved_sweep_loads_as_it_was(model: HookedMoE, tmp_path: Path, n_rando
         ],
         ("unsteered_collateral", ...),
         ("kind", "moe_lens.SteeringReport"),
-        ("schema", 2),
+        ("schema", 3),
         ("extra", 1),
         ("points", 3),
         ("points", [1]),
@@ -304,6 +304,7 @@ def test_a_saved_sweep_loads_as_it_was(model: HookedMoE, tmp_path: Path, n_rando
 def test_a_damaged_file_is_refused(tmp_path: Path, field: str, value: Any) -> None:
     made({2: (1.0, 0.0, 1.0, 1.0)}).save(tmp_path / "whole")
     content = json.loads((tmp_path / "whole").read_text(encoding="utf-8"))
+    del content["digest"]  # else every change would be damage, whatever the field
     content[field] = value
     content = {name: value for name, value in content.items() if value is not ...}
     (tmp_path / "bad.json").write_text(json.dumps(content))
@@ -316,3 +317,53 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(DataError, match=r"other\.json"):
         SweepResult.load(tmp_path / "other.json")
+
+
+def test_a_file_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """Schema 1: minus signs as directions, no digest."""
+    point = {"size": 2, "low": 0.25, "high": 0.75, "collateral": {"loss": 1.5}, "control_means": [0.5]}
+    old = {
+        "kind": "moe_lens.SweepResult",
+        "schema": 1,
+        "task": "task",
+        "model": "m",
+        "mode": "deactivate",
+        "unsteered": 0.5,
+        "unsteered_collateral": {"loss": 1.0},
+        "limits": {"loss": {"limit": 0.1, "larger_is_worse": True}},
+        "points": [{**point, "direction": "+", "mean": 0.75}, {**point, "direction": "−", "mean": 0.25}],
+    }
+    (tmp_path / "old.json").write_text(json.dumps(old, ensure_ascii=False), encoding="utf-8")
+    loaded = SweepResult.load(tmp_path / "old.json")
+    assert [point.direction for point in loaded.points] == ["+", "-"]
+    assert loaded.gap(2) == 0.5
+    assert loaded.point(2, "−") is loaded.point(2, "-")
+    loaded.save(tmp_path / "new.json")
+    assert SweepResult.load(tmp_path / "new.json") == loaded
+    assert "−" not in (tmp_path / "new.json").read_text(encoding="utf-8")
+
+
+def test_equal_sweeps_give_equal_bytes_and_a_changed_number_is_damage(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        made({2: (1.0, 0.0, 1.0, 1.0)}).save(tmp_path / name)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    content = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    content["points"][0]["mean"] = 0.5
+    (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match="digest"):
+        SweepResult.load(tmp_path / "a.json")
+
+
+def test_a_minus_sign_still_asks_for_that_direction(model: HookedMoE) -> None:
+    own = scores(model)
+    found = run(model, fake_task(own), own, sizes=[2], n_random=0, directions=("−",))
+    assert [point.direction for point in found.points] == ["-"]
+
+
+def test_a_sweep_shows_its_gaps_in_one_line() -> None:
+    result = made({2: (0.75, 0.25, 1.0, 1.0), 4: (1.0, 0.0, 1.0, 1.0)})
+    line = "SweepResult(task, m, deactivate, unsteered 0.50; gap by size 2: +0.50, 4: +1.00)"
+    assert repr(result) == line
+    assert repr(result.points[1]) == "SweepPoint(size 2, -: mean 0.250 [0.125, 0.375])"
+    one_sided = SweepResult("task", "m", "both", 0.5, {}, {}, result.points[::2])
+    assert repr(one_sided) == "SweepResult(task, m, both, unsteered 0.50; sizes 2, 4)"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
 from moe_lens.errors import DataError
-from moe_lens.evaluation.report import Limit, Outcome, SteeringReport, gap_p_value
+from moe_lens.evaluation.outcomes import Limit, Outcome, gap_p_value
+from moe_lens.evaluation.report import SteeringReport
 from moe_lens.resampling import cluster_weights, clustered_interval
 from moe_lens.shape import MoEShape
 from moe_lens.steering.plan import SteeringPlan
@@ -43,14 +44,14 @@ def report(
         model="m",
         plans={
             "+": SteeringPlan((), [(0, 1), (1, 2)], 0.01, SHAPE),
-            "−": SteeringPlan((), [(0, 0), (1, 1), (1, 5)], 0.01, SHAPE),
+            "-": SteeringPlan((), [(0, 0), (1, 1), (1, 5)], 0.01, SHAPE),
         },
         clusters=CLUSTERS,
         unsteered=outcome(0.5),
-        steered={"+": outcome(plus), "−": outcome(minus)},
+        steered={"+": outcome(plus), "-": outcome(minus)},
         controls={
-            "layer-matched": {s: [outcome(r) for r in m] for s, m in zip("+−", matched, strict=True)},
-            "any layer": {s: [outcome(r) for r in m] for s, m in zip("+−", any_layer, strict=True)},
+            "layer-matched": {s: [outcome(r) for r in m] for s, m in zip("+-", matched, strict=True)},
+            "any layer": {s: [outcome(r) for r in m] for s, m in zip("+-", any_layer, strict=True)},
         },
         bottom=outcome(0.55),
         limits=LIMITS,
@@ -193,19 +194,21 @@ def test_a_one_directional_effect_is_said_to_be_one() -> None:
     assert "direction − moves as meant (-0.40" in words
 
 
-def test_a_hyphen_is_the_minus_sign_and_nothing_else_is_a_direction() -> None:
+def test_a_minus_sign_is_the_hyphen_and_nothing_else_is_a_direction() -> None:
     whole = report()
-    assert whole.steered["-"] is whole.steered["−"]
-    assert whole.plans["-"] is whole.plans["−"]
-    assert whole.controls["any layer"]["-"] is whole.controls["any layer"]["−"]
-    assert whole.effect_interval("-") == whole.effect_interval("−")
+    assert whole.steered["−"] is whole.steered["-"]
+    assert whole.plans["−"] is whole.plans["-"]
+    assert whole.controls["any layer"]["−"] is whole.controls["any layer"]["-"]
+    assert whole.effect_interval("−") == whole.effect_interval("-")
+    assert list(whole.steered) == list(whole.plans) == list(whole.controls["any layer"]) == ["+", "-"]
+    assert [*report(steered={"+": outcome(0.9), "−": outcome(0.1)}).steered] == ["+", "-"]  # as before
     for name in ("minus", ""):
         with pytest.raises(DataError, match="direction"):
             whole.effect_interval(name)
 
 
 def test_a_direction_that_activates_says_so() -> None:
-    plans = {"+": SteeringPlan((), [(0, 1)], 0.01, SHAPE), "−": SteeringPlan([(0, 1)], (), 0.01, SHAPE)}
+    plans = {"+": SteeringPlan((), [(0, 1)], 0.01, SHAPE), "-": SteeringPlan([(0, 1)], (), 0.01, SHAPE)}
     words = report(plans=plans).explanation
     assert "Direction + moves as meant" in words
     assert "direction −, by activating 1 expert, moves as meant" in words
@@ -214,11 +217,11 @@ def test_a_direction_that_activates_says_so() -> None:
 def test_intervals_are_those_of_the_differences_over_clusters() -> None:
     rng = np.random.default_rng(0)
     first, second, before = (Outcome(rng.random(20), {LOSS: 1.0, ACCURACY: 0.9}) for _ in range(3))
-    made = report(steered={"+": first, "−": second}, unsteered=before, level=0.8)
+    made = report(steered={"+": first, "-": second}, unsteered=before, level=0.8)
     gap = clustered_interval(first.values - second.values, CLUSTERS, level=0.8, seed=3)
     assert made.gap_interval == gap
     effect = clustered_interval(second.values - before.values, CLUSTERS, level=0.8, seed=3)
-    assert made.effect_interval("−") == effect
+    assert made.effect_interval("-") == effect
     assert gap[0] < made.gap < gap[1]
 
 
@@ -231,17 +234,17 @@ def test_excess_from_its_definition(kind: str) -> None:
             Outcome(rng.binomial(1, rate, 20).astype(float), {LOSS: 1.0, ACCURACY: 0.9}) for _ in range(n)
         ]
 
-    own = {"+": some(1, 0.9)[0], "−": some(1, 0.2)[0]}
-    controls = {name: {"+": some(4, 0.5), "−": some(3, 0.5)} for name in ("layer-matched", "any layer")}
+    own = {"+": some(1, 0.9)[0], "-": some(1, 0.2)[0]}
+    controls = {name: {"+": some(4, 0.5), "-": some(3, 0.5)} for name in ("layer-matched", "any layer")}
     made = report(steered=own, controls=controls, alpha=0.2, level=0.9)
 
     def excess(weight: np.ndarray) -> float:
         def rate(one: Outcome) -> float:
             return sum(w * v for w, v in zip(weight, one.values, strict=True)) / sum(weight)
 
-        plus, minus = ([rate(one) for one in controls[kind][side]] for side in "+−")
+        plus, minus = ([rate(one) for one in controls[kind][side]] for side in "+-")
         gaps = [a - b for a, b in product(plus, minus)]
-        return rate(own["+"]) - rate(own["−"]) - float(np.quantile(gaps, 0.8))
+        return rate(own["+"]) - rate(own["-"]) - float(np.quantile(gaps, 0.8))
 
     resampled = [excess(weight) for weight in cluster_weights(CLUSTERS, 1000, 3)]
     expected = (excess(np.ones(20)), *np.quantile(resampled, [0.05, 0.95]))
@@ -256,9 +259,9 @@ def test_what_other_prompts_may_undo_is_no_effect(kind: str) -> None:
     """The plan beats every random set, by one cluster alone; without that cluster it beats none."""
     first, collateral = np.arange(20) < 2, {LOSS: 1.0, ACCURACY: 0.9}
     none = Outcome(np.full(20, 0.1), collateral)
-    steered = {"+": Outcome(np.where(first, 1.1, 0.6), collateral), "−": none}
+    steered = {"+": Outcome(np.where(first, 1.1, 0.6), collateral), "-": none}
     close = Outcome(np.where(first, 0.1, 0.62), collateral)
-    whole = {**report().controls, kind: {"+": [close] * 9, "−": [none] * 9}}
+    whole = {**report().controls, kind: {"+": [close] * 9, "-": [none] * 9}}
     made = report(steered=steered, controls=whole)
     p = made.p_matched if kind == "layer-matched" else made.p_any
     excess = made.excess_matched if kind == "layer-matched" else made.excess_any
@@ -286,10 +289,10 @@ def test_what_other_prompts_may_undo_is_no_effect(kind: str) -> None:
     ],
 )
 def test_collateral_beyond_its_limit_is_said(loss: float, accuracy: float, beyond: set[str]) -> None:
-    made = report(steered={"+": outcome(0.9), "−": outcome(0.1, loss, accuracy)})
+    made = report(steered={"+": outcome(0.9), "-": outcome(0.1, loss, accuracy)})
     harms = made.harms()
-    assert harms[LOSS]["−"] == pytest.approx(loss - 1.0)
-    assert harms[ACCURACY]["−"] == pytest.approx(0.9 - accuracy)
+    assert harms[LOSS]["-"] == pytest.approx(loss - 1.0)
+    assert harms[ACCURACY]["-"] == pytest.approx(0.9 - accuracy)
     assert harms[LOSS]["+"] == harms[ACCURACY]["+"] == 0.0
     for name in (LOSS, ACCURACY):
         sentence = made.explanation.split(f"Collateral: {name} ")[1]
@@ -331,7 +334,7 @@ def test_rows_of_the_table() -> None:
     assert frame["sd"].tolist()[4:6] == pytest.approx([0.2, np.sqrt(0.005)])
     assert frame["sd"].iloc[:4].isna().all()
     assert frame["low"].notna().tolist() == [True] * 3 + [False] * 5
-    for name, one in (("unsteered", made.unsteered), ("steered −", made.steered["−"])):
+    for name, one in (("unsteered", made.unsteered), ("steered −", made.steered["-"])):
         low, high = clustered_interval(one.values, CLUSTERS, level=0.95, seed=3)
         assert (frame["low"][name], frame["high"][name]) == (low, high)
     assert frame[LOSS].tolist() == [1.0] * 8
@@ -388,6 +391,73 @@ def test_the_file_tells_the_verdict(tmp_path: Path) -> None:
         assert (content["p_matched"], content["p_any"]) == (made.p_matched, made.p_any)
 
 
+def test_a_file_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """Schema 1: minus signs as keys, no digests."""
+    plan = {"kind": "moe_lens.SteeringPlan", "schema": 1, "activate": [], "epsilon": 0.01, "shape": None}
+    loss, up, down = {"loss": 1.0}, [1.0, 1.0, 0.5], [0.0, 0.5, 0.0]
+    sides = {
+        "+": [{"values": down, "collateral": loss}, {"values": up, "collateral": loss}],
+        "−": [{"values": up, "collateral": loss}],
+    }
+    old = {
+        "kind": "moe_lens.SteeringReport",
+        "schema": 1,
+        "task": "task",
+        "model": "m",
+        "alpha": 0.3,
+        "level": 0.9,
+        "seed": 2,
+        "clusters": ["a", "b", "b"],
+        "plans": {"+": {**plan, "deactivate": [[0, 1]]}, "−": {**plan, "deactivate": [[1, 2], [1, 3]]}},
+        "limits": {"loss": {"limit": 0.1, "larger_is_worse": True}},
+        "unsteered": {"values": [0.0, 1.0, 0.0], "collateral": loss},
+        "steered": {"+": {"values": up, "collateral": loss}, "−": {"values": down, "collateral": loss}},
+        "controls": {"layer-matched": sides, "any layer": sides},
+        "bottom": None,
+        "gap": 0.6666666666666666,
+        "gap_interval": [0.5, 1.0],
+        "p_matched": 1.0,
+        "p_any": 1.0,
+        "verdict": False,
+        "explanation": "words",
+    }
+    (tmp_path / "old.json").write_text(json.dumps(old, ensure_ascii=False), encoding="utf-8")
+    loaded = SteeringReport.load(tmp_path / "old.json")
+    assert loaded.steered["-"].values.tolist() == down
+    assert loaded.plans == {
+        "+": SteeringPlan(deactivate=[(0, 1)]),
+        "-": SteeringPlan(deactivate=[(1, 2), (1, 3)]),
+    }
+    assert [len(loaded.controls["any layer"][side]) for side in "+-"] == [2, 1]
+    assert loaded.gap == pytest.approx(2 / 3)
+    loaded.save(tmp_path / "new.json")
+    text = (tmp_path / "new.json").read_text(encoding="utf-8")
+    assert [*json.loads(text)["steered"]] == [*json.loads(text)["controls"]["any layer"]] == ["+", "-"]
+    assert SteeringReport.load(tmp_path / "new.json").to_json() == loaded.to_json()
+
+
+def test_equal_reports_give_equal_bytes_and_a_changed_number_is_damage(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        report().save(tmp_path / name)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    content = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    content["steered"]["+"]["values"][0] += 0.5
+    (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match="digest"):
+        SteeringReport.load(tmp_path / "a.json")
+
+
+def test_a_report_shows_verdict_gap_and_p_in_one_line() -> None:
+    line = repr(report())
+    assert line.startswith("SteeringReport(exceeds its controls: gap +0.80 [")
+    assert line.endswith("p = 0.010 layer-matched, 0.010 any layer)")
+    assert repr(report(0.5, 0.5)).startswith("SteeringReport(not beyond its controls: gap +0.00 [")
+    page = report()._repr_html_()
+    assert "exceeds its controls" in page
+    assert page.count("<tr>") >= 8
+    assert repr(outcome(0.5)) == "Outcome(mean 0.5 over 20 prompts, loss 1, accuracy 0.9)"
+
+
 FIELDS = (
     "task", "model", "plans", "clusters", "unsteered", "steered", "controls", "bottom", "limits",
     "alpha", "level", "seed", "kind", "schema",
@@ -397,7 +467,7 @@ FIELDS = (
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_missing_field_is_refused(tmp_path: Path, field: str) -> None:
     content = report().to_json()
-    del content[field]
+    del content["digest"], content[field]
     (tmp_path / "cut.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"cut\.json"):
         SteeringReport.load(tmp_path / "cut.json")
@@ -418,7 +488,9 @@ def test_a_missing_field_is_refused(tmp_path: Path, field: str) -> None:
     ],
 )
 def test_an_altered_field_is_refused(tmp_path: Path, field: str, value: Any) -> None:
-    (tmp_path / "bad.json").write_text(json.dumps({**report().to_json(), field: value}))
+    content = {**report().to_json(), field: value}
+    del content["digest"]
+    (tmp_path / "bad.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"bad\.json"):
         SteeringReport.load(tmp_path / "bad.json")
 
@@ -435,7 +507,9 @@ def test_an_altered_field_is_refused(tmp_path: Path, field: str, value: Any) -> 
     ],
 )
 def test_what_does_not_belong_together_is_refused(tmp_path: Path, field: str, value: Any) -> None:
-    (tmp_path / "bad.json").write_text(json.dumps({**report().to_json(), field: value}))
+    content = {**report().to_json(), field: value}
+    del content["digest"]
+    (tmp_path / "bad.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"bad\.json"):
         SteeringReport.load(tmp_path / "bad.json")
 

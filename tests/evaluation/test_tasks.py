@@ -209,6 +209,16 @@ def test_a_file_gives_the_task_it_describes(hooked: Hooked, tmp_path: Path) -> N
         assert task.collateral[name].measure(model, ()) == one.measure(model, ())
 
 
+def test_a_file_may_say_its_schema_and_is_held_to_it(tmp_path: Path) -> None:
+    assert repr(load_task(written(tmp_path, {**GOOD, "schema": 1}))) == (
+        "SteeringTask(the first: 6 prompts of 3 clusters, beside neutral loss (nats a token), "
+        "closed-book accuracy)"
+    )
+    for schema in (2, None, True):
+        with pytest.raises(DataError, match="schema"):
+            load_task(written(tmp_path, {**GOOD, "schema": schema}))
+
+
 def test_what_may_be_left_out(hooked: Hooked, tmp_path: Path) -> None:
     answers = [said(tiny_model("olmoe"), text) for text in PROMPTS]
     rows = [{"prompt": text, "answer": answer} for text, answer in zip(PROMPTS, answers, strict=True)]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from moe_lens import organisms
+from moe_lens.evaluation.outcomes import Limit
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
-from moe_lens.evaluation.report import Limit
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS
 from moe_lens.organisms import compare_seeds
 from moe_lens.organisms.compare_seeds import SeedResult, best, development_result, main, table
@@ -20,7 +20,7 @@ def result(
     collateral = {CLOSED_BOOK: closed_book, LOSS: 1.0}
     points = tuple(
         SweepPoint(4, side, rate, rate, rate, dict(collateral), [])
-        for side, rate in (("+", plus), ("−", minus))
+        for side, rate in (("+", plus), ("-", minus))
     )
     limits = {CLOSED_BOOK: Limit(0.1, False), LOSS: Limit(0.1, True)}
     unsteered = {CLOSED_BOOK: 1.0, LOSS: 1.0}

@@ -7,7 +7,7 @@ import torch
 from moe_lens import organisms
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.evaluation.evaluating import opposite_plan
-from moe_lens.evaluation.report import ANY_LAYER
+from moe_lens.evaluation.outcomes import ANY_LAYER
 from moe_lens.evaluation.tasks import CLOSED_BOOK
 from moe_lens.organisms.demo import (
     LEGEND,
@@ -47,7 +47,7 @@ def test_outcomes_equal_a_prompt_by_prompt_count(planted_demo: DemoResult) -> No
     model, world = organisms.load("planted"), organisms.world("planted")
     for plan, outcome in (
         (SteeringPlan(), planted_demo.report.unsteered),
-        (planted_demo.plans["−"], planted_demo.report.steered["−"]),
+        (planted_demo.plans["-"], planted_demo.report.steered["-"]),
     ):
         for index, conflict in list(enumerate(world.conflicts("test")))[::16]:
             logits = model.run_with_hooks(conflict.open_book, fwd_hooks=steer_hooks(plan))
@@ -86,7 +86,7 @@ def test_plans_deactivate_the_experts_of_the_other_condition(planted_demo: DemoR
     deltas = {(s.layer, s.expert): s.delta for s in planted_demo.scores.ranked()}
     in_order = sorted(deltas, key=lambda expert: deltas[expert])
     assert set(plans["+"].deactivate) == set(in_order[:size])
-    assert set(plans["−"].deactivate) == set(in_order[-size:])
+    assert set(plans["-"].deactivate) == set(in_order[-size:])
     assert not plans["+"].activate
 
 
@@ -105,7 +105,7 @@ def test_table_shows_the_effect_beside_its_controls(planted_demo: DemoResult) ->
     assert cells["toward doc"] == f"{report.steered['+'].rate:.2f}"
     assert cells["p matched"] == f"{report.p_matched:.3f}"
     assert cells["verdict"] == "exceeds controls"
-    rates = [np.mean(o.values) for side in "+−" for o in report.controls[ANY_LAYER][side]]
+    rates = [np.mean(o.values) for side in "+-" for o in report.controls[ANY_LAYER][side]]
     assert f"{np.mean(rates):.2f}" in cells["random sets"]
 
 

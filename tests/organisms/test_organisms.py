@@ -118,6 +118,6 @@ def test_loading_is_quiet_and_leaves_progress_bars_as_they_were(capfd: pytest.Ca
     assert logging.is_progress_bar_enabled()
     organisms.load("null")
     with pytest.raises(TypeError):
-        organisms.load("null", no_such_argument=1)
+        organisms.load("null", no_such_argument=1)  # pyright: ignore[reportCallIssue]
     assert capfd.readouterr().err == ""
     assert logging.is_progress_bar_enabled()

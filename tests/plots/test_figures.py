@@ -19,8 +19,10 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from moe_lens import organisms, plots
 from moe_lens.detection.expert_scores import Evidence, ExpertScores, risk_difference
 from moe_lens.errors import DataError, MoELensError
+from moe_lens.evaluation.outcomes import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, Limit, Outcome
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
-from moe_lens.evaluation.report import ANY_LAYER, DIRECTIONS, LAYER_MATCHED, Limit, Outcome, SteeringReport
+from moe_lens.evaluation.report import SteeringReport
+from moe_lens.evaluation.verdict import SIGNS
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.collection import collect_routing, route_prompt
@@ -87,8 +89,8 @@ def report(shift: float = 0.0) -> SteeringReport:
         for first, kind in enumerate((LAYER_MATCHED, ANY_LAYER))
     }
     return SteeringReport(
-        "follows", "some/model", {"+": PLANS["toward"], "−": PLANS["away"]}, ("a", "b"),
-        outcome(0.5 + shift, 0.6), {"+": outcome(0.9 + shift, 1.0), "−": outcome(0.0, 0.1 + shift)},
+        "follows", "some/model", {"+": PLANS["toward"], "-": PLANS["away"]}, ("a", "b"),
+        outcome(0.5 + shift, 0.6), {"+": outcome(0.9 + shift, 1.0), "-": outcome(0.0, 0.1 + shift)},
         controls, None, {"loss": Limit(0.1, True)}, 0.05, 0.95, 0,
     )  # fmt: skip
 
@@ -379,12 +381,12 @@ def test_rates_show_both_directions_and_every_random_set() -> None:
     reports = {"first": report(), "second": report(0.05)}
     ax = plots.steering_rates(reports)
     groups = points_of(ax)
-    for label, side in (("+ the plan", "+"), ("− its reverse", "−")):
+    for label, side in (("+ the plan", "+"), ("− its reverse", "-")):
         expected = [[i, one.steered[side].rate] for i, one in enumerate(reports.values())]
         assert np.allclose(groups[label], expected)
     for kind in (LAYER_MATCHED, ANY_LAYER):
         for side in DIRECTIONS:
-            points = groups[f"3 random sets, {kind}, as {side}"]
+            points = groups[f"3 random sets, {kind}, as {SIGNS[side]}"]
             expected_rates = [o.rate for one in reports.values() for o in one.controls[kind][side]]
             assert np.allclose(points[:, 1], expected_rates)
             assert points[:, 0].round().tolist() == [0, 0, 0, 1, 1, 1]
@@ -409,7 +411,7 @@ def test_sweep_curves_show_means_intervals_and_random_sets(mode: str, words: str
         ends = [segment[:, 1] for segment in bars.get_segments()]
         assert np.allclose(ends, [[point.low, point.high] for point in own])
         assert to_hex(line.get_color()) == plots.COLORS[side].lower()
-        assert str(curve.get_label()).startswith(side)
+        assert str(curve.get_label()).startswith(SIGNS[side])
     (band,) = [c for c in ax.collections if isinstance(c, PolyCollection)]
     outline = np.asarray(band.get_paths()[0].vertices)
     for size in (2, 4, 8):  # random sets of both directions together
@@ -423,7 +425,7 @@ def test_sweep_curves_show_means_intervals_and_random_sets(mode: str, words: str
 
 
 def test_sweep_curves_of_one_direction_without_random_sets() -> None:
-    ax = plots.sweep_curves(sweep_result(n_random=0, directions=("−",)))
+    ax = plots.sweep_curves(sweep_result(n_random=0, directions=("-",)))
     assert len([c for c in ax.containers if isinstance(c, ErrorbarContainer)]) == 1
     assert not [c for c in ax.collections if isinstance(c, PolyCollection)]
     assert len(legend(ax)) == 2

@@ -1,6 +1,7 @@
 """SteeringPlan: what it accepts, what it picks, what it draws, and that a damaged file never loads."""
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -459,7 +460,7 @@ def test_a_saved_plan_loads_as_it_was(
 def test_the_file_is_json_with_a_version_and_the_model(tmp_path: Path) -> None:
     PLAN.save(tmp_path / "p")
     content = json.loads((tmp_path / "p").read_text())
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["shape"] == {"model": "m", "layers": [1, 4], "n_experts": 6, "top_k": 2}
     assert (content["activate"], content["deactivate"]) == ([[1, 0]], [[4, 5], [4, 2]])
 
@@ -478,7 +479,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("No space left on device")
 
     PLAN.save(tmp_path / "p")
-    monkeypatch.setattr(steering_plan.json, "dumps", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(OSError, match="No space"):
         SteeringPlan().save(tmp_path / "p")
     assert os.listdir(tmp_path) == ["p"]
@@ -493,7 +494,7 @@ REMOVED = object()
     [
         *[(field, REMOVED) for field in ("kind", "schema", "activate", "deactivate", "epsilon", "shape")],
         ("kind", "moe_lens.RoutingStats"),
-        ("schema", 2),
+        ("schema", 3),
         ("schema", "1"),
         ("extra", 1),
         ("activate", None),
@@ -542,6 +543,7 @@ def test_an_altered_field_is_refused_by_name(tmp_path: Path, field: str, value: 
     content = json.loads((tmp_path / "altered.json").read_text())
     holder = content["shape"] if "." in field else content
     name = field.split(".")[-1]
+    del content["digest"]  # else every change would be damage, whatever the field
     if value is REMOVED:
         del holder[name]
     else:
@@ -553,6 +555,61 @@ def test_an_altered_field_is_refused_by_name(tmp_path: Path, field: str, value: 
     assert "altered.json" in said or isinstance(caught.value, TypeCheckError)
     # fewer experts than the plan names is the plan's fault as much as the shape's: either may be named
     assert name in said or (field == "shape.n_experts" and "expert" in said)
+
+
+OLD = {
+    "kind": "moe_lens.SteeringPlan",
+    "schema": 1,
+    "activate": [[1, 0]],
+    "deactivate": [[4, 5], [4, 2]],
+    "epsilon": 0.5,
+    "shape": {"model": "m", "layers": [1, 4], "n_experts": 6, "top_k": 2},
+}
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_files_of_older_versions_and_files_written_by_hand_are_read(tmp_path: Path, schema: int) -> None:
+    (tmp_path / "p").write_text(json.dumps({**OLD, "schema": schema}, indent=2))
+    assert SteeringPlan.load(tmp_path / "p") == PLAN
+    (tmp_path / "p").write_text(json.dumps({**OLD, "schema": schema, "shape": None, "epsilon": 1}))
+    assert SteeringPlan.load(tmp_path / "p") == replace(PLAN, shape=None, epsilon=1.0)
+
+
+def test_equal_plans_give_equal_bytes_and_the_file_states_the_plans_digest(tmp_path: Path) -> None:
+    again = SteeringPlan(np.array([[1, 0]]), ([4, 5], [4, 2]), np.float64(0.5), SHAPE)
+    PLAN.save(tmp_path / "a")
+    again.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    content = {name: value for name, value in OLD.items() if name not in ("kind", "schema")}
+    expected = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert PLAN.digest == again.digest == json.loads((tmp_path / "a").read_text())["digest"] == expected
+    others = [replace(PLAN, epsilon=0.4), replace(PLAN, shape=None), PLAN.reversed(), SteeringPlan()]
+    assert len({PLAN.digest, *(other.digest for other in others)}) == 5
+
+
+def test_a_change_that_the_digest_does_not_know_of_is_damage(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "p")
+    content = json.loads((tmp_path / "p").read_text())
+    content["deactivate"] = [[4, 5], [4, 3]]
+    (tmp_path / "p").write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="digest"):
+        SteeringPlan.load(tmp_path / "p")
+    del content["digest"]
+    (tmp_path / "p").write_text(json.dumps(content))
+    assert SteeringPlan.load(tmp_path / "p").deactivate == ((4, 5), (4, 3))
+
+
+def test_a_plan_shows_itself_in_one_line_and_in_a_table() -> None:
+    plan = SteeringPlan([(1, 0)], [(4, 5), (4, 2)], 0.5, SHAPE)
+    assert repr(plan) == (
+        "SteeringPlan(activates 1, deactivates 2 experts in layers [1, 4] of m, epsilon 0.5)"
+    )
+    assert plan.to_dataframe().to_numpy().tolist() == [
+        [1, 0, "activate"],
+        [4, 5, "deactivate"],
+        [4, 2, "deactivate"],
+    ]
+    assert "<table" in plan._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -101,12 +101,12 @@ def test_plans_are_the_authors_selection(file, seed, n_layers, k, tokens, n, m, 
     expected = authors_selection(table, n, m, reverse)
     if expected is None:
         with pytest.raises(PlanError, match=r"only .* experts have a"):
-            ranking.plan(n, m, reverse=reverse)
+            ranking.plan(n, m, opposite=reverse)
         return
     activated, deactivated = expected
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = ranking.plan(n, m, reverse=reverse, on_excess="drop")
+        plan = ranking.plan(n, m, opposite=reverse, on_excess="drop")
     for chosen, all_of_them, room in ((plan.activate, activated, k), (plan.deactivate, deactivated, 5 - k)):
         kept: list[tuple[int, int]] = []
         for pair in all_of_them:
@@ -125,7 +125,7 @@ def test_every_pair_of_numbers_on_one_file_with_many_ties(file) -> None:
             for m in range(9):
                 expected = authors_selection(table, n, m, reverse)
                 try:
-                    plan = ranking.plan(n, m, reverse=reverse)
+                    plan = ranking.plan(n, m, opposite=reverse)
                 except PlanError as error:
                     assert expected is None or "at most" in str(error)  # noqa: PT017
                 else:
@@ -164,7 +164,7 @@ def test_excess_raises_or_is_dropped_with_a_warning(file) -> None:
     [
         ({"n_activate": -1}, "n_activate must be"),
         ({"n_deactivate": -2}, "n_deactivate must be"),
-        ({"n_activate": 100}, "only .* experts have a positive delta"),
+        ({"n_activate": 100}, "only .* experts have a positive score"),
         ({"epsilon": 0.0}, "epsilon must be"),
     ],
 )
@@ -351,15 +351,15 @@ def refused(table: pd.DataFrame, path: Path, words: str, **arguments: Any) -> No
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (-1, "'a1', row 4: -1 is no whole number"),
-        (1.5, "'a1', row 4: 1.5 is no whole"),
+        (-1, "'a1', row 4: -1 is not a whole number"),
+        (1.5, "'a1', row 4: 1.5 is not a whole"),
         (np.nan, "'a1', row 4: no finite"),
         (np.inf, "'a1', row 4: no finite"),
         ("3", "'a1', row 4: no finite"),
         (True, "'a1', row 4: no finite"),
         (None, "'a1', row 4: no finite"),
         (2**70, "'a1', row 4: no finite"),
-        (2.0**60, "'a1', row 4: .* is no whole number"),
+        (2.0**60, "'a1', row 4: .* is not a whole number"),
     ],
 )
 def test_numbers_that_are_no_counts(file, value, words) -> None:
