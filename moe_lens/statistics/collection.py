@@ -31,7 +31,7 @@ from moe_lens.model.router_points import Hooks
 from moe_lens.statistics.routes import PromptRouting
 from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
 from moe_lens.statistics.sums import TABLES
-from moe_lens.text.batching import Prompts, how_many, token_sequences
+from moe_lens.text.batching import Prompts, how_many, padding, token_sequences
 from moe_lens.text.spans import Span, counted_batches
 
 
@@ -164,10 +164,11 @@ def _last_merged(tables: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, di
 
 
 def _routing_cache(model: Model, tokens: Tensor, mask: Tensor, hooks: Hooks) -> Any:
-    # Without padding no mask is passed: the run is then the very one that `model(tokens)` makes.
-    padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
     with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
-        return model.run_with_cache(tokens, names_filter=is_routing_point, return_type=None, **padding)[1]
+        _, cache = model.run_with_cache(
+            tokens, names_filter=is_routing_point, return_type=None, **padding(mask)
+        )
+    return cache
 
 
 SAVING_SHARE: Final = 0.05

@@ -22,7 +22,7 @@ from moe_lens.model.router_points import Hooks
 from moe_lens.results import Result
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.statistics.routing_stats import RoutingStats
-from moe_lens.text.batching import Prompts, how_many, padded_batches
+from moe_lens.text.batching import Prompts, how_many, padded_batches, padding
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,8 +128,8 @@ def generate_recorded(
             f"A prompt of {tokens.shape[1]} tokens and max_new_tokens={steps} exceed the model's context of "
             f"{model.cfg.n_ctx}; give fewer."
         )
-    padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    if padding and not supports_padding(model):
+    attention_mask = padding(mask)
+    if attention_mask and not supports_padding(model):
         raise DataError("This model cannot generate from prompts of different lengths; use batch_size=1.")
     record: dict[str, list[Tensor]] = {}
 
@@ -142,7 +142,7 @@ def generate_recorded(
     with torch.no_grad(), model.hooks([*hooks, *((name, keep) for name in points)]):
         output: Any = model.generate(
             tokens, max_new_tokens=steps, do_sample=False, return_type="tokens", verbose=False,
-            stop_at_eos=bool(stops), eos_token_id=ends, **padding,
+            stop_at_eos=bool(stops), eos_token_id=ends, **attention_mask,
         )  # fmt: skip
     return output[:, tokens.shape[1] :], {name: record[name] for name in points}
 
