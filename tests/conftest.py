@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 if TYPE_CHECKING:
     from moe_lens.model.hooked_moe import HookedMoE
@@ -72,6 +72,21 @@ def hooked() -> Callable[..., "HookedMoE"]:
     return hand_out
 
 
+@pytest.fixture
+def with_outputs(hooked: Callable[..., "HookedMoE"]) -> Iterator[Callable[..., "HookedMoE"]]:
+    """`hooked`, with points on expert outputs until the test ends."""
+    used: list[HookedMoE] = []
+
+    def switch_on(*args: Any, **config: Any) -> "HookedMoE":
+        used.append(hooked(*args, **config))
+        used[-1].set_use_expert_out(True)
+        return used[-1]
+
+    yield switch_on
+    for model in used:
+        model.set_use_expert_out(False)
+
+
 @pytest.fixture(scope="session")
 def planted_demo() -> "DemoResult":
     """The demo on the planted organism, run once a session (and process)."""
@@ -81,7 +96,25 @@ def planted_demo() -> "DemoResult":
     return run_demo("planted", n_random=8, progress=False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--examples", type=int, default=1, metavar="N", help="N times the examples of each property test"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after tests were deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The tutorials first, since they are the longest, then the file with the most tests, and so on."""
     sizes = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name != "test_tutorials.py", -sizes[item.path]))
+    _try_more_examples(
+        {item.obj for item in items if isinstance(item, pytest.Function)}, config.option.examples
+    )
+
+
+def _try_more_examples(tests: set[Any], times: int) -> None:
+    """The settings that @settings has put down; it has no public way to raise them afterwards."""
+    for test in tests:
+        if is_hypothesis_test(test):
+            given = test._hypothesis_internal_use_settings
+            test._hypothesis_internal_use_settings = settings(given, max_examples=times * given.max_examples)

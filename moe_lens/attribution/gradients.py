@@ -5,7 +5,7 @@ found = gradient_attribution(model, tokens, metric, baseline=clean)      # attri
 found.router_logits, found.expert_out       # [layer batch pos expert], [layer batch pos k]
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,8 @@ def gradient_attribution(
     if attention_mask and not supports_padding(model):
         raise DataError("This model cannot run prompts of different lengths at once; give them one by one.")
     layers = model.moe_layers
+    points = (hook_names.ROUTER_LOGITS, hook_names.EXPERT_OUT)
+    other = None if baseline is None else hook_names.points_of(baseline, points, layers, what="baseline")
     followed = [*map(hook_names.router_logits, layers), *map(hook_names.expert_out, layers)]
     choices = [hook_names.topk_indices(layer) for layer in layers]
     seen: dict[str, Tensor] = {}
@@ -86,15 +88,15 @@ def gradient_attribution(
     def note(value: Tensor, hook: Any) -> None:
         seen[hook.name] = value.clone()
 
-    points = [*((name, follow) for name in followed), *((name, note) for name in choices)]
+    watchers = [*((name, follow) for name in followed), *((name, note) for name in choices)]
     with torch.inference_mode(False), torch.enable_grad(), with_expert_out(model):
-        with model.hooks([*hooks, *points]):
+        with model.hooks([*hooks, *watchers]):
             value = _number(metric(model(tokens.clone(), **attention_mask)))
         grads = gradients(value, [seen[name] for name in followed])
     effects = []
     for name, grad in zip(followed, grads, strict=True):
         now = wide(seen[name].detach())
-        towards = now if baseline is None else _of(baseline, name, now) - now
+        towards = now if other is None else _of(other, name, now) - now
         effects.append((wide(grad) * towards * mask.reshape(*mask.shape, *[1] * (now.ndim - 2))).cpu())
     indices = torch.stack([seen[name].cpu() for name in choices])
     return GradientAttribution(
@@ -103,7 +105,7 @@ def gradient_attribution(
         expert_out=torch.stack([effect.sum(-1) for effect in effects[len(layers) :]]),
         indices=indices,
         metric=float(value.detach()),
-        same_expert=_same(baseline, choices, indices),
+        same_expert=_same(other, layers, indices),
     )
 
 
@@ -118,13 +120,14 @@ def _number(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def _of(baseline: Any, name: str, now: Tensor) -> Tensor:
+Baseline = dict[int, dict[str, Tensor]]
+"""Layer -> short name of a point -> its value in the baseline's run."""
+
+
+def _of(baseline: Baseline, name: str, now: Tensor) -> Tensor:
     """An activation of the baseline, checked to fit this run's."""
-    other = _find(baseline, name)
-    if other is None:
-        raise DataError(
-            f"baseline has no {name}; make it with model.set_use_expert_out(True) and model.run_with_cache."
-        )
+    layer, point = hook_names.parse(name) or (-1, "")
+    other = baseline[layer][point]
     if other.shape != now.shape:
         raise DataError(
             f"baseline has {name} of shape {tuple(other.shape)}, this run {tuple(now.shape)}; both runs need "
@@ -135,16 +138,8 @@ def _of(baseline: Any, name: str, now: Tensor) -> Tensor:
     return other.detach().to(now)
 
 
-def _find(baseline: Any, name: str) -> Tensor | None:
-    try:
-        value = baseline[name]
-    except (KeyError, TypeError, IndexError):
+def _same(baseline: Baseline | None, layers: Sequence[int], indices: Tensor) -> Tensor | None:
+    """Whether the baseline chose the same experts; None if it does not say which it chose."""
+    if baseline is None or any(hook_names.TOPK_INDICES not in baseline[layer] for layer in layers):
         return None
-    return value if isinstance(value, Tensor) else None
-
-
-def _same(baseline: Any, names: list[str], indices: Tensor) -> Tensor | None:
-    """Whether the baseline chose these experts, slot by slot; None if it does not say."""
-    others = [None if baseline is None else _find(baseline, name) for name in names]
-    chosen = [other.cpu() for other in others if other is not None]
-    return torch.stack(chosen) == indices if len(chosen) == len(names) else None
+    return torch.stack([baseline[layer][hook_names.TOPK_INDICES].cpu() for layer in layers]) == indices

@@ -269,38 +269,18 @@ def _in_common(chosen: Int[Tensor, "batch pos k"], clean: Int[Tensor, "rows pos 
 
 def _clean(runs: StackedRuns, cache: Any, points: tuple[str, ...]) -> Clean:
     """What the clean run had at these points of all MoE layers, checked against model and tokens."""
-    clean: Clean = {}
-    for name in cache.keys() if hasattr(cache, "keys") else ():
-        if isinstance(name, str) and (parsed := hook_names.parse(name)):
-            clean.setdefault(parsed[0], {})[parsed[1]] = cache[name]
-    if not clean:
-        raise DataError(
-            f"The clean cache ({type(cache).__name__}) holds no routing; give the second of the two values "
-            "that model.run_with_cache(clean) returns."
-        )
     layers = runs.model.moe_layers
+    clean: Clean = hook_names.points_of(cache, points, layers, what="The clean cache")
     if foreign := sorted(set(clean) - set(layers)):
         raise DataError(
             f"The clean cache has routing of layers {foreign}, and this model's MoE layers are {layers}: it "
             "is another model's. Give a cache of this one."
         )
-    for layer in layers:
-        for point in points:
-            if point not in clean.get(layer, {}):
-                raise DataError(_lacks(layer, point))
     shape, tokens_shape = runs.model.moe_shape, tuple(runs.tokens.shape)
     return {
         layer: {name: _checked(shape, tokens_shape, layer, name, value) for name, value in values.items()}
         for layer, values in clean.items()
     }
-
-
-def _lacks(layer: int, point: str) -> str:
-    if point == hook_names.EXPERT_OUT:
-        remedy = "call model.set_use_expert_out(True) before run_with_cache"
-    else:
-        remedy = "let the names_filter of run_with_cache keep it (names_filter=moe_lens.is_routing_point)"
-    return f"The clean cache lacks {hook_names.name(layer, point)}; {remedy}."
 
 
 def _checked(model: MoEShape, corrupted: tuple[int, ...], layer: int, point: str, tensor: Tensor) -> Tensor:

@@ -17,21 +17,6 @@ def metric(logits):
     return logits[:, -1].log_softmax(-1)[:, 9].sum() + 0.1 * logits[0, 1, 7]
 
 
-@pytest.fixture
-def with_outputs(hooked):
-    """A family's model with hook_expert_out on, until the test ends."""
-    used = []
-
-    def build(family):
-        used.append(hooked(family))
-        used[-1].set_use_expert_out(True)
-        return used[-1]
-
-    yield build
-    for model in used:
-        model.set_use_expert_out(False)
-
-
 def _value(model, given, name, edit) -> float:
     with torch.no_grad():
         return float(metric(model.run_with_hooks(given, fwd_hooks=[(name, lambda x, hook: edit(x.clone()))])))
@@ -160,8 +145,9 @@ def test_bad_input_is_refused(hooked, with_outputs) -> None:
     with pytest.raises(DataError, match=r"metric gives nan"):
         gradient_attribution(model, given, lambda logits: logits.sum() * torch.nan)
     _, without_outputs = model.run_with_cache(given)
-    for baseline in (without_outputs, {}, 7, "x"):
-        with pytest.raises(DataError, match=r"baseline has no .*set_use_expert_out"):
+    lacks, none = r"baseline lacks .*set_use_expert_out", "baseline holds no routing"
+    for baseline, says in ((without_outputs, lacks), ({}, none), (7, none), ("x", none)):
+        with pytest.raises(DataError, match=says):
             gradient_attribution(model, given, metric, baseline=baseline)
     model = with_outputs("olmoe")
     _, other = model.run_with_cache(tokens(2, 5))

@@ -13,8 +13,8 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.resampling import cluster_weights, clustered_interval
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
+from tests.families import core_family
 from tests.tiny_models import (
-    FAMILIES,
     MOE_LAYERS,
     SPECIAL,
     VOCAB_SIZE,
@@ -25,7 +25,6 @@ from tests.tiny_models import (
 )
 
 Hooked = Callable[..., HookedMoE]
-every_family = pytest.mark.parametrize("recipe", FAMILIES)
 PROMPTS = [prompt(length, length) for length in (4, 1, 7, 3, 5, 2)]
 VOCABULARY = SPECIAL + WORDS
 
@@ -48,7 +47,7 @@ def loss_of_one(logits: torch.Tensor, tokens: list[int]) -> list[float]:
     ]
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_answers_are_those_of_one_prompt_at_a_time(hooked: Hooked, recipe: str, batch_size: int) -> None:
     model = hooked(recipe)
@@ -59,7 +58,7 @@ def test_answers_are_those_of_one_prompt_at_a_time(hooked: Hooked, recipe: str, 
     assert got.tolist() == [bool(i % 2) for i in range(len(PROMPTS))]
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_loss_is_the_mean_over_all_tokens_of_all_texts(hooked: Hooked, recipe: str, batch_size: int) -> None:
     model, hf_model = hooked(recipe), tiny_model(recipe)
@@ -139,7 +138,7 @@ def log_probs_one_by_one(forward: Any, model: HookedMoE) -> list[float]:
     ]
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_continuations_are_those_of_one_token_at_a_time(hooked: Hooked, recipe: str, batch_size: int) -> None:
     model = hooked(recipe)

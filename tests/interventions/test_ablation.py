@@ -22,14 +22,11 @@ from moe_lens import (
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.registration import routing_layers
 from tests import router_oracle as oracle
-from tests.model.test_expert_points import routed_outputs, switched_on
-from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
+from tests.families import core_family, every_family, one_of_each_kind
+from tests.model.test_expert_points import routed_outputs
+from tests.tiny_models import FAMILIES, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
-__all__ = ["switched_on"]  # a fixture
-one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
-every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
-core_family = pytest.mark.parametrize("recipe", FAMILIES)
 BY_ORDER_OF_LOGITS = (
     *FAMILIES,
     "gpt_oss",
@@ -158,8 +155,8 @@ def test_means_are_those_of_a_loop_over_tokens(hooked: Hooked, recipe: str) -> N
 
 
 @one_of_each_kind
-def test_a_mean_over_one_token_leaves_that_token_as_it_is(switched_on: Hooked, recipe: str) -> None:
-    model = switched_on(recipe)
+def test_a_mean_over_one_token_leaves_that_token_as_it_is(with_outputs: Hooked, recipe: str) -> None:
+    model = with_outputs(recipe)
     model.set_use_expert_out(False)
     given = tokens(1, 4)
     means = mean_expert_outputs(model, given, span=slice(2, 3))
@@ -217,8 +214,8 @@ def test_swapping_both_ways_is_swapping_the_parameters(recipe: str) -> None:
 
 
 @one_of_each_kind
-def test_swapping_an_expert_with_itself_changes_nothing(switched_on: Hooked, recipe: str) -> None:
-    model = switched_on(recipe)
+def test_swapping_an_expert_with_itself_changes_nothing(with_outputs: Hooked, recipe: str) -> None:
+    model = with_outputs(recipe)
     itself = [(n, e, e) for n in model.moe_layers for e in range(model.n_experts)]
     assert torch.equal(run(model, swap_experts(itself)), run(model))
 

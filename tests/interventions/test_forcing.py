@@ -12,12 +12,10 @@ from moe_lens.errors import DataError, HookError
 from moe_lens.interventions.edits import experts_by_layer
 from moe_lens.model.hooked_moe import HookedMoE
 from tests import router_oracle as oracle
-from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
+from tests.families import core_family, every_family, one_of_each_kind
+from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
-every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
-one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
-core_family = pytest.mark.parametrize("recipe", FAMILIES)
 
 
 def run(model: Any, hooks: Any = (), given: Tensor | None = None) -> Tensor:

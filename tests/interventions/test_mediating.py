@@ -1,5 +1,6 @@
 """mediation: models where the answer is known, brute force, and what is refused."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from moe_lens import HookedMoE, RouteRecord, mediation, organisms, replay_hooks, zero_ablate
 from moe_lens.errors import DataError
 from moe_lens.interventions.results import Mediation
-from tests.tiny_models import FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
+from tests.families import first_of, recipes
+from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
 
@@ -81,7 +83,10 @@ def test_where_the_route_is_irrelevant_it_carries_nothing(weights: bool) -> None
 
 @pytest.mark.parametrize(
     ("recipe", "weights"),
-    [*((name, True) for name in ONE_OF_EACH_KIND), *((name, False) for name in FAMILIES)],
+    first_of(
+        [*((name, True) for name in ONE_OF_EACH_KIND), *((name, False) for name in FAMILIES)],
+        itertools.product(EVERY_FAMILY, (True, False)),
+    ),
 )
 def test_every_entry_is_a_replay_by_hand(hooked: Hooked, recipe: str, weights: bool) -> None:
     model, metric = hooked(recipe), last_logit()
@@ -119,7 +124,7 @@ def test_a_prompt_against_itself_has_no_effect_and_no_share(hooked: Hooked) -> N
     assert "share" not in str(found)
 
 
-@pytest.mark.parametrize("recipe", ["mixtral", "deepseek_v4", "jamba"])
+@recipes(["mixtral", "deepseek_v4", "jamba"], EVERY_FAMILY)
 def test_batches_of_different_lengths_change_nothing(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     clean = [prompt(length, length) for length in (3, 6, 4, 2)]

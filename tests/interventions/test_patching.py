@@ -23,9 +23,9 @@ from moe_lens.interventions.stacked_runs import Cell, bytes_a_token, runs_that_f
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
+from tests.families import core_family, one_of_each_kind
 from tests.tiny_models import (
     FAMILIES,
-    ONE_OF_EACH_KIND,
     hook_census,
     plain_bridge,
     prompt,
@@ -39,7 +39,6 @@ CLEAN, CORRUPTED = tokens(BATCH, N_POS, seed=1), tokens(BATCH, N_POS, seed=2)
 OTHERS = ("deepseek_v3", "llama4", "jetmoe", "nemotron_h_latent")
 SINGLE_POINTS = tuple(point for point in ROUTER_POINTS if point != "route")
 TOLERANCE: dict[str, Any] = {"rtol": 0, "atol": 2e-5}
-one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -97,21 +96,6 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )  # collecting is slow
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def with_outputs(hooked: Hooked) -> Iterator[Hooked]:
-    """`hooked`, with expert outputs switched on until the test ends."""
-    used = []
-
-    def build(*args: Any, **config: Any) -> HookedMoE:
-        used.append(hooked(*args, **config))
-        used[-1].set_use_expert_out(True)
-        return used[-1]
-
-    yield build
-    for model in used:
-        model.set_use_expert_out(False)
 
 
 # The numbers
@@ -376,7 +360,7 @@ def test_hooks_on_the_model_act_in_patched_runs(hooked: Hooked) -> None:
     assert not torch.allclose(found, plain)
 
 
-@pytest.mark.parametrize("recipe", FAMILIES)
+@core_family
 def test_a_patch_acts_on_its_own_position_and_later_ones(hooked: Hooked, recipe: str) -> None:
     """And in the last layer, with no attention after it, on its own position only."""
     model = hooked(recipe)
@@ -481,12 +465,12 @@ def test_other_caches_are_refused(with_outputs: Hooked) -> None:
     _, without = model.run_with_cache(CLEAN)
     refused(
         without,
-        r"lacks blocks.0.mlp.hook_expert_out; call model.set_use_expert_out\(True\) before",
+        r"lacks hook_expert_out of layer 0; call model.set_use_expert_out\(True\) before",
         patch_expert_outputs,
     )
     for name in ("blocks.1.mlp.hook_router_logits", "blocks.1.hook_router_logits"):
         without.cache_dict.pop(name, None)
-    refused(without, "lacks blocks.1.mlp.hook_router_logits; let the names_filter")
+    refused(without, "lacks hook_router_logits of layer 1; let the names_filter")
     for other in ("mixtral", "olmoe_norm_gqa", "qwen2_moe"):
         refused(cached(with_outputs(other)), "another model|lacks")
     deeper = cached(with_outputs("olmoe", num_hidden_layers=4))

@@ -16,12 +16,12 @@ from moe_lens.errors import MoELensError
 from moe_lens.model.hooked_moe import HookedMoE, detach
 from moe_lens.routers.models import supported_models
 from tests import model_recipes
-from tests.tiny_models import ONE_OF_EACH_KIND, hook_census, plain_bridge, tiny_model, tokenizer, tokens
+from tests.families import one_of_each_kind
+from tests.tiny_models import hook_census, plain_bridge, tiny_model, tokenizer, tokens
 
 OPTIONS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not support:UserWarning")  # folds that it skips
 NAMED = {model.architecture: model.wrong_in_compatibility_mode for model in supported_models()}
-one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 
 SHARED_EXPERT_AS_WIDE_AS_THE_MODEL = {"moe_intermediate_size": 32}
 """fold_ln then scales its down projection too: TransformerLens takes any Linear from d_model for a reader."""

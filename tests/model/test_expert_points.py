@@ -1,7 +1,7 @@
 """hook_expert_out, on every family: against Hugging Face's own experts, and by brute force."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,10 +14,8 @@ from moe_lens.errors import HookError
 from moe_lens.model.hooked_moe import detach
 from moe_lens.model.registration import routing_layers
 from moe_lens.model.router_points import installed_points
+from tests.families import core_family, every_family, one_of_each_kind
 from tests.tiny_models import (
-    EVERY_FAMILY,
-    FAMILIES,
-    ONE_OF_EACH_KIND,
     hook_census,
     prompt,
     tiny_model,
@@ -26,9 +24,6 @@ from tests.tiny_models import (
 )
 
 Hooked = Callable[..., Any]
-every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
-one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
-core_family = pytest.mark.parametrize("recipe", FAMILIES)
 
 OUTPUTS_ADDED_AS_THEY_ARE = ("llama4", "llama4_vl")
 
@@ -40,21 +35,6 @@ def with_points(recipe: str, dtype: torch.dtype = torch.float32, implementation:
     model = HookedMoE.from_hf(hf_model, tokenizer())
     model.set_use_expert_out(True)
     return model
-
-
-@pytest.fixture
-def switched_on(hooked: Hooked) -> Iterator[Hooked]:
-    """The session's models with points on expert outputs, which are taken out again."""
-    used: list[Any] = []
-
-    def switch_on(recipe: str) -> Any:
-        used.append(hooked(recipe))
-        used[-1].set_use_expert_out(True)
-        return used[-1]
-
-    yield switch_on
-    for model in used:
-        model.set_use_expert_out(False)
 
 
 def on_all(model: Any, hook: Any) -> list[tuple[str, Any]]:
@@ -92,9 +72,9 @@ def routed_outputs(model: Any, forward: Callable[[], Any]) -> dict[int, Tensor]:
 
 @every_family
 def test_identity_hooks_are_bit_for_bit_and_the_weighted_sum_is_the_routed_output(
-    switched_on: Hooked, recipe: str
+    with_outputs: Hooked, recipe: str
 ) -> None:
-    model = switched_on(recipe)
+    model = with_outputs(recipe)
     plain = run(model)
     assert torch.equal(run(model, on_all(model, unchanged)), plain)
     kept: dict[str, Tensor] = {}
@@ -183,9 +163,9 @@ def test_outputs_are_those_of_the_experts_formula(recipe: str) -> None:
 
 
 @one_of_each_kind
-def test_gradients_reach_the_outputs(switched_on: Hooked, recipe: str) -> None:
+def test_gradients_reach_the_outputs(with_outputs: Hooked, recipe: str) -> None:
     """d loss / d output is the weight times d loss / d routed output, whose gradient torch gives."""
-    model = switched_on(recipe)
+    model = with_outputs(recipe)
     outputs: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
 

@@ -16,8 +16,8 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.steering.plan import SteeringPlan
 from tests import oracle
+from tests.families import core_family
 from tests.tiny_models import (
-    FAMILIES,
     hook_census,
     plain_bridge,
     prompt,
@@ -29,7 +29,6 @@ from tests.tiny_models import (
 )
 
 Hooked = Callable[..., HookedMoE]
-every_family = pytest.mark.parametrize("recipe", FAMILIES)
 PROMPTS = [prompt(3, seed=1), prompt(8, seed=2), prompt(5, seed=3)]
 
 
@@ -44,7 +43,7 @@ def negate_all(model: HookedMoE) -> list[tuple[str, Any]]:
 # run_with_cache
 
 
-@every_family
+@core_family
 def test_the_cache_answers_to_names_and_to_short_names(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     _, cache = model.run_with_cache(tokens())
@@ -110,7 +109,7 @@ def test_stop_at_layer_caches_the_layers_before_it(hooked: Hooked) -> None:
     assert cached == {0, 1}
 
 
-@every_family
+@core_family
 def test_incl_bwd_caches_the_oracles_gradient(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     _, cache = model.run_with_cache(tokens(), incl_bwd=True, return_type="loss")
@@ -130,7 +129,7 @@ def test_incl_bwd_caches_the_oracles_gradient(hooked: Hooked, recipe: str) -> No
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@every_family
+@core_family
 def test_the_cache_says_which_positions_are_the_prompts_own(recipe: str, side: str) -> None:
     model = HookedMoE.from_hf(tiny_model(recipe), tokenizer(side))
     _, cache = model.run_with_cache(PROMPTS)
@@ -181,7 +180,7 @@ def test_an_empty_list_of_prompts_is_refused(hooked: Hooked) -> None:
         hooked("olmoe").run_with_cache([])
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("steered", [False, True])
 def test_a_padded_batch_is_each_prompt_alone(hooked: Hooked, recipe: str, steered: bool) -> None:
     model = hooked(recipe)
@@ -304,7 +303,7 @@ def test_hooks_learn_their_name_and_layer(hooked: Hooked) -> None:
     assert seen == [(hook_names.topk_weights(0), 0), (hook_names.topk_weights(3), 3)]
 
 
-@every_family
+@core_family
 def test_a_backward_hook_can_stop_the_gradient(recipe: str) -> None:
     model = HookedMoE.from_hf(tiny_model(recipe))
     first, *_, last = model.moe_layers
@@ -319,7 +318,7 @@ def test_a_backward_hook_can_stop_the_gradient(recipe: str) -> None:
     assert routers[first].weight.grad.abs().max() > 0
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("point", range(3))
 def test_an_exception_in_a_hook_leaves_no_hook_behind(hooked: Hooked, recipe: str, point: int) -> None:
     class OnPurpose(Exception):
@@ -353,7 +352,7 @@ def generated(model: HookedMoE, prompts: Any, cached: bool = True, **kwargs: Any
     return model.generate(prompts, use_past_kv_cache=cached, **options, **kwargs)
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("steered", [False, True])
 def test_generation_with_the_cache_is_generation_without(hooked: Hooked, recipe: str, steered: bool) -> None:
     model = hooked(recipe)
@@ -364,7 +363,7 @@ def test_generation_with_the_cache_is_generation_without(hooked: Hooked, recipe:
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
-@every_family
+@core_family
 def test_steered_generation_is_the_oracles(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     with model.hooks(negate_all(model)):
@@ -377,7 +376,7 @@ def test_steered_generation_is_the_oracles(hooked: Hooked, recipe: str) -> None:
     assert not torch.equal(ours, generated(model, tokens(2, 4)))
 
 
-@every_family
+@core_family
 def test_a_padded_batch_generates_what_each_prompt_does(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     with model.hooks(negate_all(model)):
@@ -386,7 +385,7 @@ def test_a_padded_batch_generates_what_each_prompt_does(hooked: Hooked, recipe: 
             assert torch.equal(together[row, -6:], generated(model, text, return_type="tokens")[0, -6:])
 
 
-@every_family
+@core_family
 def test_hf_generate_is_steered_too(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False}

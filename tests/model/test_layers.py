@@ -21,6 +21,7 @@ from moe_lens.model.registration import routing_layers
 from moe_lens.model.router_points import points_of
 from moe_lens.model.self_check import check_router
 from moe_lens.routers.table import RULES
+from tests.families import every_family, every_recipe
 from tests.tiny_models import (
     ALL_RECIPES,
     EVERY_FAMILY,
@@ -34,8 +35,6 @@ from tests.tiny_models import (
     tiny_model,
     tokens,
 )
-
-every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
 
 # Finding
 
@@ -94,7 +93,7 @@ def test_finds_every_router_and_no_dense_layer(recipe: str) -> None:
         assert points_of(moe) is None
 
 
-@pytest.mark.parametrize("recipe", ALL_RECIPES)
+@every_recipe
 def test_reads_the_number_of_experts_and_k(recipe: str) -> None:
     model = tiny_model(recipe)
     found = list(find_moe_layers(model))

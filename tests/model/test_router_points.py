@@ -15,9 +15,8 @@ from moe_lens.model.router_points import RoutingPoints, install, points_of, unin
 from moe_lens.model.state import ForwardState
 from moe_lens.routers.plain import SoftmaxTopK
 from moe_lens.shape import MoEShape
+from tests.families import core_family, every_recipe
 from tests.tiny_models import (
-    ALL_RECIPES,
-    FAMILIES,
     MOE_LAYERS,
     N_EXPERTS,
     TOP_K,
@@ -27,9 +26,6 @@ from tests.tiny_models import (
     tiny_model,
     tokens,
 )
-
-every_recipe = pytest.mark.parametrize("recipe", ALL_RECIPES)
-every_family = pytest.mark.parametrize("recipe", FAMILIES)
 
 
 def with_points(recipe: str, dtype: torch.dtype = torch.float32) -> tuple[Any, list[RoutingPoints]]:
@@ -53,7 +49,7 @@ def test_points_without_hooks_change_nothing(recipe: str) -> None:
     assert torch.equal(logits_of(model), logits_of(tiny_model(recipe)))
 
 
-@every_family
+@core_family
 def test_without_hooks_hfs_own_code_runs_and_the_rule_does_not(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +74,7 @@ def test_without_hooks_hfs_own_code_runs_and_the_rule_does_not(
     assert calls == [moe.router for moe in layers]
 
 
-@every_family
+@core_family
 def test_uninstall_leaves_no_trace(recipe: str) -> None:
     model, _ = with_points(recipe)
     for moe in find_moe_layers(model):
@@ -156,7 +152,7 @@ def test_uninstalling_from_a_copy_leaves_the_original_hooked() -> None:
 # A hook that could not fire raises
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_hooks_in_training_mode_are_refused(recipe: str, direction: Any) -> None:
     model, points = with_points(recipe)
@@ -173,7 +169,7 @@ def test_training_mode_without_hooks_works() -> None:
     assert torch.equal(logits_of(model.train()), logits_of(tiny_model("olmoe").train()))
 
 
-@every_family
+@core_family
 def test_a_block_that_bypasses_its_router_is_refused(recipe: str) -> None:
     model, points = with_points(recipe)
     block = sparse_blocks(model)[MOE_LAYERS[recipe][-1]]
@@ -259,7 +255,7 @@ BAD_LOGITS: dict[str, tuple[Any, Any, float]] = {
 }
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize(("token", "expert", "value"), BAD_LOGITS.values(), ids=BAD_LOGITS)
 def test_logits_that_leave_no_weights_are_refused(recipe: str, token: Any, expert: Any, value: float) -> None:
     def spoil(logits: Tensor, hook: Any) -> Tensor:

@@ -22,10 +22,10 @@ from moe_lens import (
     steer_hooks,
     zero_ablate,
 )
-from tests.tiny_models import FAMILIES, hook_census, prompt, tiny_model, tokenizer, tokens
+from tests.families import core_family
+from tests.tiny_models import hook_census, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
-core_family = pytest.mark.parametrize("recipe", FAMILIES)
 WRITE: dict[str, Any] = {
     "max_new_tokens": 4,
     "do_sample": False,

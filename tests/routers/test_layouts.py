@@ -20,9 +20,9 @@ from moe_lens.routers.layouts import (
     RouterOutput,
     SortedTokens,
 )
-from tests.tiny_models import EVERY_FAMILY, tiny_model
+from tests.families import every_family
+from tests.tiny_models import tiny_model
 
-every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
 N_TOKENS = 20
 
 

@@ -23,11 +23,10 @@ from moe_lens import (
 )
 from moe_lens.errors import DataError, HookError
 from moe_lens.shape import MoEShape
-from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tokens
+from tests.families import every_family, one_of_each_kind
+from tests.tiny_models import FAMILIES, prompt, tokens
 
 Hooked = Callable[..., Any]
-every_family = pytest.mark.parametrize("recipe", EVERY_FAMILY)
-one_of_each_kind = pytest.mark.parametrize("recipe", ONE_OF_EACH_KIND)
 with_and_without_weights = pytest.mark.parametrize("weights", [False, True])
 WRITE: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
 

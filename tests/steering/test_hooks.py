@@ -14,8 +14,8 @@ from moe_lens.routers.plain import SoftmaxTopK
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import EPSILON_RANGE, SteeringPlan
 from tests import oracle
+from tests.families import core_family, every_dtype
 from tests.tiny_models import (
-    FAMILIES,
     MOE_LAYERS,
     N_EXPERTS,
     TOP_K,
@@ -28,8 +28,6 @@ from tests.tiny_models import (
 )
 
 Hooked = Callable[..., HookedMoE]
-every_family = pytest.mark.parametrize("recipe", FAMILIES)
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 def formula(logits: Tensor, activate: list[int], deactivate: list[int], epsilon: float = 0.01) -> Tensor:
@@ -98,8 +96,8 @@ def test_the_guarantee_holds_for_every_epsilon_that_a_plan_accepts(epsilon: floa
 # Whole models
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_an_empty_plan_gives_no_hooks_and_changes_nothing(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -109,7 +107,7 @@ def test_an_empty_plan_gives_no_hooks_and_changes_nothing(
     assert torch.equal(steered(model, hooks, tokens()), logits_of(model, tokens()))
 
 
-@every_family
+@core_family
 def test_a_steered_model_equals_an_oracle_with_its_own_routers(hooked: Hooked, recipe: str) -> None:
     plan = full_plan(recipe)
     got = steered(hooked(recipe), steer_hooks(plan), tokens())
@@ -117,7 +115,7 @@ def test_a_steered_model_equals_an_oracle_with_its_own_routers(hooked: Hooked, r
     assert not torch.allclose(got, logits_of(hooked(recipe), tokens()), atol=0.01)
 
 
-@every_family
+@core_family
 def test_a_plan_for_one_layer_and_one_expert_equals_the_oracle(hooked: Hooked, recipe: str) -> None:
     layer = MOE_LAYERS[recipe][-1]
     for plan in (SteeringPlan([(layer, 1)], epsilon=1.0), SteeringPlan(deactivate=[(layer, 2)])):
@@ -126,7 +124,7 @@ def test_a_plan_for_one_layer_and_one_expert_equals_the_oracle(hooked: Hooked, r
         )
 
 
-@every_family
+@core_family
 def test_deactivation_wins_where_a_plan_names_an_expert_twice(hooked: Hooked, recipe: str) -> None:
     layer = MOE_LAYERS[recipe][0]
     both = SteeringPlan([(layer, 1), (layer, 2)], [(layer, 2)])
@@ -136,7 +134,7 @@ def test_deactivation_wins_where_a_plan_names_an_expert_twice(hooked: Hooked, re
     close(got, oracle_logits(recipe, tokens(), edits(both)))
 
 
-@every_family
+@core_family
 def test_the_largest_plan_dictates_every_route(hooked: Hooked, recipe: str) -> None:
     experts, k = list(range(N_EXPERTS[recipe])), TOP_K[recipe]
     layers = MOE_LAYERS[recipe]
@@ -159,8 +157,8 @@ def recorder(recipe: str) -> tuple[dict[int, list[Tensor]], list[Any]]:
     return routes, [(hook_names.topk_indices(layer), keep(layer)) for layer in routes]
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_the_plan_holds_on_every_token_of_the_prompt_and_of_every_cached_step(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -179,7 +177,7 @@ def test_the_plan_holds_on_every_token_of_the_prompt_and_of_every_cached_step(
             assert not bool(((indices == 0) | (indices == 1)).any())
 
 
-@every_family
+@core_family
 def test_steered_generation_is_the_same_with_and_without_cache(hooked: Hooked, recipe: str) -> None:
     model: Any = hooked(recipe)
     prompts = [prompt(2), prompt(6, 1)]
@@ -196,7 +194,7 @@ def test_steered_generation_is_the_same_with_and_without_cache(hooked: Hooked, r
     assert torch.equal(cached, uncached)
 
 
-@every_family
+@core_family
 def test_the_steered_continuation_is_greedy_on_the_oracle(hooked: Hooked, recipe: str) -> None:
     plan, sequence = full_plan(recipe), tokens(1, 4)
     expected = oracle.rewrite(tiny_model(recipe), edits(plan))
@@ -224,7 +222,7 @@ def prefer_expert_0(logits: Tensor) -> Tensor:
     return logits + boost
 
 
-@every_family
+@core_family
 def test_an_edit_before_the_plan_is_steered(hooked: Hooked, recipe: str) -> None:
     plan = full_plan(recipe)
     hooks = [(name, lambda z, hook: prefer_expert_0(z)) for name, _ in steer_hooks(plan)]
@@ -235,8 +233,8 @@ def test_an_edit_before_the_plan_is_steered(hooked: Hooked, recipe: str) -> None
     )
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_an_edit_after_the_plan_edits_steered_scores(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     plan, seen = full_plan(recipe), []
 
@@ -255,7 +253,7 @@ def test_an_edit_after_the_plan_edits_steered_scores(hooked: Hooked, recipe: str
         close(got, oracle_logits(recipe, tokens(), changes))
 
 
-@every_family
+@core_family
 def test_a_residual_patch_elsewhere_composes(hooked: Hooked, recipe: str) -> None:
     plan, vector = full_plan(recipe), torch.linspace(-1, 1, 32)
     patch = ("blocks.1.hook_resid_pre", lambda resid, hook: resid + vector)
@@ -267,7 +265,7 @@ def test_a_residual_patch_elsewhere_composes(hooked: Hooked, recipe: str) -> Non
         close(steered(hooked(recipe), hooks, tokens()), expected)
 
 
-@every_family
+@core_family
 def test_a_cache_taken_under_the_plan_holds_steered_scores_and_routes(hooked: Hooked, recipe: str) -> None:
     model, plan = hooked(recipe), full_plan(recipe)
     first = MOE_LAYERS[recipe][0]
@@ -287,8 +285,8 @@ def edits_at(plan: SteeringPlan, layer: int, raw: Tensor) -> Tensor:
     return formula(raw, activate, [expert for at, expert in plan.deactivate if at == layer])
 
 
-@every_family
-@both_dtypes
+@core_family
+@every_dtype
 def test_the_model_is_unchanged_afterwards(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     model = hooked(recipe, dtype)
     before, hooks_before = logits_of(model, tokens()), hook_census(model)
@@ -299,7 +297,7 @@ def test_the_model_is_unchanged_afterwards(hooked: Hooked, recipe: str, dtype: t
     assert torch.equal(logits_of(model, tokens()), before)
 
 
-@every_family
+@core_family
 @pytest.mark.parametrize("how", ["run_with_hooks", "hooks"])
 def test_nan_logits_raise_by_the_name_of_the_layer_and_leave_no_hook(recipe: str, how: str) -> None:
     hf_model, layer = tiny_model(recipe), MOE_LAYERS[recipe][1]
