@@ -20,7 +20,13 @@ def as_index(number: Any) -> int | None:
 
 
 def whole_number(
-    value: Any, name: str, least: int = 0, *, error: type[MoELensError] = DataError, remedy: str = ""
+    value: Any,
+    name: str,
+    least: int = 0,
+    most: int | None = None,
+    *,
+    error: type[MoELensError] = DataError,
+    remedy: str = "",
 ) -> int:
     """A whole number from `least` on (Python's, numpy's or torch's) as int; True and False are none.
 
@@ -29,15 +35,17 @@ def whole_number(
 
     Args:
         name: of the argument, for the error.
+        most: the largest number allowed; None for any.
         remedy: a further sentence for the error.
 
     Raises:
         `error`: for anything else.
     """
     number = as_index(value)
-    if number is None or number < least:
+    if number is None or number < least or (most is not None and number > most):
+        end = "on" if most is None else f"to {most}"
         raise error(
-            f"{name} must be a whole number from {least} on; got {short(value)}.{remedy and ' '}{remedy}"
+            f"{name} must be a whole number from {least} {end}; got {short(value)}.{remedy and ' '}{remedy}"
         )
     return number
 

@@ -1,4 +1,4 @@
-"""The names of the routing hook points: the only place in the package that spells them.
+"""The names of the routing hook points, which only this file spells, and what a cache holds under them.
 
 >>> from moe_lens import hook_names
 >>> hook_names.router_logits(3)
@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_lens.errors import HookError
+from torch import Tensor
+
+from moe_lens.errors import DataError, HookError
 
 ROUTER_LOGITS = "hook_router_logits"
 TOPK_INDICES = "hook_topk_indices"
@@ -87,3 +89,54 @@ def layer_of(name: str | None) -> int:
     if parsed is None:
         raise HookError(f"{name!r} is not the name of a routing hook point; moe_lens.hook_names spells them.")
     return parsed[0]
+
+
+def points_of(
+    cache: Any,
+    needed: Sequence[str] = POINTS,
+    layers: Sequence[int] | None = None,
+    *,
+    what: str = "The cache",
+) -> dict[int, dict[str, Tensor]]:
+    """Layer -> short name of a point -> tensor: all the routing that a cache of `run_with_cache` holds.
+
+    >>> import torch
+    >>> from moe_lens import hook_names
+    >>> cache = {"blocks.3.mlp.hook_topk_indices": torch.tensor([[1, 0]])}
+    >>> hook_names.points_of(cache, ["hook_topk_indices"])
+    {3: {'hook_topk_indices': tensor([[1, 0]])}}
+
+    Args:
+        cache: an ActivationCache, or a dictionary of its tensors. Layers come out in ascending order.
+        needed: short names of the points that each layer must have; others are given back where present.
+        layers: the layers that must be there; None for those that the cache has.
+        what: the argument's name, for errors.
+
+    Raises:
+        DataError: not a cache, no routing in it, or a layer that lacks a point.
+    """
+    by_layer: dict[int, dict[str, Tensor]] = {}
+    for key in cache.keys() if hasattr(cache, "keys") else ():  # an ActivationCache iterates over an axis
+        parsed = parse(key) if isinstance(key, str) else None
+        if parsed is None or not isinstance(cache[key], Tensor):
+            continue
+        layer, point = parsed
+        tensors = by_layer.setdefault(layer, {})
+        if key == name(layer, point) or point not in tensors:  # a full name goes before its alias
+            tensors[point] = cache[key]
+    if not by_layer:
+        raise DataError(
+            f"{what} holds no routing. It needs a cache of a HookedMoE: the second of the two things "
+            f"that run_with_cache returns; got {type(cache).__name__}. A names_filter must keep the routing "
+            "points (names_filter=moe_lens.is_routing_point)."
+        )
+    for layer in sorted(by_layer) if layers is None else layers:
+        if missing := [point for point in needed if point not in by_layer.get(layer, {})]:
+            raise DataError(f"{what} lacks {' and '.join(missing)} of layer {layer}; {_remedy(missing)}.")
+    return dict(sorted(by_layer.items()))
+
+
+def _remedy(missing: Sequence[str]) -> str:
+    if EXPERT_OUT in missing:
+        return "call model.set_use_expert_out(True) before run_with_cache"
+    return "let the names_filter of run_with_cache keep it (names_filter=moe_lens.is_routing_point)"

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+import numpy as np
+from jaxtyping import Int
+
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError
 
@@ -41,6 +44,21 @@ class MoEShape:
             raise DataError(f"model must be a name; got {self.model!r}.")
         for name, value in (("layers", tuple(layers)), ("n_experts", n_experts), ("top_k", top_k)):
             object.__setattr__(self, name, value)
+
+    @property
+    def words(self) -> str:
+        """The shape in a few words: "OLMoE-1B-7B-0125, 16 layers × 64 experts, top 8"."""
+        return f"{self.model}, {len(self.layers)} layers × {self.n_experts} experts, top {self.top_k}"
+
+    def grid(self) -> dict[str, Int[np.ndarray, "row"]]:
+        """The first two columns of a table with one row an expert: "layer" and "expert", layer by layer.
+
+        >>> shape = MoEShape("m", layers=(0, 3), n_experts=2, top_k=1)
+        >>> {name: column.tolist() for name, column in shape.grid().items()}
+        {'layer': [0, 0, 3, 3], 'expert': [0, 1, 0, 1]}
+        """
+        layers, experts = np.array(self.layers), np.arange(self.n_experts)
+        return {"layer": np.repeat(layers, len(experts)), "expert": np.tile(experts, len(layers))}
 
     @property
     def max_deactivated(self) -> int:

@@ -1,9 +1,9 @@
 from .direct_paths import DirectPath as DirectPath
 from .direct_paths import direct_path as direct_path
-from .gradients import GradientAttribution as GradientAttribution
 from .gradients import gradient_attribution as gradient_attribution
-from .logits import LogitAttribution as LogitAttribution
 from .logits import expert_logit_attribution as expert_logit_attribution
 from .logits import expert_logit_lens as expert_logit_lens
-from .routed_around import VirtualAblation as VirtualAblation
+from .results import GradientAttribution as GradientAttribution
+from .results import LogitAttribution as LogitAttribution
+from .results import VirtualAblation as VirtualAblation
 from .routed_around import virtual_ablation as virtual_ablation

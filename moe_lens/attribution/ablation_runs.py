@@ -1,8 +1,8 @@
 """The runs behind `virtual_ablation`, for prompts of equal length.
 
 batch = AblationBatch(model, layers, tokens, metric)
-batch.run_estimate()                       # batch.estimate, .indices, .replacement, .loss
-batch.run_exact(batch_size, bar)           # batch.exact
+batch.run_estimate()                   # batch.estimate, .indices, .replacement, .loss
+batch.run_exact(batch_size, bar)       # batch.exact
 """
 
 from collections.abc import Callable, Iterable
@@ -19,9 +19,8 @@ from moe_lens import hook_names
 from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.metric import TokenMetric
 from moe_lens.model.registration import forward_state, with_expert_out
-
-Metric = Callable[[Float[Tensor, "batch pos d_vocab"], Int[Tensor, "batch pos"]], Any]
 
 _MEMORY: Final = 2**30
 """Bytes that stacked forwards may take on a CPU; on a GPU, half of what is free."""
@@ -33,35 +32,44 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return -log_probs.gather(-1, tokens[:, 1:, None].to(log_probs.device)).squeeze(-1).mean(-1)
 
 
-def losses(metric: Metric, logits: Tensor, tokens: Tensor) -> Float[Tensor, "batch"]:
-    """What a metric gives for each row. Raises DataError where that is not a finite number a row."""
+def losses(metric: TokenMetric, logits: Tensor, tokens: Tensor) -> Float[Tensor, "batch"]:
+    """What a metric gives for each row. Raises DataError if that is not one finite number a row."""
     values = metric(logits, tokens)
     if not isinstance(values, Tensor) or values.shape != (len(tokens),) or not values.is_floating_point():
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise DataError(f"metric must give one number for each of the {len(tokens)} prompts; got {got}.")
     if not bool(torch.isfinite(values).all()):
-        raise DataError("metric gives NaN or infinite numbers; nothing can be measured.")
+        raise DataError("metric gives NaN or infinite numbers; look for a log of 0 or a division by 0 in it.")
     return wide(values)
 
 
 @dataclass
 class AblationBatch:
-    """Prompts of equal length, and what becomes known about them, [layer batch pos k] on the CPU.
+    """Prompts of equal length, and what the runs find out about them.
 
     Attributes:
+        model: the model.
+        layers: numbers of the layers whose experts are routed around.
+        tokens: the prompts, without padding.
+        metric: the loss of each prompt.
         others: layer -> indices and weights [batch pos slot k] of the route without the expert of each slot.
+        estimate: loss changes to first order, [layer batch pos k] on the CPU; None until they were run.
+        exact: exact loss changes, likewise.
+        indices: the expert of each slot, likewise.
+        replacement: the expert that comes in for it, likewise.
+        loss: of each prompt, [batch].
     """
 
     model: HookedMoE
     layers: list[int]
     tokens: Int[Tensor, "batch pos"]
-    metric: Metric
+    metric: TokenMetric
     others: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     estimate: Any = None
     exact: Any = None
     indices: Any = None
     replacement: Any = None
-    loss: Any = None  # [batch]
+    loss: Any = None
 
     def run_estimate(self) -> None:
         """Loss, routes without each chosen expert, and the linear estimates: a forward and a backward."""
@@ -84,7 +92,7 @@ class AblationBatch:
         self.estimate = _stack(map(seen.estimate, self.layers, grads))
         self.indices = _stack(seen.indices[layer] for layer in self.layers)
         self.replacement = _stack(_newcomers(seen.indices[n], *self.others[n]) for n in self.layers)
-        self.loss = self._loss(self.tokens).cpu()  # with nothing but what the exact runs have on the model
+        self.loss = self._loss(self.tokens).cpu()  # under the same hooks as the exact runs, and no more
 
     def run_exact(self, batch_size: int | None, bar: Any) -> None:
         """The exact changes: each row of a batch has one token of one layer routed around one expert."""
@@ -100,21 +108,23 @@ class AblationBatch:
     def _run_layer(self, layer: int, bar: Any, batch_size: int) -> None:
         n_batch, n_pos, n_slots = self.indices.shape[1:]
         todo = torch.cartesian_prod(*map(torch.arange, (n_batch, n_pos, n_slots)))
-        for some in todo.reshape(-1, 3).split(batch_size):
-            row, pos, slot = some.to(self.tokens.device).unbind(1)
+        for cells in todo.reshape(-1, 3).split(batch_size):
+            row, pos, slot = cells.to(self.tokens.device).unbind(1)
             hooks = self._instead(self.layers[layer], row, pos, slot)
             state = forward_state(self.model)
-            prompts = some[:, 0] if state.rows is None else state.rows[some[:, 0]]
+            prompts = cells[:, 0] if state.rows is None else state.rows[cells[:, 0]]
             with state.of_prompts(prompts):
                 loss = self._loss(self.tokens[row], hooks).cpu()
-            row, pos, slot = some.unbind(1)
+            row, pos, slot = cells.unbind(1)
             self.exact[layer, row, pos, slot] = loss - self.loss[row]
-            bar.update(len(some))
+            bar.update(len(cells))
 
     def _instead(self, layer: int, row: Tensor, pos: Tensor, slot: Tensor) -> list[Any]:
         """Hooks that put the other route in, at one token of each row."""
-        indices, weights = (each[row.to(each.device), pos.to(each.device), slot.to(each.device)]
-                            for each in self.others[layer])  # fmt: skip
+        indices, weights = (
+            other[row.to(other.device), pos.to(other.device), slot.to(other.device)]
+            for other in self.others[layer]
+        )
 
         def put(other: Tensor, value: Tensor, hook: Any) -> Tensor:
             value = value.clone()
@@ -134,7 +144,7 @@ class AblationBatch:
 
 @dataclass
 class _Seen:
-    """What hooks see in the run whose gradient gives the estimates, by layer."""
+    """What hooks see, by layer, in the run whose gradient gives the estimates."""
 
     logits: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
     indices: dict[int, Tensor] = field(default_factory=dict)
@@ -180,9 +190,9 @@ def _routes_without(
     for expert in indices.unique().tolist():
         without, ruled = rule.without(logits, expert)
         instead, weighed = ruled.route(without)
-        here = (indices == expert).unsqueeze(-1)
-        other_indices = torch.where(here, instead.unsqueeze(-2), other_indices)
-        other_weights = torch.where(here, weighed.unsqueeze(-2).to(weights.dtype), other_weights)
+        is_it = (indices == expert).unsqueeze(-1)
+        other_indices = torch.where(is_it, instead.unsqueeze(-2), other_indices)
+        other_weights = torch.where(is_it, weighed.unsqueeze(-2).to(weights.dtype), other_weights)
     return other_indices, other_weights
 
 
@@ -206,12 +216,12 @@ def _sum(outputs: Tensor, weights: Tensor, weights_on_input: bool) -> Tensor:
 
 
 def _at_routed(grad: Tensor, weights: Tensor, weights_on_input: bool) -> Float[Tensor, "batch pos d"]:
-    """The gradient at the routed output: that at an expert's output, through its weight."""
+    """The gradient at the routed output, from that at the expert's output with the largest weight."""
     largest = wide(weights).abs().max(-1, keepdim=True)
     if not weights_on_input and bool((largest.values == 0).any()):
         raise HookError(
-            "Hooks on the model set all weights of a token to 0, so that no gradient tells what its experts "
-            "are worth; leave some weight (scale_experts with a small factor, say)."
+            "Hooks on the model set all weights of a token to 0, so no gradient says what its experts are "
+            "worth; leave some weight (scale_experts with a small factor, say)."
         )
     slot = largest.indices.unsqueeze(-1).expand(*grad.shape[:-2], 1, grad.shape[-1])
     at_output = wide(grad).gather(-2, slot).squeeze(-2)
@@ -221,14 +231,14 @@ def _at_routed(grad: Tensor, weights: Tensor, weights_on_input: bool) -> Float[T
 def _newcomers(
     indices: Tensor, other_indices: Tensor, other_weights: Tensor
 ) -> Int[Tensor, "batch pos slot"]:
-    """Of the experts that came in for each slot's, the one with the largest weight."""
+    """Of the experts that came in when each slot's was routed around, the one with the largest weight."""
     stayed = (other_indices.unsqueeze(-1) == indices[..., None, None, :]).any(-1)
     best = wide(other_weights).abs().masked_fill(stayed, -1).argmax(-1, keepdim=True)
     return other_indices.gather(-1, best).squeeze(-1)
 
 
 def _rows_that_fit(model: HookedMoE, n_pos: int) -> int:
-    """How many prompts a forward can take: logits a few times, and activations of a layer."""
+    """How many prompts fit into a forward: a few copies of the logits, and one layer's activations."""
     device = torch.device(model.cfg.device or "cpu")
     free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _MEMORY
     numbers = 4 * model.cfg.d_vocab + (32 + 8 * model.top_k) * model.cfg.d_model

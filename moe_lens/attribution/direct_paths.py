@@ -4,9 +4,9 @@
     path.logits                                # [batch pos d_vocab], in a graph that is affine in ...
     path.expert_out[layer], path.parts         # ... outputs of experts, of attention, embedding, biases...
 
-On this path attention, routing and all that experts compute are constants; only the residual stream carries
-a change of one part to the logits, through norms with the scales that they had in this run. So the gradient
-of a logit times what a part wrote is exactly its share of the logit, and the shares add up.
+On this path attention, routing and everything that experts compute are constants; only the residual stream
+carries a change of one part to the logits, through norms with the scales that they had in this run. So the
+gradient of a logit, times what a part wrote, is exactly the part's share of the logit, and the shares add up.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,10 +48,10 @@ class DirectPath:
     """One run of a model, as an affine function of what its parts wrote.
 
     Attributes:
-        logits: [batch pos d_vocab], what the model returned; before the soft cap where it has one.
+        logits: [batch pos d_vocab], what the model returned; before the soft cap if it has one.
         expert_out: layer -> outputs of the chosen experts [batch pos k d_model], leaves of the graph.
         indices: layer -> the chosen experts [batch pos k].
-        parts: all that is added beside them.
+        parts: everything else that is added.
     """
 
     logits: Float[Tensor, "batch pos d_vocab"]
@@ -60,9 +60,9 @@ class DirectPath:
     parts: tuple[Part, ...]
 
     def shares(self, target: Float[Tensor, "batch"]) -> tuple[Tensor, Tensor]:
-        """How much of `target`, some logits of each row, experts and parts wrote.
+        """How much of `target`, one number a row made of its logits, experts and parts wrote.
 
-        Returns: of experts [layer batch pos k], of parts [part batch]; in float32 at least.
+        Returns: shares of experts [layer batch pos k] and of parts [part batch]; in float32 at least.
         """
         tensors = [*self.expert_out.values(), *(part.tensor for part in self.parts)]
         grads = gradients(target.sum(), tensors)
@@ -75,17 +75,23 @@ class DirectPath:
             (wide(grad) * wide(part.value)).reshape(len(target), -1).sum(-1)
             for grad, part in zip(grads[n_layers:], self.parts, strict=True)
         ]
-        home = experts[0].device
-        return torch.stack([each.to(home) for each in experts]), torch.stack(
-            [each.to(home) for each in parts]
-        )
+        device = experts[0].device  # layers may lie on several
+        stacked = (torch.stack([share.to(device) for share in shares]) for shares in (experts, parts))
+        return next(stacked), next(stacked)
 
 
 def direct_path(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> DirectPath:
     """Run a model on tokens without padding, and keep its direct path. The model is left as it was.
 
+    >>> from moe_lens import organisms
+    >>> model = organisms.load("specialised")
+    >>> path = direct_path(model, model.to_tokens("Question : what is"))
+    >>> experts, parts = path.shares(path.logits[:, -1, 5])          # [layer batch pos k], [part batch]
+    >>> bool((experts.sum() + parts.sum() - path.logits[0, -1, 5]).abs() < 1e-4)
+    True
+
     Raises:
-        MoELensError: a norm that is neither an RMSNorm nor a LayerNorm; blocks that cannot be looked into.
+        MoELensError: a norm that is neither an RMSNorm nor a LayerNorm; blocks whose parts are not modules.
     """
     with torch.inference_mode(False), torch.enable_grad(), with_expert_out(model):
         freezer = _Freezer(model)
@@ -103,13 +109,13 @@ def direct_path(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> DirectPat
 
 
 def logit_cap(model: HookedMoE) -> float | None:
-    """c where the model returns c · tanh(logits / c) (Gemma 4); None where it has no soft cap."""
+    """c if the model returns c · tanh(logits / c), as Gemma 4 does; None if it has no soft cap."""
     config: Any = model.original_model.config
     return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def gradients(target: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of a number, with respect to tensors in its graph; zeros for those that it does not depend on."""
+    """Gradients of a number with respect to some tensors; zeros for those that it does not depend on."""
     grads = torch.autograd.grad(target, tensors, allow_unused=True)
     return [
         torch.zeros_like(tensor) if grad is None else grad
@@ -118,7 +124,7 @@ def gradients(target: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def wide(numbers: Tensor) -> Tensor:
-    """In float32 at least: sums of products in half precision lose too much."""
+    """In float32 at least: sums of products in half precision lose too many digits."""
     return numbers if numbers.dtype == torch.float64 else numbers.float()
 
 
@@ -157,7 +163,7 @@ class _Freezer:
         self.handles.clear()
 
     def point_hooks(self) -> list[tuple[Any, Callable[..., Any]]]:
-        """Hooks that make experts' outputs leaves, and note which experts they are of."""
+        """Hooks that make experts' outputs leaves of the graph, and note whose outputs they are."""
 
         def leave(outputs: Tensor, hook: Any) -> Tensor:
             leaf = outputs.detach().requires_grad_()
@@ -175,7 +181,7 @@ class _Freezer:
 
     @torch.no_grad()
     def non_routed(self) -> list[Part]:
-        """What MoE blocks add beside their routed experts: they are run again, experts giving zero."""
+        """What MoE blocks add beside their routed experts: they run again, with experts that output zero."""
         names = [hook_names.expert_out(layer) for layer in self.model.moe_layers]
         with self.model.hooks([(name, lambda outputs, hook: torch.zeros_like(outputs)) for name in names]):
             return [
@@ -206,13 +212,13 @@ class _Freezer:
             ]
 
     def _hold_mixing(self, module: nn.Module) -> None:
-        """Hyper-connections (DeepSeek-V4): the mixing weights, which a norm leads to, are held fixed."""
-        for each in module.modules():
-            if _is_norm(each) and unwrap(each) is each:
-                self.handles.append(each.register_forward_hook(lambda module, args, output: output.detach()))
+        """Hyper-connections (DeepSeek-V4): their mixing weights, computed from a norm, are held fixed."""
+        for inner in module.modules():
+            if _is_norm(inner) and unwrap(inner) is inner:
+                self.handles.append(inner.register_forward_hook(lambda module, args, output: output.detach()))
 
     def _cut_embedding(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """All that comes before the first block is one leaf."""
+        """Everything before the first block becomes one leaf of the graph."""
         given = args[0] if args else kwargs["hidden_states"]
         leaf = given.detach().requires_grad_()
         self.parts.append(Part("embed", leaf, leaf.detach()))
@@ -265,9 +271,9 @@ class _Freezer:
 
 
 def _as_linear(name: str, norm: Any, given: Tensor, output: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(the norm with its scale of each token held fixed, its bias), so that their sum is its output.
+    """(the norm with each token's scale held fixed, its bias): their sum is the norm's output.
 
-    Which weight it uses (w, 1 + w or none) and the scale are found by what fits the output best.
+    Its weight (w, 1 + w or none) and its scale are those that fit the output best.
     """
     with align_module_device(norm):
         weight, bias = (
@@ -289,7 +295,8 @@ def _as_linear(name: str, norm: Any, given: Tensor, output: Tensor) -> tuple[Ten
     if not off <= _TOLERANCE.get(output.dtype, 5e-2) * float(wanted.abs().max()):
         raise MoELensError(
             f"{name}: {type(norm).__name__} is neither an RMSNorm nor a LayerNorm as moe_lens knows them "
-            f"(off by {off:.2g}), or hooks change what it gives; the direct path through it is not known."
+            f"(off by {off:.2g}), or hooks change its output (take them off); the direct path through it is "
+            "not known."
         )
     return x * multiplier, bias
 
@@ -319,5 +326,8 @@ def _detach(argument: Any) -> Any:
 def _first(name: str, output: Any) -> Tensor:
     first = output[0] if isinstance(output, tuple) else output
     if not isinstance(first, Tensor):
-        raise MoELensError(f"{name} gives {type(first).__name__}, not a tensor; its share cannot be told.")
+        raise MoELensError(
+            f"{name} gives a {type(first).__name__}, not a tensor, so its share is unknown; take off hooks "
+            "that change its output."
+        )
     return first

@@ -1,8 +1,8 @@
 """Prompts in batches of equal length: no padding, so that no number depends on a prompt's neighbours.
 
 for rows, tokens in equal_length_batches(model, prompts, batch_size=8):
-    ...                                     # rows: the prompts' places in the list; tokens [batch pos]
-side_by_side([(rows, values), ...], n_prompts, dims=(1, 2), fill=torch.nan)
+    ...                                 # rows: the prompts' places in the list; tokens [batch pos]
+side_by_side([(rows, values), ...], dims=(1, 2), fill=torch.nan)
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.registration import check_hooked
@@ -28,9 +28,7 @@ def equal_length_batches(model: HookedMoE, prompts: Prompts, batch_size: int) ->
         DataError: not a HookedMoE, batch_size below 1, or as in `token_sequences`.
     """
     check_hooked(model, HookedMoE, error=DataError)
-    size = as_index(batch_size)
-    if not size:
-        raise DataError(f"batch_size must be a number from 1 on; got {batch_size!r}.")
+    size = whole_number(batch_size, "batch_size", least=1)
     by_length: dict[int, list[tuple[int, Tensor]]] = {}
     for row, sequence in enumerate(token_sequences(model, prompts)):
         by_length.setdefault(len(sequence), []).append((row, sequence))
@@ -50,16 +48,18 @@ def positions(pos: Any, lengths: Sequence[int]) -> list[int]:
         DataError: not as many as prompts, or outside a prompt.
     """
     given = pos.tolist() if hasattr(pos, "tolist") else pos  # a tensor, an array
-    each: list[Any] = list(given) if isinstance(given, list | tuple) else [given] * len(lengths)
-    if len(each) != len(lengths):
-        raise DataError(f"pos must be one number, or one a prompt; got {len(each)} for {len(lengths)}.")
-    for row, (place, length) in enumerate(zip(each, lengths, strict=True)):
+    places: list[Any] = list(given) if isinstance(given, list | tuple) else [given] * len(lengths)
+    if len(places) != len(lengths):
+        raise DataError(
+            f"pos must be one number, or one a prompt; got {len(places)} for {len(lengths)} prompts."
+        )
+    for row, (place, length) in enumerate(zip(places, lengths, strict=True)):
         if not isinstance(place, int) or isinstance(place, bool) or not -length <= place < length:
             raise DataError(
                 f"pos must be a whole number from {-length} to {length - 1} for prompt {row}, which has "
                 f"{length} tokens; got {place!r}."
             )
-    return [place % length for place, length in zip(each, lengths, strict=True)]
+    return [place % length for place, length in zip(places, lengths, strict=True)]
 
 
 def side_by_side(
@@ -68,8 +68,9 @@ def side_by_side(
     """Results of batches as one tensor on the CPU, in the order of the prompts.
 
     Args:
-        pieces: the prompts of each batch, and its tensor.
-        dims: which dimensions are batch and position; shorter prompts are filled up on the left with `fill`.
+        pieces: of each batch the prompts' places in the list, and the tensor.
+        dims: which dimensions are batch and position (None: there is no position).
+        fill: what shorter prompts have on the left.
     """
     pieces = [(rows, piece.detach().cpu()) for rows, piece in pieces]
     batch, pos = dims

@@ -5,66 +5,31 @@ found = gradient_attribution(model, tokens, metric, baseline=clean)      # attri
 found.router_logits, found.expert_out       # [layer batch pos expert], [layer batch pos k]
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import hook_names
 from moe_lens.attribution.direct_paths import gradients, wide
+from moe_lens.attribution.results import GradientAttribution
 from moe_lens.errors import DataError
+from moe_lens.hook_names import Hooks
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import moe_shape, with_expert_out
-from moe_lens.shape import MoEShape
-from moe_lens.text.batching import Prompts, pad_sequences, token_sequences
-
-Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
-
-
-@dataclass(frozen=True, eq=False)
-class GradientAttribution:
-    """First-order effects on a metric, in the metric's unit; on the CPU, in float32 at least, 0 on padding.
-
-    >>> from moe_lens import organisms
-    >>> from moe_lens.attribution import gradient_attribution
-    >>> model = organisms.load("specialised")
-    >>> found = gradient_attribution(model, "Question : what is", lambda logits: logits[0, -1, 5])
-    >>> found.by_expert().shape                              # [layer batch pos expert]
-    torch.Size([4, 1, 5, 8])
-
-    Attributes:
-        shape: the model; its MoE layers are the axis "layer".
-        router_logits: of each router logit.
-        expert_out: of each chosen expert's output, summed over its numbers.
-        indices: which experts were chosen, int64.
-        metric: the metric's value in this run.
-        same_expert: with a baseline that holds the chosen experts, whether it chose the same one in this
-            slot; None otherwise.
-    """
-
-    shape: MoEShape
-    router_logits: Float[Tensor, "layer batch pos expert"]
-    expert_out: Float[Tensor, "layer batch pos k"]
-    indices: Int[Tensor, "layer batch pos k"]
-    metric: float
-    same_expert: Bool[Tensor, "layer batch pos k"] | None = None
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Numbers of the MoE layers."""
-        return self.shape.layers
-
-    def by_expert(self) -> Float[Tensor, "layer batch pos expert"]:
-        """`expert_out` by expert, 0 where it was not chosen."""
-        return torch.zeros_like(self.router_logits).scatter_add(-1, self.indices, self.expert_out)
+from moe_lens.text.batching import Prompts, pad_sequences, padding, token_sequences
 
 
 def gradient_attribution(
-    model: HookedMoE, prompts: Prompts, metric: Metric, *, baseline: Mapping[str, Tensor] | Any = None
+    model: HookedMoE,
+    prompts: Prompts,
+    metric: Metric,
+    *,
+    baseline: Mapping[str, Tensor] | Any = None,
+    hooks: Hooks = (),
 ) -> GradientAttribution:
     """Gradient × activation of a metric at every router logit and expert output: one forward, one backward.
 
@@ -84,29 +49,35 @@ def gradient_attribution(
     patched in from the other run. Expert outputs are compared slot by slot, as such a patch would put them
     in; where `same_expert` is False, a slot of the baseline holds another expert's output.
 
-    The choice of experts has no gradient. A router logit's gradient goes through the weights only, so a
-    change of route that a patch brings about is not in the estimate; `virtual_ablation` measures those.
+    The choice of experts has no gradient: a router logit's gradient flows through the weights only. So the
+    estimate does not contain the change of route that a patch causes; `virtual_ablation` measures that.
 
     Args:
-        model: a HookedMoE. Hooks that are on it count.
-        prompts: strings, chats or tokens. Prompts of different lengths are padded on the left.
+        model: a HookedMoE. Hooks that are on it act, too.
+        prompts: strings, chats or tokens, see `moe_lens.text.Prompts`, all in one forward. Prompts of
+            different lengths are padded on the left.
         metric: logits [batch pos d_vocab] -> one number.
-        baseline: a cache of a run on prompts of the same shape, made after `model.set_use_expert_out(True)`.
+        baseline: the cache of a run on prompts of the same shape, made after
+            `model.set_use_expert_out(True)`.
+        hooks: forward hooks to run under (`steer_hooks(plan)`, for one).
 
     Raises:
-        DataError: a metric that gives no finite number, or one without gradient; a baseline without router
-            logits or expert outputs, or of another shape; different lengths in a model that cannot take them.
+        DataError: a metric that gives anything but one finite number with a gradient; a baseline without
+            router logits or expert outputs, or of another shape; prompts of different lengths in a model that
+            cannot run them together.
     """
     if not isinstance(model, HookedMoE):
         raise DataError(f"gradient_attribution needs a HookedMoE; got {type(model).__name__}.")
-    if not callable(metric):
-        raise DataError(f"metric must be a function of the logits [batch pos d_vocab]; got {metric!r}.")
+    check_metric(metric)
     tokens, mask = pad_sequences(model, list(token_sequences(model, prompts)))
-    padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    if padding and not supports_padding(model):
+    attention_mask = padding(mask)
+    if attention_mask and not supports_padding(model):
         raise DataError("This model cannot run prompts of different lengths at once; give them one by one.")
     layers = model.moe_layers
-    names = [*map(hook_names.router_logits, layers), *map(hook_names.expert_out, layers)]
+    points = (hook_names.ROUTER_LOGITS, hook_names.EXPERT_OUT)
+    other = None if baseline is None else hook_names.points_of(baseline, points, layers, what="baseline")
+    followed = [*map(hook_names.router_logits, layers), *map(hook_names.expert_out, layers)]
+    choices = [hook_names.topk_indices(layer) for layer in layers]
     seen: dict[str, Tensor] = {}
 
     def follow(value: Tensor, hook: Any) -> Tensor:
@@ -117,25 +88,24 @@ def gradient_attribution(
     def note(value: Tensor, hook: Any) -> None:
         seen[hook.name] = value.clone()
 
-    chosen = [*map(hook_names.topk_indices, layers)]
-    hooks = [*((name, follow) for name in names), *((name, note) for name in chosen)]
-    with torch.inference_mode(False), torch.enable_grad(), with_expert_out(model), model.hooks(hooks):
-        value = _number(metric(model(tokens.clone(), **padding)))
-        grads = gradients(value, [seen[name] for name in names])
+    watchers = [*((name, follow) for name in followed), *((name, note) for name in choices)]
+    with torch.inference_mode(False), torch.enable_grad(), with_expert_out(model):
+        with model.hooks([*hooks, *watchers]):
+            value = _number(metric(model(tokens.clone(), **attention_mask)))
+        grads = gradients(value, [seen[name] for name in followed])
     effects = []
-    for name, grad in zip(names, grads, strict=True):
+    for name, grad in zip(followed, grads, strict=True):
         now = wide(seen[name].detach())
-        towards = now if baseline is None else _of(baseline, name, now) - now
+        towards = now if other is None else _of(other, name, now) - now
         effects.append((wide(grad) * towards * mask.reshape(*mask.shape, *[1] * (now.ndim - 2))).cpu())
-    n = len(layers)
-    indices = torch.stack([seen[name].cpu() for name in chosen])
+    indices = torch.stack([seen[name].cpu() for name in choices])
     return GradientAttribution(
-        moe_shape(model),
-        torch.stack(effects[:n]),
-        torch.stack([each.sum(-1) for each in effects[n:]]),
-        indices,
-        float(value.detach()),
-        _same(baseline, chosen, indices),
+        shape=moe_shape(model),
+        router_logits=torch.stack(effects[: len(layers)]),
+        expert_out=torch.stack([effect.sum(-1) for effect in effects[len(layers) :]]),
+        indices=indices,
+        metric=float(value.detach()),
+        same_expert=_same(other, layers, indices),
     )
 
 
@@ -150,32 +120,26 @@ def _number(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def _of(baseline: Any, name: str, now: Tensor) -> Tensor:
-    """An activation of the baseline, where it fits."""
-    other = _find(baseline, name)
-    if other is None:
-        raise DataError(
-            f"baseline has no {name}; make it with model.set_use_expert_out(True) and model.run_with_cache."
-        )
+Baseline = dict[int, dict[str, Tensor]]
+"""Layer -> short name of a point -> its value in the baseline's run."""
+
+
+def _of(baseline: Baseline, name: str, now: Tensor) -> Tensor:
+    """An activation of the baseline, checked to fit this run's."""
+    layer, point = hook_names.parse(name) or (-1, "")
+    other = baseline[layer][point]
     if other.shape != now.shape:
         raise DataError(
             f"baseline has {name} of shape {tuple(other.shape)}, this run {tuple(now.shape)}; both runs need "
-            "prompts of the same number and length."
+            "equally many prompts of equal lengths."
         )
     if not bool(torch.isfinite(other).all()):
         raise DataError(f"baseline: {name} holds NaN or infinite numbers.")
     return other.detach().to(now)
 
 
-def _find(baseline: Any, name: str) -> Tensor | None:
-    try:
-        value = baseline[name]
-    except (KeyError, TypeError, IndexError):
+def _same(baseline: Baseline | None, layers: Sequence[int], indices: Tensor) -> Tensor | None:
+    """Whether the baseline chose the same experts; None if it does not say which it chose."""
+    if baseline is None or any(hook_names.TOPK_INDICES not in baseline[layer] for layer in layers):
         return None
-    return value if isinstance(value, Tensor) else None
-
-
-def _same(baseline: Any, chosen: list[str], indices: Tensor) -> Tensor | None:
-    others = [None if baseline is None else _find(baseline, name) for name in chosen]
-    found = [other.cpu() for other in others if other is not None]
-    return torch.stack(found) == indices if len(found) == len(chosen) else None
+    return torch.stack([baseline[layer][hook_names.TOPK_INDICES].cpu() for layer in layers]) == indices

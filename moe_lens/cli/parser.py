@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from moe_lens.errors import MoELensError
 
@@ -296,9 +296,9 @@ class _Choices:
 
 
 def _score_names() -> Iterable[str]:
-    from moe_lens.detection.paired_statistics import ScoreName
+    from moe_lens.detection.scores import SCORES
 
-    return get_args(ScoreName)
+    return tuple(SCORES)
 
 
 def _command(adder: Any, name: str, short: str, long: str) -> argparse.ArgumentParser:

@@ -13,3 +13,5 @@ from .paired_statistics import interval as interval
 from .paired_statistics import q_values as q_values
 from .paired_statistics import score as score
 from .paired_statistics import sign_flip_p as sign_flip_p
+from .scores import SCORES as SCORES
+from .scores import Score as Score

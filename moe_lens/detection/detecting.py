@@ -7,40 +7,43 @@ selection_stability(scores, n=10)                      # would other prompts hav
 template_agreement(scores)                             # would other templates have?
 
 Tokens of one prompt are not independent, so prompts are the units: whole pairs are resampled, and whole
-pairs swap their conditions (paired_statistics.py has the formulas).
+pairs swap their conditions (scores.py and paired_statistics.py have the formulas).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import Tensor
 
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.detection import paired_statistics
 from moe_lens.detection.expert_scores import Evidence, ExpertScores, check_comparable
 from moe_lens.detection.paired_counts import PairedCounts
 from moe_lens.detection.paired_statistics import check_settings
+from moe_lens.detection.scores import Score
 from moe_lens.errors import DataError
-from moe_lens.statistics.collection import collect_routing
+from moe_lens.results import Result
 from moe_lens.statistics.counts import PromptCounts
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.spans import Span
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def detect(
     model: Any,
     pairs: ContrastivePairs,
     *,
-    score: str = "risk_difference",
+    score: str | Score = "risk_difference",
     span: Span = "pairs",
     special_tokens: bool = False,
+    hooks: Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]] = (),
     level: float = 0.95,
     n_resamples: int = 1000,
     n_permutations: int = 1000,
@@ -64,25 +67,30 @@ def detect(
     Args:
         model: a HookedMoE, or a bridge after `attach`.
         pairs: the prompts of both conditions; positive scores go with `pairs.first`.
-        score: "risk_difference" (SteerMoE's), "log_odds_ratio", "probability_difference" or "paired_t".
+        score: "risk_difference" (SteerMoE's), "log_odds_ratio", "probability_difference" or "paired_t", or a
+            `moe_lens.detection.Score` of your own.
         span: which tokens count; by default what the pairs say (`pairs.span`).
         special_tokens: count special tokens in spans too.
+        hooks: forward hooks to run under, `steer_hooks(plan)` for example.
         level: confidence level of the intervals, in (0, 1).
         n_resamples: bootstrap resamples of the clusters of pairs, for the intervals.
         n_permutations: sign flips of the clusters, for the p-values.
         seed: of both; the same seed gives the same numbers.
         batch_size: prompts a forward.
+        progress: show a progress bar.
 
     Raises:
         DataError: an unknown score, fewer than two clusters, a span that a prompt lacks, or bad settings.
     """
     if not isinstance(pairs, ContrastivePairs):
         raise DataError(f"detect needs ContrastivePairs; got {type(pairs).__name__}.")
+    from moe_lens.statistics.collection import collect_routing  # needs TransformerLens, which scores do not
+
     check_settings(score, level, n_resamples, n_permutations, seed)
     counted = pairs.span if isinstance(span, str) and span == "pairs" else span
     stats_1, stats_2 = (
         collect_routing(
-            model, prompts, span=counted, special_tokens=special_tokens, per_prompt=True,
+            model, prompts, span=counted, special_tokens=special_tokens, hooks=hooks, per_prompt=True,
             batch_size=batch_size, progress=progress,
         )
         for prompts in (pairs.first, pairs.second)
@@ -97,7 +105,7 @@ def compare_routing(
     stats_1: RoutingStats,
     stats_2: RoutingStats,
     *,
-    score: str = "risk_difference",
+    score: str | Score = "risk_difference",
     clusters: Sequence[Any] | None = None,
     templates: Sequence[Any] | None = None,
     level: float = 0.95,
@@ -115,17 +123,18 @@ def compare_routing(
     torch.Size([4, 8])
 
     Args:
-        stats_1, stats_2: from `collect_routing(..., per_prompt=True)`.
+        stats_1: from `collect_routing(..., per_prompt=True)`, under the first condition.
+        stats_2: the same under the second condition.
+        score: as in `detect`; so are `level`, `n_resamples`, `n_permutations` and `seed`.
         clusters: one label a pair; pairs of one label are one unit. By default every pair is its own.
         templates: one label a pair, for `template_agreement`.
-        The rest as in `detect`.
 
     Raises:
         DataError: different models, no per-prompt counts, unequal numbers of prompts, or fewer than two
             clusters.
     """
     check_comparable(stats_1, stats_2)
-    check_settings(score, level, n_resamples, n_permutations, seed)
+    formula = check_settings(score, level, n_resamples, n_permutations, seed)
     n_pairs = len(_per_prompt(stats_1).n_tokens)
     if len(_per_prompt(stats_2).n_tokens) != n_pairs:
         raise DataError(
@@ -134,9 +143,9 @@ def compare_routing(
         )
     clusters = _labels("clusters", clusters, [str(pair) for pair in range(n_pairs)])
     templates = _labels("templates", templates, ["default"] * n_pairs)
-    counts = _paired_counts(score, stats_1, stats_2, clusters)
-    low, high = paired_statistics.interval(score, counts, level=level, n_resamples=n_resamples, seed=seed)
-    p = paired_statistics.sign_flip_p(score, counts, n_permutations=n_permutations, seed=seed)
+    counts = _paired_counts(formula, stats_1, stats_2, clusters)
+    low, high = paired_statistics.interval(formula, counts, level=level, n_resamples=n_resamples, seed=seed)
+    p = paired_statistics.sign_flip_p(formula, counts, n_permutations=n_permutations, seed=seed)
     shape = stats_1.counts.shape
 
     def by_layer(values: Float[np.ndarray, "expert"]) -> Tensor:
@@ -146,11 +155,12 @@ def compare_routing(
         by_layer(low), by_layer(high), by_layer(p), by_layer(paired_statistics.q_values(p)), level,
         n_resamples, n_permutations, seed, clusters, templates,
     )  # fmt: skip
-    return ExpertScores(by_layer(paired_statistics.score(score, counts)), stats_1, stats_2, score, evidence)
+    delta = by_layer(paired_statistics.score(formula, counts))
+    return ExpertScores(delta, stats_1, stats_2, formula.name, evidence, formula)
 
 
-@dataclass(frozen=True, eq=False)
-class SelectionStability:
+@dataclass(frozen=True, eq=False, repr=False)
+class SelectionStability(Result):
     """How well the selection of the n experts with the largest |score| survives other prompts.
 
     Attributes:
@@ -169,16 +179,14 @@ class SelectionStability:
         """Mean Jaccard index, in [0, 1]; choosing n of N experts at random gives about n / (2N − n)."""
         return float(self.jaccard.mean())
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
+        """The mean Jaccard index, and where 95 % of the resamples are."""
         low, high = np.quantile(self.jaccard, [0.025, 0.975])
-        return (
-            f"SelectionStability(top {self.n}: Jaccard {self.mean:.2f}, "
-            f"95 % of resamples in [{low:.2f}, {high:.2f}])"
-        )
+        return f"top {self.n}: Jaccard {self.mean:.2f}, 95 % of resamples in [{low:.2f}, {high:.2f}]"
 
 
 def selection_stability(
-    scores: ExpertScores, *, n: int, n_resamples: int = 200, seed: int = 0
+    scores: ExpertScores, *, n: int, n_resamples: int = 1000, seed: int = 0
 ) -> SelectionStability:
     """Select the n experts with the largest |score| again on bootstrap resamples of the clusters.
 
@@ -192,14 +200,13 @@ def selection_stability(
     torch.Size([4, 8])
 
     Raises:
-        DataError: scores without evidence (use `detect`), or n not between 1 and the number of experts.
+        DataError: scores without evidence (use `detect`) or whose formula is not known, or n not between 1
+            and the number of experts.
     """
-    evidence = _evidence(scores)
-    n_experts = scores.delta.numel()
-    if (number := as_index(n)) is None or not 1 <= number <= n_experts:
-        raise DataError(f"n must be a number of experts from 1 to {n_experts}; got {n!r}.")
-    counts = _paired_counts(scores.score, scores.stats_1, scores.stats_2, evidence.clusters)
-    resampled = paired_statistics.bootstrap_scores(scores.score, counts, n_resamples, seed)
+    evidence, formula = _evidence(scores)
+    number = whole_number(n, "n", least=1, most=scores.delta.numel(), remedy="It is a number of experts.")
+    counts = _paired_counts(formula, scores.stats_1, scores.stats_2, evidence.clusters)
+    resampled = paired_statistics.bootstrap_scores(formula, counts, n_resamples, seed)
     chosen = _top(np.abs(resampled), number)
     original = _top(np.abs(scores.delta.numpy().reshape(1, -1)), number)
     shared = (chosen & original).sum(-1)
@@ -207,7 +214,7 @@ def selection_stability(
     return SelectionStability(shared / (2 * number - shared), frequency, number)
 
 
-def template_agreement(scores: ExpertScores) -> pd.DataFrame:
+def template_agreement(scores: ExpertScores) -> "pandas.DataFrame":
     """Spearman rank correlation, over all experts, between the scores under each pair of templates.
 
     Experts that follow the behaviour rank alike under every template; experts that follow a template's words
@@ -224,22 +231,26 @@ def template_agreement(scores: ExpertScores) -> pd.DataFrame:
     (3, 3)
 
     Raises:
-        DataError: scores without evidence, pairs of a single template, or a template with one cluster only.
+        DataError: scores without evidence or whose formula is not known, pairs of a single template, or a
+            template with one cluster only.
     """
-    evidence = _evidence(scores)
+    import pandas
+    from scipy.stats import rankdata
+
+    evidence, formula = _evidence(scores)
     names = list(dict.fromkeys(evidence.templates))
     if len(names) < 2:
         raise DataError(f"Agreement needs pairs of at least two templates; there is {names[0]!r} only.")
     ranks = []
     for name in names:
-        rows = [row for row, own in enumerate(evidence.templates) if own == name]
+        rows = [row for row, template in enumerate(evidence.templates) if template == name]
         clusters = tuple(evidence.clusters[row] for row in rows)
         if len(set(clusters)) < 2:
             raise DataError(f"Template {name!r} has pairs of one cluster only; agreement needs at least two.")
-        counts = _paired_counts(scores.score, scores.stats_1, scores.stats_2, clusters, rows)
-        ranks.append(rankdata(paired_statistics.score(scores.score, counts)))
+        counts = _paired_counts(formula, scores.stats_1, scores.stats_2, clusters, rows)
+        ranks.append(rankdata(paired_statistics.score(formula, counts)))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return pd.DataFrame(np.corrcoef(np.stack(ranks)), index=names, columns=names)
+        return pandas.DataFrame(np.corrcoef(np.stack(ranks)), index=names, columns=names)
 
 
 def _top(values: Float[np.ndarray, "row expert"], n: int) -> np.ndarray:
@@ -250,7 +261,7 @@ def _top(values: Float[np.ndarray, "row expert"], n: int) -> np.ndarray:
 
 
 def _paired_counts(
-    score: str,
+    score: Score,
     stats_1: RoutingStats,
     stats_2: RoutingStats,
     clusters: Sequence[str],
@@ -261,8 +272,7 @@ def _paired_counts(
     for stats in (stats_1, stats_2):
         prompts = _per_prompt(stats)
         chosen = slice(None) if rows is None else list(rows)
-        values = prompts.probability_sums if score == "probability_difference" else prompts.counts
-        sums.append(values[chosen].flatten(1).double().numpy())
+        sums.append(getattr(prompts, score.sums)[chosen].flatten(1).double().numpy())
         tokens.append(prompts.n_tokens[chosen].double().numpy())
     return PairedCounts.of_pairs(sums[0], tokens[0], sums[1], tokens[1], list(clusters))
 
@@ -276,12 +286,18 @@ def _per_prompt(stats: RoutingStats) -> PromptCounts:
     return stats.per_prompt
 
 
-def _evidence(scores: ExpertScores) -> Evidence:
+def _evidence(scores: ExpertScores) -> tuple[Evidence, Score]:
+    """The evidence, and the score that can be computed anew."""
     if not isinstance(scores, ExpertScores) or scores.evidence is None:
         raise DataError(
             "These scores carry no evidence; use scores from detect(...) or compare_routing(...)."
         )
-    return scores.evidence
+    if scores.formula is None:
+        raise DataError(
+            f"These scores are {scores.score!r}, and a file does not keep the formula of a user's own score; "
+            "give it with dataclasses.replace(scores, formula=MyScore())."
+        )
+    return scores.evidence, scores.formula
 
 
 def _labels(name: str, labels: Sequence[Any] | None, default: list[str]) -> tuple[str, ...]:

@@ -1,30 +1,30 @@
 """Which experts follow a behaviour: scores per expert from the routing under two conditions.
 
 scores = risk_difference(with_document, without_document)     # the score alone
-scores = detect(model, pairs)                          # with its uncertainty (see detection.py)
-scores.ranked()[:10]                                   # the ten experts with the largest |delta|
--scores                                                # the opposite contrast
+scores = detect(model, pairs)                                 # with its uncertainty (see detecting.py)
+scores.ranked()[:10]                                          # the ten experts with the largest |delta|
+-scores                                                       # the opposite contrast
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_lens.detection.scores import SCORES, Score
 from moe_lens.errors import DataError
-from moe_lens.files import atomic_write
+from moe_lens.files import FileKind
+from moe_lens.results import Result
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.routing_stats import RoutingStats
 
-_KIND: Final = "moe_lens.ExpertScores"
-_SCHEMA: Final = 1
+if TYPE_CHECKING:
+    import pandas
+
+_KIND: Final = FileKind("moe_lens.ExpertScores", schema=2, reads=(1, 2), words="expert scores")
 
 
 class ExpertScore(NamedTuple):
@@ -35,9 +35,9 @@ class ExpertScore(NamedTuple):
     delta: float
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """How sure the scores are; the unit of all of it is the cluster of prompts, not the token.
+@dataclass(frozen=True, eq=False, repr=False)
+class Evidence(Result):
+    """How sure the scores are; all of it takes clusters of prompts, not tokens, for the independent units.
 
     Attributes:
         low, high: [layer expert], float64, bounds of the confidence interval of each score.
@@ -61,16 +61,24 @@ class Evidence:
     templates: tuple[str, ...]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, of all that is one number an expert."""
+        """Name -> tensor, of everything that is one number an expert."""
         return {name: getattr(self, name) for name in ("low", "high", "p", "q")}
 
     def settings(self) -> dict[str, Any]:
         """Name -> value, of all the rest."""
         return {name: value for name, value in vars(self).items() if name not in self.tensors()}
 
+    def summary(self) -> str:
+        """How many experts are significant, on how many pairs, and the settings."""
+        return (
+            f"{int((self.q <= 0.05).sum())} of {self.q.numel()} experts with q ≤ 0.05; "
+            f"{len(self.clusters)} pairs in {len(set(self.clusters))} clusters, {self.level:.0%} intervals, "
+            f"{self.n_resamples} resamples, {self.n_permutations} permutations, seed {self.seed}"
+        )
 
-@dataclass(frozen=True, eq=False)
-class ExpertScores:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpertScores(Result):
     """A score for every expert, positive where it goes with the first condition.
 
     From `risk_difference` (the score alone) or `detect` (with intervals, p- and q-values).
@@ -86,8 +94,10 @@ class ExpertScores:
     Attributes:
         delta: [layer expert], float64, the score: a risk difference, or what `score` names.
         stats_1, stats_2: the routing under the first and under the second condition.
-        score: which score `delta` is.
+        score: the name of the score that `delta` is.
         evidence: intervals, p- and q-values; None where only the score is known.
+        formula: the `Score` of that name, which resampling needs. None for a number of another kind, and for
+            a user's own score read from a file, which keeps the name only.
     """
 
     delta: Float[Tensor, "layer expert"]
@@ -95,8 +105,13 @@ class ExpertScores:
     stats_2: RoutingStats
     score: str = "risk_difference"
     evidence: Evidence | None = None
+    formula: Score | None = None
 
     def __post_init__(self) -> None:
+        if self.formula is None:
+            object.__setattr__(self, "formula", SCORES.get(self.score))
+        elif self.formula.name != self.score:
+            raise DataError(f"The scores are {self.score!r}, their formula is {self.formula!r}.")
         tensors = {"delta": self.delta, **(self.evidence.tensors() if self.evidence else {})}
         for name, tensor in tensors.items():
             if tensor.shape != self.stats_1.counts.shape:
@@ -110,6 +125,11 @@ class ExpertScores:
     def shape(self) -> MoEShape:
         """The model that the scores are about; rows of `delta` are `shape.layers`."""
         return self.stats_1.shape
+
+    @property
+    def label(self) -> str:
+        """What an axis of a figure says of `delta`; the name of the score where its formula is not known."""
+        return self.formula.label if self.formula else self.score
 
     @property
     def low(self) -> Float[Tensor, "layer expert"] | None:
@@ -140,12 +160,14 @@ class ExpertScores:
         ]
         return sorted(scores, key=lambda score: -abs(score.delta))  # sorted() is stable
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pandas.DataFrame":
         """One row an expert, ranked: layer, expert, delta, and rate, count, n_tokens of both conditions.
 
         With evidence also low, high, p and q.
         """
-        frame = pd.DataFrame(self.ranked(), columns=list(ExpertScore._fields))
+        import pandas
+
+        frame = pandas.DataFrame(self.ranked(), columns=list(ExpertScore._fields))
         rows, experts = [self.shape.layers.index(layer) for layer in frame["layer"]], frame["expert"].tolist()
         for name, tensor in (self.evidence.tensors() if self.evidence else {}).items():
             frame[name] = tensor[rows, experts].numpy()
@@ -157,29 +179,20 @@ class ExpertScores:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (never pickle), atomically, with the routing of both conditions."""
-        tensors = {"delta": self.delta.contiguous()}
-        about: dict[str, Any] = {"kind": _KIND, "schema": _SCHEMA, "score": self.score, "evidence": None}
-        if self.evidence is not None:
-            tensors |= {name: tensor.contiguous() for name, tensor in self.evidence.tensors().items()}
-            about["evidence"] = self.evidence.settings()
+        tensors = {"delta": self.delta, **(self.evidence.tensors() if self.evidence else {})}
+        about: dict[str, Any] = {
+            "score": self.score,
+            "evidence": self.evidence.settings() if self.evidence else None,
+        }
         for number, stats in enumerate((self.stats_1, self.stats_2), start=1):
             tensors |= {f"stats_{number}.{name}": tensor for name, tensor in stats.tensors().items()}
             about[f"stats_{number}"] = stats.about()
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in about.items()})
+        _KIND.save_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "ExpertScores":
         """Read what `save` wrote. Raises DataError, naming the file and what is wrong with it."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError, ValueError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read as expert scores: {error}.") from error
-        if (about.get("kind"), about.get("schema")) != (_KIND, _SCHEMA):
-            kind = about.get("kind", "unknown")
-            raise DataError(f"{path} is no file of expert scores of schema {_SCHEMA}; its kind is {kind!r}.")
+        about, tensors = _KIND.load_tensors(path)
         try:
             stats = [_stats_part(number, about, tensors) for number in (1, 2)]
             evidence = None
@@ -196,14 +209,15 @@ class ExpertScores:
         evidence = self.evidence
         if evidence is not None:
             evidence = replace(evidence, low=-evidence.high, high=-evidence.low)
-        return ExpertScores(-self.delta, self.stats_2, self.stats_1, self.score, evidence)
+        return replace(self, delta=-self.delta, stats_1=self.stats_2, stats_2=self.stats_1, evidence=evidence)
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
+        """The score, its three largest experts, how many are significant, and the model."""
         top = ", ".join(f"L{s.layer}E{s.expert} {s.delta:+.2f}" for s in self.ranked()[:3])
-        found = ""
+        significant = ""
         if self.q is not None:
-            found = f"; {int((self.q <= 0.05).sum())} of {self.q.numel()} experts with q ≤ 0.05"
-        return f"ExpertScores({self.score}: {top}, ...{found}; {self.shape})"
+            significant = f"; {int((self.q <= 0.05).sum())} of {self.q.numel()} experts with q ≤ 0.05"
+        return f"{self.score}: {top}, ...{significant}; {self.shape.words}"
 
 
 def risk_difference(stats_1: RoutingStats, stats_2: RoutingStats) -> ExpertScores:
@@ -238,5 +252,5 @@ def check_comparable(stats_1: Any, stats_2: Any) -> None:
 
 def _stats_part(number: int, about: dict[str, Any], tensors: dict[str, Tensor]) -> RoutingStats:
     prefix = f"stats_{number}."
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return RoutingStats.from_tensors(about[f"stats_{number}"], own)
+    part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return RoutingStats.from_tensors(about[f"stats_{number}"], part)

@@ -4,17 +4,18 @@ counts = PairedCounts.of_pairs(events_1, tokens_1, events_2, tokens_2, clusters)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from moe_lens.errors import DataError
+from moe_lens.results import Result
 
 
-@dataclass(frozen=True, eq=False)
-class PairedCounts:
+@dataclass(frozen=True, eq=False, repr=False)
+class PairedCounts(Result):
     """Counts of each expert under two conditions, one row a unit (a cluster of pairs of prompts).
 
     >>> import numpy as np
@@ -102,13 +103,28 @@ class PairedCounts:
         return self.sums_1 / self.tokens_1[:, None] - self.sums_2 / self.tokens_2[:, None]
 
     def experts(self, columns: slice) -> "PairedCounts":
-        """The same units, some of the experts (not checked again)."""
-        part = object.__new__(PairedCounts)
-        values = vars(self) | {"sums_1": self.sums_1[:, columns], "sums_2": self.sums_2[:, columns]}
-        if self.mean_differences is not None:
-            values["mean_differences"] = self.mean_differences[:, columns]
-        part.__dict__.update(values)
-        return part
+        """The same units, some of the experts."""
+        means = self.mean_differences
+        return self._trusted(
+            self.sums_1[:, columns],
+            self.tokens_1,
+            self.sums_2[:, columns],
+            self.tokens_2,
+            None if means is None else means[:, columns],
+        )
+
+    @classmethod
+    def _trusted(cls, *arrays: np.ndarray | None) -> "PairedCounts":
+        """From arrays that were checked before: checking them again would cost as much as the statistics."""
+        counts = cls.__new__(cls)
+        for field, array in zip(fields(cls), arrays, strict=True):
+            object.__setattr__(counts, field.name, array)
+        return counts
+
+    def summary(self) -> str:
+        """Numbers of units and experts, and of tokens under both conditions."""
+        tokens = f"{self.tokens_1.sum():.0f} and {self.tokens_2.sum():.0f}"
+        return f"{self.n_units} units, {self.n_experts} experts, {tokens} tokens"
 
 
 def as_floats(name: str, values: Any) -> np.ndarray:

@@ -32,55 +32,45 @@ with q ≤ 0.05 and 0.2: at most 0.03 and 0.15. Power needs units: q ≤ 0.05 fi
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float, Float32
-from scipy import stats
 
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.detection.paired_counts import PairedCounts, as_floats
+from moe_lens.detection.scores import Score, score_of, standard_error
 from moe_lens.errors import DataError
 
-ScoreName = Literal["risk_difference", "log_odds_ratio", "probability_difference", "paired_t"]
-
-_LARGEST_T: Final = 1e6  # what paired_t says where all units differ by the same amount
 _EXACT_UNITS: Final = 12  # up to so many units all sign flips are enumerated
 _FEW_EVENTS: Final = 20  # expected under a condition; below, unequal lengths mislead sign flips
 _NEWTON_STEPS: Final = 20
 _CHUNK: Final = 2**19  # elements of a [unit expert] or [resample expert] block that is worked on at once
 
 
-def score(name: str, counts: PairedCounts) -> Float[np.ndarray, "expert"]:
+def score(name: str | Score, counts: PairedCounts) -> Float[np.ndarray, "expert"]:
     """The score of each expert, positive where it goes with the first condition; 0 where it never fires.
 
+    >>> from moe_lens.detection import SCORES
     >>> counts = PairedCounts.of_pairs([[3.0], [1.0]], [4, 4], [[1.0], [0.0]], [4, 4])
-    >>> {name: round(float(score(name, counts)[0]), 3) for name in get_args(ScoreName)}
+    >>> {name: round(float(score(name, counts)[0]), 3) for name in SCORES}
     {'risk_difference': 0.375, 'log_odds_ratio': 1.609, 'probability_difference': 0.375, 'paired_t': 3.0}
 
-    With A the sums and N the tokens over all units:
+    The classes in scores.py have the formulas and their sources.
 
-    - risk_difference: A1/N1 − A2/N2 (SteerMoE, arXiv 2509.09660), in [-1, 1].
-    - probability_difference: the same with sums of softmax probabilities.
-    - log_odds_ratio: difference of ln((A + ½) / (N − A + ½)), nats (Haldane 1956, Anscombe 1956). With
-      unequal N the halves pull rare experts towards ln(N2/N1), not 0: look at q before believing a rare one.
-    - paired_t: mean of the units' rate differences over its standard error (`scipy.stats.ttest_rel`), within
-      ±10⁶; 0 where no unit differs.
+    Args:
+        name: of one of `SCORES`, or a `Score` of one's own; so in the functions below.
 
     Raises:
-        DataError: an unknown score; fewer than two units, for paired_t.
+        DataError: an unknown score, or fewer units than it needs.
     """
-    _check_name(name)
-    _check_counts("A score", counts, 2 if name == "paired_t" else 1)
-    if name == "paired_t":
-        differences = counts.rate_differences
-        return _t_statistic(differences.mean(0), _standard_error(differences))
-    totals = (counts.sums_1.sum(0), counts.tokens_1.sum(), counts.sums_2.sum(0), counts.tokens_2.sum())
-    return _pooled_score(name, *totals)
+    formula = score_of(name)
+    _check_counts("A score", counts, formula.least_units)
+    return formula.of(counts)
 
 
 def bootstrap_scores(
-    name: str, counts: PairedCounts, n_resamples: int = 1000, seed: int = 0
+    name: str | Score, counts: PairedCounts, n_resamples: int = 1000, seed: int = 0
 ) -> Float32[np.ndarray, "resample expert"]:
     """The scores on bootstrap resamples of the units (n drawn from n, with replacement).
 
@@ -93,20 +83,17 @@ def bootstrap_scores(
     Raises:
         DataError: an unknown score, fewer than two units, or n_resamples or a seed that is none.
     """
-    check_settings(name, n_resamples=n_resamples, seed=seed)
+    formula = check_settings(name, n_resamples=n_resamples, seed=seed)
     _check_counts("A bootstrap", counts, 2)
     weights = _bootstrap_weights(counts.n_units, n_resamples, seed)
     scores = np.empty((n_resamples, counts.n_experts), dtype=np.float32)
     for columns in _chunks(counts, n_resamples):
-        part = counts.experts(columns)
-        scores[:, columns] = (
-            _resampled_t(part, weights) if name == "paired_t" else _resampled_effect(name, part, weights)
-        )
+        scores[:, columns] = formula.resampled(counts.experts(columns), weights)
     return scores
 
 
 def interval(
-    name: str, counts: PairedCounts, *, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
+    name: str | Score, counts: PairedCounts, *, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[Float[np.ndarray, "expert"], Float[np.ndarray, "expert"]]:
     """Lower and upper bounds of a confidence interval of each score, from resampled units.
 
@@ -127,7 +114,9 @@ def interval(
         DataError: an unknown score, fewer than two units, a level outside (0, 1), or n_resamples or a seed
             that is none.
     """
-    check_settings(name, level=level, n_resamples=n_resamples, seed=seed)
+    from scipy import stats  # here, since loading a plan or scores should not wait for it
+
+    formula = check_settings(name, level=level, n_resamples=n_resamples, seed=seed)
     _check_counts("An interval", counts, 2)
     n_units = counts.n_units
     t = float(stats.t.ppf((1 + level) / 2, n_units - 1))
@@ -136,24 +125,17 @@ def interval(
     low, high = np.empty(counts.n_experts), np.empty(counts.n_experts)
     for columns in _chunks(counts, n_resamples):
         part = counts.experts(columns)
-        centre, error = _effect(name, part), _standard_error(_influences(name, part))
-        resampled = _resampled_effect(name, part, weights)
-        lower, upper = np.quantile(resampled, [tail, 1 - tail], axis=0)
+        centre, error = formula.effect(part), standard_error(formula.influences(part))
+        lower, upper = np.quantile(formula.resampled_effect(part, weights), [tail, 1 - tail], axis=0)
         lower = np.minimum(np.minimum(lower, centre), centre - t * error)
         upper = np.maximum(np.maximum(upper, centre), centre + t * error)
-        if name == "paired_t":
-            shown = _t_statistic(centre, error)
-            known = np.abs(shown) < _LARGEST_T
-            scale = np.where((error > 0) & known, error, 1)
-            lower, upper = (np.where(known, bound / scale, shown) for bound in (lower, upper))
-        low[columns], high[columns] = lower, upper
-    if name in ("risk_difference", "probability_difference"):
-        return np.clip(low, -1, 1), np.clip(high, -1, 1)
+        low[columns] = formula.as_score(lower, centre, error)
+        high[columns] = formula.as_score(upper, centre, error)
     return low, high
 
 
 def sign_flip_p(
-    name: str, counts: PairedCounts, *, n_permutations: int = 1000, seed: int = 0
+    name: str | Score, counts: PairedCounts, *, n_permutations: int = 1000, seed: int = 0
 ) -> Float[np.ndarray, "expert"]:
     """Two-sided p-values of "the conditions do not differ": units swap their conditions at random.
 
@@ -181,14 +163,13 @@ def sign_flip_p(
     Raises:
         DataError: an unknown score, fewer than two units, or n_permutations or a seed that is none.
     """
-    check_settings(name, n_permutations=n_permutations, seed=seed)
+    formula = check_settings(name, n_permutations=n_permutations, seed=seed)
     _check_counts("A p-value", counts, 2)
     exact = counts.n_units <= _EXACT_UNITS
     signs = _all_flips(counts.n_units) if exact else _random_flips(counts.n_units, n_permutations, seed)
     p = np.empty(counts.n_experts)
     for columns in _chunks(counts, len(signs)):
-        part = counts.experts(columns)
-        contributions = _null_contributions(name, part)
+        contributions = formula.null_contributions(counts.experts(columns))
         size = np.abs(contributions.sum(0))
         # equal sums differ by rounding; they are ties
         least = size * (1 - 1e-9) - 1e-12 * np.abs(contributions).sum(0)
@@ -196,7 +177,7 @@ def sign_flip_p(
         p[columns] = b / len(signs) if exact else (1 + b) / (1 + n_permutations)
         if not exact and (sure := b == 0).any():
             p[columns][sure] = np.minimum(p[columns][sure], _chernoff_bound(contributions[:, sure]))
-    if name != "probability_difference" and not np.array_equal(counts.tokens_1, counts.tokens_2):
+    if formula.counts_events and not np.array_equal(counts.tokens_1, counts.tokens_2):
         p = np.maximum(p, _few_events_p(counts))
     return p
 
@@ -215,101 +196,28 @@ def q_values(p: Any) -> Float[np.ndarray, "expert"]:
     values = as_floats("p", p)
     if values.ndim != 1 or not values.size or not ((values >= 0) & (values <= 1)).all():
         raise DataError(f"p must be a list of p-values, in [0, 1]; got {values!r}.")
+    from scipy import stats
+
     return np.asarray(stats.false_discovery_control(values), dtype=np.float64)
 
 
 def check_settings(
     name: Any, level: Any = 0.95, n_resamples: Any = 1, n_permutations: Any = 1, seed: Any = 0
-) -> None:
-    """Raise DataError unless these can be settings; before a long computation, rather than after it."""
-    _check_name(name)
+) -> Score:
+    """The score of that name. Raises DataError for bad settings, before a long computation starts."""
+    formula = score_of(name)
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise DataError(f"level must be a number between 0 and 1, such as 0.95; got {level!r}.")
-    for what, value in (("n_resamples", n_resamples), ("n_permutations", n_permutations)):
-        if (number := as_index(value)) is None or number < 1:
-            raise DataError(f"{what} must be a whole number of at least 1, such as 1000; got {value!r}.")
-    if (number := as_index(seed)) is None or number < 0:
-        raise DataError(f"seed must be a whole number of at least 0; got {seed!r}.")
-
-
-# --------------------------------------------------------------------------------------- scores and resamples
-
-
-def _pooled_score(name: str, a1: Any, n1: Any, a2: Any, n2: Any) -> np.ndarray:
-    if name != "log_odds_ratio":
-        return (a1 * n2 - a2 * n1) / (n1 * n2)  # over the common denominator, so that ties are exact
-    ratio = np.log((a1 + 0.5) / (n1 - a1 + 0.5)) - np.log((a2 + 0.5) / (n2 - a2 + 0.5))
-    same = ((a1 == 0) & (a2 == 0)) | ((a1 == n1) & (a2 == n2))  # else unequal lengths alone give a score
-    return np.where(same, 0.0, ratio)
-
-
-def _effect(name: str, counts: PairedCounts) -> np.ndarray:
-    """What the bootstrap resamples: the score, but for paired_t the mean difference."""
-    return counts.rate_differences.mean(0) if name == "paired_t" else score(name, counts)
-
-
-def _resampled_effect(name: str, counts: PairedCounts, weights: np.ndarray) -> np.ndarray:
-    if name == "paired_t":
-        return weights @ counts.rate_differences / counts.n_units
-    return _pooled_score(
-        name, weights @ counts.sums_1, (weights @ counts.tokens_1)[:, None],
-        weights @ counts.sums_2, (weights @ counts.tokens_2)[:, None],
-    )  # fmt: skip
-
-
-def _resampled_t(counts: PairedCounts, weights: np.ndarray) -> np.ndarray:
-    n, differences = counts.n_units, counts.rate_differences
-    centre = differences.mean(0)
-    centred = differences - centre  # else the variance is a small difference of large numbers
-    shift = weights @ centred / n
-    variance = np.maximum(weights @ centred**2 / n - shift**2, 0)
-    return _t_statistic(centre + shift, np.sqrt(variance / (n - 1)))
-
-
-def _influences(name: str, counts: PairedCounts) -> np.ndarray:
-    """[unit expert], n − 1 times how far leaving out each unit moves the effect: their standard error is the
-    jackknife's (linear in the log odds)."""
-    if name == "paired_t":
-        return counts.rate_differences
-    parts = []
-    for sums, tokens in ((counts.sums_1, counts.tokens_1), (counts.sums_2, counts.tokens_2)):
-        a, n = sums.sum(0), tokens.sum()
-        moved = (sums - a / n * tokens[:, None]) / (n - tokens)[:, None]
-        slope = n / (a + 0.5) + n / (n - a + 0.5) if name == "log_odds_ratio" else 1.0
-        parts.append(moved * slope)
-    return (parts[0] - parts[1]) * (counts.n_units - 1)
-
-
-def _standard_error(values: np.ndarray) -> np.ndarray:
-    return values.std(0, ddof=1) / np.sqrt(len(values))
-
-
-def _t_statistic(mean: np.ndarray, error: np.ndarray) -> np.ndarray:
-    mean = np.where(np.abs(mean) < 1e-14, 0.0, mean)  # rounding; rates are at most 1
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.clip(np.where(mean == 0, 0.0, mean / error), -_LARGEST_T, _LARGEST_T)
+    whole_number(n_resamples, "n_resamples", least=1, remedy="1000 is usual.")
+    whole_number(n_permutations, "n_permutations", least=1, remedy="1000 is usual.")
+    whole_number(seed, "seed")
+    return formula
 
 
 def _bootstrap_weights(n_units: int, n_resamples: int, seed: int) -> np.ndarray:
     """[resample unit], how often each unit was drawn."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(n_units, np.full(n_units, 1 / n_units), n_resamples).astype(np.float64)
-
-
-# ------------------------------------------------------------------------------------------------- sign flips
-
-
-def _null_contributions(name: str, counts: PairedCounts) -> np.ndarray:
-    if name == "paired_t":
-        return counts.rate_differences
-    n1, n2 = counts.tokens_1.sum(), counts.tokens_2.sum()
-    pooled = (counts.sums_1.sum(0) + counts.sums_2.sum(0)) / (n1 + n2)
-    share_1, share_2 = (counts.tokens_1 / n1)[:, None], (counts.tokens_2 / n2)[:, None]
-    contributions = (counts.sums_1 / n1 - pooled * share_1) - (counts.sums_2 / n2 - pooled * share_2)
-    # what rounding leaves of a zero would count as evidence
-    scale = counts.sums_1 / n1 + counts.sums_2 / n2 + pooled * (share_1 + share_2)
-    contributions[np.abs(contributions) <= 1e-14 * scale] = 0
-    return contributions
 
 
 def _all_flips(n_units: int) -> np.ndarray:
@@ -343,6 +251,8 @@ def _chernoff_bound(contributions: np.ndarray) -> np.ndarray:
 
 def _few_events_p(counts: PairedCounts) -> np.ndarray:
     """Binomial p-value of the split of the events over the conditions; 0 where many are expected."""
+    from scipy import stats
+
     n1, n2 = counts.tokens_1.sum(), counts.tokens_2.sum()
     a1, a2 = np.rint(counts.sums_1.sum(0)), np.rint(counts.sums_2.sum(0))
     tail = np.minimum(
@@ -356,14 +266,6 @@ def _chunks(counts: PairedCounts, n_rows: int) -> Iterator[slice]:
     """Slices of the experts, small enough that a block of work stays near the processor."""
     width = max(1, _CHUNK // max(counts.n_units, n_rows))
     return (slice(start, start + width) for start in range(0, counts.n_experts, width))
-
-
-# ----------------------------------------------------------------------------------------------------- checks
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or name not in get_args(ScoreName):
-        raise DataError(f"There is no score {name!r}; choose from {', '.join(get_args(ScoreName))}.")
 
 
 def _check_counts(what: str, counts: Any, least: int) -> None:

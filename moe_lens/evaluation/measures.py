@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
+from moe_lens.text.answers import single_token
 from moe_lens.text.batching import TextModel, padded_batches, token_sequences
 
 
@@ -54,7 +55,8 @@ def answers_with(
     """
     if len(answers) != len(prompts):
         raise DataError(f"{len(prompts)} prompts need as many answers; got {len(answers)}.")
-    token_of = {answer: _single_token(model, answer) for answer in dict.fromkeys(answers)}
+    remedy = "give alternatives to answer_task, which compares longer continuations"
+    token_of = {answer: single_token(model, answer, "answers", remedy) for answer in dict.fromkeys(answers)}
     expected = torch.tensor([token_of[answer] for answer in answers])
     predicted = [
         logits[:, -1].argmax(-1).cpu() for _, _, logits in _batch_logits(model, prompts, hooks, batch_size)
@@ -148,18 +150,3 @@ def _continuation_tokens(model: MeasuredModel, text: str) -> Int[Tensor, "pos"]:
     if unknown in tokens and str(model.tokenizer.unk_token) not in text:
         raise DataError(f"The continuation {text!r} has words outside the model's vocabulary.")
     return torch.tensor(tokens)
-
-
-def _single_token(model: MeasuredModel, answer: str) -> int:
-    if model.tokenizer is None:
-        raise DataError("answers_with needs a model with a tokenizer.")
-    tokens = model.to_tokens(answer, prepend_bos=False)[0]
-    if len(tokens) != 1:
-        raise DataError(
-            f"The answer {answer!r} is {len(tokens)} tokens; answers_with needs a single one. Mind the space "
-            "before a word, or give alternatives to answer_task, which compares longer continuations."
-        )
-    token = int(tokens[0])
-    if token == getattr(model.tokenizer, "unk_token_id", None):
-        raise DataError(f"The answer {answer!r} is not in the model's vocabulary.")
-    return token

@@ -1,4 +1,3 @@
-from .ablation import ExpertMeans as ExpertMeans
 from .ablation import keep_only as keep_only
 from .ablation import mean_ablate as mean_ablate
 from .ablation import mean_expert_outputs as mean_expert_outputs
@@ -9,10 +8,11 @@ from .edits import RoutingEdit as RoutingEdit
 from .forcing import bias_experts as bias_experts
 from .forcing import force_experts as force_experts
 from .forcing import scale_experts as scale_experts
-from .mediating import Mediation as Mediation
 from .mediating import mediation as mediation
 from .patching import patch_expert_outputs as patch_expert_outputs
 from .patching import patch_router as patch_router
 from .positions import Positions as Positions
 from .positions import checked_positions as checked_positions
 from .replay import replay_hooks as replay_hooks
+from .results import ExpertMeans as ExpertMeans
+from .results import Mediation as Mediation

@@ -1,11 +1,11 @@
-"""Taking an expert out, in the three senses that differ: remove it, route around it, replace what it says.
+"""Ablating an expert, in three different senses: remove it, route around it, replace its output.
 
     zero_ablate([(3, 5)])                      # its contribution is gone; the others' weights stay
     route_around([(3, 5)])                     # it cannot be chosen; the next-best expert takes its place
-    mean_ablate([(3, 5)], means)               # it runs, but says what it says on average
+    mean_ablate([(3, 5)], means)               # it runs, but its output is its average output
     swap_experts([(3, 5, 2)])                  # it is chosen, but expert 2 runs in its place, at its weight
 
-All give hook lists. The last two need `model.set_use_expert_out(True)`.
+All return hook lists. The last two need `model.set_use_expert_out(True)`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,23 +13,24 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_lens import hook_names
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError, HookError
-from moe_lens.hook_names import HookList
+from moe_lens.hook_names import HookList, Hooks
 from moe_lens.interventions.edits import Experts, RoutingEdit, experts_by_layer
 from moe_lens.interventions.forcing import ScaleEdit, scale_experts
 from moe_lens.interventions.positions import Positions, checked_positions
+from moe_lens.interventions.results import ExpertMeans
 from moe_lens.model.expert_points import ExpertPoint
 from moe_lens.model.registration import Model, moe_shape, with_expert_out
 from moe_lens.model.router_points import RoutingPoint
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
-from moe_lens.text.batching import Prompts, how_many
+from moe_lens.text.batching import Prompts, how_many, padding
 from moe_lens.text.spans import Span, counted_batches
 
 
@@ -49,14 +50,14 @@ class RouteAroundEdit(RoutingEdit):
         return max(self.experts)
 
     def check_rule(self, rule: RoutingRule) -> None:
-        """Asked by the hook point before the hook is added."""
+        """Called by the hook point before the hook is added."""
         if (reason := rule.cannot_steer([], self.experts)) is not None:
             raise HookError(f"Layer {self.layer} cannot route around {list(self.experts)}: {reason}.")
 
 
 @dataclass(frozen=True, eq=False)
 class MeanEdit(RoutingEdit):
-    """Puts fixed outputs [expert d_model] in the place of some experts' outputs."""
+    """Replaces some experts' outputs by fixed ones [expert d_model]."""
 
     point: ClassVar[str] = hook_names.EXPERT_OUT
 
@@ -67,21 +68,23 @@ class MeanEdit(RoutingEdit):
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
         if self.means.shape[-1] != value.shape[-1]:
             raise HookError(
-                f"{hook.name}: means of {self.means.shape[-1]} numbers for outputs of {value.shape[-1]}; "
-                "they are another model's."
+                f"{hook.name}: the means have {self.means.shape[-1]} numbers, this model's outputs "
+                f"{value.shape[-1]}; give means of this model."
             )
         meant = torch.isin(hook.chosen, torch.tensor(self.experts, device=value.device))
         return torch.where(meant.unsqueeze(-1), self.means.to(value)[hook.chosen], value)
 
     def check_fits(self, shape: MoEShape) -> None:
-        """Asked by the hook point before the hook is added."""
+        """Called by the hook point before the hook is added."""
         if misfits := self.shape.misfits(shape):
-            raise HookError(f"The means are another model's: {'; '.join(misfits)}.")
+            raise HookError(
+                f"The means belong to another model: {'; '.join(misfits)}; give means of this one."
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class SwapEdit(RoutingEdit):
-    """Runs other experts in the place of some, at their weights."""
+    """Runs other experts in place of some, at their weights."""
 
     point: ClassVar[str] = hook_names.EXPERT_OUT
 
@@ -98,25 +101,6 @@ class SwapEdit(RoutingEdit):
         return max(max(pair) for pair in self.others)
 
 
-@dataclass(frozen=True, eq=False)
-class ExpertMeans:
-    """What each expert gives on average, over the tokens that chose it.
-
-    Attributes:
-        shape: which model.
-        values: mean output [layer expert d_model], before weights, float32; NaN for an expert never chosen.
-        counts: at how many tokens each was chosen, int64 [layer expert].
-    """
-
-    shape: MoEShape
-    values: Float[Tensor, "layer expert d_model"]
-    counts: Int[Tensor, "layer expert"]
-
-    def __repr__(self) -> str:
-        never = int((self.counts == 0).sum())
-        return f"ExpertMeans({self.shape}, {self.counts.numel() - never} experts, {never} never chosen)"
-
-
 def zero_ablate(
     experts: Experts, *, layers: int | Iterable[int] | None = None, positions: Positions = None
 ) -> HookList:
@@ -130,10 +114,12 @@ def zero_ablate(
 
     Args:
         experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`.
-        positions: where; see `moe_lens.positions`.
+        layers: the layers of `experts`, where those are bare numbers.
+        positions: at which tokens; see `moe_lens.interventions.Positions`.
 
     Raises:
-        DataError: no experts, or not one of these forms. (HookError, before the forward: no such expert.)
+        DataError: no experts, or not one of these forms.
+        HookError: no such expert. (Raised before the forward.)
     """
     return scale_experts(experts, 0.0, layers=layers, positions=positions)
 
@@ -141,19 +127,27 @@ def zero_ablate(
 def keep_only(
     experts: Experts, *, layers: int | Iterable[int] | None = None, positions: Positions = None
 ) -> HookList:
-    """Remove what all other experts of the layers named contribute: the complement of `zero_ablate`.
+    """Remove what all other experts of the named layers contribute: the complement of `zero_ablate`.
 
     >>> from moe_lens import keep_only, organisms
     >>> model = organisms.load("specialised")
     >>> _ = model.run_with_hooks("Question : what", fwd_hooks=keep_only({0: [1, 5]}))
 
-    The routed outputs under `zero_ablate(experts)` and `keep_only(experts)` sum to the layer's own. Arguments
-    and errors as in `zero_ablate`.
+    The routed outputs under `zero_ablate(experts)` and `keep_only(experts)` sum to the unedited output.
+
+    Args:
+        experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`.
+        layers: the layers of `experts`, where those are bare numbers.
+        positions: at which tokens; see `moe_lens.interventions.Positions`.
+
+    Raises:
+        DataError: no experts, or not one of these forms.
+        HookError: no such expert. (Raised before the forward.)
     """
     where = checked_positions(positions)
     return [
-        ScaleEdit(layer, where, tuple(found), 0.0, others=True).entry
-        for layer, found in experts_by_layer(experts, layers).items()
+        ScaleEdit(layer, where, tuple(numbers), 0.0, others=True).entry
+        for layer, numbers in experts_by_layer(experts, layers).items()
     ]
 
 
@@ -166,21 +160,23 @@ def route_around(
     >>> model = organisms.load("specialised")
     >>> _ = model.run_with_hooks("Question : what", fwd_hooks=route_around([(0, 5), (1, 2)]))
 
-    For routers that choose by the order of their logits that is logit := -inf; others are held to it by their
-    rule. The remaining weights are those that the rule derives, so they change too where it normalises.
+    For routers that choose by the order of their logits this means logit := -inf; for others their rule does
+    what has that effect. The rule derives the remaining weights, so where it normalises, they change, too.
 
     Args:
         experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`.
-        positions: where; see `moe_lens.positions`.
+        layers: the layers of `experts`, where those are bare numbers.
+        positions: at which tokens; see `moe_lens.interventions.Positions`.
 
     Raises:
-        DataError: no experts, or not one of these forms. (HookError, before the forward: no such expert,
-            fewer than k others, or a router that cannot be steered.)
+        DataError: no experts, or not one of these forms.
+        HookError: no such expert, fewer than k others, or a router that cannot be steered. (Raised before the
+            forward.)
     """
     where = checked_positions(positions)
     return [
-        RouteAroundEdit(layer, where, tuple(found)).entry
-        for layer, found in experts_by_layer(experts, layers).items()
+        RouteAroundEdit(layer, where, tuple(numbers)).entry
+        for layer, numbers in experts_by_layer(experts, layers).items()
     ]
 
 
@@ -191,43 +187,44 @@ def mean_ablate(
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,
 ) -> HookList:
-    """Let these experts say what they say on average; routing and weights stay.
+    """Replace these experts' outputs by their average outputs; routing and weights stay.
 
     >>> from moe_lens import mean_ablate, mean_expert_outputs, organisms
     >>> model = organisms.load("specialised")
-    >>> means = mean_expert_outputs(model, ["Question : what is", "Document : the"])
+    >>> means = mean_expert_outputs(model, ["Question : what is", "Document : the"], progress=False)
     >>> model.set_use_expert_out(True)
     >>> _ = model.run_with_hooks("Question : what", fwd_hooks=mean_ablate([(0, 5)], means))
 
     Args:
         experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`.
-        means: from `mean_expert_outputs`, which leaves special tokens (BOS, ...) out unless told otherwise;
-            this acts on them, too, unless `positions` says otherwise.
-        positions: where; see `moe_lens.positions`.
+        layers: the layers of `experts`, where those are bare numbers.
+        means: from `mean_expert_outputs`, which by default leaves out special tokens (BOS, ...), while this
+            by default acts on them, too (see `positions`).
+        positions: at which tokens; see `moe_lens.interventions.Positions`.
 
     Raises:
-        DataError: no experts, one that the means do not know, or one that was never chosen there. (HookError,
-            before the forward: set_use_expert_out is off, or another model.)
+        DataError: no experts, or one that the means lack or that was never chosen in their prompts.
+        HookError: set_use_expert_out is off, or another model. (Raised before the forward.)
     """
     if not isinstance(means, ExpertMeans):
         raise DataError(f"mean_ablate needs means of mean_expert_outputs; got {type(means).__name__}.")
     where = checked_positions(positions)
     hooks: HookList = []
-    for layer, found in experts_by_layer(experts, layers).items():
-        if layer not in means.shape.layers or max(found) >= means.shape.n_experts:
-            raise DataError(f"The means know no experts {found} of layer {layer}: {means.shape}.")
+    for layer, numbers in experts_by_layer(experts, layers).items():
+        if layer not in means.shape.layers or max(numbers) >= means.shape.n_experts:
+            raise DataError(f"The means have no experts {numbers} of layer {layer}: {means.shape}.")
         row = means.shape.layers.index(layer)
-        if never := [expert for expert in found if not int(means.counts[row, expert])]:
+        if never := [expert for expert in numbers if not int(means.counts[row, expert])]:
             raise DataError(
                 f"Experts {never} of layer {layer} were never chosen in the prompts of the means, so they "
-                "have none; take more prompts, or zero_ablate them."
+                "have no mean; take more prompts, or zero_ablate them."
             )
-        hooks.append(MeanEdit(layer, where, tuple(found), means.values[row], shape=means.shape).entry)
+        hooks.append(MeanEdit(layer, where, tuple(numbers), means.values[row], shape=means.shape).entry)
     return hooks
 
 
 def swap_experts(swaps: Iterable[Sequence[int]], *, positions: Positions = None) -> HookList:
-    """Run another expert where one is chosen, at that one's weight; routing and weights stay.
+    """Where an expert is chosen, run another one at its weight; routing and weights stay.
 
     >>> from moe_lens import organisms, swap_experts
     >>> model = organisms.load("specialised")
@@ -236,12 +233,12 @@ def swap_experts(swaps: Iterable[Sequence[int]], *, positions: Positions = None)
     >>> _ = model.run_with_hooks("Question : what", fwd_hooks=swap_experts(both_ways))
 
     Args:
-        swaps: triples (layer, expert, other): where `expert` was chosen, `other` runs. All are meant at once.
-        positions: where; see `moe_lens.positions`.
+        swaps: triples (layer, expert, other): where `expert` was chosen, `other` runs. All are made at once.
+        positions: at which tokens; see `moe_lens.interventions.Positions`.
 
     Raises:
-        DataError: no triples, or two for one expert. (HookError, before the forward: set_use_expert_out is
-            off, or no such expert.)
+        DataError: no triples, or two for one expert.
+        HookError: set_use_expert_out is off, or no such expert. (Raised before the forward.)
     """
     where = checked_positions(positions)
     try:
@@ -253,7 +250,9 @@ def swap_experts(swaps: Iterable[Sequence[int]], *, positions: Positions = None)
     by_layer: dict[int, dict[int, int]] = {}
     for layer, expert, other in cast(list[tuple[int, int, int]], triples):
         if by_layer.setdefault(layer, {}).setdefault(expert, other) != other:
-            raise DataError(f"swap_experts: expert {expert} of layer {layer} has two others to run.")
+            raise DataError(
+                f"swap_experts: expert {expert} of layer {layer} is to be replaced by two others; name one."
+            )
     return [SwapEdit(layer, where, tuple(pairs.items())).entry for layer, pairs in sorted(by_layer.items())]
 
 
@@ -263,46 +262,63 @@ def mean_expert_outputs(
     *,
     span: Span = "all",
     batch_size: int = 8,
-    progress: bool = False,
+    hooks: Hooks = (),
+    progress: bool = True,
 ) -> ExpertMeans:
-    """What each expert gives on average over the tokens of a dataset that choose it: for `mean_ablate`.
+    """What each expert outputs on average over the tokens of a dataset that choose it: for `mean_ablate`.
 
     >>> from moe_lens import mean_expert_outputs, organisms
-    >>> mean_expert_outputs(organisms.load("specialised"), ["Question : what is"]).values.shape
+    >>> model = organisms.load("specialised")
+    >>> mean_expert_outputs(model, ["Question : what is"], progress=False).values.shape
     torch.Size([4, 8, 64])
 
     Summed in float64, one batch at a time. `set_use_expert_out` is left as it was.
 
     Args:
-        prompts: as in `collect_routing`.
-        span: which tokens count; see `moe_lens.spans`. "all": all but special ones.
+        model: a HookedMoE, or a bridge after `attach`.
+        prompts: strings, chats or tokens; see `moe_lens.text.Prompts`.
+        span: which tokens count; see `moe_lens.text.Span`. "all": all except special ones.
+        batch_size: prompts a forward.
+        hooks: forward hooks to run under (`steer_hooks(plan)`, for one).
         progress: show a progress bar.
 
     Raises:
-        DataError: as in `counted_batches`. HookError: as in `set_use_expert_out`.
+        DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
+        HookError: as in `set_use_expert_out`.
     """
-    shape = moe_shape(model)
-    layers = shape.layers
-    sums: dict[int, Tensor] = {}
-    counts = {layer: torch.zeros(shape.n_experts, dtype=torch.int64) for layer in layers}
-    counted = torch.zeros(0)
-
-    def add(outputs: Tensor, hook: Any) -> None:
-        layer = hook.layer()
-        here = counted.to(outputs.device)
-        chosen, rows = hook.chosen[here].flatten(), outputs[here].double().flatten(0, 1)
-        zeros = torch.zeros(shape.n_experts, rows.shape[-1], dtype=torch.float64)
-        part = zeros.to(rows.device).index_add_(0, chosen, rows).cpu()
-        sums[layer] = sums.get(layer, 0) + part
-        counts[layer] += torch.bincount(chosen.cpu(), minlength=shape.n_experts)
-
-    hooks: HookList = [(hook_names.expert_out(layer), add) for layer in layers]
-    bar = tqdm(total=how_many(prompts), unit="prompt", disable=not progress)
-    with torch.no_grad(), with_expert_out(model), bar:
-        for tokens, mask, counted in counted_batches(model, prompts, span, batch_size):  # noqa: B007
-            padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-            model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type=None, **padding)
+    totals = _Totals.of(moe_shape(model))
+    points: HookList = [(hook_names.expert_out(layer), totals.add) for layer in totals.shape.layers]
+    bar = tqdm(total=how_many(prompts), desc="expert outputs", unit="prompt", disable=not progress)
+    with torch.no_grad(), with_expert_out(model), model.hooks([*hooks, *points]), bar:
+        for tokens, mask, counted in counted_batches(model, prompts, span, batch_size):
+            totals.counted = counted
+            model(tokens, return_type=None, **padding(mask))
             bar.update(len(tokens))
-    number = torch.stack([counts[layer] for layer in layers])
-    values = torch.stack([sums[layer] for layer in layers]) / number.unsqueeze(-1)
-    return ExpertMeans(shape, values.float(), number)
+    return totals.means()
+
+
+@dataclass(eq=False)
+class _Totals:
+    """Running sums of experts' outputs over the tokens that count in the batch that is running."""
+
+    shape: MoEShape
+    counts: dict[int, Tensor]  # layer -> [expert]
+    sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> [expert d_model], float64
+    counted: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # [batch pos]
+
+    @classmethod
+    def of(cls, shape: MoEShape) -> "_Totals":
+        return cls(shape, {layer: torch.zeros(shape.n_experts, dtype=torch.int64) for layer in shape.layers})
+
+    def add(self, outputs: Tensor, hook: Any) -> None:
+        layer, counted = hook_names.layer_of(hook.name), self.counted.to(outputs.device)
+        chosen = hook.chosen[counted].flatten()
+        rows = outputs[counted].double().flatten(0, 1)  # [token·k d_model]
+        zeros = torch.zeros(self.shape.n_experts, rows.shape[-1], dtype=torch.float64, device=rows.device)
+        self.sums[layer] = self.sums.get(layer, 0) + zeros.index_add_(0, chosen, rows).cpu()
+        self.counts[layer] += torch.bincount(chosen.cpu(), minlength=self.shape.n_experts)
+
+    def means(self) -> ExpertMeans:
+        counts = torch.stack([self.counts[layer] for layer in self.shape.layers])
+        sums = torch.stack([self.sums[layer] for layer in self.shape.layers])
+        return ExpertMeans(self.shape, (sums / counts.unsqueeze(-1)).float(), counts)

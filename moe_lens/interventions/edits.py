@@ -1,4 +1,4 @@
-"""What all hooks of the interventions share: a layer, the positions, and how one point is edited there.
+"""What the hooks of all interventions share: a layer, positions, and how one point is edited there.
 
     class Halve(RoutingEdit):
         point = hook_names.TOPK_WEIGHTS
@@ -6,7 +6,7 @@
             return value / 2
     hooks = [Halve(layer=0, positions="generated").entry]
 
-and how experts are named: pairs (layer, expert), a mapping layer -> experts, or experts and `layers=`.
+and how experts are named: pairs (layer, expert), a mapping layer -> experts, or experts with `layers=`.
 """
 
 from abc import ABC, abstractmethod
@@ -33,8 +33,13 @@ Experts = Any
 class RoutingEdit(ABC):
     """A hook function that edits one point of one layer at some positions, and nothing elsewhere.
 
-    What is not selected keeps its value bit for bit. Without the batch dimension (`remove_batch_dim=True`) it
-    works too.
+    Tokens that are not selected keep their values bit for bit. Values without the batch dimension
+    (`remove_batch_dim=True`) work, too.
+
+    Attributes:
+        point: short name of the hook point, from `moe_lens.hook_names`; a subclass sets it.
+        layer: number of the layer.
+        positions: at which tokens, see `moe_lens.interventions.Positions`.
     """
 
     point: ClassVar[str]
@@ -44,15 +49,15 @@ class RoutingEdit(ABC):
 
     @abstractmethod
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
-        """The edited value for all tokens [batch pos ...]; the positions are seen to."""
+        """The edited value for all tokens [batch pos ...]; the caller keeps it to the positions."""
 
     @property
     def n_columns(self) -> int | None:
-        """How many columns of a prompt and what follows it has values for; None: any number."""
+        """How many columns, of the prompt and what follows, the edit has values for; None: any number."""
         return None
 
     def highest_expert(self) -> int:
-        """The highest number of an expert that it names; -1 if none."""
+        """The highest expert number that the edit names; -1 if it names none."""
         return -1
 
     @property
@@ -61,11 +66,11 @@ class RoutingEdit(ABC):
         return hook_names.name(self.layer, self.point), self
 
     def __call__(self, value: Tensor, hook: Any) -> Tensor | None:
-        """What TransformerLens calls."""
+        """What TransformerLens calls: the edited value, or None if no position is in this forward."""
         if not isinstance(hook, RoutingPoint) or hook_names.parse(str(hook.name)) != (self.layer, self.point):
             raise HookError(
                 f"{type(self).__name__} is for {self.entry[0]} of a HookedMoE and was put on "
-                f"{getattr(hook, 'name', hook)}; use the hook list as its builder gives it."
+                f"{getattr(hook, 'name', hook)}; use the hook list as its builder returns it."
             )
         n_dims = 4 if self.point == hook_names.EXPERT_OUT else 3
         whole = value.unsqueeze(0) if value.ndim == n_dims - 1 else value
@@ -80,15 +85,15 @@ class RoutingEdit(ABC):
         columns = hook.state.columns(chosen.shape[1]).to(chosen.device)
         if self.n_columns is not None and bool(chosen[:, columns >= self.n_columns].any()):
             raise HookError(
-                f"{self.entry[0]}: the route given has {self.n_columns} columns, and column "
+                f"{self.entry[0]}: the given route has {self.n_columns} columns, and column "
                 f'{int(columns[-1])} is running. Give a longer one, or positions= within it ("prompt").'
             )
 
     def check_fits(self, shape: MoEShape) -> None:
-        """Asked by the hook point before the hook is added."""
+        """Called by the hook point before the hook is added."""
         if self.highest_expert() >= shape.n_experts:
             raise HookError(
-                f"{self.entry[0]}: expert {self.highest_expert()} of layer {self.layer} is named; "
+                f"{self.entry[0]}: there is no expert {self.highest_expert()} in layer {self.layer}; "
                 f"{shape.model} has experts 0 to {shape.n_experts - 1}."
             )
 
@@ -96,17 +101,20 @@ class RoutingEdit(ABC):
 def columns_of(
     values: Shaped[Tensor, "rows columns *rest"], like: Tensor, hook: RoutingPoint
 ) -> Shaped[Tensor, "batch pos *rest"]:
-    """Those of `values` that belong to the tokens that are running; one row or one column serves all.
+    """The part of `values` that belongs to the tokens of this forward; a single row or column serves all.
 
-    Columns that `values` does not have are filled with its last; `n_columns` keeps them from being used.
+    Columns that `values` lacks are filled with its last one; `n_columns` keeps them from being used.
 
     Raises:
-        HookError: another number of rows than are running.
+        HookError: another number of rows than this forward has.
     """
     n_rows, n_pos = like.shape[:2]
     rows = hook.state.by_prompt(values, n_rows)
     if rows is None:
-        raise HookError(f"{hook.name}: a route of {len(values)} prompts was given, and {n_rows} are running.")
+        raise HookError(
+            f"{hook.name}: the given route is that of {len(values)} prompts, and {n_rows} are running; give "
+            "one of as many prompts, or of one."
+        )
     columns = hook.state.columns(n_pos).clamp(max=values.shape[1] - 1)
     return rows.to(like.device)[:, columns.to(like.device)]
 
@@ -122,7 +130,7 @@ def experts_by_layer(experts: Experts, layers: int | Iterable[int] | None = None
     {0: [2, 3], 1: [2, 3]}
 
     Raises:
-        DataError: none at all, or not one of these three forms.
+        DataError: no experts, or none of these three forms.
     """
     if layers is not None:
         numbers, of_layers = numbers_of(experts, "experts"), numbers_of(layers, "layers")
@@ -130,9 +138,9 @@ def experts_by_layer(experts: Experts, layers: int | Iterable[int] | None = None
     elif isinstance(experts, Mapping):
         pairs = [
             (layer, expert)
-            for key, found in experts.items()
+            for key, numbers in experts.items()
             for layer in numbers_of(key, "layers")
-            for expert in numbers_of(found, "experts")
+            for expert in numbers_of(numbers, "experts")
         ]
     else:
         pairs = _pairs(experts)
@@ -146,16 +154,14 @@ def experts_by_layer(experts: Experts, layers: int | Iterable[int] | None = None
 
 
 def _pairs(experts: Any) -> list[tuple[int, int]]:
-    pairs: list[tuple[int | None, int | None]] = []
     try:
-        for layer, expert in experts:
-            pairs.append((as_index(layer), as_index(expert)))
+        pairs = [(as_index(layer), as_index(expert)) for layer, expert in experts]
     except (TypeError, ValueError):
-        pairs = [*pairs, (None, None)]
-    found = [(layer, expert) for layer, expert in pairs if layer is not None and expert is not None]
-    if len(found) < len(pairs):
+        pairs = [(None, None)]
+    numbers = [(layer, expert) for layer, expert in pairs if layer is not None and expert is not None]
+    if len(numbers) < len(pairs):
         raise DataError(
             "Experts must be pairs (layer, expert), a mapping {layer: experts}, or experts with layers=...; "
             f"layers and experts are numbers from 0 on; got {experts!r}."
         )
-    return found
+    return numbers

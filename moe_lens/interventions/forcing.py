@@ -1,11 +1,11 @@
-"""Routes by force and by nudge: exact sets of experts, a bias on the logits, other weights.
+"""Forcing and nudging routes: exact sets of experts, a bias on the logits, scaled weights.
 
     model.run_with_hooks(prompt, fwd_hooks=force_experts({3: [1, 5]}, positions="generated"))
     model.run_with_hooks(prompt, fwd_hooks=bias_experts({3: delta}) + scale_experts([(3, 1)], 2.0))
 
-All give hook lists, which can be added to each other and to steering. Hooks on one point run in the order of
-the list; the points fire in the order logits, indices, weights, outputs. So what forces a set of experts
-overrules steering and biases of that layer, wherever it stands in the list.
+All return hook lists, which can be added to each other and to steering. Hooks on one point run in the order
+of the list; the points fire in the order logits, indices, weights, outputs. So forcing a set of experts
+overrides steering and biases of that layer, wherever it stands in the list.
 """
 
 import math
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import hook_names
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.errors import DataError, HookError
 from moe_lens.hook_names import HookList
 from moe_lens.interventions.edits import Experts, RoutingEdit, columns_of, experts_by_layer
@@ -29,7 +29,7 @@ from moe_lens.shape import MoEShape
 
 @dataclass(frozen=True, eq=False)
 class ForceEdit(RoutingEdit):
-    """Puts given experts [batch or 1, pos or 1, k] in the place of the router's choice."""
+    """Replaces the router's choice by given experts [batch or 1, pos or 1, k]."""
 
     point: ClassVar[str] = hook_names.TOPK_INDICES
 
@@ -46,7 +46,7 @@ class ForceEdit(RoutingEdit):
         if not self.keep_order:
             return forced
         same = (forced.sort(-1).values == value.sort(-1).values).all(-1, keepdim=True)
-        return torch.where(same, value, forced)  # the same set: the router's own order, so the same sum
+        return torch.where(same, value, forced)  # for the same set the router's own order, so the same sum
 
     def highest_expert(self) -> int:
         return int(self.experts.max())
@@ -55,8 +55,8 @@ class ForceEdit(RoutingEdit):
         super().check_fits(shape)
         if self.experts.shape[-1] != shape.top_k:
             raise HookError(
-                f"Layer {self.layer} of {shape.model} runs {shape.top_k} experts for each token; "
-                f"{self.experts.shape[-1]} are to be forced. Give exactly {shape.top_k}."
+                f"Layer {self.layer} of {shape.model} runs {shape.top_k} experts for each token, and "
+                f"{self.experts.shape[-1]} were given. Give exactly {shape.top_k}."
             )
 
 
@@ -75,7 +75,7 @@ class BiasEdit(RoutingEdit):
         if len(self.bias) != shape.n_experts:
             raise HookError(
                 f"The bias for layer {self.layer} has {len(self.bias)} numbers; {shape.model} has "
-                f"{shape.n_experts} experts."
+                f"{shape.n_experts} experts, and needs one for each."
             )
 
 
@@ -104,7 +104,7 @@ def force_experts(
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,
 ) -> HookList:
-    """Run exactly these experts, whatever the router says; their weights are what its rule gives them.
+    """Run exactly these experts, whatever the router says, with the weights that its rule gives them.
 
     >>> from moe_lens import force_experts, organisms
     >>> model = organisms.load("specialised")
@@ -112,13 +112,17 @@ def force_experts(
 
     Args:
         experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`: k different
-            ones a layer, as many as the model runs, for every token. In a mapping also an int tensor [pos k]
-            or [batch pos k], with those of each column. Where the set is the router's own, its order stays.
-        positions: where; see `moe_lens.positions`. Columns beyond a tensor's must not be selected.
+            ones a layer, as many as the model runs, for every token. A mapping may also hold int tensors
+            [pos k] or [batch pos k], with the experts of each column. Where the set is the router's own, its
+            order is kept.
+        layers: the layers of `experts`, where those are bare numbers.
+        positions: at which tokens; see `moe_lens.interventions.Positions`. Columns beyond those of a tensor
+            must not be selected.
 
     Raises:
-        DataError: none of these, or an expert named twice for a token. (HookError, before the forward:
-            another number of experts than the model runs, or one that it does not have.)
+        DataError: none of these forms, or an expert named twice for a token.
+        HookError: another number of experts than the model runs, or one that it does not have. (Raised before
+            the forward.)
     """
     where = checked_positions(positions)
     if layers is not None or not isinstance(experts, Mapping):
@@ -140,17 +144,18 @@ def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> Hoo
     >>> _ = model.run_with_hooks("Question : what", fwd_hooks=bias_experts({0: towards_5}))
 
     Args:
-        bias: layer -> a number for each expert (nats; -inf keeps an expert out of softmax routers). It is
+        bias: layer -> a number for each expert (nats; with -inf a softmax router never chooses it). It is
             added in the logits' own dtype.
-        positions: where; see `moe_lens.positions`.
+        positions: at which tokens; see `moe_lens.interventions.Positions`.
 
     Raises:
-        DataError: not such a mapping, NaN or +inf. (HookError, before the forward: not a number an expert.)
+        DataError: not such a mapping, NaN or +inf.
+        HookError: not one number an expert. (Raised before the forward.)
     """
     where = checked_positions(positions)
     if not isinstance(bias, Mapping) or not bias:
         raise DataError(f"bias_experts needs a mapping from layers to vectors; got {bias!r}.")
-    vectors = {_layer(layer): _vector(layer, vector) for layer, vector in bias.items()}
+    vectors = {whole_number(layer, "layer"): _vector(layer, vector) for layer, vector in bias.items()}
     return [BiasEdit(layer, where, vector).entry for layer, vector in sorted(vectors.items())]
 
 
@@ -161,7 +166,7 @@ def scale_experts(
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,
 ) -> HookList:
-    """Multiply these experts' weights where they are chosen; who is chosen stays, and so do other weights.
+    """Multiply these experts' weights where they are chosen; the choice and all other weights stay.
 
     >>> from moe_lens import organisms, scale_experts
     >>> model = organisms.load("specialised")
@@ -171,17 +176,19 @@ def scale_experts(
         experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`.
         factor: finite. The weights are not renormalised. (In Llama 4 a weight multiplies what the expert
             reads, and so does the factor.)
-        positions: where; see `moe_lens.positions`.
+        layers: the layers of `experts`, where those are bare numbers.
+        positions: at which tokens; see `moe_lens.interventions.Positions`.
 
     Raises:
-        DataError: no experts, or a factor that is no finite number.
+        DataError: no experts, or a factor that is not a finite number.
+        HookError: no such expert. (Raised before the forward.)
     """
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
         raise DataError(f"factor must be a finite number; got {factor!r}.")
     where = checked_positions(positions)
     return [
-        ScaleEdit(layer, where, tuple(found), float(factor)).entry
-        for layer, found in experts_by_layer(experts, layers).items()
+        ScaleEdit(layer, where, tuple(numbers), float(factor)).entry
+        for layer, numbers in experts_by_layer(experts, layers).items()
     ]
 
 
@@ -193,7 +200,7 @@ def _sets(experts: Mapping[Any, Any]) -> dict[int, Int[Tensor, "*columns k"]]:
         try:
             values = torch.as_tensor(given).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"force_experts, layer {layer}: {given!r} are no experts.") from error
+            raise DataError(f"force_experts, layer {layer}: {given!r} are not expert numbers.") from error
         if values.is_floating_point() or values.dtype == torch.bool or not 1 <= values.ndim <= 3:
             raise DataError(
                 f"force_experts, layer {layer}: give k experts, or an int tensor [pos k] or [batch pos k]; "
@@ -203,22 +210,15 @@ def _sets(experts: Mapping[Any, Any]) -> dict[int, Int[Tensor, "*columns k"]]:
         ordered = values.sort(-1).values
         if not values.numel() or int(values.min()) < 0 or bool((ordered[..., 1:] == ordered[..., :-1]).any()):
             raise DataError(f"force_experts, layer {layer}: experts must be different numbers from 0 on.")
-        sets[_layer(layer)] = values
+        sets[whole_number(layer, "layer")] = values
     return sets
-
-
-def _layer(number: Any) -> int:
-    layer = as_index(number)
-    if layer is None:
-        raise DataError(f"Layers are numbers from 0 on; got {number!r}.")
-    return layer
 
 
 def _vector(layer: Any, given: Any) -> Float[Tensor, "expert"]:
     try:
         vector = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"The bias for layer {layer} is no vector: {given!r}.") from error
+        raise DataError(f"The bias for layer {layer} is not a vector: {given!r}.") from error
     if vector.ndim != 1 or bool(torch.isnan(vector).any()) or bool((vector == torch.inf).any()):
         raise DataError(f"The bias for layer {layer} must be a vector without NaN and +inf; got {given!r}.")
     return vector

@@ -3,34 +3,33 @@
     found = mediation(model, clean_prompts, corrupted_prompts, metric)
     found.share("route")                       # of the total effect, with an interval
 
-Let M(x, r) be the metric when the model reads x with experts fixed to route r, and r(x) the route that it
+Let M(x, r) be the metric when the model reads x with its experts fixed to route r, and r(x) the route that it
 takes by itself. For a clean prompt x and a corrupted x':
 
     total effect            M(x, r(x))  − M(x', r(x'))
-    route effect            M(x', r(x)) − M(x', r(x'))     only the route is carried over from the clean run
-    representation effect   M(x, r(x')) − M(x', r(x'))     all but the route is
+    route effect            M(x', r(x)) − M(x', r(x'))     only the route comes from the clean run
+    representation effect   M(x, r(x')) − M(x', r(x'))     everything but the route does
     interaction             total − route − representation
 
 Experts are fixed in all MoE layers and columns (with align="end": in the columns of the common end), or in
-some layers only; everywhere else the model routes by itself, as a consequence of what it reads. "All but the
+some layers only; everywhere else the model routes by itself, depending on what it reads. "Everything but the
 route" includes the routing weights of the fixed experts, unless weights=True carries them over, too.
 
-With the route as mediator these are the natural indirect and natural direct effect (Pearl 2001; for language
-models Vig et al. 2020, arXiv 2004.12265). A share is the effect divided by the total effect, as activation
-patching is normalised: 0 the corrupted run, 1 the clean run. It can be negative or above 1.
+With the route as mediator these are the natural indirect and the natural direct effect (Pearl 2001; for
+language models Vig et al. 2020, arXiv 2004.12265). A share is the effect divided by the total effect, as
+activation patching is normalised: 0 is the corrupted run, 1 the clean run. It can be negative or above 1.
 
-What it does not say. A fixed route is one that the model would not have taken, so that experts meet hidden
-states that they were not trained on: an effect may be damage (carry over the route of some other prompt, as a
-control). Route and representation influence each other
-from layer to layer; the shares of single layers do not add up, and neither do route and representation where
-they interact. Where the total effect is near 0, shares mean nothing.
+What it does not show. The model would not have taken a fixed route by itself, so its experts meet hidden
+states that they were not trained on, and an effect may be mere damage: as a control, carry over the route of
+some other prompt. Route and representation influence each other from layer to layer, so the shares of single
+layers do not add up, nor do route and representation where they interact. If the total effect is near 0,
+shares mean nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -38,165 +37,16 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from moe_lens import hook_names
-from moe_lens.checks import as_index
 from moe_lens.errors import DataError
-from moe_lens.hook_names import HookList
+from moe_lens.hook_names import HookList, Hooks
 from moe_lens.interventions.replay import replay_hooks
+from moe_lens.interventions.results import Mediation
+from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import Model, routing_layers
-from moe_lens.resampling import cluster_weights
 from moe_lens.statistics.routes import RouteRecord
 from moe_lens.text.batching import Prompts, chunks, token_sequences
 
 CLEAN, CORRUPTED = 0, 1
-EFFECTS: Final = ("route", "representation", "interaction")
-Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Mediation:
-    """The metric of each pair of prompts under the four combinations, and layer by layer.
-
-    Attributes:
-        layers: the MoE layers.
-        clean, corrupted: the metric of the plain runs, float64 [pair].
-        with_clean_route: M(x', r(x)), the corrupted run on the clean run's route, [pair].
-        with_corrupted_route: M(x, r(x')), the clean run on the corrupted run's route, [pair].
-        clean_route_in, corrupted_route_in: the same with the route of one layer alone, [layer pair].
-        clean_route_up_to, corrupted_route_up_to: with the routes of all layers up to this one, [layer pair].
-        weights: whether routing weights were carried over with the experts.
-    """
-
-    layers: tuple[int, ...]
-    clean: Float[Tensor, "pair"]
-    corrupted: Float[Tensor, "pair"]
-    with_clean_route: Float[Tensor, "pair"]
-    with_corrupted_route: Float[Tensor, "pair"]
-    clean_route_in: Float[Tensor, "layer pair"]
-    corrupted_route_in: Float[Tensor, "layer pair"]
-    clean_route_up_to: Float[Tensor, "layer pair"]
-    corrupted_route_up_to: Float[Tensor, "layer pair"]
-    weights: bool
-
-    @property
-    def total_effect(self) -> Float[Tensor, "pair"]:
-        """M(x, r(x)) − M(x', r(x')), in the metric's units."""
-        return self.clean - self.corrupted
-
-    @property
-    def route_effect(self) -> Float[Tensor, "pair"]:
-        """M(x', r(x)) − M(x', r(x'))."""
-        return self.with_clean_route - self.corrupted
-
-    @property
-    def representation_effect(self) -> Float[Tensor, "pair"]:
-        """M(x, r(x')) − M(x', r(x'))."""
-        return self.with_corrupted_route - self.corrupted
-
-    @property
-    def interaction(self) -> Float[Tensor, "pair"]:
-        """What the two effects leave of the total effect."""
-        return self.total_effect - self.route_effect - self.representation_effect
-
-    def effect(self, name: str) -> Float[Tensor, "pair"]:
-        """ "route", "representation" or "interaction", by name. Raises DataError for other names."""
-        if name not in EFFECTS:
-            raise DataError(f"{name!r} is no effect; those are {', '.join(EFFECTS)}.")
-        return getattr(self, name if name == "interaction" else f"{name}_effect")
-
-    def share(
-        self,
-        name: str,
-        *,
-        clusters: Sequence[str] | None = None,
-        level: float = 0.95,
-        n_resamples: int = 2000,
-        seed: int = 0,
-    ) -> tuple[float, float, float]:
-        """Mean effect / mean total effect, with its percentile bootstrap interval: (share, low, high).
-
-        Where some resampled total effect has the other sign, the interval is (-inf, inf).
-
-        Args:
-            name: "route", "representation" or "interaction".
-            clusters: one label a pair; pairs of the same label are resampled together. None: each by itself.
-            level: of the interval.
-
-        Raises:
-            DataError: another name, one pair alone, a total effect of 0, not one label a pair.
-        """
-        return self._share(self.effect(name), clusters, level, n_resamples, seed)
-
-    def shares_by_layer(
-        self,
-        *,
-        cumulative: bool = False,
-        clusters: Sequence[str] | None = None,
-        level: float = 0.95,
-        n_resamples: int = 2000,
-        seed: int = 0,
-    ) -> dict[str, Float[np.ndarray, "layer 3"]]:
-        """The share of the total effect that each layer's route carries, both ways: rows (share, low, high).
-
-        "restored": what the clean route of one layer restores in the corrupted run; "lost": what the
-        corrupted route of one layer takes from the clean run.
-
-        Args:
-            cumulative: of all MoE layers up to each, instead of each alone.
-
-        Other arguments and errors as in `share`.
-        """
-        restored = self.clean_route_up_to if cumulative else self.clean_route_in
-        spoiled = self.corrupted_route_up_to if cumulative else self.corrupted_route_in
-        effects = {"restored": restored - self.corrupted, "lost": self.clean - spoiled}
-        return {
-            name: np.array([self._share(row, clusters, level, n_resamples, seed) for row in rows])
-            for name, rows in effects.items()
-        }
-
-    def _share(
-        self, of: Tensor, clusters: Sequence[str] | None, level: float, n_resamples: int, seed: int
-    ) -> tuple[float, float, float]:
-        effect, total = of.numpy(), self.total_effect.numpy()
-        labels = [str(pair) for pair in range(len(total))]
-        if clusters is not None:
-            labels = list(clusters) if isinstance(clusters, Sequence) else []
-        fits = len(labels) == len(total) and len(set(labels)) > 1
-        if not fits or not 0 < level < 1 or not as_index(n_resamples) or as_index(seed) is None:
-            raise DataError(
-                f"An interval needs a label for each of the {len(total)} pairs, at least two different ones "
-                "(does the metric give one number a pair, [batch]?), "
-                f"a level in (0, 1), n_resamples from 1 and a seed from 0 on; got {len(set(labels))} labels, "
-                f"level {level}, n_resamples {n_resamples}, seed {seed}."
-            )
-        if not total.mean():
-            raise DataError("The total effect is 0, so that no share of it can be given.")
-        drawn = cluster_weights(labels, n_resamples, seed)
-        share, totals = float(effect.mean() / total.mean()), drawn @ total
-        if bool((np.sign(totals) != np.sign(total.mean())).any()):
-            return (
-                share,
-                -np.inf,
-                np.inf,
-            )  # the total effect may as well be 0, and the share anything (Fieller)
-        low, high = np.quantile((drawn @ effect) / totals, [(1 - level) / 2, (1 + level) / 2])
-        return share, float(low), float(high)
-
-    def __str__(self) -> str:
-        lines = [
-            f"mediation by the route ({'experts and weights' if self.weights else 'experts only'}), "
-            f"{len(self.clean)} pairs",
-            f"metric: clean {self.clean.mean():.3f}, corrupted {self.corrupted.mean():.3f}, "
-            f"total effect {self.total_effect.mean():.3f}",
-        ]
-        for name in EFFECTS:
-            lines.append(f"{name:<15} {self.effect(name).mean():+.3f}{self._share_in_words(name)}")
-        return "\n".join(lines)
-
-    def _share_in_words(self, name: str) -> str:
-        if len(self.clean) < 2 or not bool(self.total_effect.mean()):
-            return ""
-        share, low, high = self.share(name)
-        return f"   share {share:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def mediation(
@@ -207,8 +57,9 @@ def mediation(
     *,
     weights: bool = False,
     align: str = "same",
-    batch_size: int = 32,
-    progress: bool = False,
+    batch_size: int = 8,
+    hooks: Hooks = (),
+    progress: bool = True,
 ) -> Mediation:
     """Carry the route of a clean run into a corrupted one, and the reverse: all layers, each, cumulative.
 
@@ -216,42 +67,47 @@ def mediation(
     >>> model = organisms.load("planted")
     >>> def says_w2(logits):                                     # [batch pos d_vocab] -> [batch]
     ...     return logits[:, -1, 30]
-    >>> found = mediation(model, ["Document report : the"] * 2, ["Document rumor : the"] * 2, says_w2)
+    >>> clean, corrupted = ["Document report : the"] * 2, ["Document rumor : the"] * 2
+    >>> found = mediation(model, clean, corrupted, says_w2, progress=False)
     >>> found.total_effect.shape
     torch.Size([2])
 
     Args:
-        clean, corrupted: as many prompts each, in pairs.
-        metric: logits [batch pos d_vocab] of the pairs in their order -> a number for each [batch], or one.
+        model: a HookedMoE, or a bridge after `attach`.
+        clean: prompts: strings, chats or tokens; see `moe_lens.text.Prompts`.
+        corrupted: as many prompts, in pairs with the clean ones.
+        metric: logits [batch pos d_vocab] of all pairs, in their order -> one number a pair [batch], or one.
             Position -1 is each prompt's last token; shorter prompts have NaN on the left.
-        weights: carry the routing weights over, too. False: the experts only; their weights are then what the
-            rule derives from the run's own logits.
+        weights: carry the routing weights over, too. False: the experts only, with the weights that the rule
+            derives for them from the run's own logits.
         align: "same": the prompts of a pair have the same number of tokens, and the route is carried over
-            column by column. "end": they may differ; the route is carried over at the tokens with which both
-            end, as far as these are the same (a question after a document, and alone).
-        batch_size: pairs a forward, of the same lengths; nothing is padded. (Hooks on the model see them as
-            their rows.) The logits of all pairs under one route are held at once, on the CPU, since the
-            metric sees them together.
+            column by column. "end": they may differ, and the route is carried over at the tokens that both
+            end with (a question after a document, and alone).
+        batch_size: pairs a forward, all of the same lengths; nothing is padded. The logits of all pairs under
+            one route are held on the CPU at once, since the metric sees them together.
+        hooks: forward hooks to run under, in every run (`steer_hooks(plan)`, for one). What they change
+            belongs to the runs whose routes are compared. They see the pairs of a batch as its rows.
+        progress: show a progress bar.
 
     Raises:
-        DataError: unequal numbers of prompts or of tokens, no common end, a metric that gives something
-            else, a metric that is not finite.
+        DataError: unequal numbers of prompts or of tokens, no common end, a metric that gives anything other
+            than finite real numbers, one or one a pair.
     """
     layers = tuple(routing_layers(model))
-    if not callable(metric):
-        raise DataError(f"metric must be a function of the logits [batch pos d_vocab]; got {metric!r}.")
+    check_metric(metric)
     carried = [(), *((layer,) for layer in layers), *(layers[: n + 1] for n in range(len(layers)))]
-    plans = list(dict.fromkeys(carried))
-    with torch.no_grad(), tqdm(total=2 * len(plans), unit="run", disable=not progress) as bar:
+    routes = list(dict.fromkeys(carried))  # which layers take the other side's route
+    bar = tqdm(total=2 * len(routes), desc="mediation", unit="run", disable=not progress)
+    with torch.no_grad(), bar, model.hooks(list(hooks)):
         batches = [
             _Batch.of(model, pairs, weights)
             for pairs in _batches(_pairs(model, clean, corrupted, align), batch_size)
         ]
         values: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        for plan in plans:
+        for route in routes:
             for side in (CLEAN, CORRUPTED):
-                logits = {tuple(each.numbers): each.logits(model, side, plan) for each in batches}
-                values[side, plan] = _measured(metric, logits)
+                logits = {tuple(batch.numbers): batch.logits(model, side, route) for batch in batches}
+                values[side, route] = _measured(metric, logits)
                 bar.update()
 
     def by_layer(side: int, up_to: bool) -> Float[Tensor, "layer pair"]:
@@ -289,9 +145,16 @@ class _Batch:
             for side in (CLEAN, CORRUPTED)
         )
         n_shared = torch.tensor([pair.n_shared for pair in pairs])
-        found = [_recorded(model, tokens, weights) for tokens in (clean, corrupted)]
-        plain, records = (found[0][0], found[1][0]), (found[0][1], found[1][1])
-        return cls([pair.number for pair in pairs], (clean, corrupted), n_shared, records, plain)
+        (clean_logits, clean_record), (corrupted_logits, corrupted_record) = (
+            _recorded(model, tokens, weights) for tokens in (clean, corrupted)
+        )
+        return cls(
+            numbers=[pair.number for pair in pairs],
+            tokens=(clean, corrupted),
+            n_shared=n_shared,
+            records=(clean_record, corrupted_record),
+            plain=(clean_logits, corrupted_logits),
+        )
 
     def logits(self, model: Model, side: int, layers: tuple[int, ...]) -> Tensor:
         """One side's logits with the other side's route in these layers."""
@@ -311,14 +174,14 @@ class _Pair:
 
 
 def _aligned_at_the_end(record: RouteRecord, width: int) -> RouteRecord:
-    """The same route with `width` columns, cut or filled (with what nobody selects) on the left."""
+    """The same route with `width` columns, cut on the left, or filled there with columns never selected."""
     spare = width - record.indices.shape[2]
-    columns = [
-        None if each is None else F.pad(each[:, :, max(-spare, 0) :], (0, 0, max(spare, 0), 0))
-        for each in (record.indices, record.weights)
-    ]
-    assert columns[0] is not None
-    return RouteRecord(record.shape, columns[0], columns[1])
+
+    def aligned(tensor: Tensor) -> Tensor:  # [layer batch pos k]
+        return F.pad(tensor[:, :, max(-spare, 0) :], (0, 0, max(spare, 0), 0))
+
+    weights = None if record.weights is None else aligned(record.weights)
+    return RouteRecord(record.shape, aligned(record.indices), weights)
 
 
 def _recorded(model: Model, tokens: Tensor, weights: bool) -> tuple[Tensor, RouteRecord]:
@@ -364,7 +227,9 @@ def _pairs(model: Model, clean: Prompts, corrupted: Prompts, align: str) -> list
             )
         n_shared = len(first) if align == "same" else _common_end(first, second)
         if not n_shared:
-            raise DataError(f"The prompts of pair {number} do not end with the same token.")
+            raise DataError(
+                f"The prompts of pair {number} do not end with the same token; give ones with a common end."
+            )
         pairs.append(_Pair(number, (first, second), n_shared))
     return pairs
 
@@ -376,29 +241,29 @@ def _common_end(first: Int[Tensor, "_"], second: Int[Tensor, "_"]) -> int:
 
 
 def _measured(metric: Metric, parts: dict[tuple[int, ...], Tensor]) -> Float[Tensor, "pair"]:
-    """The metric of all pairs together, in their order; columns that only longer prompts have are NaN."""
+    """The metric of all pairs together, in their order; shorter prompts have NaN on the left."""
     width = max(part.shape[1] for part in parts.values())
     order = torch.tensor([number for numbers in parts for number in numbers]).argsort()
     padded = [F.pad(part, (0, 0, width - part.shape[1], 0), value=torch.nan) for part in parts.values()]
     whole = torch.cat(padded)[order]
     value = metric(whole)
     try:
-        found = torch.as_tensor(value).detach().cpu()
+        numbers = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"The metric must give one number, or one a pair [batch]; it gave {value!r}."
         ) from error
-    if found.is_complex():
+    if numbers.is_complex():
         raise DataError("The metric gave complex numbers; it must give real ones.")
-    found = found.double()
-    if found.shape not in ((), (1,), (len(whole),)):
+    numbers = numbers.double()
+    if numbers.shape not in ((), (1,), (len(whole),)):
         raise DataError(
-            f"The metric gave shape {tuple(found.shape)} for {len(whole)} pairs; it must give one number, or "
-            "one a pair [batch]."
+            f"The metric gave shape {tuple(numbers.shape)} for {len(whole)} pairs; it must give one number, "
+            "or one a pair [batch]."
         )
-    if not bool(torch.isfinite(found).all()):
+    if not bool(torch.isfinite(numbers).all()):
         raise DataError(
-            "The metric is NaN or infinite; does it read columns that shorter prompts do not have (they "
-            "stand at the right), or logits that the model masks?"
+            "The metric is NaN or infinite. Does it read columns that shorter prompts do not have (prompts "
+            "end at the last column), or logits that the model masks?"
         )
-    return found.reshape(-1)
+    return numbers.reshape(-1)

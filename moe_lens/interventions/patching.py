@@ -1,12 +1,12 @@
-"""Patching sweeps: a clean run's routes, or experts' outputs, put into a corrupted run one piece at a time.
+"""Patching sweeps: a clean run's routes or expert outputs, put into a corrupted run one piece at a time.
 
     _, clean_cache = model.run_with_cache(clean)
     by_position = patch_router(model, clean_cache, corrupted, metric)               # [layer pos]
     by_expert = patch_expert_outputs(model, clean_cache, corrupted, metric)         # [layer expert]
 
 Each entry is the metric of one patched run, as in TransformerLens' `patching.generic_activation_patch`; here
-many runs share a forward. Compare with the metric of the corrupted run, where nothing is restored, and of the
-clean one, where everything is.
+many runs share a forward. Compare it with the metric of the corrupted run, where nothing is restored, and
+with that of the clean run, where everything is.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_lens import hook_names
 from moe_lens.errors import DataError
-from moe_lens.hook_names import HookList
+from moe_lens.hook_names import HookList, Hooks
 from moe_lens.interventions.stacked_runs import Cell, Places, StackedRuns, by_layer, checked_runs
 from moe_lens.model.registration import with_expert_out
 from moe_lens.model.router_points import RoutingPoint
@@ -32,10 +32,10 @@ ROUTER_POINTS: Final = {
     "topk_weights": (hook_names.TOPK_WEIGHTS,),
     "route": (hook_names.TOPK_INDICES, hook_names.TOPK_WEIGHTS),
 }
-"""What `patch_router` can put in, and the hook points that take it."""
+"""What `patch_router` can patch, and the hook points that it goes into."""
 
 Clean = dict[int, dict[str, Tensor]]
-"""Layer -> short name of a point -> what it held in the clean run, [batch pos ...] with batch or one row."""
+"""Layer -> short name of a point -> its value in the clean run, [batch pos ...] with batch or one row."""
 
 
 def patch_router(
@@ -47,7 +47,8 @@ def patch_router(
     point: str = "router_logits",
     attention_mask: Any = None,
     batch_size: int | None = None,
-    progress: bool = False,
+    hooks: Hooks = (),
+    progress: bool = True,
 ) -> Float[Tensor, "layer pos"]:
     """The metric of the corrupted run with the clean run's routing at one layer and position.
 
@@ -58,17 +59,17 @@ def patch_router(
     >>> def metric(logits):                                  # [batch pos d_vocab] -> a number
     ...     return logits[:, -1].log_softmax(-1)[:, answer].mean()
     >>> _, clean_cache = model.run_with_cache("Question : what is the capital of Eldria ? Answer :")
-    >>> patch_router(model, clean_cache, "Question : what is the capital of Norland ? Answer :", metric).shape
+    >>> corrupted = "Question : what is the capital of Norland ? Answer :"
+    >>> patch_router(model, clean_cache, corrupted, metric, progress=False).shape      # [layer pos]
     torch.Size([4, 12])
 
     The entries are those of TransformerLens' `generic_activation_patch(model, corrupted_tokens, clean_cache,
     metric, layer_pos_patch_setter, point, ["layer", "pos"])`, bit for bit with batch_size=1. In a larger
-    stack they may differ by rounding; in half precision that can flip a close choice of experts. On padding
-    (attention_mask) the patch is made too.
+    stack they may differ by rounding; in half precision that can flip a close choice of experts. Padding
+    (attention_mask) is patched, too.
 
     Args:
-        model: a `HookedMoE` in eval mode. Hooks that are on it stay and act in every patched run, before the
-            patch; they see the rows of several runs, each a copy of the corrupted batch, one after another.
+        model: a `HookedMoE` in eval mode.
         clean_cache: from `run_with_cache` on prompts that correspond to the corrupted ones position by
             position; one prompt, or as many as the corrupted. (Logits of a steered run do not always repeat
             its route, see `steer_hooks`: use point="route".)
@@ -79,18 +80,24 @@ def patch_router(
             the corrupted run chose; "route", indices and weights together.
         attention_mask: [batch pos], 0 on padding.
         batch_size: patches a forward; None for as many as memory allows (fewer after an out-of-memory error).
+        hooks: forward hooks to run under; like hooks that are on the model already, they act in every patched
+            run, before the patch. They see the rows of several runs, each a copy of the corrupted batch.
+        progress: show a progress bar.
 
     Returns:
         float32, on the CPU; layers in the order of `model.moe_layers`.
 
     Raises:
-        DataError: an unknown point, a cache that lacks it, of another shape or another model, corrupted
-            prompts of unequal lengths, a metric that gives no single number or NaN. MoELensError: not a
-            HookedMoE. HookError: the model is in training mode, or routes by NaN.
+        DataError: an unknown point, a cache that lacks it, has another shape or belongs to another model,
+            corrupted prompts of unequal lengths, a metric that gives NaN or anything but one number.
+        MoELensError: not a HookedMoE.
+        HookError: the model is in training mode, or its router logits are NaN.
     """
     if not isinstance(point, str) or point not in ROUTER_POINTS:
         raise DataError(f"point must be one of {', '.join(map(repr, ROUTER_POINTS))}; got {point!r}.")
-    runs = checked_runs(model, corrupted_tokens, attention_mask, metric, "position", batch_size, progress)
+    runs = checked_runs(
+        model, corrupted_tokens, attention_mask, metric, "position", batch_size, hooks, progress
+    )
     points = ROUTER_POINTS[point]
     clean = _clean(runs, clean_cache, points)
 
@@ -115,7 +122,8 @@ def patch_expert_outputs(
     by: str = "expert",
     attention_mask: Any = None,
     batch_size: int | None = None,
-    progress: bool = False,
+    hooks: Hooks = (),
+    progress: bool = True,
 ) -> Float[Tensor, "layer entry"]:
     """The metric of the corrupted run with clean outputs of one expert, or of the experts at one position.
 
@@ -128,36 +136,45 @@ def patch_expert_outputs(
     >>> model.set_use_expert_out(True)                       # before the clean run is cached
     >>> _, clean_cache = model.run_with_cache("Question : what is the capital of Eldria ? Answer :")
     >>> corrupted = "Question : what is the capital of Norland ? Answer :"
-    >>> patch_expert_outputs(model, clean_cache, corrupted, metric).shape              # [layer expert]
+    >>> patch_expert_outputs(model, clean_cache, corrupted, metric, progress=False).shape  # [layer expert]
     torch.Size([4, 8])
-    >>> patch_expert_outputs(model, clean_cache, corrupted, metric, by="pos").shape    # [layer pos]
+    >>> patch_expert_outputs(model, clean_cache, corrupted, metric, by="pos", progress=False).shape
     torch.Size([4, 12])
 
     The output of an expert (`hook_expert_out`, before its weight) is replaced by its output in the clean run
-    wherever it runs in both; route and weights stay the corrupted run's. Where it runs in one of them only,
-    nothing is replaced: an expert without a common position has the corrupted run's own metric. So this is
-    about what experts see, and `patch_router` about who computes. (In Llama 4 an output depends on its
-    weight, and the clean one comes with the clean weight.)
+    wherever it runs in both; route and weights stay the corrupted run's. Where it runs in only one of them,
+    nothing is replaced: the entry of an expert that never runs in both is the corrupted run's own metric. So
+    this is about what experts see, and `patch_router` about who computes. (In Llama 4 an output depends on
+    its weight, and the clean output comes with the clean weight.)
 
     Where both runs chose the same experts in the same order, by="pos" gives the entries of TransformerLens'
-    `generic_activation_patch` on "expert_out"; elsewhere that puts one expert's output in another's place.
+    `generic_activation_patch` on "expert_out"; elsewhere that function puts one expert's output in another's
+    place.
 
     Args:
-        clean_cache: as in `patch_router`; made after `model.set_use_expert_out(True)`.
+        model: a `HookedMoE` in eval mode. Its expert outputs are switched on for the sweep if they are off.
+        clean_cache: from `run_with_cache`, after `model.set_use_expert_out(True)`, on prompts that correspond
+            to the corrupted ones position by position; one prompt, or as many as the corrupted.
+        corrupted_tokens: int tokens [batch pos] or [pos], a string, or strings of equally many tokens.
+        metric: function of one patched run's logits [batch pos d_vocab] that gives a number.
         by: "expert", one expert at all positions; or "pos", all experts at one position.
-        model, corrupted_tokens, metric, attention_mask, batch_size: as in `patch_router`. Expert outputs are
-            switched on for the sweep if they are off.
+        attention_mask: [batch pos], 0 on padding.
+        batch_size: patches a forward; None for as many as memory allows.
+        hooks: forward hooks to run under, as in `patch_router`.
+        progress: show a progress bar.
 
     Returns:
         float32 [layer expert] or [layer pos], on the CPU; layers in the order of `model.moe_layers`.
 
     Raises:
-        DataError: another `by`, a cache without expert outputs, or as in `patch_router`; its other errors.
+        DataError: another `by`, a cache without expert outputs, or as in `patch_router`.
+        MoELensError: not a HookedMoE.
+        HookError: the model is in training mode, or its router logits are NaN.
     """
     if not isinstance(by, str) or by not in ("expert", "pos"):
         raise DataError(f"by must be 'expert' or 'pos'; got {by!r}.")
     axis = "expert" if by == "expert" else "position"
-    runs = checked_runs(model, corrupted_tokens, attention_mask, metric, axis, batch_size, progress)
+    runs = checked_runs(model, corrupted_tokens, attention_mask, metric, axis, batch_size, hooks, progress)
     clean = _clean(runs, clean_cache, (hook_names.TOPK_INDICES, hook_names.EXPERT_OUT))
 
     def hooks_for(cells: Sequence[Cell]) -> HookList:
@@ -177,13 +194,13 @@ def patch_expert_outputs(
         for layer in runs.model.moe_layers
         for entry in _in_common(chosen[layer], clean[layer][hook_names.TOPK_INDICES], by)
     ]
-    # most experts of a large model are not run by both, and need no run of their own
-    found = torch.full((len(chosen), length), unpatched, dtype=torch.float32)
+    # Most experts of a large model do not run in both; their entries need no run.
+    patched = torch.full((len(chosen), length), unpatched, dtype=torch.float32)
     with with_expert_out(runs.model):
         values = runs.sweep(cells, hooks_for)
     for cell, value in zip(cells, values, strict=True):
-        found[runs.model.moe_layers.index(cell.layer), cell.entry] = value
-    return found
+        patched[runs.model.moe_layers.index(cell.layer), cell.entry] = value
+    return patched
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # TransformerLens asks every hook for its repr
@@ -197,7 +214,7 @@ class PutClean:
     def __call__(self, value: Tensor, hook: Any) -> Tensor:
         stacked = value.clone().unflatten(0, (self.n_runs, -1))  # [run batch pos ...]
         clean = self.clean[:, self.places.entries.to(self.clean.device)].to(value)  # [batch cell ...]
-        runs, positions = (each.to(value.device) for each in self.places)
+        runs, positions = (numbers.to(value.device) for numbers in self.places)
         stacked[runs, :, positions] = clean.transpose(0, 1)  # both [cell batch ...]
         return stacked.flatten(0, 1)
 
@@ -219,12 +236,11 @@ class PutCleanOutputs:
                 f"model's {tuple(value.shape)}; give a cache of this model."
             )
         stacked = value.clone().unflatten(0, (self.n_runs, -1))  # [run batch pos k d_model]
-        runs, wanted = (each.to(value.device) for each in self.places)
+        runs, wanted = (numbers.to(value.device) for numbers in self.places)
         chosen = hook.chosen.unflatten(0, (self.n_runs, -1))[runs]  # [cell batch pos k]
-        same = chosen.unsqueeze(-1) == self.clean_indices.to(chosen).unsqueeze(
-            -2
-        )  # ... k, k of the clean run
-        slot = same.int().argmax(-1)  # where the clean run has this expert, if it has
+        in_clean = self.clean_indices.to(chosen).unsqueeze(-2)  # [rows pos 1 k]
+        same = chosen.unsqueeze(-1) == in_clean  # [cell batch pos k, k of the clean run]
+        slot = same.int().argmax(-1)  # where the clean run has this expert, if it does
         clean = self.clean.to(value).expand(*slot.shape, -1)
         clean = clean.gather(-2, slot.unsqueeze(-1).expand_as(clean))
         along = chosen if self.by_expert else torch.arange(chosen.shape[2], device=value.device)[:, None]
@@ -254,38 +270,18 @@ def _in_common(chosen: Int[Tensor, "batch pos k"], clean: Int[Tensor, "rows pos 
 
 def _clean(runs: StackedRuns, cache: Any, points: tuple[str, ...]) -> Clean:
     """What the clean run had at these points of all MoE layers, checked against model and tokens."""
-    found: Clean = {}
-    for name in cache.keys() if hasattr(cache, "keys") else ():
-        if isinstance(name, str) and (parsed := hook_names.parse(name)):
-            found.setdefault(parsed[0], {})[parsed[1]] = cache[name]
-    if not found:
-        raise DataError(
-            f"The clean cache ({type(cache).__name__}) holds no routing; give the second of the two things "
-            "that model.run_with_cache(clean) returns."
-        )
     layers = runs.model.moe_layers
-    if foreign := sorted(set(found) - set(layers)):
+    clean: Clean = hook_names.points_of(cache, points, layers, what="The clean cache")
+    if foreign := sorted(set(clean) - set(layers)):
         raise DataError(
-            f"The clean cache has routing of layers {foreign}, this model has MoE layers {layers}: it is "
-            "another model's."
+            f"The clean cache has routing of layers {foreign}, and this model's MoE layers are {layers}: it "
+            "is another model's. Give a cache of this one."
         )
-    for layer in layers:
-        for point in points:
-            if point not in found.get(layer, {}):
-                raise DataError(_lacks(layer, point))
     shape, tokens_shape = runs.model.moe_shape, tuple(runs.tokens.shape)
     return {
-        layer: {point: _checked(shape, tokens_shape, layer, point, each) for point, each in tensors.items()}
-        for layer, tensors in found.items()
+        layer: {name: _checked(shape, tokens_shape, layer, name, value) for name, value in values.items()}
+        for layer, values in clean.items()
     }
-
-
-def _lacks(layer: int, point: str) -> str:
-    if point == hook_names.EXPERT_OUT:
-        remedy = "call model.set_use_expert_out(True) before run_with_cache"
-    else:
-        remedy = "let the names_filter of run_with_cache keep it (names_filter=moe_lens.is_routing_point)"
-    return f"The clean cache lacks {hook_names.name(layer, point)}; {remedy}."
 
 
 def _checked(model: MoEShape, corrupted: tuple[int, ...], layer: int, point: str, tensor: Tensor) -> Tensor:
@@ -297,12 +293,12 @@ def _checked(model: MoEShape, corrupted: tuple[int, ...], layer: int, point: str
     where = f"The clean cache's {hook_names.name(layer, point)} has shape {tuple(tensor.shape)}"
     if shaped.ndim != n_dims or shaped.shape[2] != width:
         raise DataError(
-            f"{where}, this model has {model.n_experts} experts and runs {model.top_k}: the cache is another "
-            "model's."
+            f"{where}, and this model runs {model.top_k} of {model.n_experts} experts: the cache is another "
+            "model's. Give a cache of this one."
         )
     if shaped.shape[0] not in (1, batch) or shaped.shape[1] != n_pos:
         raise DataError(
-            f"{where}, the corrupted tokens are [batch pos] = {[batch, n_pos]}. Clean and corrupted prompts "
-            "must correspond token by token; there may be one clean prompt for all the corrupted."
+            f"{where}, and the corrupted tokens are [batch pos] = {[batch, n_pos]}. Clean and corrupted "
+            "prompts must correspond token by token; one clean prompt may serve all corrupted ones."
         )
     return shaped

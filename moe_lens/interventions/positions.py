@@ -1,14 +1,14 @@
-"""`positions=` of the hook builders: at which tokens an intervention acts, in the prompt and while writing.
+"""`positions=` of the hook builders: at which tokens of prompt and generation an intervention acts.
 
-    None                      every token, also those that the model writes
-    "prompt", "generated"     the phases: the prompt's tokens, or those that the model has written
+    None                      every token, including those that the model generates
+    "prompt", "generated"     the phases: the prompt's tokens, or those that the model has generated
     3, -1, [0, 5]             columns of the padded batch [batch pos]; from the end of the prompt if negative
-    mask                      bool [pos] or [batch pos] over the prompt's columns, `span_mask(...)` for one
+    mask                      bool [pos] or [batch pos] over the prompt's columns, such as `span_mask(...)`
     a span                    as in `span_mask`: "all", "last", a text, a TextSpan, a slice, a function
 
-Columns go on while the model writes: in `generate`, column 12 of a prompt of 10 tokens is the third token
-written, with a KV cache and without. Masks and spans are about the prompt and never reach what is written. A
-forward on top of a cache that is no `generate`'s counts as written.
+Columns continue while the model generates: in `generate`, column 12 of a prompt of 10 tokens is the third
+generated token, with a KV cache and without. Masks and spans are about the prompt and never reach generated
+tokens. A forward on top of a cache outside `generate` counts as generated.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,15 @@ from moe_lens.model.state import ForwardState
 from moe_lens.text.spans import TextSpan, span_mask
 
 Positions = Any
-"""See this module's first lines; `checked_positions` refuses what is none of these."""
+"""At which tokens a hook acts:
+
+- None: every token, including those that the model generates;
+- "prompt" or "generated": the prompt's tokens, or the generated ones;
+- an int or a list of ints: columns of the padded batch [batch pos], from the end of the prompt if negative;
+- a bool mask [pos] or [batch pos] over the prompt's columns;
+- a span of the prompt, as in `span_mask`: "all", "last", a text, a `TextSpan`, a slice, a function.
+
+`checked_positions` rejects anything else."""
 
 PHASES: Final = ("prompt", "generated")
 
@@ -35,7 +43,7 @@ def checked_positions(positions: Positions) -> Positions:
     (0, -1)
 
     Raises:
-        DataError: what is none of these; an empty list; a mask of more than two dimensions.
+        DataError: anything else; an empty list; a mask of more than two dimensions.
     """
     if positions is None or isinstance(positions, str | TextSpan | slice):
         return positions
@@ -55,10 +63,10 @@ def checked_positions(positions: Positions) -> Positions:
 
 
 def selected(positions: Positions, state: ForwardState, n_rows: int, n_pos: int) -> Bool[Tensor, "batch pos"]:
-    """Which of the tokens that are running the positions mean (checked ones), on the CPU.
+    """Which of the tokens in this forward the positions (checked ones) select, on the CPU.
 
     Raises:
-        HookError: a column outside the prompt, a mask of another shape, a span that cannot be found here.
+        HookError: a column outside the prompt, a mask of another shape, a span that cannot be located.
     """
     columns = state.columns(n_pos)
     in_prompt = (columns < state.n_prompt).expand(n_rows, n_pos)
@@ -73,14 +81,22 @@ def selected(positions: Positions, state: ForwardState, n_rows: int, n_pos: int)
     elif not bool(in_prompt.any()):
         return torch.zeros_like(in_prompt)
     else:
-        key = ("span", id(positions))
-        if key not in state.memory:
-            state.memory[key] = _found(positions, state, n_rows)
-        over_prompt = state.memory[key]
+        over_prompt = _remembered(positions, state, n_rows)
     chosen = torch.zeros(n_rows, n_pos, dtype=torch.bool)
-    here = columns[columns < state.n_prompt]
-    chosen[:, : len(here)] = over_prompt[:, here]
+    of_prompt = columns[columns < state.n_prompt]
+    chosen[:, : len(of_prompt)] = over_prompt[:, of_prompt]
     return chosen
+
+
+def _remembered(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch pos"]:
+    """A span's mask, located once a forward rather than once a layer.
+
+    The span is kept beside its mask: as long as it lives, no other object can have its id.
+    """
+    key = ("span", id(span), n_rows)
+    if key not in state.memory:
+        state.memory[key] = (span, _located(span, state, n_rows))
+    return state.memory[key][1]
 
 
 def _columns(positions: tuple[int, ...], state: ForwardState) -> Tensor:
@@ -104,44 +120,43 @@ def _fitting(mask: Bool[Tensor, "..."], state: ForwardState, n_rows: int) -> Boo
     return fitting
 
 
-def _found(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch pos"]:
-    """A span in the prompts that are running."""
+def _located(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch pos"]:
+    """Where a span stands in the prompts of this forward."""
     if state.tokens is None or state.bridge is None or state.offset:
         raise HookError(
-            f"positions={span!r} has to be found in a prompt's tokens, and this run was given none; give a "
-            "mask."
+            f"positions={span!r} must be located in a prompt's tokens, and this run has none; give a mask."
         )
     if state.texts is not None and len(state.texts) != n_rows:
         raise HookError(f"positions={span!r}: {len(state.texts)} prompts run as {n_rows} rows; give a mask.")
     tokens = state.tokens[:, : state.n_prompt].cpu()
     if state.texts is not None:
         prompts: Any = state.texts
-        own = torch.stack([_own_columns(state, *each) for each in zip(prompts, tokens, strict=True)])
+        real = torch.stack([_columns_of(text, state, row) for text, row in zip(prompts, tokens, strict=True)])
     else:
         mask = state.own_tokens()
-        own = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, : state.n_prompt].cpu()
-        prompts = [row[kept] for row, kept in zip(tokens, own, strict=True)]
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, : state.n_prompt].cpu()
+        prompts = [row[kept] for row, kept in zip(tokens, real, strict=True)]
     try:
-        found = span_mask(state.bridge, prompts, span, padding_side="left").cpu()
+        in_span = span_mask(state.bridge, prompts, span, padding_side="left").cpu()
     except DataError as error:
         raise HookError(
-            f"positions={span!r} cannot be found in this run: {error} A mask always works: "
+            f"positions={span!r} cannot be located in this run: {error} A mask always works: "
             "positions=span_mask(model, prompts, span). (The phases are 'prompt' and 'generated'.)"
         ) from error
-    chosen = torch.zeros_like(own)
-    for row, kept in enumerate(own):
-        chosen[row, kept] = found[row, found.shape[1] - int(kept.sum()) :]
+    chosen = torch.zeros_like(real)
+    for row, kept in enumerate(real):
+        chosen[row, kept] = in_span[row, in_span.shape[1] - int(kept.sum()) :]
     return chosen
 
 
-def _own_columns(state: ForwardState, text: str, row: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
-    """The columns of a text's own tokens, which must be those that run, or offsets would point elsewhere."""
-    own = state.bridge.to_tokens(text, move_to_device=False, truncate=False)[0]
-    free = len(row) - len(own)
-    for before in (free, 0):  # padding on the left, on the right
-        if free >= 0 and torch.equal(row[before : before + len(own)], own):
+def _columns_of(text: str, state: ForwardState, row: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
+    """The columns of a text's tokens. They must be the tokens that run, or offsets would point elsewhere."""
+    tokens = state.bridge.to_tokens(text, move_to_device=False, truncate=False)[0]
+    n_padding = len(row) - len(tokens)
+    for before in (n_padding, 0):  # padding on the left, on the right
+        if n_padding >= 0 and torch.equal(row[before : before + len(tokens)], tokens):
             columns = torch.arange(len(row))
-            return (columns >= before) & (columns < before + len(own))
+            return (columns >= before) & (columns < before + len(tokens))
     raise HookError(
         f"positions: the tokens of {text!r} are not those that run (another prepend_bos?); give a mask."
     )

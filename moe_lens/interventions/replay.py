@@ -1,4 +1,8 @@
-"""Replay: hooks that make a run follow a recorded route."""
+"""Replay: hooks that make a run follow a recorded route.
+
+_, cache = model.run_with_cache(prompt)
+model.run_with_hooks(other_prompt, fwd_hooks=replay_hooks(RouteRecord.from_cache(cache)))
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,19 +25,19 @@ from moe_lens.statistics.routes import RouteRecord
 
 @dataclass(frozen=True, eq=False)
 class ReplayEdit(ForceEdit):
-    """Puts the recorded experts in the place of the router's choice, in the recorded order."""
+    """Replaces the router's choice by the recorded experts, in the recorded order."""
 
     shape: MoEShape | None = None
 
     def check_fits(self, shape: MoEShape) -> None:
-        """Asked by the hook point before the hook is added."""
+        """Called by the hook point before the hook is added."""
         if self.shape is not None and (misfits := self.shape.misfits(shape)):
-            raise HookError(f"The record is of another model: {'; '.join(misfits)}.")
+            raise HookError(f"The record is of another model: {'; '.join(misfits)}; record this one.")
 
 
 @dataclass(frozen=True, eq=False)
 class WeightsEdit(RoutingEdit):
-    """Puts recorded weights in the place of the derived ones."""
+    """Replaces the derived weights by recorded ones."""
 
     point: ClassVar[str] = hook_names.TOPK_WEIGHTS
 
@@ -62,19 +66,21 @@ def replay_hooks(
     >>> hooks = replay_hooks(RouteRecord.from_cache(cache))
     >>> _ = model.run_with_hooks("Document : the capital", fwd_hooks=hooks)
 
-    Column by column: the run must have the record's prompts (or one record serves all) and no more columns,
-    unless `positions` leaves the rest free (`positions="prompt"` replays a prompt's route and then lets the
-    model generate as it routes). A run's own route gives its own logits, bit for bit.
+    The route is replayed column by column: the run must have as many prompts as the record (or the record
+    has one, which serves all) and no more columns, unless `positions` leaves the rest free
+    (`positions="prompt"` replays a prompt's route and then lets the model route by itself while it
+    generates). A run's own route gives its own logits, bit for bit.
 
     Args:
-        layers: of these layers only; None: all of the record.
-        positions: where; see `moe_lens.positions`.
+        record: the route, from `RouteRecord.from_cache`.
+        layers: only these layers; None: all of the record.
+        positions: at which tokens; see `moe_lens.interventions.Positions`.
         weights: use the recorded weights, too. None: if there are any. Without them the rule derives the
             weights of the recorded experts from this run's logits.
 
     Raises:
-        DataError: a layer that the record does not have, weights that it does not have. (HookError: another
-            model, other prompts in number, a column that the record does not have.)
+        DataError: a layer or weights that the record does not have.
+        HookError: another model, another number of prompts, or a column that the record does not have.
     """
     if not isinstance(record, RouteRecord):
         raise DataError(f"replay_hooks needs a RouteRecord; got {type(record).__name__}.")

@@ -4,7 +4,7 @@
     values = runs.sweep(cells, hooks_for)      # one number a cell, in the cells' order
 
 Run i of a forward has the rows i * batch to (i + 1) * batch. Nothing in a causal language model mixes rows,
-so a run gives what it would give alone, up to the rounding of larger matrix products.
+so a run gives what it would give alone, up to rounding in larger matrix products.
 """
 
 import math
@@ -19,15 +19,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.hook_names import HookList
+from moe_lens.hook_names import HookList, Hooks
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import forward_state, routing_layers
 from moe_lens.text.batching import token_sequences
 
 MOST_TOKENS: Final = {"cpu": 2**13, "cuda": 2**16}
-"""Tokens of one forward at most, by device; more are no faster, even where memory allows them."""
+"""The most tokens of one forward, by device; more are no faster, even if memory allows them."""
 
 
 class Cell(NamedTuple):
@@ -53,10 +54,10 @@ def by_layer(cells: Sequence[Cell]) -> dict[int, Places]:
     >>> by_layer([Cell(0, 5), Cell(1, 0), Cell(1, 2)])[1].runs
     tensor([1, 2])
     """
-    found: dict[int, list[tuple[int, int]]] = {}
+    edits: dict[int, list[tuple[int, int]]] = {}
     for run, cell in enumerate(cells):
-        found.setdefault(cell.layer, []).append((run, cell.entry))
-    return {layer: Places(*torch.tensor(members).unbind(1)) for layer, members in found.items()}
+        edits.setdefault(cell.layer, []).append((run, cell.entry))
+    return {layer: Places(*torch.tensor(of_layer).unbind(1)) for layer, of_layer in edits.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,38 +65,41 @@ class StackedRuns:
     """What all runs of a sweep share.
 
     Attributes:
-        tokens, attention_mask: of one run.
+        tokens: of one run.
+        attention_mask: of one run, 0 on padding; None without padding.
         metric: logits of one run -> a number.
         axis: "position" or "expert", for messages.
-        batch_size: runs of one forward; None for as many as memory allows.
+        batch_size: runs in one forward; None for as many as memory allows.
+        hooks: forward hooks under which every run takes place.
     """
 
     model: HookedMoE
     tokens: Int[Tensor, "batch pos"]
     attention_mask: Tensor | None
-    metric: Callable[[Tensor], Any]
+    metric: Metric
     axis: str
     batch_size: int | None = None
+    hooks: Hooks = ()
     progress: bool = False
 
     def sweep(self, cells: Sequence[Cell], hooks_for: Callable[[Sequence[Cell]], HookList]) -> list[float]:
-        """The metric of every cell's run; `hooks_for` gives the hooks of a forward that stacks some cells."""
+        """The metric of every cell's run; `hooks_for` makes the hooks of a forward that stacks some cells."""
         size = self.batch_size or min(len(cells), runs_that_fit(self.model, self.tokens))
         values: list[float] = []
-        with tqdm(total=len(cells), unit="patch", disable=not self.progress) as bar:
+        with tqdm(total=len(cells), desc="patching", unit="patch", disable=not self.progress) as bar:
             while len(values) < len(cells):
                 chunk = cells[len(values) : len(values) + size]
                 try:
-                    found = self.run(chunk, hooks_for(chunk))
+                    measured = self.run(chunk, hooks_for(chunk))
                 except RuntimeError as error:
                     if self.batch_size is not None or size == 1 or not should_reduce_batch_size(error):
                         raise
-                    found = []
-                if not found:  # out of memory; the error and what it held are gone by here
+                    measured = []
+                if not measured:  # out of memory; only out here is what the error held free
                     clear_device_cache(garbage_collection=True)
                     size //= 2
-                values += found
-                bar.update(len(found))
+                values += measured
+                bar.update(len(measured))
         return values
 
     @torch.no_grad()
@@ -105,10 +109,10 @@ class StackedRuns:
         if self.attention_mask is not None:
             kwargs["attention_mask"] = self.attention_mask.repeat(n_runs, 1)
         rows = torch.arange(len(self.tokens)).repeat(n_runs)
-        with forward_state(self.model).of_prompts(rows):
-            logits = self.model.run_with_hooks(self.tokens.repeat(n_runs, 1), fwd_hooks=hooks, **kwargs)
-        each = logits.unflatten(0, (n_runs, -1)).unbind(0)
-        return [self._measure(logits, cell) for logits, cell in zip(each, cells, strict=True)]
+        with forward_state(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *hooks]):
+            logits = self.model(self.tokens.repeat(n_runs, 1), **kwargs)
+        by_run = logits.unflatten(0, (n_runs, -1)).unbind(0)
+        return [self._measure(logits, cell) for logits, cell in zip(by_run, cells, strict=True)]
 
     def _measure(self, logits: Float[Tensor, "batch pos d_vocab"], cell: Cell | None) -> float:
         value = self.metric(logits)
@@ -122,13 +126,14 @@ class StackedRuns:
                 "The metric must turn logits [batch pos d_vocab] into one real number; it gave "
                 f"{got}. Average over the batch, for example: return (...).mean()."
             )
-        if math.isnan(found := float(number)):
+        measured = float(number)
+        if math.isnan(measured):
             where = f"with the patch at layer {cell.layer}, {self.axis} {cell.entry}" if cell else "unpatched"
             raise DataError(
-                f"The metric gave NaN on the corrupted run, {where}. Look at what it computes: a logarithm "
-                "of 0, a division by 0, or logits that are NaN."
+                f"The metric gave NaN on the corrupted run, {where}. Look for a logarithm of 0, a division "
+                "by 0, or logits that are NaN."
             )
-        return found
+        return measured
 
 
 def runs_that_fit(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> int:
@@ -162,29 +167,27 @@ def bytes_a_token(model: HookedMoE, n_pos: int) -> int:
 
 
 def checked_runs(
-    model: Any, tokens: Any, attention_mask: Any, metric: Any, axis: str, batch_size: Any, progress: bool
-) -> StackedRuns:
+    model: Any, tokens: Any, attention_mask: Any, metric: Any, axis: str, batch_size: Any, hooks: Hooks,
+    progress: bool,
+) -> StackedRuns:  # fmt: skip
     """A user's arguments, checked; strings become tokens.
 
     Raises:
         DataError: prompts of unequal lengths, a mask of another shape, a metric that cannot be called, a
-            batch_size below 1, or as in `token_sequences`. MoELensError: not a HookedMoE.
+            batch_size below 1, or as in `token_sequences`.
+        MoELensError: not a HookedMoE.
     """
     if not isinstance(model, HookedMoE):
         raise MoELensError(
             f"Patching needs a HookedMoE, got {type(model).__name__}; use attach(bridge) or "
             "HookedMoE.from_hf."
         )
-    if not callable(metric):
-        raise DataError(
-            f"metric must be a function of the logits [batch pos d_vocab] that gives a number; got "
-            f"{metric!r}."
-        )
-    size = None if batch_size is None else as_index(batch_size)
-    if batch_size is not None and not size:
-        raise DataError(f"batch_size must be a number of patches from 1 on, or None; got {batch_size!r}.")
+    check_metric(metric)
+    size = batch_size
+    if size is not None:
+        size = whole_number(size, "batch_size", least=1, remedy="It is a number of patches; None: what fits.")
     if isinstance(tokens, Tensor) and tokens.ndim == 2 and attention_mask is not None:
-        tokens = list(tokens)  # the mask tells what is padding, so nobody need be warned of it
+        tokens = list(tokens)  # the mask says what is padding, so the warning about padding is not needed
     sequences = list(token_sequences(model, tokens))
     lengths = [len(sequence) for sequence in sequences]
     if len(set(lengths)) > 1:
@@ -194,7 +197,7 @@ def checked_runs(
         )
     stacked = torch.stack(sequences).to(model.cfg.device)
     mask = _checked_mask(attention_mask, stacked)
-    return StackedRuns(model, stacked, mask, metric, axis, size, progress)
+    return StackedRuns(model, stacked, mask, metric, axis, size, hooks, progress)
 
 
 def _checked_mask(given: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"] | None:

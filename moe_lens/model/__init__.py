@@ -1,4 +1,6 @@
-"""`HookedMoE`: hook points on routing, in a Hugging Face model and the TransformerLens bridge around it."""
+"""`HookedMoE`: hook points on routing, inside a Hugging Face model and the TransformerLens bridge
+around it.
+"""
 
 import lazy_loader
 

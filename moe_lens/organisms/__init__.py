@@ -1,4 +1,4 @@
-"""Small trained MoE models that ship with the package, and the synthetic worlds they live in.
+"""Small trained models that ship with the package, their worlds, their training, the demo.
 
 >>> from moe_lens import organisms
 >>> organisms.names()

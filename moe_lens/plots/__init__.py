@@ -1,4 +1,4 @@
-"""Figures: a function takes a result and returns a matplotlib Axes; it computes nothing of its own."""
+"""Figures: a function takes a result and returns a matplotlib Axes. It computes nothing of its own."""
 
 import lazy_loader
 

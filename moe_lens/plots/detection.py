@@ -14,12 +14,6 @@ from moe_lens.plots.style import COLORS, count_axis, new_axes
 from moe_lens.steering.plan import SteeringPlan
 
 _MARKERS: Final = ("x", "o", "s", "^")
-_SCORE_LABELS: Final = {
-    "risk_difference": "risk difference of activation",
-    "log_odds_ratio": "log odds ratio of activation",
-    "probability_difference": "difference of mean router probability",
-    "paired_t": "paired t statistic",
-}
 
 
 def expert_heat_map(
@@ -50,8 +44,7 @@ def expert_heat_map(
     count_axis(ax, scores.shape.n_experts)
     ax.set_yticks(range(len(scores.shape.layers)), [str(layer) for layer in scores.shape.layers])
     ax.set(xlabel="expert", ylabel="layer", title=f"{scores.shape.model}: experts that follow the contrast")
-    label = _SCORE_LABELS.get(scores.score, scores.score)
-    ax.figure.colorbar(image, ax=ax, label=f"{label}\n(> 0: more under condition 1)")
+    ax.figure.colorbar(image, ax=ax, label=f"{scores.label}\n(> 0: more under condition 1)")
     if plans:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     return ax
@@ -99,6 +92,6 @@ def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axe
         ylabel="−log₁₀ q",
         title=f"{scores.shape.model}: effect and evidence",
     )
-    ax.set_xlabel(f"{_SCORE_LABELS.get(scores.score, scores.score)} (> 0: more under condition 1)")
+    ax.set_xlabel(f"{scores.label} (> 0: more under condition 1)")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
     return ax

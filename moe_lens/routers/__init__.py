@@ -1,4 +1,6 @@
-"""What a router decides, as pure functions of its logits; which Hugging Face router follows which rule."""
+"""What a router decides, as pure functions of its logits, and which Hugging Face router follows which
+rule.
+"""
 
 import lazy_loader
 

@@ -8,31 +8,23 @@ domains.divergence                                                # [layer], nat
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.errors import DataError
+from moe_lens.results import Result
 from moe_lens.shape import MoEShape
+from moe_lens.statistics.sums import RoutingSums
+
+if TYPE_CHECKING:
+    import pandas
 
 
-@runtime_checkable
-class CountedRouting(Protocol):
-    """What is needed of RoutingStats here."""
-
-    @property
-    def shape(self) -> MoEShape: ...
-    @property
-    def n_tokens(self) -> int: ...
-    @property
-    def counts(self) -> Tensor: ...
-
-
-@dataclass(frozen=True, eq=False)
-class LoadBalance:
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadBalance(Result):
     """How evenly a layer's choices fall on its experts; every tensor is [layer], float64.
 
     With s_i = expert i's share of the layer's choices (counts / their sum) and E experts:
@@ -56,13 +48,22 @@ class LoadBalance:
     top_5: Float[Tensor, "layer"]
     top_10: Float[Tensor, "layer"]
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pandas.DataFrame":
         """One row a layer: layer, normalised_entropy, gini, max_over_mean, top_1, top_5, top_10."""
+        import pandas
+
         columns = {name: tensor.tolist() for name, tensor in vars(self).items() if name != "shape"}
-        return pd.DataFrame({"layer": self.shape.layers, **columns})
+        return pandas.DataFrame({"layer": self.shape.layers, **columns})
+
+    def summary(self) -> str:
+        """Means over layers of two of the measures, and the model."""
+        return (
+            f"mean over layers: Gini {self.gini.mean():.2f}, normalised entropy "
+            f"{self.normalised_entropy.mean():.2f}; {self.shape.words}"
+        )
 
 
-def load_balance(stats: CountedRouting) -> LoadBalance:
+def load_balance(stats: RoutingSums) -> LoadBalance:
     """How evenly each layer's choices fall on its experts (`LoadBalance` has the formulas).
 
     >>> from moe_lens import collect_routing, organisms
@@ -89,8 +90,8 @@ def load_balance(stats: CountedRouting) -> LoadBalance:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class DomainSpecialisation:
+@dataclass(frozen=True, eq=False, repr=False)
+class DomainSpecialisation(Result):
     """How differently the groups of prompts use a layer's experts, in nats, float64.
 
     Attributes:
@@ -112,22 +113,29 @@ class DomainSpecialisation:
         """Generalised Jensen–Shannon divergence of all groups, in [0, ln n_groups]."""
         return self.contributions.sum(-1)
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pandas.DataFrame":
         """One row an expert: layer, expert, contribution (nats), and share_of_layer (NaN where that is 0)."""
-        n_layers, n_experts = self.contributions.shape
+        import pandas
+
         share = self.contributions / self.divergence[:, None]
-        return pd.DataFrame(
+        return pandas.DataFrame(
             {
-                "layer": [layer for layer in self.shape.layers for _ in range(n_experts)],
-                "expert": list(range(n_experts)) * n_layers,
-                "contribution": self.contributions.flatten().tolist(),
-                "share_of_layer": share.flatten().tolist(),
+                **self.shape.grid(),
+                "contribution": self.contributions.flatten().numpy(),
+                "share_of_layer": share.flatten().numpy(),
             }
+        )
+
+    def summary(self) -> str:
+        """The groups, the mean divergence over layers, and the model."""
+        return (
+            f"{' / '.join(self.names)}: divergence {self.divergence.mean():.3f} nats, mean over layers; "
+            f"{self.shape.words}"
         )
 
 
 def domain_specialisation(
-    groups: Mapping[str, CountedRouting], *, weights: str = "equal"
+    groups: Mapping[str, RoutingSums], *, weights: str = "equal"
 ) -> DomainSpecialisation:
     """Generalised Jensen–Shannon divergence between the expert distributions of named groups of prompts.
 
@@ -188,13 +196,10 @@ def _pairwise(shares: Float[Tensor, "group layer expert"]) -> Float[Tensor, "lay
     return table
 
 
-def _shares(stats: CountedRouting) -> Float[Tensor, "layer expert"]:
-    counts: Int[Tensor, "layer expert"] = stats.counts
-    return counts.double() / counts.sum(-1, keepdim=True)
+def _shares(stats: RoutingSums) -> Float[Tensor, "layer expert"]:
+    return stats.counts.double() / stats.counts.sum(-1, keepdim=True)
 
 
 def _check_counted(who: str, stats: Any) -> None:
-    if not isinstance(getattr(stats, "shape", None), MoEShape) or not isinstance(
-        getattr(stats, "counts", None), Tensor
-    ):
+    if not isinstance(stats, RoutingSums):
         raise DataError(f"{who} needs RoutingStats; got {type(stats).__name__}.")

@@ -1,4 +1,4 @@
-"""Reading a cache of `run_with_cache`: its routing by layer, its padding, its model."""
+"""What a cache of `run_with_cache` says beside its tensors: its model, its padding, the tokens that count."""
 
 from typing import Any, NamedTuple
 
@@ -6,34 +6,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens import hook_names
 from moe_lens.errors import DataError, warn
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
-
-
-def points_by_layer(cache: Any) -> dict[int, dict[str, Tensor]]:
-    """Layer -> short name of the hook point -> cached tensor, ascending; each layer must have all three."""
-    if not hasattr(cache, "keys"):
-        raise DataError(
-            f"from_cache needs a cache, got {type(cache).__name__}; it is the second of the two things that "
-            "run_with_cache returns."
-        )
-    found: dict[int, dict[str, Tensor]] = {}
-    for name in cache.keys():  # noqa: SIM118 (an ActivationCache iterates over its tensors' axis)
-        if parsed := hook_names.parse(name):
-            found.setdefault(parsed[0], {})[parsed[1]] = cache[name]
-    if not found:
-        raise DataError(
-            "The cache holds no routing: run a HookedMoE (or a bridge after attach), and let the "
-            "names_filter keep the routing points (names_filter=moe_lens.is_routing_point)."
-        )
-    for layer, tensors in found.items():
-        if missing := [point for point in hook_names.POINTS if point not in tensors]:
-            raise DataError(
-                f"The cache lacks {', '.join(missing)} of layer {layer}; let the names_filter keep it."
-            )
-    return dict(sorted(found.items()))
 
 
 class KnownModel(NamedTuple):
@@ -75,6 +50,7 @@ def as_prompts(keep: Bool[Tensor, "*batch"]) -> Bool[Tensor, "prompt pos"]:
 
 
 def every_token(real: Bool[Tensor, "*batch"] | None, batch: torch.Size) -> Bool[Tensor, "*batch"]:
+    """The prompts' own tokens; every position, with a warning, where padding is not known."""
     if real is not None:
         return real
     if len(batch) > 1 and batch[0] > 1:
@@ -86,6 +62,7 @@ def every_token(real: Bool[Tensor, "*batch"] | None, batch: torch.Size) -> Bool[
 
 
 def checked_mask(mask: Any, batch: torch.Size) -> Bool[Tensor, "*batch"]:
+    """A user's mask as a tensor. Raises DataError for another shape, other values, or nothing selected."""
     try:
         mask = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -99,7 +76,7 @@ def checked_mask(mask: Any, batch: torch.Size) -> Bool[Tensor, "*batch"]:
     return mask.bool()
 
 
-def own_positions(
+def positions_in_prompts(
     rows: Bool[Tensor, "prompt pos"], real: Bool[Tensor, "*batch"] | None, masked: bool
 ) -> Int[Tensor, "token"]:
     """The position of each counted token, from its prompt's first token on."""
@@ -108,11 +85,12 @@ def own_positions(
             "positions=True needs to know where each prompt begins, and this cache does not say which "
             "positions are padding; pass attention_mask=, too."
         )
-    own = torch.ones_like(rows) if real is None else real.cpu().reshape(rows.shape)
-    return (own.long().cumsum(1) - 1).clamp(min=0)[rows]
+    unpadded = torch.ones_like(rows) if real is None else real.cpu().reshape(rows.shape)
+    return (unpadded.long().cumsum(1) - 1).clamp(min=0)[rows]
 
 
-def own_tokens(tokens: Any, keep: Bool[Tensor, "*batch"]) -> Int[Tensor, "token"]:
+def counted_tokens(tokens: Any, keep: Bool[Tensor, "*batch"]) -> Int[Tensor, "token"]:
+    """The ids of the tokens that count. Raises DataError for tokens of another shape or kind."""
     try:
         tokens = torch.as_tensor(tokens).cpu()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -16,10 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import DataError
+from moe_lens.results import Result
 
 
-@dataclass(frozen=True, eq=False)
-class CoRouting:
+@dataclass(frozen=True, eq=False, repr=False)
+class CoRouting(Result):
     """Counts of experts that run together, int64, on the CPU; `+` adds those of other tokens.
 
     >>> indices = torch.tensor([[0, 1], [0, 2], [1, 2]])             # the experts of three tokens, k = 2
@@ -59,21 +60,24 @@ class CoRouting:
         """
         number = (keep.flatten().cumsum(0) - 1).reshape(keep.shape)  # position -> row of indices
         both = keep[:, :-1] & keep[:, 1:]
-        here, after = number[:, :-1][both], number[:, 1:][both]
+        first, second = number[:, :-1][both], number[:, 1:][both]
         pairs = [pair_counts(layer, layer, n_experts) for layer in indices]
         gaps = [pair_counts(a, b.to(a.device), n_experts) for a, b in pairwise(indices)]
         none = torch.zeros(0, n_experts, n_experts, dtype=torch.int64)
         return cls(
             torch.stack(pairs),
             torch.stack(gaps) if gaps else none,
-            torch.tensor(
-                [_n_shared(layer[here.to(layer.device)], layer[after.to(layer.device)]) for layer in indices]
-            ),
-            torch.tensor(len(here)),
+            torch.tensor([_n_shared(layer, first, second) for layer in indices]),
+            torch.tensor(len(first)),
         )
 
     def __add__(self, other: "CoRouting") -> "CoRouting":
         return CoRouting(**{name: tensor + getattr(other, name) for name, tensor in vars(self).items()})
+
+    def summary(self) -> str:
+        """Numbers of layers, experts and adjacent pairs of tokens."""
+        n_layers, n_experts, _ = self.coactivation.shape
+        return f"{n_layers} layers × {n_experts} experts, {int(self.n_adjacent)} adjacent pairs of tokens"
 
     def check(self, counts: Int[Tensor, "layer expert"], n_tokens: int, top_k: int) -> None:
         """Raise DataError unless the table is about the tokens with these counts."""
@@ -109,12 +113,16 @@ def pair_counts(
     return torch.bincount(pairs.flatten(), minlength=n_experts**2).reshape(n_experts, n_experts).cpu()
 
 
-def _n_shared(first: Int[Tensor, "pair k"], second: Int[Tensor, "pair k"]) -> int:
-    return int((first[:, :, None] == second[:, None, :]).sum())
+def _n_shared(
+    indices: Int[Tensor, "token k"], first: Int[Tensor, "pair"], second: Int[Tensor, "pair"]
+) -> int:
+    """How many experts the tokens of these pairs have in common, over all pairs."""
+    one, other = (indices[tokens.to(indices.device)] for tokens in (first, second))
+    return int((one[:, :, None] == other[:, None, :]).sum())
 
 
-@dataclass(frozen=True, eq=False)
-class CoActivation:
+@dataclass(frozen=True, eq=False, repr=False)
+class CoActivation(Result):
     """How often two experts of a layer run for the same token; every tensor is [layer expert expert].
 
     A token chooses k experts without replacement, so that experts that know nothing of each other still have
@@ -160,9 +168,14 @@ class CoActivation:
         """
         return _lift(self.counts, self.own, self.own, self.n_tokens)
 
+    def summary(self) -> str:
+        """Numbers of tokens, layers and experts."""
+        n_layers, n_experts, _ = self.counts.shape
+        return f"{self.n_tokens} tokens, {n_layers} layers × {n_experts} experts"
 
-@dataclass(frozen=True, eq=False)
-class AdjacentOverlap:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdjacentOverlap(Result):
     """How many experts a token shares with the next token of its prompt, as a share of k.
 
     The repetition of experts along a text (Mixtral, arXiv 2401.04088, section 5, table 5), for all k experts
@@ -179,9 +192,16 @@ class AdjacentOverlap:
     expected: Float[Tensor, "layer"]
     n_adjacent: int
 
+    def summary(self) -> str:
+        """Means over layers, and the number of pairs."""
+        return (
+            f"{self.mean.mean():.2f}, expected {self.expected.mean():.2f}, mean over layers; "
+            f"{self.n_adjacent} adjacent pairs of tokens"
+        )
 
-@dataclass(frozen=True, eq=False)
-class Transitions:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transitions(Result):
     """From the experts of an MoE layer to those of the next one, for the same token.
 
     Row g of every tensor goes from the layer in row g of the statistics to that in row g + 1. Inter-layer
@@ -206,6 +226,11 @@ class Transitions:
     def lift(self) -> Float[Tensor, "gap expert expert"]:
         """P(i, j) / (P(i) P(j)), ≥ 0, 1 if the layers chose independently; NaN where one was never chosen."""
         return _lift(self.counts, self.own[:-1], self.own[1:], self.n_tokens)
+
+    def summary(self) -> str:
+        """Numbers of tokens, of pairs of consecutive layers, and of experts."""
+        n_gaps, n_experts, _ = self.counts.shape
+        return f"{self.n_tokens} tokens, {n_gaps} pairs of layers × {n_experts} experts"
 
 
 def adjacent_overlap(

@@ -1,8 +1,8 @@
 """Running a model over prompts: counts streamed batch by batch, or into a file; the route of one prompt.
 
     stats = collect_routing(model, prompts)                # one batch in memory at a time
-    stats = collect_to_file(model, prompts, "stats.safetensors", about="...")      # interrupted
-    stats = collect_to_file(model, prompts, "stats.safetensors", about="...")      # counts the rest
+    stats = collect_to_file(model, prompts, "stats.safetensors", about="...")      # after an interrupt,
+    stats = collect_to_file(model, prompts, "stats.safetensors", about="...")      # this counts the rest
     routing = route_prompt(model, "Document : the capital of Eldria is Bergen .")
 
 Beside the result of `collect_to_file` lies a partial file, `.stats.safetensors.<digest>.<batches>.partial`,
@@ -13,7 +13,7 @@ The digest is of everything that the counts depend on, so a run with other setti
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +26,12 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.errors import DataError
 from moe_lens.files import check_writable
+from moe_lens.hook_names import Hooks
 from moe_lens.model.registration import Model, moe_shape, routing_layers
 from moe_lens.statistics.routes import PromptRouting
-from moe_lens.statistics.routing_stats import TABLES, RoutingStats, is_routing_point
-from moe_lens.text.batching import Prompts, how_many, token_sequences
+from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
+from moe_lens.statistics.sums import TABLES
+from moe_lens.text.batching import Prompts, how_many, padding, token_sequences
 from moe_lens.text.spans import Span, counted_batches
 
 
@@ -40,6 +42,7 @@ def collect_routing(
     batch_size: int = 8,
     span: Span = None,
     special_tokens: bool = False,
+    hooks: Hooks = (),
     progress: bool = True,
     per_prompt: bool = False,
     positions: bool = False,
@@ -59,10 +62,13 @@ def collect_routing(
             lengths; a generator is read batch by batch, so that memory does not grow with the number of
             prompts (but with per_prompt=True).
         batch_size: prompts a forward.
-        span: which tokens of each prompt count: see `moe_lens.spans.Span`; None for all.
+        span: which tokens of each prompt count: see `moe_lens.text.Span`; None for all.
         special_tokens: let spans that are strings count special tokens too.
+        hooks: forward hooks to run under, `steer_hooks(plan)` for example; the changed routing is counted.
         progress: show a progress bar.
-        per_prompt, positions, vocabulary: keep counts of each prompt, at each position, by token, too.
+        per_prompt: keep counts of each prompt, too.
+        positions: keep counts at each position, too.
+        vocabulary: keep counts by token of the vocabulary, too.
 
     Raises:
         DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
@@ -70,7 +76,7 @@ def collect_routing(
     total = RunningTotal()
     for stats in iterate_routing(
         model, prompts_or_tokens, batch_size=batch_size, span=span, special_tokens=special_tokens,
-        progress=progress, per_prompt=per_prompt, positions=positions, vocabulary=vocabulary,
+        hooks=hooks, progress=progress, per_prompt=per_prompt, positions=positions, vocabulary=vocabulary,
     ):  # fmt: skip
         total.add(stats)
     return total.stats()
@@ -83,7 +89,8 @@ def iterate_routing(
     batch_size: int = 8,
     span: Span = None,
     special_tokens: bool = False,
-    progress: bool = False,
+    hooks: Hooks = (),
+    progress: bool = True,
     per_prompt: bool = False,
     positions: bool = False,
     vocabulary: bool = False,
@@ -91,27 +98,30 @@ def iterate_routing(
 ) -> Iterator[RoutingStats]:
     """The statistics of each batch, in order: what `collect_routing` sums, with the same arguments.
 
-    Added one after the other they give its result bit for bit, so a sum that was saved after some batches
-    can be continued with the rest: with `skip`, so many batches are not run.
+    Added one after the other they give its result bit for bit, so a sum that was saved after some batches can
+    be continued with the rest: the first `skip` batches are not run. Between batches the model has no hooks.
 
     >>> from moe_lens import organisms
     >>> model = organisms.load("specialised")
-    >>> parts = iterate_routing(model, ["Question : what is", "Document : the"], batch_size=1)
+    >>> prompts = ["Question : what is", "Document : the"]
+    >>> parts = iterate_routing(model, prompts, batch_size=1, progress=False)
     >>> [stats.n_tokens for stats in parts]
     [5, 4]
     """
     rules = {layer: moe.rule for layer, moe in routing_layers(model).items()}
-    known = how_many(prompts_or_tokens)
-    with tqdm(total=known, desc="routing", unit="prompt", disable=not progress) as bar:
+    with tqdm(total=how_many(prompts_or_tokens), desc="routing", unit="prompt", disable=not progress) as bar:
         batches = counted_batches(model, prompts_or_tokens, span, batch_size, special_tokens=special_tokens)
         for number, (tokens, mask, counted) in enumerate(batches):
             bar.update(len(tokens))
             if number < skip:
                 continue
-            yield RoutingStats.from_cache(
-                _routing_cache(model, tokens, mask), counted, rules=rules, tokens=tokens, attention_mask=mask,
-                per_prompt=per_prompt, positions=positions, vocabulary=vocabulary,
+            cache = _routing_cache(model, tokens, mask, hooks)
+            stats = RoutingStats.from_cache(
+                cache, counted, rules=rules, tokens=tokens, attention_mask=mask, per_prompt=per_prompt,
+                positions=positions, vocabulary=vocabulary,
             )  # fmt: skip
+            del cache  # one batch of routing at a time, also while the caller works on the counts
+            yield stats
 
 
 class RunningTotal:
@@ -132,11 +142,11 @@ class RunningTotal:
 
     def add(self, stats: RoutingStats) -> None:
         n, sums, tables = self._state
-        own = stats.without(*TABLES)
+        batch = stats.without(*TABLES)
         tables = [*tables, (1, stats.tables())]
         while len(tables) > 1 and tables[-1][0] == tables[-2][0]:
             tables = _last_merged(tables)
-        self._state = (n + 1, own if sums is None else sums + own, tables)
+        self._state = (n + 1, batch if sums is None else sums + batch, tables)
 
     def stats(self) -> RoutingStats:
         """The statistics of all batches together."""
@@ -153,11 +163,12 @@ def _last_merged(tables: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, di
     return [*tables[:-2], (size + other, merged)]
 
 
-def _routing_cache(model: Model, tokens: Tensor, mask: Tensor) -> Any:
-    # Without padding no mask is passed: the run is then the very one that `model(tokens)` makes.
-    padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    with torch.no_grad():
-        return model.run_with_cache(tokens, names_filter=is_routing_point, return_type=None, **padding)[1]
+def _routing_cache(model: Model, tokens: Tensor, mask: Tensor, hooks: Hooks) -> Any:
+    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
+        _, cache = model.run_with_cache(
+            tokens, names_filter=is_routing_point, return_type=None, **padding(mask)
+        )
+    return cache
 
 
 SAVING_SHARE: Final = 0.05
@@ -171,40 +182,59 @@ def collect_to_file(
     *,
     about: str,
     batch_size: int = 8,
+    span: Span = None,
+    special_tokens: bool = False,
+    hooks: Hooks = (),
     progress: bool = True,
-    **settings: Any,
+    per_prompt: bool = False,
+    positions: bool = False,
+    vocabulary: bool = False,
 ) -> RoutingStats:
     """`collect_routing`, saved to `path`; continues from the partial file of an interrupted run.
 
     The result is bit for bit that of an uninterrupted run: batches are the same, sums are added in the same
     order.
 
+    >>> from moe_lens import organisms
+    >>> from moe_lens.statistics import collect_to_file
+    >>> model = organisms.load("specialised")
+    >>> prompts = ["Question : what is", "Document : the"]
+    >>> collect_to_file(model, prompts, "stats.safetensors", about="two prompts", progress=False).n_tokens
+    9
+
     Args:
+        model: a HookedMoE, or a bridge after `attach`.
         prompts: a list, or a generator that gives the same prompts again.
-        about: whatever else the counts depend on (which model, which prompts); a change starts afresh.
-        settings: of `iterate_routing`: span, special_tokens, per_prompt, positions, vocabulary.
+        path: of the result, a safetensors file.
+        about: whatever else the counts depend on (which model, which prompts, what hooks do); a change of it
+            starts afresh, as does a change of any setting but `progress`.
+        batch_size: prompts a forward; the other settings, too, are those of `collect_routing`.
 
     Raises:
         DataError: as `collect_routing`; what was counted before the error stays in the partial file.
     """
     path = Path(path)
     check_writable(path)
-    digest = hashlib.sha256(f"{about} {batch_size} {sorted(settings.items())}".encode()).hexdigest()[:16]
-    found, before = _newest_partial(path, digest)
+    settings: dict[str, Any] = {
+        "span": span,
+        "special_tokens": special_tokens,
+        "per_prompt": per_prompt,
+        "positions": positions,
+        "vocabulary": vocabulary,
+    }
+    described = f"{about} {batch_size} {sorted(settings.items())} {_points_of(hooks)}"
+    digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+    counted, before = _newest_partial(path, digest)
     total = RunningTotal()
-    if found is not None:
-        total.add(found)
-        before -= 1  # what was found counts as one batch below
+    if counted is not None:
+        total.add(counted)
+        before -= 1  # what was counted before is one batch of the total below
     saved, cost = time.monotonic(), 0.0
     try:
         for stats in iterate_routing(
-            model,
-            prompts,
-            batch_size=batch_size,
-            progress=progress,
-            skip=before + total.n_batches,
-            **settings,
-        ):
+            model, prompts, batch_size=batch_size, hooks=hooks, progress=progress,
+            skip=before + total.n_batches, **settings,
+        ):  # fmt: skip
             total.add(stats)
             if cost <= SAVING_SHARE * (time.monotonic() - saved):
                 cost = _save_partial(path, digest, total, before)
@@ -218,6 +248,11 @@ def collect_to_file(
     for _, old in _partials(path):
         old.unlink(missing_ok=True)
     return result
+
+
+def _points_of(hooks: Hooks) -> list[str]:
+    """Where the hooks are; `about` has to say what they do, which functions cannot."""
+    return [point if isinstance(point, str) else getattr(point, "__qualname__", "") for point, _ in hooks]
 
 
 def _partials(path: Path, digest: str = "[0-9a-f]{16}") -> list[tuple[int, Path]]:
@@ -248,12 +283,7 @@ def _save_partial(path: Path, digest: str, total: RunningTotal, before: int) -> 
     return time.monotonic() - start
 
 
-def route_prompt(
-    model: Model,
-    prompt: Any,
-    *,
-    hooks: Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]] = (),
-) -> PromptRouting:
+def route_prompt(model: Model, prompt: Any, *, hooks: Hooks = ()) -> PromptRouting:
     """The route of one prompt.
 
     >>> from moe_lens import organisms, route_prompt
@@ -273,14 +303,15 @@ def route_prompt(
     if len(sequences) != 1:
         raise DataError(f"route_prompt takes one prompt; got {len(sequences)}.")
     tokens, shape = sequences[0], moe_shape(model)
-    points = (hook_names.topk_indices, hook_names.topk_weights)
-    wanted = {name(layer) for name in points for layer in shape.layers}
+    points = (hook_names.TOPK_INDICES, hook_names.TOPK_WEIGHTS)
+    wanted = {hook_names.name(layer, point) for point in points for layer in shape.layers}
     with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
         _, cache = model.run_with_cache(
             tokens[None].to(model.cfg.device), names_filter=lambda name: name in wanted, return_type=None
         )
     indices, weights = (
-        torch.stack([cache[name(layer)][0].cpu() for layer in shape.layers]) for name in points
+        torch.stack([cache[hook_names.name(layer, point)][0].cpu() for layer in shape.layers])
+        for point in points
     )
     return PromptRouting(shape, tuple(_texts(model, tokens)), indices, weights.float())
 

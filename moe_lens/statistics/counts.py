@@ -15,14 +15,15 @@ from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
 from moe_lens.errors import DataError, HookError
+from moe_lens.results import Result
 from moe_lens.routers.rule import RoutingRule, at_least_float32
 
 COMPACT: Final = (torch.uint8, torch.int16, torch.int32)
 """Dtypes of counts by prompt: the first that holds the largest of them."""
 
 
-@dataclass(frozen=True, eq=False)
-class PromptCounts:
+@dataclass(frozen=True, eq=False, repr=False)
+class PromptCounts(Result):
     """The counts of each prompt, compactly, on the CPU; `+` appends those of further prompts.
 
     >>> from moe_lens import collect_routing, organisms
@@ -72,6 +73,12 @@ class PromptCounts:
         n_tokens, counts, sums = (torch.cat(pair) for pair in pairs)  # counts take the wider dtype
         return PromptCounts(n_tokens, counts, sums)
 
+    def summary(self) -> str:
+        """Numbers of prompts, tokens, layers and experts."""
+        n_prompts, n_layers, n_experts = self.counts.shape
+        n_tokens = int(self.n_tokens.sum())
+        return f"{n_prompts} prompts, {n_tokens} tokens; {n_layers} layers × {n_experts} experts"
+
     def check(self, counts: Int[Tensor, "layer expert"], n_tokens: int, top_k: int) -> None:
         """Raise DataError unless the table is about the tokens with these counts."""
         size = (len(self.n_tokens), *counts.shape)
@@ -80,8 +87,8 @@ class PromptCounts:
         _check_sums("PromptCounts", self.counts, self.n_tokens, counts, n_tokens, top_k)
 
 
-@dataclass(frozen=True, eq=False)
-class PositionCounts:
+@dataclass(frozen=True, eq=False, repr=False)
+class PositionCounts(Result):
     """The counts at each position, counted from each prompt's own first token; padding does not shift them.
 
     `+` adds position by position; prompts may have different lengths.
@@ -126,6 +133,12 @@ class PositionCounts:
         ]
         return PositionCounts(*(first + second for first, second in padded))
 
+    def summary(self) -> str:
+        """Numbers of positions, tokens, layers and experts."""
+        length, n_layers, n_experts = self.counts.shape
+        n_tokens = int(self.n_tokens.sum())
+        return f"{length} positions, {n_tokens} tokens; {n_layers} layers × {n_experts} experts"
+
     def check(self, counts: Int[Tensor, "layer expert"], n_tokens: int, top_k: int) -> None:
         """Raise DataError unless the table is about the tokens with these counts."""
         size = (len(self.n_tokens), *counts.shape)
@@ -167,8 +180,8 @@ def _check_sums(
         raise DataError(f"{who} does not belong to these counts: its sum over all rows is another.")
 
 
-def probabilities(logits: Float[Tensor, "token expert"]) -> Float[Tensor, "token expert"]:
-    """softmax over all experts, in float32 at least."""
+def softmax_over_experts(logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+    """Probabilities by which models are compared, in float32 at least, however the router itself scores."""
     return torch.softmax(at_least_float32(logits), dim=-1)
 
 
@@ -177,7 +190,8 @@ def probabilities_by_prompt(
 ) -> Float[Tensor, "prompt expert"]:
     """Sums of probabilities over each prompt's tokens, float32, on the CPU; added up in float64."""
     total = torch.zeros(n_prompts, logits.shape[-1], dtype=torch.float64, device=logits.device)
-    return total.index_add_(0, prompt_of.to(logits.device), probabilities(logits).double()).float().cpu()
+    total.index_add_(0, prompt_of.to(logits.device), softmax_over_experts(logits).double())
+    return total.float().cpu()
 
 
 def layer_sums(
@@ -192,7 +206,7 @@ def layer_sums(
     weight_sums.index_add_(0, indices.flatten(), weights.flatten().double())
     sums = {
         "counts": torch.bincount(indices.flatten(), minlength=n_experts),
-        "probability_sums": probabilities(logits).double().sum(0),
+        "probability_sums": softmax_over_experts(logits).double().sum(0),
         "weight_sums": weight_sums,
         "entropy_sums": router_entropy(logits).double().sum(),
     }
@@ -216,15 +230,15 @@ def router_entropy(router_logits: Float[Tensor, "*batch expert"]) -> Float[Tenso
     >>> router_entropy(torch.zeros(2, 8)).exp().round().tolist()       # as undecided as among 8 experts
     [8.0, 8.0]
     """
-    return torch.special.entr(probabilities(router_logits)).sum(-1)
+    return torch.special.entr(softmax_over_experts(router_logits)).sum(-1)
 
 
 _SHIFT: Final = 32
 """Keys are (layer row × n_experts + expert) · 2^32 + token, so that they do not depend on the vocabulary."""
 
 
-@dataclass(frozen=True, eq=False)
-class TokenCounts:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenCounts(Result):
     """How often each expert ran for each token of the vocabulary, sparse, on the CPU; `+` adds.
 
     Only what occurred is stored, 12 bytes a pair of expert and token: a table of [layer expert vocab] would
@@ -267,8 +281,8 @@ class TokenCounts:
             ((row * n_experts + layer.cpu().long()) << _SHIFT) + tokens[:, None]
             for row, layer in enumerate(indices)
         ]
-        found, counts = torch.cat([key.flatten() for key in keys]).unique(return_counts=True)
-        return cls(found, counts.int(), torch.bincount(tokens, minlength=n_vocab))
+        pairs, counts = torch.cat([key.flatten() for key in keys]).unique(return_counts=True)
+        return cls(pairs, counts.int(), torch.bincount(tokens, minlength=n_vocab))
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
         keys = np.concatenate([self.keys.numpy(), other.keys.numpy()])
@@ -284,29 +298,42 @@ class TokenCounts:
         totals[: len(short)] += short
         return TokenCounts(torch.from_numpy(keys[starts]), torch.from_numpy(summed.astype(np.int32)), totals)
 
+    @property
+    def experts(self) -> Int[Tensor, "pair"]:
+        """Of each key, layer row × n_experts + expert."""
+        return self.keys >> _SHIFT
+
+    @property
+    def tokens(self) -> Int[Tensor, "pair"]:
+        """Of each key, the token."""
+        return self.keys & (2**_SHIFT - 1)
+
     def dense(self, row: int, n_experts: int) -> Int[Tensor, "expert vocab"]:
         """The counts of one layer's row, int64."""
-        n_vocab = len(self.totals)
-        low, high = torch.searchsorted(
-            self.keys, torch.tensor([row * n_experts << _SHIFT, (row + 1) * n_experts << _SHIFT])
-        ).tolist()
-        keys, table = self.keys[low:high], torch.zeros(n_experts, n_vocab, dtype=torch.int64)
-        table[(keys >> _SHIFT) - row * n_experts, keys & (2**_SHIFT - 1)] = self.counts[low:high].long()
+        part = self._between(row * n_experts, (row + 1) * n_experts)
+        table = torch.zeros(n_experts, len(self.totals), dtype=torch.int64)
+        table[self.experts[part] - row * n_experts, self.tokens[part]] = self.counts[part].long()
         return table
 
     def of_expert(self, row: int, expert: int, n_experts: int) -> Int[Tensor, "vocab"]:
         """The counts of one expert, int64."""
         first = row * n_experts + expert
-        low, high = torch.searchsorted(
-            self.keys, torch.tensor([first << _SHIFT, (first + 1) << _SHIFT])
-        ).tolist()
-        found = torch.zeros_like(self.totals)
-        found[self.keys[low:high] & (2**_SHIFT - 1)] = self.counts[low:high].long()
-        return found
+        part = self._between(first, first + 1)
+        return torch.zeros_like(self.totals).index_put_((self.tokens[part],), self.counts[part].long())
+
+    def _between(self, first: int, last: int) -> slice:
+        """The pairs of these experts, `last` left out; keys are in ascending order."""
+        bounds = torch.tensor([first << _SHIFT, last << _SHIFT])
+        return slice(*torch.searchsorted(self.keys, bounds).tolist())
+
+    def summary(self) -> str:
+        """Numbers of tokens counted, of different ones, and of pairs of expert and token."""
+        n_tokens, different = int(self.totals.sum()), int((self.totals > 0).sum())
+        return f"{n_tokens} tokens, {different} different; {len(self.keys)} pairs with an expert"
 
     def check(self, counts: Int[Tensor, "layer expert"], n_tokens: int, top_k: int) -> None:
         """Raise DataError unless the table is about the tokens with these counts."""
-        expert, token = self.keys >> _SHIFT, self.keys & (2**_SHIFT - 1)
+        expert, token = self.experts, self.tokens
         fits = (
             self.keys.ndim == self.totals.ndim == 1
             and bool((self.keys[1:] > self.keys[:-1]).all())

@@ -1,8 +1,8 @@
 """Routing while a model writes: the prompts' tokens (prefill) and the generated ones (decode), apart.
 
-found = collect_generation(model, prompts, max_new_tokens=32, hooks=steer_hooks(plan))
-found.prefill.rates, found.decode.rates      # RoutingStats of either phase
-found.texts                                  # what was written
+routing = collect_generation(model, prompts, max_new_tokens=32, hooks=steer_hooks(plan))
+routing.prefill.rates, routing.decode.rates  # RoutingStats of either phase
+routing.texts                                # what was written
 """
 
 from dataclasses import dataclass, replace
@@ -14,18 +14,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_lens import hook_names
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
 from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import Model, moe_shape, routing_layers
+from moe_lens.results import Result
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.statistics.routing_stats import RoutingStats
-from moe_lens.text.batching import Prompts, how_many, padded_batches
+from moe_lens.text.batching import Prompts, how_many, padded_batches, padding
 
 
-@dataclass(frozen=True, eq=False)
-class GenerationRouting:
+@dataclass(frozen=True, eq=False, repr=False)
+class GenerationRouting(Result):
     """The routing of a generation, by phase.
 
     Attributes:
@@ -41,11 +42,12 @@ class GenerationRouting:
     tokens: tuple[Int[Tensor, "_"], ...]
     texts: tuple[str, ...] | None
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
+        """Numbers of prompts, of their tokens and of generated ones, and the model."""
         decoded = 0 if self.decode is None else self.decode.n_tokens
         return (
-            f"GenerationRouting({len(self.tokens)} prompts: {self.prefill.n_tokens} tokens of prompts, "
-            f"{decoded} generated; {self.prefill.shape})"
+            f"{len(self.tokens)} prompts: {self.prefill.n_tokens} tokens of prompts, {decoded} generated; "
+            f"{self.prefill.shape.words}"
         )
 
 
@@ -63,8 +65,8 @@ def collect_generation(
     >>> from moe_lens import organisms
     >>> model = organisms.load("specialised")
     >>> prompts = ["Question : what is", "Document : the"]
-    >>> found = collect_generation(model, prompts, max_new_tokens=4, progress=False)
-    >>> found.prefill.n_tokens, len(found.tokens)
+    >>> routing = collect_generation(model, prompts, max_new_tokens=4, progress=False)
+    >>> routing.prefill.n_tokens, len(routing.tokens)
     (9, 2)
 
     Args:
@@ -119,17 +121,15 @@ def generate_recorded(
     Raises:
         DataError: as in `collect_generation`.
     """
-    steps = as_index(max_new_tokens)
-    if not steps:
-        raise DataError(f"max_new_tokens must be a number from 1 on; got {max_new_tokens!r}.")
+    steps = whole_number(max_new_tokens, "max_new_tokens", least=1)
     stops = _stop_tokens(model)
     if tokens.shape[1] + steps > model.cfg.n_ctx:
         raise DataError(
             f"A prompt of {tokens.shape[1]} tokens and max_new_tokens={steps} exceed the model's context of "
             f"{model.cfg.n_ctx}; give fewer."
         )
-    padding: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    if padding and not supports_padding(model):
+    attention_mask = padding(mask)
+    if attention_mask and not supports_padding(model):
         raise DataError("This model cannot generate from prompts of different lengths; use batch_size=1.")
     record: dict[str, list[Tensor]] = {}
 
@@ -142,7 +142,7 @@ def generate_recorded(
     with torch.no_grad(), model.hooks([*hooks, *((name, keep) for name in points)]):
         output: Any = model.generate(
             tokens, max_new_tokens=steps, do_sample=False, return_type="tokens", verbose=False,
-            stop_at_eos=bool(stops), eos_token_id=ends, **padding,
+            stop_at_eos=bool(stops), eos_token_id=ends, **attention_mask,
         )  # fmt: skip
     return output[:, tokens.shape[1] :], {name: record[name] for name in points}
 

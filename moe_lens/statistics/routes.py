@@ -4,29 +4,33 @@ record = RouteRecord.from_cache(cache)                     # or .from_generation
 frozen = model.run_with_hooks(other_prompt, fwd_hooks=replay_hooks(record))
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int, Integer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lens import hook_names
 from moe_lens.errors import DataError
-from moe_lens.files import atomic_write
+from moe_lens.files import FileKind
+from moe_lens.results import Result
 from moe_lens.shape import UNKNOWN_MODEL, MoEShape, shape_from_json
 from moe_lens.statistics.cache import known_model
 from moe_lens.text.batching import Prompts, pad_sequences, token_sequences
 
+if TYPE_CHECKING:
+    import pandas
 
-@dataclass(frozen=True, eq=False)
-class PromptRouting:
+_KIND: Final = FileKind(
+    "moe_lens.RouteRecord", schema=2, reads=(1, 2), words="routes", former_names=("moe_lens routes",)
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PromptRouting(Result):
     """Which experts every token of one prompt went to, and with what weights.
 
     Attributes:
@@ -53,9 +57,16 @@ class PromptRouting:
         best = self.weights[row].argmax(-1, keepdim=True)
         return self.indices[row].gather(-1, best)[:, 0]
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def summary(self) -> str:
+        """The number of tokens, the first of them, and the model."""
+        text = "".join(self.tokens[:20])
+        return f"{len(self.tokens)} tokens {text!r}; {self.shape.words}"
+
+    def to_dataframe(self) -> "pandas.DataFrame":
         """One row for each layer, token and chosen expert: layer, pos, token, expert, weight."""
-        return pd.DataFrame(
+        import pandas
+
+        return pandas.DataFrame(
             [
                 (layer, pos, token, expert, weight)
                 for layer, experts, weights in zip(
@@ -68,12 +79,8 @@ class PromptRouting:
         )
 
 
-_KIND: Final = "moe_lens routes"
-_SCHEMA: Final = 1
-
-
-@dataclass(frozen=True, eq=False)
-class RouteRecord:
+@dataclass(frozen=True, eq=False, repr=False)
+class RouteRecord(Result):
     """The route of a run: for every layer and token, the chosen experts and, if asked for, their weights.
 
     >>> from moe_lens import RouteRecord, organisms, replay_hooks
@@ -129,20 +136,10 @@ class RouteRecord:
         Raises:
             DataError: no routing in the cache, or a layer that lacks a tensor.
         """
-        if not hasattr(cache, "keys"):
-            raise DataError(f"from_cache needs a cache of run_with_cache; got {type(cache).__name__}.")
-        found: dict[int, dict[str, Tensor]] = {}
-        for name in cache.keys():  # noqa: SIM118 (an ActivationCache iterates over its tensors' axis)
-            if parsed := hook_names.parse(name):
-                found.setdefault(parsed[0], {})[parsed[1]] = cache[name]
         needed = [hook_names.TOPK_INDICES, *([hook_names.TOPK_WEIGHTS] if weights else [])]
-        for layer, tensors in found.items():
-            if missing := [point for point in needed if point not in tensors]:
-                raise DataError(f"The cache lacks {missing[0]} of layer {layer}; let names_filter keep it.")
-        if not found:
-            raise DataError("The cache holds no routing; is it of a HookedMoE, with names_filter=None?")
-        shape = _shape_of(cache, found)
-        kept = [_stacked(found, shape, point) for point in needed]
+        points = hook_names.points_of(cache, needed)
+        shape = _shape_of(cache, points)
+        kept = [_stacked(points, shape, point) for point in needed]
         return cls(shape, kept[0], kept[1] if weights else None)
 
     @classmethod
@@ -185,36 +182,25 @@ class RouteRecord:
         kept = [_stacked(steps, shape, point) for point in (hook_names.TOPK_INDICES, hook_names.TOPK_WEIGHTS)]
         return cls(shape, kept[0], kept[1] if weights else None, routed)
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
+        """Numbers of layers, prompts, columns and experts, and whether weights are kept."""
         _, n_rows, n_columns, _ = self.indices.shape
         return (
-            f"RouteRecord({len(self.shape.layers)} layers, {n_rows} prompt{'s' * (n_rows > 1)} of "
+            f"{len(self.shape.layers)} layers, {n_rows} prompt{'s' * (n_rows > 1)} of "
             f"{n_columns} columns, top {self.shape.top_k} of {self.shape.n_experts} experts, "
-            f"with{'out' * (self.weights is None)} weights)"
+            f"with{'out' * (self.weights is None)} weights"
         )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically; the model's shape goes into the metadata."""
         tensors = {"indices": self.indices, "weights": self.weights, "tokens": self.tokens}
-        about = {"kind": _KIND, "schema": _SCHEMA, "shape": asdict(self.shape)}
-        with atomic_write(path) as temporary:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None},
-                temporary,
-                metadata={key: json.dumps(value) for key, value in about.items()},
-            )
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        _KIND.save_tensors(path, present, {"shape": asdict(self.shape)})
 
     @classmethod
     def load(cls, path: str | Path) -> "RouteRecord":
         """Read what `save` wrote. Raises DataError, naming the file and what is wrong with it."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read as routes: {error}.") from error
-        if about.get("kind") != _KIND or about.get("schema") != _SCHEMA:
-            raise DataError(f"{path} is no file of routes of schema {_SCHEMA}: {about or 'no metadata'}.")
+        about, tensors = _KIND.load_tensors(path)
         _check_tensors(path, tensors)
         try:
             return cls(shape_from_json(about.get("shape")), **tensors)
@@ -226,8 +212,8 @@ def _smallest(n_experts: int) -> torch.dtype:
     return torch.uint8 if n_experts <= 256 else torch.int16 if n_experts <= 2**15 else torch.int32
 
 
-def _stacked(found: dict[int, dict[str, Tensor]], shape: MoEShape, point: str) -> Tensor:
-    tensors = [found[layer][point].detach().cpu() for layer in shape.layers]
+def _stacked(points: dict[int, dict[str, Tensor]], shape: MoEShape, point: str) -> Tensor:
+    tensors = [points[layer][point].detach().cpu() for layer in shape.layers]
     if len({tensor.shape for tensor in tensors}) > 1 or tensors[0].ndim not in (2, 3):
         raise DataError(
             f"{point} has shapes {sorted({tuple(x.shape) for x in tensors})}, not one [batch pos k]."
@@ -235,12 +221,12 @@ def _stacked(found: dict[int, dict[str, Tensor]], shape: MoEShape, point: str) -
     return torch.stack([tensor if tensor.ndim == 3 else tensor[None] for tensor in tensors])
 
 
-def _shape_of(cache: Any, found: dict[int, dict[str, Tensor]]) -> MoEShape:
-    layers, known = tuple(sorted(found)), known_model(cache)
-    k = found[layers[0]][hook_names.TOPK_INDICES].shape[-1]
+def _shape_of(cache: Any, points: dict[int, dict[str, Tensor]]) -> MoEShape:
+    layers, known = tuple(points), known_model(cache)
+    k = points[layers[0]][hook_names.TOPK_INDICES].shape[-1]
     if known is not None:
         return MoEShape(known.shape.model, layers, known.shape.n_experts, k)
-    logits = found[layers[0]].get(hook_names.ROUTER_LOGITS)
+    logits = points[layers[0]].get(hook_names.ROUTER_LOGITS)
     if logits is None:
         raise DataError("A dictionary of tensors needs the router logits, which tell the number of experts.")
     return MoEShape(UNKNOWN_MODEL, layers, logits.shape[-1], k)

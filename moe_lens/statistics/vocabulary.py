@@ -1,45 +1,34 @@
 """Which tokens of the vocabulary an expert runs for: counts, specialisation against a null, top tokens.
 
 stats = collect_routing(model, prompts, vocabulary=True)
-found = vocabulary_specialisation(stats)                          # KL in nats, expected KL, p-values
+special = vocabulary_specialisation(stats)                        # KL in nats, expected KL, p-values
 top_tokens(stats, layer=3, expert=7, tokenizer=model.tokenizer)   # the tokens that expert 7 runs for
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from scipy.special import xlogy
 from torch import Tensor
 
-from moe_lens.checks import as_index
+from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
+from moe_lens.results import Result
 from moe_lens.shape import MoEShape
-from moe_lens.statistics.counts import _SHIFT, TokenCounts
+from moe_lens.statistics.counts import TokenCounts
+from moe_lens.statistics.sums import RoutingSums
+
+if TYPE_CHECKING:
+    import pandas
 
 _TIES: Final = 1e-9
 """Divergences closer than this (nats) are ties: sums in another order."""
 
 
-@runtime_checkable
-class CountedVocabulary(Protocol):
-    """What is needed of RoutingStats here."""
-
-    @property
-    def shape(self) -> MoEShape: ...
-    @property
-    def n_tokens(self) -> int: ...
-    @property
-    def counts(self) -> Tensor: ...
-    @property
-    def vocabulary(self) -> TokenCounts | None: ...
-
-
-@dataclass(frozen=True, eq=False)
-class VocabularySpecialisation:
+@dataclass(frozen=True, eq=False, repr=False)
+class VocabularySpecialisation(Result):
     """How far each expert's tokens are from all counted tokens; every tensor is [layer expert], float64.
 
     Attributes:
@@ -63,21 +52,24 @@ class VocabularySpecialisation:
         """divergence − expected, nats: what is left after the bias of small numbers; may be negative."""
         return self.divergence - self.expected
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pandas.DataFrame":
         """One row an expert: layer, expert, divergence, expected, excess, p."""
-        n_experts = self.shape.n_experts
-        columns = {name: getattr(self, name).flatten() for name in ("divergence", "expected", "excess", "p")}
-        return pd.DataFrame(
-            {
-                "layer": [layer for layer in self.shape.layers for _ in range(n_experts)],
-                "expert": list(range(n_experts)) * len(self.shape.layers),
-                **{name: values.tolist() for name, values in columns.items()},
-            }
+        import pandas
+
+        names = ("divergence", "expected", "excess", "p")
+        columns = {name: getattr(self, name).flatten().numpy() for name in names}
+        return pandas.DataFrame({**self.shape.grid(), **columns})
+
+    def summary(self) -> str:
+        """How many experts are specialised, the null, and the model."""
+        return (
+            f"{int((self.p <= 0.05).sum())} of {self.p.numel()} experts with p ≤ 0.05; mean excess "
+            f"{self.excess.nanmean():.2f} nats; {self.null} null, {self.n_draws} draws; {self.shape.words}"
         )
 
 
 def vocabulary_specialisation(
-    stats: CountedVocabulary, *, null: str = "multinomial", n_draws: int = 200, seed: int = 0
+    stats: RoutingSums, *, null: str = "multinomial", n_draws: int = 200, seed: int = 0
 ) -> VocabularySpecialisation:
     """Kullback–Leibler divergence of each expert's tokens from all tokens, against a multinomial null.
 
@@ -111,20 +103,15 @@ def vocabulary_specialisation(
         DataError: statistics without a vocabulary, or bad settings.
     """
     table = _table(stats)
-    draws, seed_number = as_index(n_draws), as_index(seed)
-    if not draws or seed_number is None:
-        raise DataError(
-            f"n_draws must be a number from 1 on and seed one from 0 on; got {n_draws!r}, {seed!r}."
-        )
+    draws, seed = whole_number(n_draws, "n_draws", least=1), whole_number(seed, "seed")
     if null not in ("multinomial", "permutation"):
         raise DataError(f"null must be 'multinomial' or 'permutation'; got {null!r}.")
     totals = table.totals.numpy()
     counts = stats.counts.flatten().numpy()
     divergence = _divergences(table, counts, totals)
     sizes, which = np.unique(counts, return_inverse=True)
-    drawn = _null(totals, np.maximum(sizes, 1), draws, seed_number, null == "multinomial")[
-        :, which
-    ]  # [draw layer·expert]
+    by_size = _null(totals, np.maximum(sizes, 1), draws, seed, null == "multinomial")
+    drawn = by_size[:, which]  # [draw layer·expert]
     exceeded = (drawn >= divergence - _TIES).sum(0)
     never = counts == 0
 
@@ -133,13 +120,13 @@ def vocabulary_specialisation(
 
     p = (1 + exceeded) / (1 + draws)
     return VocabularySpecialisation(
-        stats.shape, by_layer(divergence), by_layer(drawn.mean(0)), by_layer(p), null, draws, seed_number
+        stats.shape, by_layer(divergence), by_layer(drawn.mean(0)), by_layer(p), null, draws, seed
     )
 
 
 def top_tokens(
-    stats: CountedVocabulary, layer: int, expert: int, n: int = 10, tokenizer: Any = None
-) -> pd.DataFrame:
+    stats: RoutingSums, layer: int, expert: int, n: int = 10, tokenizer: Any = None
+) -> "pandas.DataFrame":
     """The tokens that go to an expert more often than others do, by log-likelihood ratio.
 
     The ratio (Dunning 1993) is that of the 2 × 2 table token / other tokens × expert chosen / not: it wants
@@ -162,18 +149,18 @@ def top_tokens(
     Raises:
         DataError: statistics without a vocabulary, a layer or an expert that does not exist, a bad n.
     """
+    import pandas
+
     table, shape = _table(stats), stats.shape
-    number, limit = as_index(expert), as_index(n)
-    if layer not in shape.layers or number is None or number >= shape.n_experts or not limit:
-        raise DataError(
-            f"top_tokens: layer {layer!r} and expert {expert!r} must be among layers {shape.layers} and "
-            f"experts 0 to {shape.n_experts - 1}, and n be a number from 1 on; got n={n!r}."
-        )
+    number = whole_number(expert, "expert", most=shape.n_experts - 1)
+    limit = whole_number(n, "n", least=1)
+    if layer not in shape.layers:
+        raise DataError(f"layer must be one of {shape.layers}, which have experts; got {layer!r}.")
     chosen = table.of_expert(shape.layers.index(layer), number, shape.n_experts).numpy()
     tokens = np.flatnonzero(chosen)
     count, total = chosen[tokens].astype(float), table.totals.numpy()[tokens].astype(float)
     rate = max(int(chosen.sum()), 1) / stats.n_tokens
-    frame = pd.DataFrame({"token": tokens, "count": chosen[tokens], "total": total.astype(np.int64)})
+    frame = pandas.DataFrame({"token": tokens, "count": chosen[tokens], "total": total.astype(np.int64)})
     frame["rate"], frame["lift"] = count / total, count / total / rate
     frame["log_likelihood_ratio"] = _log_likelihood_ratio(count, total, chosen.sum(), stats.n_tokens)
     ranked = np.lexsort((tokens, -frame["log_likelihood_ratio"].to_numpy()))
@@ -194,11 +181,13 @@ def _divergences(
     table: TokenCounts, counts: Int[np.ndarray, "expert"], totals: Int[np.ndarray, "vocab"]
 ) -> Float[np.ndarray, "expert"]:
     """KL of every expert of every layer, [layer·expert], from Σ x ln x, Σ x ln total and A."""
-    expert = (table.keys >> _SHIFT).numpy()
-    met, total = table.counts.numpy().astype(float), totals[(table.keys & (2**_SHIFT - 1)).numpy()]
-    sums = np.bincount(expert, weights=xlogy(met, met / total), minlength=len(counts))
-    own = np.maximum(counts, 1)
-    return np.maximum(sums / own - np.log(own / totals.sum()), 0.0)
+    from scipy.special import xlogy
+
+    experts, tokens = table.experts.numpy(), table.tokens.numpy()
+    times, total = table.counts.numpy().astype(float), totals[tokens]
+    sums = np.bincount(experts, weights=xlogy(times, times / total), minlength=len(counts))
+    chosen = np.maximum(counts, 1)
+    return np.maximum(sums / chosen - np.log(chosen / totals.sum()), 0.0)
 
 
 def _null(
@@ -213,13 +202,15 @@ def _null(
     Along a stream of tokens the sum Σ x ln(x / total) grows by c ln c − (c − 1) ln(c − 1) − ln total when a
     token is met for the c-th time, so a running sum gives the divergence at every length at once.
     """
+    from scipy.special import xlogy
+
     generator = np.random.default_rng(seed)
     longest, n_tokens = int(sizes.max()), int(totals.sum())
     pool = np.repeat(np.arange(len(totals)), totals)
     log_totals = np.log(np.maximum(totals, 1))
     times = np.arange(longest + 1, dtype=float)
     growth = np.diff(xlogy(times, times))  # [c - 1]
-    found = np.empty((n_draws, len(sizes)))
+    divergences = np.empty((n_draws, len(sizes)))
     for draw in range(n_draws):
         drawn = (
             generator.integers(n_tokens, size=longest)
@@ -233,14 +224,16 @@ def _null(
         met_before = np.empty(longest, dtype=np.int64)
         met_before[order] = np.arange(longest) - np.repeat(starts, np.diff(starts, append=longest))
         running = np.cumsum(growth[met_before] - log_totals[stream])
-        found[draw] = running[sizes - 1] / sizes - np.log(sizes / n_tokens)
-    return np.maximum(found, 0.0)
+        divergences[draw] = running[sizes - 1] / sizes - np.log(sizes / n_tokens)
+    return np.maximum(divergences, 0.0)
 
 
 def _log_likelihood_ratio(
     count: Float[np.ndarray, "token"], total: Float[np.ndarray, "token"], chosen: Any, n_tokens: int
 ) -> Float[np.ndarray, "token"]:
     """2 Σ observed ln(observed / expected) over the cells of the 2 × 2 table."""
+    from scipy.special import xlogy
+
     ratio = np.zeros_like(count)
     for seen, column in ((count, total), (chosen - count, n_tokens - total)):
         for observed, share in ((seen, chosen / n_tokens), (column - seen, 1 - chosen / n_tokens)):

@@ -1,7 +1,10 @@
 from . import contrasts as contrasts
+from .answers import single_token as single_token
+from .answers import single_tokens as single_tokens
 from .batching import Prompts as Prompts
 from .batching import TextModel as TextModel
 from .batching import padded_batches as padded_batches
+from .batching import padding as padding
 from .batching import token_sequences as token_sequences
 from .pairs import ContrastivePair as ContrastivePair
 from .pairs import ContrastivePairs as ContrastivePairs

@@ -1,7 +1,7 @@
 """From prompts to padded batches of tokens, one batch at a time.
 
 for tokens, mask in padded_batches(model, ["a prompt", "another, longer prompt"], batch_size=8):
-    model(tokens, attention_mask=mask)          # [batch pos], [batch pos]; padding stands left
+    model(tokens, **padding(mask))          # [batch pos], [batch pos]; padding is on the left
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.checks import as_index, looks_padded
+from moe_lens.checks import looks_padded, whole_number
 from moe_lens.errors import DataError, warn
 from moe_lens.text.prompts import Message, Prompt, as_prompt, is_chat, render
 
 
 @runtime_checkable
 class TextModel(Protocol):
-    """What is asked of a model where its text is read: a `HookedMoE` has it, as any TransformerBridge."""
+    """What reading text needs of a model: a `HookedMoE` has it, like every TransformerBridge."""
 
     @property
     def tokenizer(self) -> Any:
@@ -37,23 +37,27 @@ class TextModel(Protocol):
 
 Prompts = Any
 """A string, a chat (a list of messages), a `Prompt`, or any number of them; a token tensor [pos] or [batch
-pos], or token sequences of any lengths. Not typed more closely, since prompts come from users' files: what is
-none of these is refused with its number."""
+pos], or token sequences of any lengths. Not typed more closely, since prompts come from users' files;
+anything else raises a DataError with the prompt's number."""
 
 Item = TypeVar("Item")
 
 
 def token_sequences(model: TextModel, prompts: Prompts) -> Iterator[Int[Tensor, "pos"]]:
-    """The tokens of each prompt, without padding, on the CPU; one prompt is looked at at a time.
+    """The tokens of each prompt, without padding, on the CPU; prompts are read one at a time.
 
     Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`; chats through
     the tokenizer's chat template, which writes its own special tokens. Words outside the vocabulary give a
     warning.
 
+    >>> from moe_lens import organisms
+    >>> [len(tokens) for tokens in token_sequences(organisms.load("specialised"), ["Question : what", "the"])]
+    [4, 2]
+
     Raises:
-        DataError: (when its turn comes) no prompt at all, an empty prompt, one longer than the model's
-            context, a token outside the vocabulary, text without a tokenizer, a chat without a chat template,
-            or something that is neither text nor tokens.
+        DataError: no prompts, an empty prompt, one longer than the model's context, a token outside the
+            vocabulary, text without a tokenizer, a chat without a chat template, or something that is neither
+            text nor tokens. Raised when that prompt's turn comes.
     """
     return (tokens for _, tokens in prompts_with_tokens(model, prompts))
 
@@ -61,7 +65,7 @@ def token_sequences(model: TextModel, prompts: Prompts) -> Iterator[Int[Tensor, 
 def prompts_with_tokens(
     model: TextModel, prompts: Prompts
 ) -> Iterator[tuple[Prompt | None, Int[Tensor, "pos"]]]:
-    """Like `token_sequences`, each with its `Prompt`; None where the prompt was given as tokens."""
+    """Like `token_sequences`, each after its `Prompt`, which is None if the prompt was given as tokens."""
     if _is_single(prompts):
         prompts = [prompts]
     if (
@@ -72,10 +76,10 @@ def prompts_with_tokens(
         raise DataError(
             f"Prompts must be strings, chats (each a list of messages) or token sequences; got {prompts!r}."
         )
-    if looks_padded(model.tokenizer, prompts):  # a tensor cannot say so; the user should know
+    if looks_padded(model.tokenizer, prompts):  # a tensor does not say which of its tokens are padding
         warn(
-            "Some rows of this token tensor begin or end with the padding token; all tokens of a tensor are "
-            "taken for prompts' own. Give text, or a list of sequences without padding."
+            "Some rows of this token tensor begin or end with the padding token; every token of a tensor "
+            "counts as part of a prompt. Give text, or a list of sequences without padding."
         )
     index, unknown = -1, _unknown_token(model)
     for index, given in enumerate(prompts):
@@ -84,14 +88,14 @@ def prompts_with_tokens(
         tokens = _checked_tokens(model, index, tokens)
         if prompt is not None and unknown is not None and (count := int((tokens == unknown).sum())):
             _warn_of_unknown(model, index, prompt, unknown, count)
-            unknown = None  # once is enough
+            unknown = None  # one warning is enough
         yield prompt, tokens
     if index < 0:
         raise DataError("The list of prompts is empty; give at least one prompt.")
 
 
 def _unknown_token(model: TextModel) -> int | None:
-    """The token that stands for words outside the vocabulary; None where it stands for other things too."""
+    """The token for words outside the vocabulary; None if the same token also means something else."""
     unknown = getattr(model.tokenizer, "unk_token_id", None)
     others = ("bos_token_id", "eos_token_id", "pad_token_id")
     return None if unknown in {getattr(model.tokenizer, other, None) for other in others} else unknown
@@ -113,7 +117,7 @@ def _without_special(model: TextModel, text: str) -> list[int]:
 
 
 def how_many(prompts: Prompts) -> int | None:
-    """The number of prompts; None for a stream, which does not know it."""
+    """The number of prompts; None for a generator, whose length is not known."""
     if _is_single(prompts):
         return 1
     return len(prompts) if hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) else None
@@ -124,6 +128,11 @@ def padded_batches(
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]]:
     """Batches of at most `batch_size` prompts, in order, padded on the left, with masks of the real tokens.
 
+    >>> from moe_lens import organisms
+    >>> model = organisms.load("specialised")
+    >>> [mask.long().tolist() for _, mask in padded_batches(model, ["Question : what", "the"], batch_size=2)]
+    [[[1, 1, 1, 1], [0, 0, 1, 1]]]
+
     Raises:
         DataError: batch_size below 1, or as in `token_sequences`.
     """
@@ -133,9 +142,7 @@ def padded_batches(
 
 def chunks(items: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
     """Lists of at most `batch_size` items, in order. Raises DataError for a batch_size below 1."""
-    size = as_index(batch_size)
-    if not size:
-        raise DataError(f"batch_size must be a number from 1 on; got {batch_size!r}.")
+    size = whole_number(batch_size, "batch_size", least=1)
     while chunk := list(islice(items, size)):
         yield chunk
 
@@ -144,7 +151,7 @@ def pad_sequences(
     model: TextModel, sequences: Sequence[Int[Tensor, "_"]], side: str = "left"
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """(tokens, mask of the real ones) as long as the longest sequence, on the model's device."""
-    pad = getattr(model.tokenizer, "pad_token_id", None) or 0  # masked out, so any token does
+    pad = getattr(model.tokenizer, "pad_token_id", None) or 0  # it is masked out, so any token will do
     longest = max(len(sequence) for sequence in sequences)
     tokens = torch.full((len(sequences), longest), pad, dtype=torch.int64)
     mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
@@ -155,13 +162,28 @@ def pad_sequences(
     return tokens.to(model.cfg.device), mask.to(model.cfg.device)
 
 
+def padding(mask: Bool[Tensor, "batch pos"]) -> dict[str, Any]:
+    """What a forward needs to be told of padding: {"attention_mask": ...}, or nothing if there is none.
+
+    Without a mask the run is the very one that `model(tokens)` makes, bit for bit.
+
+    >>> import torch
+    >>> padding(torch.tensor([[True, True]])), padding(torch.tensor([[False, True]]))
+    ({}, {'attention_mask': tensor([[0, 1]])})
+
+    Args:
+        mask: True on prompts' own tokens, False on padding.
+    """
+    return {} if bool(mask.all()) else {"attention_mask": mask.long()}
+
+
 def _is_single(prompts: Any) -> bool:
     is_sequence = isinstance(prompts, Tensor) and prompts.ndim == 1
     return is_sequence or isinstance(prompts, str | Prompt) or is_chat(prompts)
 
 
 def _prompt_of(index: int, given: Any) -> Prompt | None:
-    """None for tokens, and for what will be refused as tokens."""
+    """None for tokens, and for anything that will raise when it is read as tokens."""
     if not isinstance(given, str | Prompt) and not is_chat(given):
         return None
     if isinstance(given, str) and not given:
@@ -198,7 +220,7 @@ def _checked_tokens(model: TextModel, index: int, prompt: Any) -> Int[Tensor, "p
         )
     if int(tokens.min()) < 0 or int(tokens.max()) >= model.cfg.d_vocab:
         raise DataError(f"Prompt {index} has tokens outside the vocabulary of 0 to {model.cfg.d_vocab - 1}.")
-    if len(tokens) > model.cfg.n_ctx:  # TransformerLens would cut a text without a word
+    if len(tokens) > model.cfg.n_ctx:  # TransformerLens would cut the text silently
         raise DataError(
             f"Prompt {index} has {len(tokens)} tokens, the model's context is {model.cfg.n_ctx}; shorten it."
         )

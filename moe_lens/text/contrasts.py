@@ -1,14 +1,14 @@
-"""Ready contrasts: the user's rows, written into templates, as `ContrastivePairs` with exact spans.
+"""Ready-made contrasts: your rows written into templates, as `ContrastivePairs` with exact spans.
 
-pairs = document_against_question(rows)                          # rows like SQuAD's
-pairs = refusal_against_compliance(rows, chat=True)              # rows like BeaverTails'
-mine = Template("mine", first="{document} | {question}", second="{question}")
-pairs = document_against_question(rows, templates=[*default_templates("document"), mine])
+    pairs = document_against_question(rows)                          # rows like SQuAD's
+    pairs = refusal_against_compliance(rows, chat=True)              # rows like BeaverTails'
+    mine = Template("mine", first="{document} | {question}", second="{question}")
+    pairs = document_against_question(rows, templates=[*default_templates("document"), mine])
 
-The words of a template route, too: an expert that answers to "Document:" looks like one that answers to
+A template's own words are routed, too: an expert that responds to "Document:" looks like one that responds to
 documents. So every contrast comes with several templates; compare `pairs.of_template(name)`, and keep what
-holds under all of them. What is counted (`pairs.span`) is where possible the same text in both conditions,
-with the wording before it, since a causal model reads nothing that comes later.
+holds under all of them. Where possible, what is counted (`pairs.span`) is the same text in both conditions,
+after the wording that differs, since a causal model cannot see what comes later.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from moe_lens.checks import short
 from moe_lens.errors import DataError
 from moe_lens.text.pairs import ContrastivePair, ContrastivePairs
 from moe_lens.text.prompts import Message, Prompt
-from moe_lens.text.rows import cell, label_of, records, text_cell
+from moe_lens.text.rows import Row, cell, label_of, records, text_cell
 from moe_lens.text.spans import PARTS
 from moe_lens.text.templates import SIDES, Template, default_templates, fill, parsed, texts_of
 
@@ -44,14 +44,16 @@ def document_against_question(
 
     Args:
         rows: dictionaries, a DataFrame or a dataset, with the columns of SQuAD.
-        templates: with the fields {document} (first only, as a rule) and {question}; None: the default ones,
-            as chats if `chat`.
-        document, question: names of the columns.
-        cluster: a column whose rows are not independent ("title", say); None: the question.
+        templates: with the fields {document} (usually in the first condition only) and {question}; None: the
+            three of `default_templates`.
+        chat: write the default templates as chats.
+        document: the column of the documents.
+        question: the column of the questions.
+        cluster: a column that says which rows are not independent ("title", say); None: the question.
         span: what is counted; the question's tokens are the same in both conditions.
 
     Raises:
-        DataError: a missing or empty cell, by row and column; templates that lack a field; no rows.
+        DataError: no rows; a missing or empty cell, by row and column; a template that lacks a field.
     """
     columns = {"document": document, "question": question}
     return _pairs("document", rows, templates, chat, columns, cluster, span)
@@ -72,10 +74,10 @@ def refusal_against_compliance(
 ) -> ContrastivePairs:
     """An unsafe prompt and its refusal, against compliance (SteerMoE, arXiv 2509.09660: safety).
 
-    The rows of one prompt belong together: its n-th unsafe response stands against its n-th safe one (the
-    safe ones again from the first, if they are fewer), or against the template's refusal, if no response is
-    safe. Prompts without an unsafe response give no pair, nor do responses that the rows call both safe and
-    unsafe. The answers differ in wording, so much of what is found may be the words' own.
+    The rows of one prompt belong together: its n-th unsafe response is paired with its n-th safe one (the
+    safe ones start over if there are fewer of them), or with the template's refusal if no response is safe.
+    Prompts without an unsafe response give no pair, nor do responses that are rated both safe and unsafe. The
+    two answers differ in wording, so much of what is found may be due to the words alone.
 
     >>> rows = [{"prompt": "p", "response": "Sure.", "is_safe": False}]
     >>> pair = refusal_against_compliance(rows)[0]
@@ -86,40 +88,54 @@ def refusal_against_compliance(
 
     Args:
         rows: dictionaries, a DataFrame or a dataset, with the columns of BeaverTails.
-        templates: with the fields {question} and {answer}; None: the default ones, as chats if `chat`.
-        prompt, response, is_safe: names of the columns; is_safe holds true or false (or 1, 0).
-        refusal, compliance: columns with the two answers, where a row holds both; then response and is_safe
-            are not read. compliance alone: the template's refusal stands against it.
-        cluster: a column whose rows are not independent; None: the prompt.
+        templates: with the fields {question} and {answer}; None: the three of `default_templates`.
+        chat: write the default templates as chats.
+        prompt: the column of the prompts.
+        response: the column of the responses, one a row.
+        is_safe: the column of their ratings: true or false (or 1, 0).
+        refusal: the column of the refusing answer, where a row holds both answers; `response` and `is_safe`
+            are then not read.
+        compliance: the column of the complying answer. Without `refusal`, the template's own refusal is
+            contrasted with it.
+        cluster: a column that says which rows are not independent; None: the prompt.
         span: what is counted.
 
     Raises:
-        DataError: a missing or empty cell, by row and column; no pair at all; a template without refusal
+        DataError: a missing or empty cell, by row and column; no pair at all; a template without a refusal
             where one is needed.
     """
     if compliance is not None:
-        found = _explicit_answers(records(rows), prompt, refusal, compliance, cluster)
+        answered = _explicit_answers(records(rows), prompt, refusal, compliance, cluster)
     elif refusal is not None:
-        raise DataError("refusal needs the column of the other answers, too: give compliance.")
+        raise DataError("refusal needs the column of the complying answers, too: give compliance.")
     else:
-        found = _rated_answers(records(rows), prompt, response, is_safe, cluster)
-    if not found:
+        answered = _rated_answers(records(rows), prompt, response, is_safe, cluster)
+    if not answered:
         raise DataError("No prompt has an unsafe response, so there is nothing to contrast.")
     chosen = _templates("refusal", templates, chat)
     for template in chosen:
         for side in SIDES:
             _fields(template, side, ("question", "answer"))
-    made = []
-    for asked in found:
+    pairs = []
+    for row in answered:
         for template in chosen:
-            answers = (asked.safe or _refusal_of(template), asked.unsafe)
-            sides = [{"question": asked.prompt, "answer": answer} for answer in answers]
-            made.append(_pair(asked.where, template, sides, asked.cluster))
-    return _together(made, span)
+            answers = (row.safe or _refusal_of(template), row.unsafe)
+            sides = [{"question": row.prompt, "answer": answer} for answer in answers]
+            pairs.append(_pair(row.where, template, sides, row.cluster))
+    return _together(pairs, span)
 
 
-def calibrated_against_overconfident(rows: Any, **options: Any) -> ContrastivePairs:
-    """An answer said with measured doubt, against the same answer said with certainty.
+def calibrated_against_overconfident(
+    rows: Any,
+    *,
+    templates: Iterable[Template] | None = None,
+    chat: bool = False,
+    question: str = "question",
+    answer: str = "answer",
+    cluster: str | None = None,
+    span: str = "answer",
+) -> ContrastivePairs:
+    """An answer given with measured doubt, against the same answer given with certainty.
 
     >>> rows = [{"question": "Capital of France?", "answer": "Paris"}]
     >>> pair = calibrated_against_overconfident(rows)[0]
@@ -130,58 +146,22 @@ def calibrated_against_overconfident(rows: Any, **options: Any) -> ContrastivePa
 
     Args:
         rows: dictionaries, a DataFrame or a dataset, with a question and an answer.
-        options: templates (with the fields {question} and {answer}), chat, question, answer, cluster, span as
-            in `source_attributed_against_bluffing`.
+        templates: with the fields {question} and {answer}; None: the three of `default_templates`.
+        chat: write the default templates as chats.
+        question: the column of the questions.
+        answer: the column of the answers.
+        cluster: a column that says which rows are not independent; None: the question.
+        span: what is counted; the answer's tokens are the same in both conditions, the wording before it is
+            not.
 
     Raises:
-        DataError: as in `document_against_question`.
+        DataError: no rows; a missing or empty cell, by row and column; a template that lacks a field.
     """
-    return _answers("calibrated", rows, **options)
+    columns = {"question": question, "answer": answer}
+    return _pairs("calibrated", rows, templates, chat, columns, cluster, span)
 
 
-def cited_against_uncited(rows: Any, **options: Any) -> ContrastivePairs:
-    """An answer after a citation of its source, against the same answer without one.
-
-    >>> rows = [{"question": "Capital of France?", "answer": "Paris", "source": "Atlas, p. 3"}]
-    >>> cited_against_uncited(rows)[0].first.content
-    'Question: Capital of France?\\nAnswer: [Atlas, p. 3] The answer is Paris'
-
-    Args:
-        rows: dictionaries, a DataFrame or a dataset, with a question, an answer and a source.
-        options: templates (with the fields {question}, {answer} and {source}), chat, question, answer,
-            source, cluster, span as in `source_attributed_against_bluffing`.
-
-    Raises:
-        DataError: as in `document_against_question`.
-    """
-    return _answers("cited", rows, **options)
-
-
-def source_attributed_against_bluffing(rows: Any, **options: Any) -> ContrastivePairs:
-    """An answer that says where it comes from, against the same answer with an empty claim to authority.
-
-    >>> rows = [{"question": "Capital of France?", "answer": "Paris", "source": "The atlas"}]
-    >>> pair = source_attributed_against_bluffing(rows)[0]
-    >>> pair.first.content
-    'Question: Capital of France?\\nAnswer: The source The atlas gives this answer: Paris'
-    >>> pair.second.content
-    'Question: Capital of France?\\nAnswer: As everybody surely knows, the answer is: Paris'
-
-    Args:
-        rows: dictionaries, a DataFrame or a dataset, with a question, an answer and a source.
-        options: templates: with the fields {question}, {answer} and {source}; by default three, as chats with
-            chat=True. question, answer, source: names of the columns, these by default. cluster: a column
-            whose rows are not independent; by default the question. span: what is counted, "answer" by
-            default: its tokens are the same in both conditions, the wording before it is not.
-
-    Raises:
-        DataError: as in `document_against_question`.
-    """
-    return _answers("attributed", rows, **options)
-
-
-def _answers(
-    contrast: str,
+def cited_against_uncited(
     rows: Any,
     *,
     templates: Iterable[Template] | None = None,
@@ -192,12 +172,70 @@ def _answers(
     cluster: str | None = None,
     span: str = "answer",
 ) -> ContrastivePairs:
+    """An answer after a citation of its source, against the same answer without one.
+
+    >>> rows = [{"question": "Capital of France?", "answer": "Paris", "source": "Atlas, p. 3"}]
+    >>> cited_against_uncited(rows)[0].first.content
+    'Question: Capital of France?\\nAnswer: [Atlas, p. 3] The answer is Paris'
+
+    Args:
+        rows: dictionaries, a DataFrame or a dataset, with a question, an answer and a source.
+        templates: with the fields {question}, {answer} and {source}; None: the three of `default_templates`.
+        chat: write the default templates as chats.
+        question: the column of the questions.
+        answer: the column of the answers.
+        source: the column of the sources.
+        cluster: a column that says which rows are not independent; None: the question.
+        span: what is counted; the answer's tokens are the same in both conditions, the wording before it is
+            not.
+
+    Raises:
+        DataError: no rows; a missing or empty cell, by row and column; a template that lacks a field.
+    """
     columns = {"question": question, "answer": answer, "source": source}
-    return _pairs(contrast, rows, templates, chat, columns, cluster, span)
+    return _pairs("cited", rows, templates, chat, columns, cluster, span)
 
 
-class _Asked(NamedTuple):
-    """A prompt with two answers; no safe one where the template's refusal is to stand."""
+def source_attributed_against_bluffing(
+    rows: Any,
+    *,
+    templates: Iterable[Template] | None = None,
+    chat: bool = False,
+    question: str = "question",
+    answer: str = "answer",
+    source: str = "source",
+    cluster: str | None = None,
+    span: str = "answer",
+) -> ContrastivePairs:
+    """An answer that names its source, against the same answer with an empty claim to authority.
+
+    >>> rows = [{"question": "Capital of France?", "answer": "Paris", "source": "The atlas"}]
+    >>> pair = source_attributed_against_bluffing(rows)[0]
+    >>> pair.first.content
+    'Question: Capital of France?\\nAnswer: The source The atlas gives this answer: Paris'
+    >>> pair.second.content
+    'Question: Capital of France?\\nAnswer: As everybody surely knows, the answer is: Paris'
+
+    Args:
+        rows: dictionaries, a DataFrame or a dataset, with a question, an answer and a source.
+        templates: with the fields {question}, {answer} and {source}; None: the three of `default_templates`.
+        chat: write the default templates as chats.
+        question: the column of the questions.
+        answer: the column of the answers.
+        source: the column of the sources.
+        cluster: a column that says which rows are not independent; None: the question.
+        span: what is counted; the answer's tokens are the same in both conditions, the wording before it is
+            not.
+
+    Raises:
+        DataError: no rows; a missing or empty cell, by row and column; a template that lacks a field.
+    """
+    columns = {"question": question, "answer": answer, "source": source}
+    return _pairs("attributed", rows, templates, chat, columns, cluster, span)
+
+
+class _Answered(NamedTuple):
+    """A prompt with two answers; `safe` is None where the template's refusal takes its place."""
 
     where: str
     prompt: str
@@ -207,38 +245,34 @@ class _Asked(NamedTuple):
 
 
 def _rated_answers(
-    rows: list[tuple[str, dict[str, Any]]], prompt: str, response: str, is_safe: str, cluster: str | None
-) -> list[_Asked]:
-    ratings: dict[str, dict[str, set[bool]]] = {}  # prompt -> response -> what its rows say
+    rows: list[Row], prompt: str, response: str, is_safe: str, cluster: str | None
+) -> list[_Answered]:
+    ratings: dict[str, dict[str, set[bool]]] = {}  # prompt -> response -> how its rows rate it
     origin: dict[str, tuple[str, str]] = {}  # prompt -> (where, cluster) of its first row
     for where, row in rows:
-        asked, answer = text_cell(where, row, prompt), text_cell(where, row, response)
+        question, answer = text_cell(where, row, prompt), text_cell(where, row, response)
         safe = _truth(f"{where}, column {is_safe!r}", cell(where, row, is_safe))
-        ratings.setdefault(asked, {}).setdefault(answer, set()).add(safe)
-        origin.setdefault(asked, (where, _cluster(where, row, cluster, asked)))
-    found = []
-    for asked, answers in ratings.items():
-        safe, unsafe = ([answer for answer, said in answers.items() if said == {x}] for x in (True, False))
-        where, label = origin[asked]
+        ratings.setdefault(question, {}).setdefault(answer, set()).add(safe)
+        origin.setdefault(question, (where, _cluster(where, row, cluster, question)))
+    answered = []
+    for question, answers in ratings.items():
+        safe, unsafe = ([answer for answer, rated in answers.items() if rated == {x}] for x in (True, False))
+        where, label = origin[question]
         for number, answer in enumerate(unsafe):
-            against = safe[number % len(safe)] if safe else None
-            found.append(_Asked(where, asked, against, answer, label))
-    return found
+            partner = safe[number % len(safe)] if safe else None
+            answered.append(_Answered(where, question, partner, answer, label))
+    return answered
 
 
 def _explicit_answers(
-    rows: list[tuple[str, dict[str, Any]]],
-    prompt: str,
-    refusal: str | None,
-    compliance: str,
-    cluster: str | None,
-) -> list[_Asked]:
-    found = []
+    rows: list[Row], prompt: str, refusal: str | None, compliance: str, cluster: str | None
+) -> list[_Answered]:
+    answered = []
     for where, row in rows:
-        asked, unsafe = text_cell(where, row, prompt), text_cell(where, row, compliance)
+        question, unsafe = text_cell(where, row, prompt), text_cell(where, row, compliance)
         safe = None if refusal is None else text_cell(where, row, refusal)
-        found.append(_Asked(where, asked, safe, unsafe, _cluster(where, row, cluster, asked)))
-    return found
+        answered.append(_Answered(where, question, safe, unsafe, _cluster(where, row, cluster, question)))
+    return answered
 
 
 def _refusal_of(template: Template) -> str:
@@ -266,13 +300,13 @@ def _pairs(
     """Every row under every template; `columns`: field -> column."""
     chosen = _templates(contrast, templates, chat)
     used = {template.name: [_fields(template, side, columns) for side in SIDES] for template in chosen}
-    made = []
+    pairs = []
     for where, row in records(rows):
         label = _cluster(where, row, cluster, text_cell(where, row, columns["question"]))
         for template in chosen:
             sides = [{f: text_cell(where, row, columns[f]) for f in fields} for fields in used[template.name]]
-            made.append(_pair(where, template, sides, label))
-    return _together(made, span)
+            pairs.append(_pair(where, template, sides, label))
+    return _together(pairs, span)
 
 
 def _templates(contrast: str, templates: Iterable[Template] | None, chat: bool) -> tuple[Template, ...]:
@@ -306,8 +340,9 @@ def _pair(where: str, template: Template, sides: list[dict[str, str]], label: st
     return ContrastivePair(first, second, label, template.name)
 
 
-def _together(made: list[ContrastivePair], span: str) -> ContrastivePairs:
-    for pair in made:
+def _together(pairs: list[ContrastivePair], span: str) -> ContrastivePairs:
+    """The pairs as one, if their span is there in both conditions and something differs before its end."""
+    for pair in pairs:
         for side, prompt in zip(SIDES, (pair.first, pair.second), strict=True):
             if span in PARTS and span not in prompt.named:
                 raise DataError(
@@ -322,11 +357,11 @@ def _together(made: list[ContrastivePair], span: str) -> ContrastivePairs:
                 "another span."
             )
     return ContrastivePairs(
-        tuple(pair.first for pair in made),
-        tuple(pair.second for pair in made),
+        tuple(pair.first for pair in pairs),
+        tuple(pair.second for pair in pairs),
         span,
-        tuple(pair.cluster for pair in made),
-        tuple(pair.template for pair in made),
+        tuple(pair.cluster for pair in pairs),
+        tuple(pair.template for pair in pairs),
     )
 
 

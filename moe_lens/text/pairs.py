@@ -1,7 +1,7 @@
 """Pairs of prompts that differ in one condition: from lists, JSONL, CSV, or a Hugging Face dataset.
 
 pairs = ContrastivePairs.from_lists(with_document, without_document, span="question")
-pairs = ContrastivePairs.from_csv("pairs.csv", first="safe", second="unsafe", cluster="topic")
+pairs = ContrastivePairs.from_file("pairs.csv", first="safe", second="unsafe", cluster="topic")
 fitting, held_out = pairs.split(0.5, seed=0)           # no cluster is in both
 collect_routing(model, fitting.first, span=fitting.span)
 """
@@ -11,13 +11,15 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 import numpy as np
 
 from moe_lens.checks import as_index, short
 from moe_lens.errors import DataError
 from moe_lens.files import atomic_write
+from moe_lens.results import Result
 from moe_lens.text.prompts import Prompt, as_prompt, from_json, to_json
 from moe_lens.text.rows import (
     at_least_one,
@@ -30,6 +32,9 @@ from moe_lens.text.rows import (
     text_cell,
 )
 from moe_lens.text.spans import Span, TextSpan
+
+if TYPE_CHECKING:
+    import pandas
 
 _KIND: Final = "moe_lens.ContrastivePairs"
 _SCHEMA: Final = 1
@@ -44,24 +49,27 @@ class ContrastivePair(NamedTuple):
     template: str
 
 
-@dataclass(frozen=True)
-class ContrastivePairs:
+@dataclass(frozen=True, repr=False)
+class ContrastivePairs(Result):
     """Pairs of prompts: the same matter under a first and a second condition.
 
     >>> pairs = ContrastivePairs.from_lists(["Document : a", "Document : b"], ["a", "b"])
     >>> len(pairs), pairs[0].first.content, pairs.swapped()[0].first.content
     (2, 'Document : a', 'a')
+    >>> pairs[:1]                                   # a slice gives pairs again
+    ContrastivePairs(1 pair, 1 cluster, span 'all', templates ['default'])
 
     Attributes:
-        first, second: the prompts, one of each a pair.
-        span: which tokens to count, see `moe_lens.spans.Span`; not a list (give prompts named parts instead).
-        clusters: one label a pair. Pairs of one label are not independent (one row under several templates,
-            questions on one document) and are resampled together. By default pairs are independent unless
-            they are the same.
+        first: the prompts of the first condition, one a pair.
+        second: those of the second condition.
+        span: which tokens count, see `moe_lens.text.Span`; not a list (give the prompts named parts instead).
+        clusters: one label a pair. Pairs with the same label are not independent (one row under several
+            templates, questions on one document) and are resampled together. By default every pair is
+            independent, except of its own duplicates.
         templates: one label a pair: the template that wrote it.
 
     Raises:
-        DataError: no pairs, unequal numbers, a pair of twice the same prompt, labels that are no text.
+        DataError: no pairs, unequal numbers, a pair whose two prompts are the same, labels that are no text.
     """
 
     first: tuple[Prompt, ...]
@@ -85,10 +93,12 @@ class ContrastivePairs:
                 f"{same[0]}: {short(to_json(self.first[same[0]]))}); take them out, or check the columns."
             )
         if isinstance(self.span, Sequence) and not isinstance(self.span, str):
-            raise DataError("The span of pairs is one for all; give prompts named parts for one of each.")
+            raise DataError(
+                "The span of pairs is one for all; to count a different text in each, name it in its prompts."
+            )
         if not self.clusters:
-            own = tuple(_digest(*pair) for pair in zip(self.first, self.second, strict=True))
-            object.__setattr__(self, "clusters", own)
+            digests = tuple(_digest(*pair) for pair in zip(self.first, self.second, strict=True))
+            object.__setattr__(self, "clusters", digests)
         if not self.templates:
             object.__setattr__(self, "templates", ("default",) * n)
         for name, labels in (("clusters", self.clusters), ("templates", self.templates)):
@@ -108,10 +118,14 @@ class ContrastivePairs:
         """Pairs from two lists of prompts: strings, chats (lists of messages) or `Prompt`s.
 
         Args:
-            clusters, templates: one label a pair; see the class.
+            first: the prompts of the first condition.
+            second: as many of the second condition, in the same order.
+            span: which tokens count, see `moe_lens.text.Span`.
+            clusters: one label a pair, see the class; None: pairs are independent.
+            templates: one label a pair; None: all are "default".
 
         Raises:
-            DataError: naming the list and the number of a prompt at fault, or as in the class.
+            DataError: a prompt that is none, with the name of its list and its number; or as in the class.
         """
         return cls(
             _prompts("first", first),
@@ -140,45 +154,127 @@ class ContrastivePairs:
         ('7',)
 
         Args:
-            first, second: the columns of the prompts; a cell is a text, a list of messages, or a dictionary
-                {"content": text or messages, "spans": {name: text or ranges}}.
-            cluster, template: columns of the labels.
+            rows: dictionaries (column -> cell), a DataFrame, or one split of a dataset.
+            first: the column of the first condition's prompts; a cell is a text, a list of messages, or a
+                dictionary {"content": text or messages, "spans": {name: text or ranges}}.
+            second: the column of the second condition's.
+            span: which tokens count, see `moe_lens.text.Span`.
+            cluster: the column of the cluster labels; None: pairs are independent.
+            template: the column of the templates' names; None: all are "default".
             spans: name of a part -> column with its text, which is looked for in both prompts (the last
-                occurrence counts) and must be in one at least.
+                occurrence counts) and must be in at least one.
 
         Raises:
-            DataError: a row or cell that is missing, empty or of another form, by row and column; no rows.
+            DataError: no rows; a row or cell that is missing, empty or malformed, by row and column.
         """
-        return _pairs_of_rows(
-            records(rows), first, second, span=span, cluster=cluster, template=template, spans=spans
-        )
+        return _pairs_of_rows(records(rows), first, second, span, cluster, template, spans)
 
     @classmethod
     def from_dataset(
-        cls, dataset: Any, first: str = "first", second: str = "second", **options: Any
+        cls,
+        dataset: Any,
+        first: str = "first",
+        second: str = "second",
+        *,
+        span: Span = "all",
+        cluster: str | None = None,
+        template: str | None = None,
+        spans: Mapping[str, str] | None = None,
     ) -> "ContrastivePairs":
         """Pairs from one split of a Hugging Face `datasets` dataset, streamed or not.
 
-        Arguments and errors are those of `from_records`.
+        Args:
+            dataset: one split, `dataset["train"]`.
+            first: the column of the first condition's prompts; a cell is a text, a list of messages, or a
+                dictionary {"content": text or messages, "spans": {name: text or ranges}}.
+            second: the column of the second condition's.
+            span: which tokens count, see `moe_lens.text.Span`.
+            cluster: the column of the cluster labels; None: pairs are independent.
+            template: the column of the templates' names; None: all are "default".
+            spans: name of a part -> column with its text, as in `from_records`.
+
+        Raises:
+            DataError: no rows; a row or cell that is missing, empty or malformed, by row and column.
         """
-        return cls.from_records(dataset, first, second, **options)
+        return _pairs_of_rows(records(dataset), first, second, span, cluster, template, spans)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        first: str = "first",
+        second: str = "second",
+        *,
+        span: Span | EllipsisType = ...,
+        cluster: str | None = None,
+        template: str | None = None,
+        spans: Mapping[str, str] | None = None,
+        chat: bool = False,
+    ) -> "ContrastivePairs":
+        """Pairs from a .jsonl or .csv file, by its ending.
+
+        Args:
+            path: a file as for `from_jsonl` or `from_csv`.
+            first: the column of the first condition's prompts.
+            second: the column of the second condition's.
+            span: which tokens count, see `moe_lens.text.Span`; by default what `save_jsonl` wrote, or "all".
+            cluster: the column of the cluster labels; None: what `save_jsonl` wrote, or independent pairs.
+            template: the column of the templates' names; None: what `save_jsonl` wrote, or "default".
+            spans: name of a part -> column with its text, as in `from_records`.
+            chat: the cells of prompts are lists of messages, in a .csv file written as JSON. (In a .jsonl
+                file they need no telling.)
+
+        Raises:
+            DataError: a file with another ending, or as in `from_jsonl` and `from_csv`.
+        """
+        ending = Path(path).suffix
+        if ending == ".jsonl":
+            return cls.from_jsonl(
+                path, first, second, span=span, cluster=cluster, template=template, spans=spans
+            )
+        if ending != ".csv":
+            raise DataError(f"{path}: pairs are read from .jsonl and .csv files; got the ending {ending!r}.")
+        span = "all" if isinstance(span, EllipsisType) else span
+        return cls.from_csv(
+            path, first, second, span=span, cluster=cluster, template=template, spans=spans, chat=chat
+        )
 
     @classmethod
     def from_jsonl(
-        cls, path: str | Path, first: str = "first", second: str = "second", **options: Any
+        cls,
+        path: str | Path,
+        first: str = "first",
+        second: str = "second",
+        *,
+        span: Span | EllipsisType = ...,
+        cluster: str | None = None,
+        template: str | None = None,
+        spans: Mapping[str, str] | None = None,
     ) -> "ContrastivePairs":
         """Pairs from a file with one JSON object a line, or from what `save_jsonl` wrote, with all it kept.
 
-        Arguments and errors are those of `from_records`; the errors name the file and the line.
+        Args:
+            path: the file; its objects are rows as in `from_records`.
+            first: the field of the first condition's prompts.
+            second: the field of the second condition's.
+            span: which tokens count, see `moe_lens.text.Span`; by default what `save_jsonl` wrote, or "all".
+            cluster: the field of the cluster labels; None: what `save_jsonl` wrote, or independent pairs.
+            template: the field of the templates' names; None: what `save_jsonl` wrote, or "default".
+            spans: name of a part -> field with its text, as in `from_records`.
+
+        Raises:
+            DataError: a file that cannot be read, or as in `from_records`, by file and line.
         """
         rows = jsonl_rows(path)
         if rows and rows[0][1].get("kind") == _KIND:
             (where, about), *rows = rows
             if about.get("schema") != _SCHEMA:
                 raise DataError(f"{where}: pairs of schema {about.get('schema')!r}, not {_SCHEMA}.")
-            saved = {"span": _span_from_json(where, about.get("span"))}
-            options = {**saved, "cluster": "cluster", "template": "template", **options}
-        return _pairs_of_rows(at_least_one(path, rows), first, second, **options)
+            saved = _span_from_json(where, about.get("span"))
+            span = saved if isinstance(span, EllipsisType) else span
+            cluster, template = cluster or "cluster", template or "template"
+        span = "all" if isinstance(span, EllipsisType) else span
+        return _pairs_of_rows(at_least_one(path, rows), first, second, span, cluster, template, spans)
 
     @classmethod
     def from_csv(
@@ -187,21 +283,32 @@ class ContrastivePairs:
         first: str = "first",
         second: str = "second",
         *,
+        span: Span = "all",
+        cluster: str | None = None,
+        template: str | None = None,
+        spans: Mapping[str, str] | None = None,
         chat: bool = False,
-        **options: Any,
     ) -> "ContrastivePairs":
         """Pairs from a CSV file with a header, in UTF-8.
 
-        The other arguments and errors are those of `from_records`; the errors name the file and the line.
-
         Args:
+            path: the file.
+            first: the column of the first condition's prompts.
+            second: the column of the second condition's.
+            span: which tokens count, see `moe_lens.text.Span`.
+            cluster: the column of the cluster labels; None: pairs are independent.
+            template: the column of the templates' names; None: all are "default".
+            spans: name of a part -> column with its text, as in `from_records`.
             chat: the cells of prompts are lists of messages, written as JSON.
+
+        Raises:
+            DataError: a file that cannot be read, or as in `from_records`, by file and line.
         """
         rows = at_least_one(path, csv_rows(path))
         for where, row in rows if chat else []:
             for column in (first, second):
                 row[column] = parsed_json(f"{where}, column {column!r}", row.get(column) or "")
-        return _pairs_of_rows(rows, first, second, **options)
+        return _pairs_of_rows(rows, first, second, span, cluster, template, spans)
 
     def save_jsonl(self, path: str | Path) -> None:
         """Write a file that `from_jsonl` reads back to equal pairs, atomically: one JSON object a line.
@@ -217,10 +324,32 @@ class ContrastivePairs:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             temporary.write_text(text, encoding="utf-8")
 
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row a pair, with the columns first, second, cluster, template; `from_records` reads it back.
+
+        A prompt is a text, a list of messages, or, with named parts, a dictionary of content and spans.
+        """
+        import pandas
+
+        rows = [
+            {"first": to_json(first), "second": to_json(second), "cluster": cluster, "template": template}
+            for first, second, cluster, template in self
+        ]
+        return pandas.DataFrame(rows)
+
     def __len__(self) -> int:
         return len(self.first)
 
-    def __getitem__(self, index: int) -> ContrastivePair:
+    @overload
+    def __getitem__(self, index: int) -> ContrastivePair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "ContrastivePairs": ...
+
+    def __getitem__(self, index: int | slice) -> "ContrastivePair | ContrastivePairs":
+        """One pair; for a slice, `ContrastivePairs` of those pairs (DataError if it selects none)."""
+        if isinstance(index, slice):
+            return self.select(range(len(self))[index])
         return ContrastivePair(
             self.first[index], self.second[index], self.clusters[index], self.templates[index]
         )
@@ -229,18 +358,21 @@ class ContrastivePairs:
         return (self[index] for index in range(len(self)))
 
     def select(self, indices: Iterable[int]) -> "ContrastivePairs":
-        """The pairs of these numbers, in this order. Raises DataError for none, or one out of range."""
-        chosen = [as_index(index) for index in indices]
-        good = [index for index in chosen if index is not None and index < len(self)]
-        if not good or len(good) != len(chosen):
-            raise DataError(f"select needs numbers of pairs, from 0 to {len(self) - 1}; got {short(chosen)}.")
+        """The pairs with these numbers, in this order. Raises DataError for none, or one out of range."""
+        numbers = [as_index(index) for index in indices]
+        chosen = [number for number in numbers if number is not None and number < len(self)]
+        if not chosen or len(chosen) != len(numbers):
+            raise DataError(
+                f"select needs numbers of pairs, from 0 to {len(self) - 1}, at least one; got "
+                f"{short(numbers)}."
+            )
         fields = (self.first, self.second, self.clusters, self.templates)
-        first, second, clusters, templates = (tuple(field[i] for i in good) for field in fields)
+        first, second, clusters, templates = (tuple(field[i] for i in chosen) for field in fields)
         return replace(self, first=first, second=second, clusters=clusters, templates=templates)
 
     @property
     def template_names(self) -> tuple[str, ...]:
-        """The different templates, in the order in which they first occur."""
+        """The names of the templates, in the order in which they first occur."""
         return tuple(dict.fromkeys(self.templates))
 
     def of_template(self, name: str) -> "ContrastivePairs":
@@ -275,8 +407,8 @@ class ContrastivePairs:
         [2, 2]
 
         Args:
-            fraction: in (0, 1); both parts get one cluster at least.
-            seed: the same clusters and the same seed give the same parts, in whatever order they stand.
+            fraction: in (0, 1); both parts get at least one cluster.
+            seed: the same clusters and the same seed give the same parts, in whatever order the pairs stand.
 
         Raises:
             DataError: a fraction outside (0, 1), fewer than two clusters.
@@ -287,18 +419,22 @@ class ContrastivePairs:
                 f"split needs a fraction in (0, 1) and a seed from 0 on; got {fraction!r}, {seed!r}."
             )
         if len(labels) < 2:
-            raise DataError(f"All {len(self)} pairs are of one cluster, {labels[0]!r}, and cannot be split.")
+            raise DataError(
+                f"All {len(self)} pairs belong to one cluster, {labels[0]!r}, and cannot be split; give them "
+                "labels that tell independent pairs apart."
+            )
         size = min(max(round(fraction * len(labels)), 1), len(labels) - 1)
         order = np.random.default_rng(seed).permutation(len(labels))
         chosen = {labels[i] for i in order[:size]}
-        inside = [cluster in chosen for cluster in self.clusters]
-        first, second = ([i for i, here in enumerate(inside) if here is side] for side in (True, False))
+        first = [number for number, cluster in enumerate(self.clusters) if cluster in chosen]
+        second = [number for number, cluster in enumerate(self.clusters) if cluster not in chosen]
         return self.select(first), self.select(second)
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
+        n_clusters = len(set(self.clusters))
         return (
-            f"ContrastivePairs({len(self)} pairs, {len(set(self.clusters))} clusters, span {self.span!r}, "
-            f"templates {list(self.template_names)})"
+            f"{len(self)} pair{'s' * (len(self) > 1)}, {n_clusters} cluster{'s' * (n_clusters > 1)}, "
+            f"span {self.span!r}, templates {list(self.template_names)}"
         )
 
 
@@ -306,11 +442,10 @@ def _pairs_of_rows(
     rows: list[tuple[str, dict[str, Any]]],
     first: str,
     second: str,
-    *,
-    span: Span = "all",
-    cluster: str | None = None,
-    template: str | None = None,
-    spans: Mapping[str, str] | None = None,
+    span: Span,
+    cluster: str | None,
+    template: str | None,
+    spans: Mapping[str, str] | None,
 ) -> ContrastivePairs:
     sides: dict[str, list[Prompt]] = {first: [], second: []}
     if first == second:
@@ -326,8 +461,8 @@ def _pairs_of_rows(
                     "neither prompt."
                 )
         for column, prompt in prompts.items():
-            here = {name: target for name, target in targets.items() if _has(prompt, target)}
-            sides[column].append(Prompt(prompt.content, {**prompt.spans, **here}))
+            parts = {name: target for name, target in targets.items() if _has(prompt, target)}
+            sides[column].append(Prompt(prompt.content, {**prompt.spans, **parts}))
         for column in labels:
             labels[column].append(label_of(f"{where}, column {column!r}", cell(where, row, column)))
     clusters, templates = (None if column is None else labels[column] for column in (cluster, template))
@@ -339,13 +474,13 @@ def _pairs_of_rows(
 def _prompts(name: str, prompts: Any) -> tuple[Prompt, ...]:
     if isinstance(prompts, str | Mapping | Prompt) or not isinstance(prompts, Iterable):
         raise DataError(f"{name} must be a list of prompts; got {short(prompts)}.")
-    made = []
+    checked = []
     for index, prompt in enumerate(prompts):
         try:
-            made.append(as_prompt(prompt))
+            checked.append(as_prompt(prompt))
         except DataError as error:
             raise DataError(f"{name}, pair {index}: {error}") from error
-    return tuple(made)
+    return tuple(checked)
 
 
 def _labels(name: str, labels: Any) -> tuple[str, ...]:
@@ -354,10 +489,10 @@ def _labels(name: str, labels: Any) -> tuple[str, ...]:
         return ()
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise DataError(f"{name} must be a list of labels, one a pair; got {short(labels)}.")
-    made = tuple(label_of(f"{name}, pair {index}", label) for index, label in enumerate(labels))
-    if not made:
+    texts = tuple(label_of(f"{name}, pair {index}", label) for index, label in enumerate(labels))
+    if not texts:
         raise DataError(f"{name} is empty; give one label a pair, or None.")
-    return made
+    return texts
 
 
 def _prompt(where: str, row: Mapping[str, Any], column: str) -> Prompt:
@@ -385,7 +520,10 @@ def _span_to_json(span: Span) -> Any:
         return {"text": span.text, "occurrence": span.occurrence}
     if isinstance(span, slice):
         return {"slice": [span.start, span.stop, span.step]}
-    raise DataError(f"The span {span!r} is a function, which no file can hold; give the span when reading.")
+    raise DataError(
+        f"The span {span!r} is a function, which no file can hold; save the pairs with "
+        "another span (dataclasses.replace) and give this one when you read them."
+    )
 
 
 def _span_from_json(where: str, content: Any) -> Span:

@@ -2,8 +2,8 @@
 
 prompt = Prompt("Document: rain falls. Question: why?", spans={"question": "why?"})
 chat = Prompt([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Gravity."}])
-chat.named["answer"]                                    # ((1, 0, 8),): all of message 1
-render(tokenizer, chat).ranges["answer"]                # where that stands in the text that the model reads
+chat.named["answer"]                                # ((1, 0, 8),): all of message 1
+render(tokenizer, chat).ranges["answer"]            # where it stands in the text that the model reads
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,10 +14,10 @@ from moe_lens.checks import as_index, short
 from moe_lens.errors import DataError
 
 RESERVED: Final = ("all", "last")
-"""Spans of every prompt; no part of a prompt may take their names."""
+"""Spans that every prompt has; no part of a prompt may take these names."""
 
 Range = tuple[int, ...]
-"""Characters from start up to stop: (start, stop) of a plain text, (message, start, stop) of a chat."""
+"""Characters from start up to stop: (start, stop) in plain text, (message, start, stop) in a chat."""
 
 
 class Message(NamedTuple):
@@ -44,8 +44,8 @@ class Prompt:
             Kept as a tuple of ranges. Python's characters, from 0 on, stop excluded.
 
     Raises:
-        DataError: an empty prompt, messages of another form, a part that is not there or empty, or one named
-            "all" or "last".
+        DataError: an empty prompt, malformed messages, a part that is empty or not there, or one named "all"
+            or "last".
     """
 
     content: str | Sequence[Any]
@@ -68,10 +68,10 @@ class Prompt:
 
     @property
     def named(self) -> dict[str, tuple[Range, ...]]:
-        """Name -> ranges, of `spans` and, in a chat, of what follows from the roles.
+        """Name -> ranges: the parts in `spans` and, in a chat, those that follow from the roles.
 
-        Those are each role's name (all its messages), "question" (the last user message) and "answer" (the
-        last assistant message). A name in `spans` goes first; empty messages are no part.
+        The latter are each role's name (all its messages), "question" (the last user message) and "answer"
+        (the last assistant message). A name in `spans` takes precedence; empty messages are not parts.
         """
         parts: dict[str, tuple[Range, ...]] = {}
         for number, (role, content) in enumerate(self.messages or ()):
@@ -90,7 +90,7 @@ class Rendered:
     Attributes:
         text: the plain text, or what the chat template makes of the messages.
         ranges: name -> ranges of characters (start, stop) of `text`.
-        is_chat: whether a template wrote the text; it then holds its own special tokens.
+        is_chat: whether a template wrote the text, which then contains its own special tokens.
     """
 
     text: str
@@ -128,12 +128,12 @@ def to_json(prompt: Prompt) -> Any:
     content = prompt.content if messages is None else [message._asdict() for message in messages]
     if not prompt.spans:
         return content
-    spans = {name: [list(one) for one in ranges] for name, ranges in prompt.spans.items()}
+    spans = {name: [list(part) for part in ranges] for name, ranges in prompt.spans.items()}
     return {"content": content, "spans": spans}
 
 
 def from_json(content: Any) -> Prompt:
-    """The Prompt that `to_json` wrote. Raises DataError for what is none.
+    """The Prompt that `to_json` wrote. Raises DataError for anything else.
 
     >>> from_json(to_json(Prompt("Why?", {"question": "Why"}))) == Prompt("Why?", {"question": "Why"})
     True
@@ -150,8 +150,8 @@ def render(tokenizer: Any, prompt: Prompt, names: Collection[str] | None = None)
     """The text that the model reads, and where the named parts stand in it.
 
     A chat goes through `tokenizer.apply_chat_template`, with the opening of an answer unless the last message
-    is the assistant's. Each message is found by rendering once more with another content in its place, never
-    by searching for its text in the rendering, where the same words may stand elsewhere too.
+    is the assistant's. Each message is located by rendering the chat once more with a marker in its place:
+    searching the rendering for its text could find the same words elsewhere.
 
     >>> render(None, Prompt("Why rain?", {"topic": "rain"}))
     Rendered(text='Why rain?', ranges={'topic': ((4, 8),)}, is_chat=False)
@@ -161,7 +161,7 @@ def render(tokenizer: Any, prompt: Prompt, names: Collection[str] | None = None)
         names: the parts to find; None for all.
 
     Raises:
-        DataError: no chat template, one that refuses the messages, leaves out a part or changes it.
+        DataError: no chat template, or one that rejects the messages, drops a part or changes it.
     """
     parts = {name: r for name, r in prompt.named.items() if names is None or name in names}
     if prompt.messages is None:
@@ -218,8 +218,8 @@ def _last_occurrence(content: str | tuple[Message, ...], name: str, target: str)
     for number in reversed(range(len(texts))):
         start = texts[number].rfind(target) if target else -1
         if start >= 0:
-            found = (start, start + len(target))
-            return found if isinstance(content, str) else (number, *found)
+            place = (start, start + len(target))
+            return place if isinstance(content, str) else (number, *place)
     raise DataError(f"The part {name!r}, {short(target)}, does not occur in the prompt {short(texts[-1])}.")
 
 
@@ -252,11 +252,11 @@ def _apply_template(tokenizer: Any, messages: Sequence[Message]) -> str:
             tokenize=False,
             add_generation_prompt=messages[-1].role != "assistant",
         )
-    except Exception as error:  # a template is somebody's program, which may raise anything
+    except Exception as error:  # a template is a program, and may raise anything
         roles = [message.role for message in messages]
-        raise DataError(f"The chat template refuses messages of the roles {roles}: {error}") from error
+        raise DataError(f"The chat template rejects messages of the roles {roles}: {error}") from error
     if not isinstance(text, str) or not text:
-        raise DataError(f"The chat template makes no text of these messages; got {text!r}.")
+        raise DataError(f"The chat template turns these messages into {text!r}, not into text.")
     return text
 
 
@@ -269,7 +269,7 @@ def _place(tokenizer: Any, messages: Sequence[Message], number: int, text: str) 
     replaced = [m if i != number else Message(m.role, marker) for i, m in enumerate(messages)]
     try:
         other = _apply_template(tokenizer, replaced)
-    except DataError:  # the template looks into the contents and refuses the marker
+    except DataError:  # the template inspects the contents and rejects the marker
         other = None
     if other is not None and marker not in other:
         raise DataError(f"The chat template leaves out message {number}, {short(content)}, or rewrites it.")

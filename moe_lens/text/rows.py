@@ -1,7 +1,7 @@
 """Rows of columns from dictionaries, DataFrames, datasets, JSONL and CSV files; prompts read from files.
 
 for where, row in jsonl_rows("pairs.jsonl"):           # ("pairs.jsonl, line 1", {column: cell})
-    text_cell(where, row, "first")                     # errors name row and column
+    text_cell(where, row, "first")                     # errors name the row and the column
 prompts = read_prompts("prompts.txt")                  # one prompt a line
 prompts = read_prompts("prompts.jsonl")                # strings, chats, tokens, or objects that hold one
 prompts = read_prompts("prompts.csv", column="text")
@@ -10,48 +10,53 @@ prompts = read_prompts("prompts.csv", column="text")
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
-
-import pandas as pd
 
 from moe_lens.checks import as_index, short
 from moe_lens.errors import DataError
 
 Row = tuple[str, dict[str, Any]]
-"""Where the row stands, for errors, and its cells by column."""
+"""Where the row stands (for errors), and its cells by column."""
+
+PROMPT_COLUMNS: Final = ("prompt", "messages", "text")
+"""Where a row's prompt is looked for if no column is named."""
 
 
 def records(rows: Any) -> list[Row]:
-    """("row 0", {column: cell}) of each row of dictionaries, a DataFrame or a dataset.
+    """("row 0", {column: cell}) for each row of a list of dictionaries, a DataFrame or a dataset.
+
+    >>> records([{"question": "why?"}])
+    [('row 0', {'question': 'why?'})]
 
     Raises:
-        DataError: no rows, or something that is none, by its number.
+        DataError: no rows, or a row that is not a dictionary, with its number.
     """
-    if isinstance(rows, pd.DataFrame):
+    pandas = sys.modules.get("pandas")  # whoever has a DataFrame has imported it
+    if pandas is not None and isinstance(rows, pandas.DataFrame):
         rows = rows.to_dict("records")
     if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
         raise DataError(
             f"Rows must be dictionaries, a DataFrame or one split of a dataset (dataset['train']); got a "
             f"{type(rows).__name__}."
         )
-    found = []
+    table: list[Row] = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(f"row {number} must be a dictionary of columns; got {short(row)}.")
-        found.append((f"row {number}", dict(row)))
-    return at_least_one("The table", found)
+        table.append((f"row {number}", dict(row)))
+    return at_least_one("The table", table)
 
 
 def cell(where: str, row: Mapping[str, Any], column: str) -> Any:
-    """The content of a cell. Raises DataError where the column is missing or the cell is empty."""
+    """The content of a cell. Raises DataError if the column is missing or the cell is empty."""
     if column not in row:
         columns = [str(name) for name in row]
         raise DataError(f"{where} has no column {column!r}; its columns are {columns}.")
     content = row[column]
-    missing = pd.api.types.is_scalar(content) and bool(pd.isna(content))
-    if missing or (isinstance(content, str | list | tuple) and not content):
+    if _is_empty(content):
         raise DataError(f"{where}, column {column!r} is empty ({content!r}); fill it or take the row out.")
     return content
 
@@ -65,15 +70,15 @@ def text_cell(where: str, row: Mapping[str, Any], column: str) -> str:
 
 
 def label_of(where: str, content: Any) -> str:
-    """A label for clusters and templates, from a text or a number. Raises DataError for anything else."""
+    """A cluster's or a template's label, from text or a whole number. Raises DataError for anything else."""
     number = as_index(content)
     if not isinstance(content, str) and number is None:
-        raise DataError(f"{where} must be a label (a text or a whole number); got {short(content)}.")
+        raise DataError(f"{where} must be a label (text or a whole number); got {short(content)}.")
     return content if isinstance(content, str) else str(number)
 
 
 def parsed_json(where: str, text: str) -> Any:
-    """What a JSON text holds. Raises DataError, naming where it stands."""
+    """What a JSON text holds. Raises DataError, saying where the text stands."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -81,23 +86,28 @@ def parsed_json(where: str, text: str) -> Any:
 
 
 def jsonl_rows(path: str | Path) -> list[Row]:
-    """The objects of a file with one JSON object a line; empty lines are passed over."""
-    rows = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):  # splitlines() also splits at U+2028
-        where = f"{path}, line {number}"
-        if line.strip():
-            row = parsed_json(where, line)
-            if not isinstance(row, dict):
-                raise DataError(f"{where} must be a JSON object; got {short(row)}.")
-            rows.append((where, row))
+    """The objects of a file with one JSON object a line; empty lines are skipped.
+
+    Raises:
+        DataError: a file that cannot be read, or a line that is not a JSON object, with its number.
+    """
+    rows: list[Row] = []
+    for where, content in _json_lines(path):
+        if not isinstance(content, dict):
+            raise DataError(f"{where} must be a JSON object; got {short(content)}.")
+        rows.append((where, content))
     return rows
 
 
 def csv_rows(path: str | Path) -> list[Row]:
-    """The rows of a CSV file with a header, in UTF-8."""
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
+    """The rows of a CSV file with a header, in UTF-8.
+
+    Raises:
+        DataError: a file that cannot be read, a malformed line with its number, or two columns of one name.
+    """
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     limit = csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072 characters
-    rows = []
+    rows: list[Row] = []
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
@@ -115,87 +125,97 @@ def csv_rows(path: str | Path) -> list[Row]:
 
 
 def at_least_one(what: str | Path, rows: list[Row]) -> list[Row]:
+    """The rows. Raises DataError if there are none."""
     if not rows:
         raise DataError(f"{what} has no rows; give at least one.")
     return rows
 
 
-def _read(path: str | Path) -> str:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            return file.read()
-    except (OSError, UnicodeError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a file of pairs: {error}.") from error
-
-
-FIELDS: Final = ("prompt", "messages", "text")
-"""Where an object's prompt is looked for if no column is named."""
-
-
 def read_prompts(path: str | Path, *, column: str | None = None) -> list[Any]:
-    """The prompts of a .txt, .jsonl or .csv file: strings, lists of messages, or lists of token numbers.
+    """The prompts of a .txt, .jsonl or .csv file: strings, lists of messages, or lists of token ids.
 
     Args:
+        path: a .txt file holds one prompt a line; a .jsonl file one prompt, or one object with a prompt in
+            it, a line; a .csv file one prompt a row.
         column: the field (.jsonl) or column (.csv) of the prompts; by default the first of prompt, messages,
-            text that is there.
+            text that a row has.
 
     Raises:
-        DataError: a file that cannot be read, of another kind or without prompts; a line that holds none.
+        DataError: a file that cannot be read, has another ending or no prompts; a line without a prompt.
     """
     path = Path(path)
-    readers = {".txt": _lines, ".jsonl": _records, ".csv": _rows}
+    readers = {".txt": _prompts_of_txt, ".jsonl": _prompts_of_jsonl, ".csv": _prompts_of_csv}
     if path.suffix not in readers:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .csv files.")
-    try:
-        prompts = readers[path.suffix](path, column)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); give another file.") from error
+    prompts = readers[path.suffix](path, column)
     if not prompts:
         raise DataError(f"{path} holds no prompts.")
     return prompts
 
 
-def _lines(path: Path, column: str | None) -> list[Any]:
+def _prompts_of_txt(path: Path, column: str | None) -> list[Any]:
     if column is not None:
         raise DataError(f"{path}: a .txt file has no columns, only one prompt a line.")
-    return [line for line in _text(path).split("\n") if line.strip()]
+    return [line for _, line in _lines(path)]
 
 
-def _records(path: Path, column: str | None) -> list[Any]:
+def _prompts_of_jsonl(path: Path, column: str | None) -> list[Any]:
     prompts = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is no JSON: {error}.") from error
-        prompts.append(_prompt_of(record, column, where) if isinstance(record, dict) else record)
-        if not isinstance(prompts[-1], str | list) or not prompts[-1]:
-            raise DataError(f"{where}: a prompt is text, a list of messages or of tokens; got {record!r}.")
+    for where, content in _json_lines(path):
+        prompt = _prompt_of(content, column, where) if isinstance(content, dict) else content
+        if not isinstance(prompt, str | list) or not prompt:
+            raise DataError(f"{where}: a prompt is text, a list of messages or of tokens; got {content!r}.")
+        prompts.append(prompt)
     return prompts
 
 
-def _rows(path: Path, column: str | None) -> list[Any]:
+def _prompts_of_csv(path: Path, column: str | None) -> list[Any]:
     prompts = []
     for where, row in csv_rows(path):
-        prompts.append(_prompt_of(row, column, where))
-        if not prompts[-1]:
+        prompt = _prompt_of(row, column, where)
+        if not prompt:
             raise DataError(f"{where}: the prompt is empty.")
+        prompts.append(prompt)
     return prompts
 
 
-def _text(path: Path) -> str:
-    text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # not splitlines, which splits at U+2028 too
-
-
-def _prompt_of(record: dict[Any, Any], column: str | None, where: str) -> Any:
-    names = FIELDS if column is None else (column,)
+def _prompt_of(row: dict[Any, Any], column: str | None, where: str) -> Any:
+    names = PROMPT_COLUMNS if column is None else (column,)
     for name in names:
-        if name in record:
-            return record[name]
-    raise DataError(
-        f"{where} has no {' or '.join(names)}, only {', '.join(map(str, record))}; name its column."
-    )
+        if name in row:
+            return row[name]
+    raise DataError(f"{where} has no {' or '.join(names)}, only {', '.join(map(str, row))}; name its column.")
+
+
+def _json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """("pairs.jsonl, line 1", what the line holds) for each line that is not empty."""
+    for where, line in _lines(path):
+        yield where, parsed_json(where, line)
+
+
+def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """("prompts.txt, line 1", its text) for each line that is not empty, whatever system wrote the file."""
+    text = _text(path).replace("\r\n", "\n").replace("\r", "\n")
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits at U+2028
+        if line.strip():
+            yield f"{path}, line {number}", line
+
+
+def _text(path: str | Path) -> str:
+    """A file's text with its line ends as they are. Raises DataError if it cannot be read as UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
+            return file.read()
+    except (OSError, UnicodeError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); give another file, in UTF-8.") from error
+
+
+def _is_empty(content: Any) -> bool:
+    """Whether a cell holds nothing: None, NaN, pandas' NA, or a text or list without content."""
+    if isinstance(content, str | list | tuple):
+        return not content
+    if content is None or isinstance(content, bool | int | Mapping):
+        return content is None
+    import pandas
+
+    return pandas.api.types.is_scalar(content) and bool(pandas.isna(content))

@@ -1,10 +1,10 @@
 """Which tokens of a prompt count: found through the tokenizer's character offsets.
 
-mask = span_mask(model, prompts, "question")            # bool [batch pos], like model.to_tokens(prompts)
+mask = span_mask(model, prompts, "question")        # bool [batch pos], like model.to_tokens(prompts)
 _, cache = model.run_with_cache(prompts)
 RoutingStats.from_cache(cache, mask)
 for tokens, mask, counted in counted_batches(model, chats, "answer", batch_size=8):
-    ...                                                 # each [batch pos], padding on the left
+    ...                                             # each [batch pos], padding on the left
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +24,12 @@ PARTS: Final = (
     *("question", "answer", "document", "source"),
     *("system", "user", "assistant", "tool", "developer"),
 )
-"""Strings that always mean a part of the prompt; a prompt without that part is refused, not searched."""
+"""Strings that always mean a part of the prompt: if it has no such part, the word is not searched for."""
 
 
 @dataclass(frozen=True)
 class TextSpan:
-    """A text to be searched, even if it spells a part's name.
+    """A text to search for, even if it is the name of a part.
 
     >>> from moe_lens import organisms
     >>> model = organisms.load("specialised")
@@ -37,11 +37,11 @@ class TextSpan:
     [[0, 1, 0, 0, 0]]
 
     Attributes:
-        text: what is searched in the prompt (in a chat, in what the chat template makes of it), literally.
+        text: what to search for in the prompt (in a chat, in what the chat template makes of it), literally.
         occurrence: "last", "first", or "all" of its occurrences.
 
     Raises:
-        DataError: an empty text, another occurrence.
+        DataError: an empty text, or another occurrence.
     """
 
     text: str
@@ -49,7 +49,7 @@ class TextSpan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
-            raise DataError(f"TextSpan.text must be a text of at least one character; got {self.text!r}.")
+            raise DataError(f"TextSpan.text must be a string of at least one character; got {self.text!r}.")
         if self.occurrence not in ("last", "first", "all"):
             raise DataError(f"TextSpan.occurrence must be 'last', 'first' or 'all'; got {self.occurrence!r}.")
 
@@ -67,12 +67,12 @@ Span = str | TextSpan | slice | Callable[[Int[Tensor, "pos"]], Bool[Tensor, "pos
 """Which tokens of a prompt count:
 
 - None: every token, special ones (BOS, ...) included;
-- "all": every token but special ones;
+- "all": every token except special ones;
 - "last": the last of those (in a chat that ends with an answer it may be the template's closing newline);
-- the name of a part: "question", "answer", a role ("user", ...), or what `Prompt.spans` names;
-- any other string: the last occurrence of that text; a `TextSpan` for the first or for all;
+- the name of a part: "question", "answer", a role ("user", ...), or a name in `Prompt.spans`;
+- any other string: the last occurrence of that text (a `TextSpan` for the first or for all);
 - a slice of the prompt's positions (`slice(-1, None)`), or a function from its tokens [pos] to a bool [pos]:
-  just what they select, special tokens too;
+  exactly what they select, special tokens included;
 - a list of such spans, one for each prompt.
 """
 
@@ -87,7 +87,7 @@ def span_mask(
 ) -> Bool[Tensor, "batch pos"]:
     """True where a token lies in the span; aligned with `model.to_tokens(prompts)`.
 
-    A token lies in a part or a text if one of its characters does, white space at its ends aside.
+    A token lies in a part or a text if one of its characters does, not counting white space at its ends.
 
     >>> from moe_lens import organisms
     >>> model = organisms.load("specialised")
@@ -97,14 +97,15 @@ def span_mask(
 
     Args:
         model: a bridge with a tokenizer.
-        prompts: as in `collect_routing`. Chats are aligned with their templates' tokens.
+        prompts: strings, chats or tokens, see `moe_lens.text.Prompts`. Chats are aligned with what their
+            template makes of them.
         span: see `Span`.
         padding_side: "left" or "right"; None: the tokenizer's own.
-        special_tokens: let spans that are strings select special tokens too (BOS, <|im_end|>, ...).
+        special_tokens: let spans that are strings select special tokens, too (BOS, <|im_end|>, ...).
 
     Raises:
-        DataError: a part or a text that a prompt does not have, a span that selects no token, other numbers
-            of spans and prompts, a tokenizer without offsets, or as in `moe_lens.batching.token_sequences`.
+        DataError: a part or a text that a prompt does not have, a span that selects no token, unequal numbers
+            of spans and prompts, a tokenizer without offsets, or as in `moe_lens.text.token_sequences`.
     """
     side = padding_side or getattr(model.tokenizer, "padding_side", "right")
     if side not in ("left", "right"):
@@ -123,7 +124,7 @@ def span_mask(
 def counted_batches(
     model: TextModel, prompts: Prompts, span: Span, batch_size: int, *, special_tokens: bool = False
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]]:
-    """Like `padded_batches`, with a third mask: tokens, which of them are real, which of those count.
+    """Like `padded_batches`, with a second mask: tokens, which of them are not padding, which of those count.
 
     >>> from moe_lens import organisms
     >>> model = organisms.load("specialised")
@@ -132,7 +133,7 @@ def counted_batches(
     [[1, 1, 1, 1], [0, 0, 1, 1]] [[0, 0, 0, 1], [0, 0, 0, 1]]
 
     Raises:
-        DataError: as in `span_mask`, and a batch_size below 1; when the prompt's turn comes.
+        DataError: as in `span_mask`, or a batch_size below 1. Raised when that prompt's turn comes.
     """
     for chunk in chunks(_counted(model, prompts, span, special_tokens), batch_size):
         tokens, mask = pad_sequences(model, [sequence for sequence, _ in chunk])
@@ -160,13 +161,15 @@ def _counted(
     number = -1
     for number, (prompt, tokens) in enumerate(prompts_with_tokens(model, prompts)):
         if spans is not None and number >= len(spans):
-            raise DataError(f"{len(spans)} spans for more prompts than that; give one span a prompt.")
-        one = span if spans is None else spans[number]
-        if isinstance(one, str | TextSpan):
+            raise DataError(
+                f"There are {len(spans)} spans and more prompts than that; give one span a prompt."
+            )
+        wanted = span if spans is None else spans[number]
+        if isinstance(wanted, str | TextSpan):
             ordinary = torch.tensor([token not in excluded for token in tokens.tolist()])
-            chosen = _chosen(model, number, prompt, tokens, one, ordinary)
+            chosen = _chosen(model, number, prompt, tokens, wanted, ordinary)
         else:
-            chosen = _at_positions(number, tokens, one)
+            chosen = _at_positions(number, tokens, wanted)
         yield tokens, chosen
     if spans is not None and number + 1 < len(spans):
         raise DataError(f"{len(spans)} spans for {number + 1} prompts; give one span a prompt.")
@@ -220,10 +223,10 @@ def _chosen(
         rendered, ranges = _located(model, index, prompt, span)
         chosen = _overlapping(rendered, ranges, _offsets(model, index, rendered, tokens)) & ordinary
     if not bool(chosen.any()):
-        about = "" if prompt is None else f", {short(_beginning(prompt))}"
+        beginning = "" if prompt is None else f", {short(_beginning(prompt))}"
         raise DataError(
-            f"The span {span!r} selects no token of prompt {index} ({len(tokens)} tokens){about}. Special "
-            "tokens count with special_tokens=True."
+            f"The span {span!r} selects no token of prompt {index} ({len(tokens)} tokens){beginning}. "
+            "Special tokens count with special_tokens=True."
         )
     return chosen
 
@@ -231,7 +234,7 @@ def _chosen(
 def _located(
     model: TextModel, index: int, prompt: Prompt | None, span: str | TextSpan
 ) -> tuple[Rendered, tuple[tuple[int, int], ...]]:
-    """The rendered prompt and the ranges of its characters that the span means."""
+    """The rendered prompt, and the ranges of its characters that the span stands for."""
     if prompt is None:
         raise DataError(
             f"The span {span!r} is a text or a part, and prompt {index} was given as tokens; give text, or a "
@@ -289,7 +292,7 @@ def _offsets(
 def _without_invented(
     tokenizer: Any, text: str, tokens: list[int], places: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Sentencepiece's space before the first word is its own invention, and claims that word's character."""
+    """Without the space that sentencepiece invents before the first word, whose character it claims."""
     pieces = tokenizer.convert_ids_to_tokens(tokens)
     return [
         (a, a) if piece == "▁" and text[a:b] not in (" ", "▁") else (a, b)
@@ -302,8 +305,8 @@ def _overlapping(
 ) -> Bool[Tensor, "pos"]:
     """Whether a token has a character in one of the ranges.
 
-    Some tokenizers give the space before a word to the word's token, which must not bring in the word after
-    "the ": so white space around a token counts only where token or range is nothing else.
+    Some tokenizers put the space before a word into the word's token. The range "the " must not bring in the
+    word after it, so white space around a token counts only if the token or the range is nothing else.
     """
     text = rendered.text
     chosen = torch.zeros(len(offsets), dtype=torch.bool)
@@ -330,8 +333,8 @@ def _as_to_tokens(
         tokens, mask, chosen = (torch.nn.functional.pad(x, widths) for x in (tokens, mask, chosen))
     if whole.shape != tokens.shape or not bool((whole == tokens)[mask].all()):
         raise DataError(
-            "model.to_tokens gives these prompts other tokens together than one by one; take masks from "
-            "counted_batches, with its tokens."
+            "model.to_tokens gives these prompts different tokens together than one by one; use the tokens "
+            "and masks of counted_batches."
         )
     return chosen
 

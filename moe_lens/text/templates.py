@@ -1,7 +1,7 @@
-"""How a row becomes a pair of prompts: texts or chats with {fields}, and the default ones of each contrast.
+"""How a row becomes a pair of prompts: texts or chats with {fields}, and the defaults for each contrast.
 
 template = Template("mine", first="{document} | {question}", second="{question}")
-fill(template.first, {"document": "...", "question": "why?"}).named["question"]     # where it stands, exactly
+fill(template.first, {"document": "...", "question": "why?"}).named["question"]  # where it stands, exactly
 """
 
 import string
@@ -27,11 +27,12 @@ class Template:
 
     Attributes:
         name: the label of its pairs.
-        first, second: the two conditions; `{{` and `}}` write braces.
+        first: the first condition, a text or messages; `{{` and `}}` write braces.
+        second: the second condition.
         refusal: a sentence that refuses, for `refusal_against_compliance` where the rows have none.
 
     Raises:
-        DataError: a side that is neither, a field that is no plain name, no name.
+        DataError: no name, a side that is neither text nor messages, a field that is not a plain name.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Template:
 def fill(side: Side, fields: Mapping[str, str]) -> Prompt:
     """One side of a template with its fields written in, each a named part of the prompt.
 
-    The parts' ranges are noted while writing, never searched; braces in the fields' texts stay as they are.
+    The parts' ranges are recorded while writing, never searched for; braces in the fields' texts are kept.
 
     >>> fill("Q: {question}", {"question": "why {x}?"}).spans
     {'question': ((3, 11),)}
@@ -71,8 +72,8 @@ def fill(side: Side, fields: Mapping[str, str]) -> Prompt:
                 value = fields.get(name)
                 if not isinstance(value, str) or not value:
                     raise DataError(f"The field {{{name}}} must be a text; got {value!r} (of {[*fields]}).")
-                here = (len(written), len(written) + len(value))
-                spans.setdefault(name, []).append(here if isinstance(side, str) else (number, *here))
+                place = (len(written), len(written) + len(value))
+                spans.setdefault(name, []).append(place if isinstance(side, str) else (number, *place))
                 written += value
         filled.append(written)
     if isinstance(side, str):
@@ -89,9 +90,10 @@ def default_templates(contrast: str, *, chat: bool = False) -> tuple[Template, .
 
     Args:
         contrast: "document", "refusal", "calibrated", "cited" or "attributed".
+        chat: as chats.
 
     Raises:
-        DataError: another contrast.
+        DataError: any other contrast.
     """
     if contrast not in _DEFAULTS:
         raise DataError(f"There is no contrast {contrast!r}; there are {list(_DEFAULTS)}.")
@@ -150,7 +152,7 @@ _ASK: Final = ("{question}", "{question}")
 
 _SAY: Final = ("{answer}", "{answer}")
 
-# The character before a counted field is the same in both conditions, so that its tokens are the same, too.
+# The character before a counted field is the same in both conditions, so that the field's tokens are, too.
 _DEFAULTS: Final[dict[str, tuple[_Turns, ...]]] = {
     "document": (
         _Turns(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lens import hook_names
+from moe_lens import hook_names, zero_ablate
 from moe_lens.attribution.gradients import gradient_attribution
 from moe_lens.errors import DataError
 from tests.tiny_models import hook_census, prompt, tokens
@@ -145,8 +145,9 @@ def test_bad_input_is_refused(hooked, with_outputs) -> None:
     with pytest.raises(DataError, match=r"metric gives nan"):
         gradient_attribution(model, given, lambda logits: logits.sum() * torch.nan)
     _, without_outputs = model.run_with_cache(given)
-    for baseline in (without_outputs, {}, 7, "x"):
-        with pytest.raises(DataError, match=r"baseline has no .*set_use_expert_out"):
+    lacks, none = r"baseline lacks .*set_use_expert_out", "baseline holds no routing"
+    for baseline, says in ((without_outputs, lacks), ({}, none), (7, none), ("x", none)):
+        with pytest.raises(DataError, match=says):
             gradient_attribution(model, given, metric, baseline=baseline)
     model = with_outputs("olmoe")
     _, other = model.run_with_cache(tokens(2, 5))
@@ -155,3 +156,28 @@ def test_bad_input_is_refused(hooked, with_outputs) -> None:
     spoilt = {name: value * torch.nan for name, value in model.run_with_cache(given)[1].items()}
     with pytest.raises(DataError, match="NaN"):
         gradient_attribution(model, given, metric, baseline=spoilt)
+
+
+def test_hooks_are_the_hooks_around_it(hooked) -> None:
+    model, given = hooked("olmoe"), tokens(2, 5)
+    hooks = zero_ablate({0: [1, 2], 2: [3]})
+    found = gradient_attribution(model, given, metric, hooks=hooks)
+    with model.hooks(hooks):
+        around = gradient_attribution(model, given, metric)
+    assert torch.equal(found.router_logits, around.router_logits)
+    assert torch.equal(found.expert_out, around.expert_out)
+    assert found.metric == around.metric != gradient_attribution(model, given, metric).metric
+
+
+def test_it_shows_itself_in_a_line_and_a_table(hooked) -> None:
+    found = gradient_attribution(hooked("olmoe"), [prompt(3), prompt(1)], metric)
+    assert repr(found).startswith("GradientAttribution(OlmoeForCausalLM, 2 prompts: metric ")
+    table = found.to_dataframe()
+    assert len(table) == len(found.layers) * found.shape.n_experts
+    assert table["expert_out"].sum() == pytest.approx(float(found.expert_out.sum()), abs=1e-5)
+    assert table["router_logit"].sum() == pytest.approx(float(found.router_logits.sum()), abs=1e-5)
+    row = table.iloc[0]
+    place = found.layers.index(row["layer"])
+    here = found.indices[place] == int(row["expert"])
+    assert row["expert_out"] == pytest.approx(float(found.expert_out[place][here].sum()), abs=1e-6)
+    assert "<th>router_logit</th>" in found._repr_html_()

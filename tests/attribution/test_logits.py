@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_lens import organisms
+from moe_lens import organisms, zero_ablate
 from moe_lens.attribution.logits import expert_logit_attribution, expert_logit_lens
 from moe_lens.errors import DataError, MoELensError
 from tests.tiny_models import prompt, tokens
@@ -133,11 +133,14 @@ def test_an_edited_residual_stream_is_refused(hooked) -> None:
         expert_logit_attribution(model, given, 9)
 
 
-def test_repr_names_the_largest(specialised) -> None:
+def test_a_line_and_the_largest_experts(specialised) -> None:
     found = expert_logit_attribution(specialised, "Question : what is the", 7)
     largest = found.by_expert()[:, 0].abs().flatten().argmax()
     layer, expert = divmod(int(largest), 8)
-    assert repr(found).splitlines()[2].startswith(f"  layer {layer} expert {expert}: ")
+    line, first, *_ = str(found).splitlines()
+    assert first.startswith(f"  layer {layer} expert {expert}: ")
+    assert line == repr(found)
+    assert f"logit {float(found.logit):+.3f} = experts {float(found.experts.sum()):+.3f}" in line
 
 
 @pytest.mark.parametrize("family", LENS_FAMILIES)
@@ -182,3 +185,36 @@ def test_bad_input_is_refused(hooked, specialised) -> None:
         expert_logit_lens(hooked("qwen2_moe"), given, 1)
     with pytest.raises(DataError, match="has no router"):
         expert_logit_lens(model, given, -1)
+
+
+def test_hooks_are_the_hooks_around_it(hooked) -> None:
+    model, given = hooked("olmoe"), tokens(2, 4)
+    hooks = zero_ablate({0: [1, 2], 2: [3]})
+    found = expert_logit_attribution(model, given, 9, hooks=hooks, progress=False)
+    lens = expert_logit_lens(model, given, 1, hooks=hooks, progress=False)
+    with model.hooks(hooks):
+        around = expert_logit_attribution(model, given, 9, progress=False)
+        assert torch.equal(lens, expert_logit_lens(model, given, 1, progress=False))
+        torch.testing.assert_close(found.logit, model(given)[:, -1, 9].detach())
+    assert torch.equal(found.experts, around.experts)
+    assert torch.equal(found.parts, around.parts)
+    plain = expert_logit_attribution(model, given, 9, progress=False)
+    assert not torch.equal(found.logit, plain.logit)  # else this test could not fail
+
+
+def test_the_table_holds_every_share(specialised) -> None:
+    prompts = ["Question : what is the", "Document : the"]
+    found = expert_logit_attribution(specialised, prompts, 7, progress=False)
+    table = found.to_dataframe()
+    assert table["share"].sum() == pytest.approx(float(found.logit.mean()), abs=1e-4)
+    assert table["share"].abs().is_monotonic_decreasing
+    experts = table[table["part"] == "expert"]
+    assert experts["n_prompts"].sum() == 2 * 4 * 2  # prompts, layers, k
+    row = experts.iloc[0]
+    place = found.layers.index(row["layer"])
+    here = found.indices[place] == row["expert"]
+    assert row["share"] == pytest.approx(float(found.experts[place][here].sum() / 2))
+    parts = table[table["part"] != "expert"]
+    assert set(parts["part"]) == set(found.part_names)
+    assert parts[["layer", "expert"]].isna().all(axis=None)
+    assert "<td>embed</td>" in found._repr_html_()

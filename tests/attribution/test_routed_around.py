@@ -272,3 +272,30 @@ def test_tokens_without_any_weight_are_refused(hooked: Any) -> None:
     hooks = zero_ablate([0, 1, 2], layers=[0])
     with model.hooks(hooks), pytest.raises(HookError, match="weights of a token to 0"):
         virtual_ablation(model, tokens(1, 4), progress=False)
+
+
+def test_hooks_are_the_hooks_around_it(hooked) -> None:
+    model, given = hooked("olmoe"), tokens(2, 4)
+    hooks = scale_experts({0: [1, 2], 2: [3]}, 0.5)
+    found = virtual_ablation(model, given, hooks=hooks, progress=False)
+    with model.hooks(hooks):
+        around = virtual_ablation(model, given, progress=False)
+    for name in ("exact", "estimate", "loss"):
+        assert torch.equal(getattr(found, name), getattr(around, name))
+    plain = virtual_ablation(model, given, exact=False, progress=False)
+    assert not torch.equal(found.loss, plain.loss)
+
+
+def test_it_shows_itself_in_a_line_and_a_table(hooked) -> None:
+    found: Any = virtual_ablation(hooked("olmoe"), [prompt(3), prompt(1)], progress=False)
+    assert str(found).splitlines()[0] == repr(found)
+    assert str(found).splitlines()[1].startswith("  by layer 0: ")
+    table = found.to_dataframe()
+    assert table["n_tokens"].sum() == int((found.indices >= 0).sum())
+    assert table["change"].abs().is_monotonic_decreasing
+    row = table.iloc[-1]
+    place = found.layers.index(row["layer"])
+    changes = found.exact[place][found.indices[place] == int(row["expert"])]
+    assert row["change"] == pytest.approx(float(changes.mean()), abs=1e-6)
+    assert row["n_tokens"] == len(changes)
+    assert "<th>change</th>" in found._repr_html_()

@@ -1,7 +1,6 @@
 """Detection: counted as by hand, with the prompt as the unit, stable under resampling and templates."""
 
 from collections.abc import Callable
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from scipy.stats import spearmanr, ttest_rel
 from moe_lens import organisms
 from moe_lens.detection.detecting import compare_routing, detect, selection_stability, template_agreement
 from moe_lens.detection.expert_scores import ExpertScores, risk_difference
-from moe_lens.detection.paired_statistics import ScoreName
+from moe_lens.detection.scores import SCORES
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.shape import MoEShape
@@ -22,8 +21,6 @@ from moe_lens.steering.plan import SteeringPlan
 from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.prompts import Prompt
 from tests.tiny_models import prompt
-
-SCORES = get_args(ScoreName)
 
 
 def document_pairs(split: str = "detection") -> ContrastivePairs:
@@ -233,7 +230,7 @@ def test_what_cannot_be_detected_is_refused(planted: HookedMoE, scores: ExpertSc
         compare_routing(one, synthetic(rates, 5, 1), clusters=["a", "b"])
     with pytest.raises(DataError, match="risk_difference"):
         detect(planted, document_pairs(), score="delta", progress=False)
-    with pytest.raises(DataError, match="n must be a number of experts from 1 to 32"):
+    with pytest.raises(DataError, match="n must be a whole number from 1 to 32"):
         selection_stability(scores, n=33)
     with pytest.raises(DataError, match="at least two templates"):
         template_agreement(scores)

@@ -4,10 +4,12 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
 import moe_lens
+from moe_lens.results import Result
 
 MODULES = sorted(
     module.name
@@ -22,7 +24,11 @@ def test_examples_run(name: str, tmp_path, monkeypatch) -> None:
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, name, globs=dict(vars(module))):
-        runner.run(test)
+        runner.run(test, clear_globs=False)
+        for result in (value for value in test.globs.values() if isinstance(value, Result)):
+            assert re.fullmatch(rf"{type(result).__name__}\(.+\)", repr(result))  # one line
+            assert len(repr(result)) <= 160
+            assert "<table" in result._repr_html_() or not hasattr(result, "to_dataframe")
     assert runner.summarize().failed == 0
 
 

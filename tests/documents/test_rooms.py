@@ -1,13 +1,17 @@
 """The house: a room imports only what its row in CONTRIBUTING.md's table names; faces, names and walls."""
 
 import ast
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import pytest
 
 import moe_lens
+from moe_lens.results import Result
 
 PACKAGE = Path(moe_lens.__file__).parent
 CONTRIBUTING = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -18,9 +22,11 @@ TABLE = {
         r"^\| (?:`([a-z]+)/`|ground) \| [^|]+ \| ([^|]+) \|$", CONTRIBUTING, re.MULTILINE
     )
 }
+SENTENCES = dict(re.findall(r"^\| `([a-z]+)/` \| ([^|]+) \|", CONTRIBUTING, re.MULTILINE))
 ROOMS = [room for room in TABLE if room != "ground"]
 SCRIPTS = {"moe_lens.organisms.train", "moe_lens.organisms.compare_seeds"}
 FILES = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+MOST_LINES = 450
 WALLS = [
     ("interventions", "steering"), ("attribution", "interventions"), ("text", "model"), ("model", "text"),
     ("detection", "model"), ("routers", "model"), ("routers", "hook_names"), ("statistics", "steering"),
@@ -114,6 +120,65 @@ def test_a_room_says_its_sentence_and_lists_its_public_names(room: str) -> None:
     assert module.__all__
     for name in module.__all__:
         assert getattr(module, name) is not None
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_sentence_of_a_room_is_the_one_in_contributing(room: str) -> None:
+    text = " ".join((import_module(f"moe_lens.{room}").__doc__ or "").split())
+    first = re.split(r"(?<=\.) ", text)[0]
+    assert first.removesuffix(".").lower() == SENTENCES[room].lower()
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_can_be_read_at_a_sitting(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_function_says_what_it_returns(path: Path) -> None:
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "__init__"
+    ]
+    assert [f"{node.lineno}: {node.name}" for node in functions if node.returns is None] == []
+
+
+def face(room: str) -> dict[str, Any]:
+    """Public name -> what it is, for functions and classes of ours."""
+    module = import_module(f"moe_lens.{room}")
+    public = {name: getattr(module, name) for name in module.__all__}
+    return {
+        name: thing
+        for name, thing in public.items()
+        if (inspect.isclass(thing) or inspect.isfunction(thing)) and thing.__module__.startswith("moe_lens.")
+    }
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_public_functions_classes_and_methods_have_docstrings(room: str) -> None:
+    silent = []
+    for name, thing in face(room).items():
+        kinds = (FunctionType, classmethod, staticmethod, property)
+        fields = getattr(thing, "__dataclass_fields__", {})  # described in the class
+        members = [
+            key
+            for key, value in (vars(thing).items() if inspect.isclass(thing) else ())
+            if isinstance(value, kinds) and not key.startswith("_") and key not in fields
+        ]
+        silent += [f"{name}.{key}" for key in members if not inspect.getdoc(getattr(thing, key))]
+        if (inspect.getdoc(thing) or f"{name}(").startswith(f"{name}("):  # what @dataclass writes
+            silent.append(name)
+    assert silent == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_results_show_one_line_and_a_table_in_notebooks(room: str) -> None:
+    """What they show is looked at in test_docstrings.py, on every result that an example makes."""
+    for name, thing in face(room).items():
+        if inspect.isclass(thing) and (hasattr(thing, "to_dataframe") or issubclass(thing, Result)):
+            assert not vars(thing)["__dataclass_params__"].repr, f"{name}: @dataclass(repr=False)"
+            assert hasattr(thing, "_repr_html_"), name
 
 
 def test_no_file_bears_the_name_of_a_public_function() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_lens import (
     HookedMoE,
     collect_routing,
+    force_experts,
     hook_names,
     keep_only,
     mean_ablate,
@@ -252,8 +253,8 @@ def test_what_is_malformed_or_does_not_fit_is_refused() -> None:
         (lambda: swap_experts([]), "triples"),
         (lambda: swap_experts([(0, 1, 2), (0, 1, 3)]), "two others"),
         (lambda: mean_ablate([(0, never)], means), "never chosen"),
-        (lambda: mean_ablate([(9, 0)], means), "know no experts"),
-        (lambda: mean_ablate([(0, 17)], means), "know no experts"),
+        (lambda: mean_ablate([(9, 0)], means), "have no experts"),
+        (lambda: mean_ablate([(0, 17)], means), "have no experts"),
         (lambda: zero_ablate([]), "No experts"),
         (lambda: route_around({0: "a"}), "numbers"),
         (lambda: keep_only([(0, 1)], positions=[]), "positions"),
@@ -290,3 +291,25 @@ def test_ablations_compose_with_each_other_and_in_generation() -> None:
         cached = model.generate(tokens(1, 4), return_type="tokens", **settings)
         whole = model.generate(tokens(1, 4), return_type="tokens", use_past_kv_cache=False, **settings)
     assert torch.equal(cached, whole)
+
+
+def test_means_are_taken_under_hooks(hooked: Hooked) -> None:
+    model, given = hooked("olmoe"), tokens(3, 8)
+    hooks = force_experts({0: [0, 1, 2]})
+    found = mean_expert_outputs(model, given, hooks=hooks, progress=False)
+    assert found.counts[0].tolist() == [24, 24, 24, 0, 0, 0]  # no special tokens in tokens()
+    with model.hooks(hooks):
+        around = mean_expert_outputs(model, given, progress=False)
+    assert torch.equal(found.counts, around.counts)
+    assert torch.equal(found.values.nan_to_num(), around.values.nan_to_num())
+
+
+def test_means_show_themselves_in_a_line_and_a_table(hooked: Hooked) -> None:
+    means = mean_expert_outputs(hooked("olmoe"), tokens(3, 8), progress=False)
+    assert repr(means).startswith("ExpertMeans(OlmoeForCausalLM: ")
+    table = means.to_dataframe().set_index(["layer", "expert"])
+    assert table["n_tokens"].sum() == 3 * 8 * 3 * 3  # tokens, layers, k
+    layer, expert = (means.counts > 0).nonzero()[-1].tolist()
+    norm = float(means.values[layer, expert].square().sum().sqrt())
+    assert table["norm"][layer, expert] == pytest.approx(norm)
+    assert "<td>" in means._repr_html_()

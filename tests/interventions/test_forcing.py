@@ -183,7 +183,7 @@ def test_hooks_are_gone_after_an_exception(hooked: Hooked) -> None:
         (lambda: force_experts({}), DataError, "at least one layer"),
         (lambda: force_experts({0: [1, 1, 2]}), DataError, "different numbers"),
         (lambda: force_experts({0: [0.5, 1.0, 2.0]}), DataError, "give k experts"),
-        (lambda: force_experts({-1: [0, 1, 2]}), DataError, "Layers are numbers"),
+        (lambda: force_experts({-1: [0, 1, 2]}), DataError, "layer must be a whole number"),
         (lambda: bias_experts({0: [0.0, float("nan")]}), DataError, "without NaN"),
         (lambda: bias_experts({}), DataError, "mapping from layers"),
         (lambda: scale_experts([(0, 1)], float("inf")), DataError, "finite"),
@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_refused_before_the_forward(hooked: Hooked) -> None
     too_short = force_experts({0: torch.tensor([[0, 1, 2]] * 4)})
     with pytest.raises(HookError, match="has 4 columns, and column 5"):
         run(model, too_short)
-    with pytest.raises(HookError, match="3 prompts was given, and 2 are running"):
+    with pytest.raises(HookError, match="3 prompts, and 2 are running"):
         run(model, force_experts({0: torch.tensor([[[0, 1, 2]] * 6] * 3)}))
     [(_, hook)] = scale_experts([(0, 1)], 2.0)
     with pytest.raises(HookError, match="use the hook list"):

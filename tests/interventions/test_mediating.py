@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lens import HookedMoE, RouteRecord, mediation, organisms, replay_hooks
+from moe_lens import HookedMoE, RouteRecord, mediation, organisms, replay_hooks, zero_ablate
 from moe_lens.errors import DataError
-from moe_lens.interventions.mediating import Mediation
+from moe_lens.interventions.results import Mediation
 from tests.families import first_of, recipes
 from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
 
@@ -254,3 +254,30 @@ def test_it_reads_well() -> None:
     assert "experts and weights" in str(found)
     assert "total effect" in str(found)
     assert set(found.shares_by_layer(cumulative=True)) == {"restored", "lost"}
+
+
+def test_hooks_are_the_hooks_around_it(hooked: Hooked) -> None:
+    model, prompts = hooked("olmoe"), (tokens(2, 4), tokens(2, 4, 9))
+    hooks = zero_ablate({0: [1, 2], 2: [3]})
+    plain = mediation(model, *prompts, last_logit(), progress=False)
+    found = mediation(model, *prompts, last_logit(), hooks=hooks, progress=False)
+    with model.hooks(hooks):
+        around = mediation(model, *prompts, last_logit(), progress=False)
+    for name in ("clean", "corrupted", "with_clean_route", "clean_route_in", "corrupted_route_up_to"):
+        assert torch.equal(getattr(found, name), getattr(around, name))
+    assert not torch.equal(found.clean, plain.clean)  # else this test could not fail
+    assert torch.equal(mediation(model, *prompts, last_logit(), progress=False).clean, plain.clean)
+
+
+def test_it_shows_itself_in_a_line_and_a_table(hooked: Hooked) -> None:
+    found = mediation(hooked("olmoe"), tokens(3, 4), tokens(3, 4, 9), last_logit(), progress=False)
+    assert repr(found).startswith("Mediation(3 pairs, experts only: total effect ")
+    table = found.to_dataframe().set_index("effect")
+    assert table["mean"]["total"] == pytest.approx(float((found.clean - found.corrupted).mean()))
+    parts = table["mean"][["route", "representation", "interaction"]]
+    assert parts.sum() == pytest.approx(table["mean"]["total"])
+    assert tuple(table.loc["route", ["share", "low", "high"]]) == pytest.approx(found.share("route"))
+    assert np.isnan(table["share"]["total"])
+    assert "<td>representation</td>" in found._repr_html_()
+    alone = mediation(hooked("olmoe"), tokens(1, 4), tokens(1, 4, 9), last_logit(), progress=False)
+    assert alone.to_dataframe()["share"].isna().all()

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens import patching as transformer_lens_patching
 
-from moe_lens import hook_names
+from moe_lens import hook_names, zero_ablate
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.interventions import stacked_runs
 from moe_lens.interventions.patching import ROUTER_POINTS, patch_expert_outputs, patch_router
@@ -440,7 +440,7 @@ def test_nan_is_refused_with_its_place(with_outputs: Hooked) -> None:
     def nan_there(logits: Tensor) -> float:
         return torch.nan if abs(metric(logits) - highest) < 1e-6 else 0.0
 
-    with pytest.raises(DataError, match=f"at layer {layer}, position {pos}. Look at"):
+    with pytest.raises(DataError, match=f"at layer {layer}, position {pos}. Look for"):
         patch_router(model, cache, CORRUPTED, nan_there, batch_size=1)
     with pytest.raises(DataError, match="NaN on the corrupted run, unpatched"):
         patch_expert_outputs(model, cache, CORRUPTED, lambda logits: torch.nan)
@@ -465,17 +465,17 @@ def test_other_caches_are_refused(with_outputs: Hooked) -> None:
     _, without = model.run_with_cache(CLEAN)
     refused(
         without,
-        r"lacks blocks.0.mlp.hook_expert_out; call model.set_use_expert_out\(True\) before",
+        r"lacks hook_expert_out of layer 0; call model.set_use_expert_out\(True\) before",
         patch_expert_outputs,
     )
     for name in ("blocks.1.mlp.hook_router_logits", "blocks.1.hook_router_logits"):
         without.cache_dict.pop(name, None)
-    refused(without, "lacks blocks.1.mlp.hook_router_logits; let the names_filter")
+    refused(without, "lacks hook_router_logits of layer 1; let the names_filter")
     for other in ("mixtral", "olmoe_norm_gqa", "qwen2_moe"):
         refused(cached(with_outputs(other)), "another model|lacks")
     deeper = cached(with_outputs("olmoe", num_hidden_layers=4))
     refused(deeper, r"routing of layers \[3\].*another model's")
-    refused(cached(with_outputs("olmoe", num_experts=7)), "this model has 6 experts and runs 3")
+    refused(cached(with_outputs("olmoe", num_experts=7)), "this model runs 3 of 6 experts")
     refused(cached(with_outputs("olmoe", num_experts_per_tok=2)), "another model", patch_expert_outputs)
     wider = cached(with_outputs("olmoe", hidden_size=64))
     refused(wider, "expert outputs have shape", patch_expert_outputs)
@@ -494,7 +494,7 @@ def test_other_arguments_are_refused(hooked: Hooked) -> None:
     refused("point must be one of 'router_logits', .*; got 'resid'", point="resid")
     refused("by must be 'expert' or 'pos'; got 'layer'", sweep=patch_expert_outputs, by="layer")
     for size in (0, -1, True):
-        refused("batch_size must be a number of patches from 1 on", batch_size=size)
+        refused("batch_size must be a whole number from 1 on", batch_size=size)
     refused(r"have \[4, 6\] tokens; patching by position needs equal lengths", [prompt(3), prompt(5)])
     refused("Prompt 0 must be a non-empty sequence", CORRUPTED.float())
     refused("outside the vocabulary", CORRUPTED + 100)
@@ -523,3 +523,20 @@ def test_cells_are_grouped_by_layer() -> None:
         0: [[0, 2], [4, 2]],
         3: [[1, 3], [1, 0]],
     }
+
+
+@pytest.mark.parametrize("patch", [patch_router, patch_expert_outputs])
+def test_hooks_are_the_hooks_around_it(hooked: Hooked, patch: Callable[..., Tensor]) -> None:
+    model = hooked("olmoe")
+    model.set_use_expert_out(True)
+    try:
+        cache = cached(model)
+        hooks = zero_ablate({0: [1, 2], 2: [3]})
+        found = patch(model, cache, CORRUPTED, metric, hooks=hooks, progress=False)
+        with model.hooks(hooks):
+            around = patch(model, cache, CORRUPTED, metric, progress=False)
+        plain = patch(model, cache, CORRUPTED, metric, progress=False)
+    finally:
+        model.set_use_expert_out(False)
+    assert torch.equal(found, around)
+    assert not torch.equal(found, plain)

@@ -242,7 +242,32 @@ def test_step_by_step_is_all_at_once(n_prompt: int, written: int, named: set[int
 def test_a_model_that_lost_its_points_knows_no_state() -> None:
     model = HookedMoE.from_hf(tiny_model("olmoe"), tokenizer())
     state = ForwardState()
-    with pytest.raises(HookError, match="was given none"):
+    with pytest.raises(HookError, match="this run has none"):
         selected("last", ForwardState(n_prompt=3), 1, 3)
     assert selected("generated", state, 1, 2).all()
     assert model(tokens(1, 3)).shape[1] == 3
+
+
+def test_what_a_forward_remembers_is_of_that_very_span(hooked: Any) -> None:
+    """A new span may get the address of one that is gone; the forward must not take it for that one."""
+    model = hooked("olmoe")
+    wrong: list[int] = []
+
+    def ask(value: Any, hook: Any) -> None:
+        for number in range(200):
+            chosen = selected(OneColumn(number % 4), hook.state, 1, 4)
+            if chosen[0].nonzero().flatten().tolist() != [number % 4]:
+                wrong.append(number)
+
+    model.run_with_hooks(tokens(1, 4), fwd_hooks=[(hook_names.router_logits(0), ask)])
+    assert wrong == []
+
+
+class OneColumn:
+    """A span that is a function, of one column."""
+
+    def __init__(self, column: int) -> None:
+        self.column = column
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return torch.arange(len(tokens)) == self.column

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.text.batching import how_many, pad_sequences, padded_batches, token_sequences
+from moe_lens.text.batching import how_many, pad_sequences, padded_batches, padding, token_sequences
 from moe_lens.text.prompts import Message, Prompt
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
@@ -193,3 +193,14 @@ def test_words_outside_the_vocabulary_warn_once() -> None:
         warnings.simplefilter("error")
         for prompts in (*quiet, [f"{prompt(2)} {model.tokenizer.eos_token}"]):
             list(token_sequences(model, prompts))
+
+
+def test_a_mask_is_passed_only_where_there_is_padding(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    for texts in ([prompt(3), prompt(3)], [prompt(3), prompt(1)]):
+        ((batch, mask),) = padded_batches(model, texts, 2)
+        passed = padding(mask)
+        assert bool(passed) == (len({len(text) for text in texts}) > 1)
+        if passed:
+            assert torch.equal(passed["attention_mask"], mask.to(torch.int64))
+            assert not torch.equal(model(batch), model(batch, **passed))  # else nobody would need it

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,48 @@ def test_seeds_give_different_splits() -> None:
 
 def test_records_keep_rows_in_order() -> None:
     assert records(ROWS) == [(f"row {i}", row) for i, row in enumerate(ROWS)]
+
+
+def test_the_ending_of_a_file_says_how_it_is_read(tmp_path: Path) -> None:
+    jsonl, table = tmp_path / "pairs.jsonl", tmp_path / "pairs.csv"
+    jsonl.write_text("\n".join(json.dumps(row) for row in ROWS), "utf-8")
+    pd.DataFrame(ROWS).to_csv(table, index=False)
+    expected = ContrastivePairs.from_records(ROWS, **COLUMNS)
+    for path in (jsonl, table, str(table)):
+        assert ContrastivePairs.from_file(path, **COLUMNS) == expected
+        assert ContrastivePairs.from_file(path, **COLUMNS, span="last").span == "last"
+    saved = replace(expected, span=None)
+    saved.save_jsonl(tmp_path / "saved.jsonl")
+    assert ContrastivePairs.from_file(tmp_path / "saved.jsonl") == saved
+    assert ContrastivePairs.from_file(tmp_path / "saved.jsonl", span="all").span == "all"
+    row = {"first": chat("user: q", "assistant: no"), "second": chat("user: q", "assistant: yes")}
+    pd.DataFrame([{key: json.dumps(value) for key, value in row.items()}]).to_csv(table, index=False)
+    assert ContrastivePairs.from_file(table, chat=True).first == (Prompt(row["first"]),)
+    (tmp_path / "pairs.json").write_text("[]")
+    with pytest.raises(DataError, match=r"pairs\.json: pairs are read from \.jsonl and \.csv"):
+        ContrastivePairs.from_file(tmp_path / "pairs.json")
+
+
+@pytest.mark.parametrize("cut", [slice(2), slice(1, None), slice(None, None, -2), slice(-1, None)], ids=str)
+def test_a_slice_of_pairs_is_pairs(cut: slice) -> None:
+    pairs = replace(ContrastivePairs.from_records(ROWS, **COLUMNS), span="last")
+    part = pairs[cut]
+    assert isinstance(part, ContrastivePairs)
+    assert contents(part) == EXPECTED[cut]
+    assert part.span == "last"
+    with pytest.raises(DataError, match="at least one"):
+        _ = pairs[3:]
+    with pytest.raises(IndexError):
+        _ = pairs[3]
+
+
+def test_pairs_show_themselves_in_a_line_and_a_table() -> None:
+    pairs = ContrastivePairs.from_records(ROWS, **COLUMNS)
+    assert repr(pairs) == "ContrastivePairs(3 pairs, 2 clusters, span 'all', templates ['x', 'y'])"
+    table = pairs.to_dataframe()
+    assert table["second"].tolist() == [row["unsafe"] for row in ROWS]
+    assert ContrastivePairs.from_records(table, cluster="cluster", template="template") == pairs
+    assert "<td>oui</td>" in pairs._repr_html_()
+    chats = ContrastivePairs.from_lists([Prompt(chat("user: a"), {"x": "a"})], [chat("user: b")])
+    again = ContrastivePairs.from_records(chats.to_dataframe(), cluster="cluster", template="template")
+    assert again == chats

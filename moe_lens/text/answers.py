@@ -1,0 +1,79 @@
+"""Answers of one token: from a word, or a token id, to the id.
+
+single_token(model, " Paris")                        # 6342
+single_tokens(model, [" Paris", " Rome"], n_prompts=2)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moe_lens.checks import as_index
+from moe_lens.errors import DataError
+from moe_lens.text.batching import TextModel
+
+
+def single_token(model: TextModel, answer: Any, name: str = "answer", remedy: str = "give token ids") -> int:
+    """The token id of an answer, which is a word of one token or already an id.
+
+    >>> from moe_lens import organisms
+    >>> model = organisms.load("specialised")
+    >>> single_token(model, "the") == model.to_single_token("the")
+    True
+
+    Args:
+        answer: a string (mind the space before a word), or a token id.
+        name: of the argument, for errors.
+        remedy: what to do about an answer that is no single token, for errors.
+
+    Raises:
+        DataError: a text of several tokens or of none, a word or an id outside the vocabulary, text without a
+            tokenizer.
+    """
+    if isinstance(answer, str):
+        return _token_of_text(model, answer, name, remedy)
+    token = as_index(answer)
+    if token is None or token >= model.cfg.d_vocab:
+        raise DataError(
+            f"{name}: {answer!r} is neither a string nor a token id (0 to {model.cfg.d_vocab - 1})."
+        )
+    return token
+
+
+def single_tokens(
+    model: TextModel, answers: Any, n_prompts: int, name: str = "answers"
+) -> Int[Tensor, "prompt"]:
+    """The token ids of the answers to some prompts; one answer stands for all prompts.
+
+    Args:
+        answers: one string or token id, or one a prompt (a list, a tuple, a tensor).
+        name: of the argument, for errors.
+
+    Raises:
+        DataError: another number of answers than prompts, or as in `single_token`.
+    """
+    if isinstance(answers, Tensor) or hasattr(answers, "tolist"):
+        answers = answers.tolist()
+    is_list = isinstance(answers, Sequence) and not isinstance(answers, str)
+    by_prompt = list(answers) if is_list else [answers] * n_prompts
+    if len(by_prompt) != n_prompts:
+        raise DataError(f"{name}: give one, or one a prompt; got {len(by_prompt)} for {n_prompts} prompts.")
+    return torch.tensor([single_token(model, answer, name) for answer in by_prompt])
+
+
+def _token_of_text(model: TextModel, answer: str, name: str, remedy: str) -> int:
+    if model.tokenizer is None:
+        raise DataError(f"{name}: {answer!r} is text and the model has no tokenizer; give token ids.")
+    tokens = model.to_tokens(answer, prepend_bos=False)[0].tolist() if answer else []
+    if len(tokens) != 1:
+        pieces = [model.tokenizer.decode([token]) for token in tokens]
+        raise DataError(
+            f"{name}: {answer!r} is {len(tokens)} tokens, {pieces}, and must be a single one. Mind the space "
+            f"before a word, or {remedy}."
+        )
+    if tokens[0] == getattr(model.tokenizer, "unk_token_id", None):
+        raise DataError(f"{name}: {answer!r} is not in the model's vocabulary; {remedy}.")
+    return int(tokens[0])
