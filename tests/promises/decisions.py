@@ -39,7 +39,7 @@ def shuffle(scale: float, seed: int = 0, n_tokens: int | None = None) -> oracle.
     return edit
 
 
-def padded() -> tuple[Tensor, dict[str, Tensor]]:
+def padded() -> tuple[Tensor, dict[str, Any]]:
     """Left-padded tokens [3 8] and their mask; the rows have 8, 5 and 2 tokens of their own."""
     mask = torch.arange(8) >= torch.tensor([[0], [3], [6]])
     return tokens(3, 8).masked_fill(~mask, 0), {"attention_mask": mask.long()}
