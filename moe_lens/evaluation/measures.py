@@ -35,7 +35,7 @@ def answers_with(
     answers: Sequence[str],
     *,
     hooks: Hooks = (),
-    batch_size: int = 32,
+    batch_size: int = 8,
 ) -> Bool[Tensor, "prompt"]:
     """Whether the model's most probable next token is the answer, for each prompt.
 
@@ -70,7 +70,7 @@ def continuation_log_probs(
     continuations: Sequence[str],
     *,
     hooks: Hooks = (),
-    batch_size: int = 32,
+    batch_size: int = 8,
 ) -> Float[np.ndarray, "prompt"]:
     """Mean log-probability a token, in nats, of each continuation after its prompt.
 
@@ -102,7 +102,7 @@ def continuation_log_probs(
 
 
 def text_loss(
-    model: MeasuredModel, texts: Sequence[str], *, hooks: Hooks = (), batch_size: int = 32
+    model: MeasuredModel, texts: Sequence[str], *, hooks: Hooks = (), batch_size: int = 8
 ) -> float:
     """Mean cross-entropy of every token after a text's first, in nats a token, over all texts together.
 

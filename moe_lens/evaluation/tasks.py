@@ -125,7 +125,7 @@ def answer_task(
     loss_limit: float = 0.1,
     accuracy_limit: float = 0.1,
     name: str = "gives the answer",
-    batch_size: int = 32,
+    batch_size: int = 8,
 ) -> SteeringTask:
     """A task of prompts with the answer that shows the behaviour.
 

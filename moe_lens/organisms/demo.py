@@ -128,6 +128,7 @@ def document_task(world: World, split: str) -> SteeringTask:
         neutral_texts=world.generic(split),
         closed_book=[(fact.question, fact.answer) for fact in world.facts(split)],
         name="answers with the document's value",
+        batch_size=64,
     )
 
 

@@ -155,7 +155,7 @@ def test_one_prompts_route_serves_a_batch(hooked: Hooked) -> None:
     for layer in model.moe_layers:
         assert torch.equal(frozen["topk_indices", layer], cache["topk_indices", layer].expand(2, -1, -1))
     _, three = run(model, given=tokens(3, 6))
-    with pytest.raises(HookError, match="3 prompts was given, and 2 are running"):
+    with pytest.raises(HookError, match="is that of 3 prompts, and 2 are running"):
         run(model, replay_hooks(RouteRecord.from_cache(three)))
 
 
