@@ -148,8 +148,10 @@ def _expert_bars(found: LogitAttribution, prompt: int | None, n_bars: int) -> li
     shares = _of_prompt(found.by_expert().movedim(1, -1), prompt)  # [layer expert]
     largest = np.argsort(-np.abs(shares), axis=None)[:n_bars]
     places = [np.unravel_index(place, shares.shape) for place in largest]
-    bars = [(f"layer {found.layers[row]}, expert {expert}", shares[row, expert]) for row, expert in places]
-    return [*bars, ("other experts", shares.sum() - sum(share for _, share in bars))]
+    bars = [
+        (f"layer {found.layers[row]}, expert {expert}", float(shares[row, expert])) for row, expert in places
+    ]
+    return [*bars, ("other experts", float(shares.sum()) - sum(share for _, share in bars))]
 
 
 def _rest_bars(found: LogitAttribution, prompt: int | None) -> list[tuple[str, float]]:

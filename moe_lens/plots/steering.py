@@ -1,6 +1,7 @@
 """Figures of plans and of what they do: experts by layer, sweeps over plan sizes, rates beside controls."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -59,7 +60,11 @@ def sweep_curves(found: SweepResult, *, ax: Axes | None = None) -> Axes:
         if points:
             sizes, means = [point.size for point in points], np.array([point.mean for point in points])
             errors = np.array([[p.mean - p.low for p in points], [p.high - p.mean for p in points]])
-            style = {"color": COLORS[side], "marker": marker, "label": f"{SIGNS[side]} {name}"}
+            style: dict[str, Any] = {
+                "color": COLORS[side],
+                "marker": marker,
+                "label": f"{SIGNS[side]} {name}",
+            }
             ax.errorbar(sizes, means, yerr=np.maximum(errors, 0), capsize=3, **style)
     _band_of_random_sets(ax, found)
     ax.axhline(found.unsteered, color=COLORS["unsteered"], linestyle="--", linewidth=1, label="unsteered")
@@ -123,7 +128,7 @@ def _random_dots(ax: Axes, reports: Sequence[SteeringReport]) -> None:
             across = places + offset + jitter.uniform(-0.12, 0.12, len(rates))
             face = COLORS["random"] if kind == ANY_LAYER else "none"
             label = f"{len(sets[0])} random sets, {kind}, as {SIGNS[side]}"
-            colors = {"edgecolors": COLORS["random"], "facecolors": face}
+            colors: dict[str, Any] = {"edgecolors": COLORS["random"], "facecolors": face}
             ax.scatter(across, rates, s=18, marker=marker, label=label, **colors)
 
 
