@@ -55,6 +55,8 @@ class FileKind:
     def save_tensors(self, path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Write a safetensors file, atomically: the same bytes for the same tensors and the same `about`."""
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        if len({tensor.untyped_storage().data_ptr() for tensor in whole.values()}) < len(whole):
+            whole = {name: tensor.clone() for name, tensor in whole.items()}  # the format shares no memory
         header = self.sealed(about, whole)
         with atomic_write(path) as temporary:
             save_file(whole, temporary, metadata={_HEADER: json.dumps(header, ensure_ascii=False)})

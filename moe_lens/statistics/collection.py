@@ -164,11 +164,9 @@ def _last_merged(tables: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, di
 
 
 def _routing_cache(model: Model, tokens: Tensor, mask: Tensor, hooks: Hooks) -> Any:
+    options: dict[str, Any] = {"names_filter": is_routing_point, "return_type": None, **padding(mask)}
     with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
-        _, cache = model.run_with_cache(
-            tokens, names_filter=is_routing_point, return_type=None, **padding(mask)
-        )
-    return cache
+        return model.run_with_cache(tokens, **options)[1]
 
 
 SAVING_SHARE: Final = 0.05

@@ -128,7 +128,7 @@ def generate_recorded(
             f"A prompt of {tokens.shape[1]} tokens and max_new_tokens={steps} exceed the model's context of "
             f"{model.cfg.n_ctx}; give fewer."
         )
-    attention_mask = padding(mask)
+    attention_mask: dict[str, Any] = padding(mask)
     if attention_mask and not supports_padding(model):
         raise DataError("This model cannot generate from prompts of different lengths; use batch_size=1.")
     record: dict[str, list[Tensor]] = {}

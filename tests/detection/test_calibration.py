@@ -10,6 +10,7 @@ import pytest
 
 from moe_lens.detection.paired_counts import PairedCounts
 from moe_lens.detection.paired_statistics import interval, q_values, score, sign_flip_p
+from moe_lens.detection.scores import SCORES
 from tests.families import first_of
 
 N_EXPERTS, TOP_K = 32, 4
@@ -176,7 +177,7 @@ def test_no_more_false_discoveries_than_q_promises(n_planted_layers: int, n_unit
 
 def main() -> None:
     """The tables."""
-    names = ("risk_difference", "log_odds_ratio", "probability_difference", "paired_t")
+    names = tuple(SCORES)
     groups = {"0.003-0.02": (0.003, 0.02), "0.02-0.05": (0.02, 0.05), "0.05-0.5": (0.05, 0.6)}
     print("coverage, % (rate of the expert:", ", ".join(groups), ")")
     generator = np.random.default_rng(1)

@@ -1,14 +1,16 @@
 """Names: what is spelled is what TransformerLens finds, and what is parsed is what was spelled."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformer_lens.utilities.components_utils import get_act_name
 
 from moe_lens import hook_names
-from moe_lens.errors import HookError
+from moe_lens.errors import DataError, HookError
 
 SPELLERS = [hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights]
 
@@ -62,3 +64,57 @@ def test_the_alias_is_what_the_act_name_of_transformer_lens_gives(spell: Callabl
     short = parsed[1].removeprefix("hook_")
     assert get_act_name(short, 5) == f"blocks.5.{parsed[1]}"
     assert f"blocks.5.{hook_names.block_aliases()[parsed[1]]}" == spell(5)
+
+
+# What a cache holds
+
+
+def test_points_are_sorted_by_layer_and_other_names_are_left_out() -> None:
+    cache = {
+        "blocks.10.mlp.hook_topk_indices": torch.tensor([3]),
+        "blocks.2.mlp.hook_topk_indices": torch.tensor([1]),
+        "blocks.2.mlp.hook_expert_out": torch.tensor([2]),
+        "blocks.2.mlp.hook_out": torch.tensor([9]),
+        "hook_embed": torch.tensor([9]),
+        5: torch.tensor([9]),
+        "blocks.2.mlp.hook_topk_weights": "no tensor",
+    }
+    points = hook_names.points_of(cache, [hook_names.TOPK_INDICES])
+    assert list(points) == [2, 10]
+    assert {name: value.tolist() for name, value in points[2].items()} == {
+        "hook_topk_indices": [1],
+        "hook_expert_out": [2],
+    }
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_a_full_name_goes_before_its_alias(turn: bool) -> None:
+    names = ["blocks.0.mlp.hook_topk_indices", "blocks.0.hook_topk_indices"]
+    cache = {name: torch.tensor([number]) for number, name in enumerate(names)}
+    if turn:
+        cache = dict(reversed(cache.items()))
+    assert hook_names.points_of(cache, [hook_names.TOPK_INDICES])[0]["hook_topk_indices"].item() == 0
+    alias_alone = {names[1]: torch.tensor([1])}
+    assert hook_names.points_of(alias_alone, [hook_names.TOPK_INDICES])[0]["hook_topk_indices"].item() == 1
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, {}, 3, "text", [1], (1, {}), {"hook_embed": torch.zeros(2)}], ids=repr
+)
+def test_what_holds_no_routing_is_refused(nothing: Any) -> None:
+    with pytest.raises(DataError, match=r"The baseline holds no routing.*second of the two.*names_filter"):
+        hook_names.points_of(nothing, what="The baseline")
+
+
+def test_a_missing_point_is_named_with_its_remedy() -> None:
+    cache = {
+        "blocks.1.mlp.hook_router_logits": torch.zeros(1),
+        "blocks.1.mlp.hook_topk_indices": torch.zeros(1),
+    }
+    with pytest.raises(DataError, match="The cache lacks hook_topk_weights of layer 1; let the names_filter"):
+        hook_names.points_of(cache)
+    with pytest.raises(DataError, match=r"lacks hook_expert_out of layer 1; call model.set_use_expert_out"):
+        hook_names.points_of(cache, [hook_names.EXPERT_OUT])
+    with pytest.raises(DataError, match="lacks hook_router_logits of layer 4"):
+        hook_names.points_of(cache, [hook_names.ROUTER_LOGITS], layers=[1, 4])
+    assert list(hook_names.points_of(cache, [hook_names.ROUTER_LOGITS], layers=[1])) == [1]

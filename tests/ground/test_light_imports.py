@@ -71,7 +71,7 @@ USES = {
     import numpy as np
     from moe_lens import SteeringReport
     from moe_lens.evaluation import Limit, Outcome
-    from moe_lens.evaluation.report import DIRECTIONS
+    from moe_lens.evaluation.outcomes import DIRECTIONS
 
     toward, away = DIRECTIONS
     def outcome(rate):

@@ -41,3 +41,15 @@ def test_equal_shapes_do_not_differ() -> None:
 )
 def test_what_differs_is_said_in_words(other: MoEShape, words: list[str]) -> None:
     assert MoEShape("m", (0, 2), 4, 2).differences(other) == words
+
+
+def test_the_grid_names_every_expert_once_layer_by_layer() -> None:
+    grid = MoEShape("m", (0, 2, 7), n_experts=3, top_k=1).grid()
+    pairs = list(zip(grid["layer"].tolist(), grid["expert"].tolist(), strict=True))
+    assert pairs == [(layer, expert) for layer in (0, 2, 7) for expert in range(3)]
+    assert list(grid) == ["layer", "expert"]
+    assert {str(column.dtype) for column in grid.values()} == {"int64"}
+
+
+def test_a_shape_in_words() -> None:
+    assert MoEShape("m", tuple(range(48)), 128, 8).words == "m, 48 layers × 128 experts, top 8"

@@ -232,6 +232,27 @@ def test_what_is_saved_is_loaded(
         assert ours is None or theirs is None or (ours.dtype == theirs.dtype and torch.equal(ours, theirs))
 
 
+def test_files_of_schema_1_are_read_under_their_former_kind(tmp_path: Path) -> None:
+    """Before the file layer: one JSON value a metadata key, no digest."""
+    indices = torch.tensor([[[[0, 3], [2, 1]]]], dtype=torch.uint8)
+    weights, tokens_ = torch.rand(1, 1, 2, 2), torch.tensor([[5, 6]])
+    shape = {"model": "m", "layers": [4], "n_experts": 4, "top_k": 2}
+    about = {"kind": "moe_lens routes", "schema": 1, "shape": shape}
+    save_file(
+        {"indices": indices, "weights": weights, "tokens": tokens_},
+        tmp_path / "old",
+        {key: json.dumps(value) for key, value in about.items()},
+    )
+    loaded = RouteRecord.load(tmp_path / "old")
+    assert loaded.shape == MoEShape("m", (4,), 4, 2)
+    for tensor, expected in ((loaded.indices, indices), (loaded.weights, weights), (loaded.tokens, tokens_)):
+        assert tensor is not None
+        assert torch.equal(tensor, expected)
+    loaded.save(tmp_path / "new")
+    assert b"moe_lens.RouteRecord" in (tmp_path / "new").read_bytes()
+    assert torch.equal(RouteRecord.load(tmp_path / "new").indices, indices)
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "route.safetensors"
     about = {"kind": "moe_lens routes", "schema": 1}

@@ -3,17 +3,19 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.statistics import routing_stats
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.steering.plan import SteeringPlan
 from tests.statistics.sums import Hooked, random_stats, random_tables, same
@@ -34,7 +36,8 @@ def test_the_metadata_say_which_model_it_was(tmp_path: Path) -> None:
     stats.save(tmp_path / "s")
     raw = (tmp_path / "s").read_bytes()  # safetensors: u64 length of the header, JSON header, data
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    about = {key: json.loads(value) for key, value in header["__metadata__"].items()}
+    about = json.loads(header["__metadata__"]["moe_lens"])
+    assert (about["kind"], about["schema"]) == ("moe_lens.RoutingStats", 3)
     assert about["shape"] == {"model": "m", "layers": [0, 2], "n_experts": 4, "top_k": 2}
     assert about["n_tokens"] == 5
     assert header["counts"]["dtype"] == "I64"
@@ -48,7 +51,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         Path(file).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(routing_stats, "save_file", fail)
+    monkeypatch.setattr("moe_lens.files.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         random_stats(1).save(path)
     assert same(RoutingStats.load(path), old, exact=True)
@@ -64,16 +67,25 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
             RoutingStats.load(tmp_path / "cut")
 
 
-def _altered(path: Path, tensors: dict[str, Any] | None = None, **metadata: Any) -> Path:
-    """A file like that of random_stats(0), with some tensors or metadata replaced (None: left out)."""
-    random_stats(0).save(path)
-    raw = path.read_bytes()
-    about = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
-    for key, value in metadata.items():
-        about[key] = json.dumps(value)
-    content = {**load_file(path), **(tensors or {})}
-    save_file({k: v for k, v in content.items() if v is not None}, path, about)
+def _write(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> Path:
+    """A file as schemas 1 and 2 were written: one JSON value a metadata key, no digest."""
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
+        path,
+        {key: json.dumps(value) for key, value in about.items()},
+    )
     return path
+
+
+def _altered(path: Path, tensors: dict[str, Any] | None = None, **metadata: Any) -> Path:
+    """A file of random_stats(0) without digest, with some tensors or metadata replaced (None: left out)."""
+    stats = random_stats(0)
+    about = {"kind": "moe_lens.RoutingStats", "schema": 2, **stats.about(), **metadata}
+    return _write(path, {**stats.tensors(), **(tensors or {})}, about)
+
+
+def test_the_file_that_is_altered_below_can_be_read(tmp_path: Path) -> None:
+    assert same(RoutingStats.load(_altered(tmp_path / "altered")), random_stats(0), exact=True)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +93,8 @@ def _altered(path: Path, tensors: dict[str, Any] | None = None, **metadata: Any)
     [
         {"kind": "moe_lens.SteeringPlan"},
         {"kind": None},
-        {"schema": 3},
+        {"schema": 4},
+        {"schema": 0},
         {"schema": True},
         {"n_tokens": 4},
         {"n_tokens": 0},
@@ -153,8 +166,54 @@ def test_a_saved_file_gives_back_every_table(tmp_path: Path) -> None:
 def test_files_of_schema_1_are_read(tmp_path: Path) -> None:
     stats = random_stats(0).summary()
     about = {"kind": "moe_lens.RoutingStats", "schema": 1, **stats.about()}
-    save_file(stats.tensors(), tmp_path / "old", {key: json.dumps(value) for key, value in about.items()})
-    assert same(RoutingStats.load(tmp_path / "old"), stats, exact=True)
+    assert same(RoutingStats.load(_write(tmp_path / "old", stats.tensors(), about)), stats, exact=True)
+
+
+def test_files_of_schema_2_are_read_with_every_table(tmp_path: Path) -> None:
+    stats = random_tables(1)
+    about = {"kind": "moe_lens.RoutingStats", "schema": 2, **stats.about()}
+    loaded = RoutingStats.load(_write(tmp_path / "old", stats.tensors(), about))
+    assert (loaded.shape, loaded.tensors().keys()) == (stats.shape, stats.tensors().keys())
+    for name, tensor in stats.tensors().items():
+        assert torch.equal(loaded.tensors()[name], tensor)
+
+
+_SAVES = """
+import sys
+from moe_lens.detection import risk_difference
+from moe_lens.statistics import RouteRecord, RoutingStats
+from tests.statistics.sums import random_cache, random_tables
+folder = sys.argv[1]
+stats = random_tables(2)
+stats.save(f"{folder}/stats")
+risk_difference(stats, random_tables(3)).save(f"{folder}/scores")
+RouteRecord.from_cache(random_cache(0, (2, 3)), weights=True).save(f"{folder}/routes")
+"""
+
+
+def test_identical_results_are_identical_files_in_every_process(tmp_path: Path) -> None:
+    digests = []
+    for seed in ("1", "2", "3"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[2]
+        subprocess.run([sys.executable, "-c", _SAVES, str(folder)], cwd=root, env=environment, check=True)
+        digests.append({path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()})
+    assert digests[0] == digests[1] == digests[2]
+    assert sorted(digests[0]) == ["routes", "scores", "stats"]
+
+
+@pytest.mark.parametrize("name", ["probability_sums", "weight_sums", "entropy_sums"])
+def test_a_flipped_bit_that_only_the_digest_can_notice_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "flipped"
+    random_stats(0).save(path)
+    raw = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start + json.loads(raw[8:start])[name]["data_offsets"][0]] ^= 1  # the last bit of a mantissa
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="flipped is damaged: its digest"):
+        RoutingStats.load(path)
 
 
 DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -177,11 +236,7 @@ DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_table_is_refused(tmp_path: Path, name: str) -> None:
     stats = random_tables(0)
-    stats.save(tmp_path / "damaged")
-    raw = (tmp_path / "damaged").read_bytes()
-    about = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
-    tensors = stats.tensors()
-    for changed in ({name: DAMAGE[name](tensors[name]).contiguous()}, {f"{name}.more": torch.zeros(1)}):
-        save_file({**tensors, **changed}, tmp_path / "damaged", about)
+    about, tensors = {"kind": "moe_lens.RoutingStats", "schema": 2, **stats.about()}, stats.tensors()
+    for changed in ({name: DAMAGE[name](tensors[name])}, {f"{name}.more": torch.zeros(1)}):
         with pytest.raises(DataError, match="damaged"):
-            RoutingStats.load(tmp_path / "damaged")
+            RoutingStats.load(_write(tmp_path / "damaged", {**tensors, **changed}, about))

@@ -326,5 +326,5 @@ def test_top_experts_that_there_are_not(hooked: Hooked) -> None:
     with pytest.raises(DataError, match=r"Layer 0 has no counts here; those that have: \(1"):
         stats.top_experts(1, layer=0)  # a dense layer
     for n in (0, -1, stats.shape.n_experts + 1, True):
-        with pytest.raises(DataError, match="n must be from 1 to"):
+        with pytest.raises(DataError, match="n must be a whole number from 1 to"):
             stats.top_experts(n, layer=1)
