@@ -53,4 +53,4 @@ def test_some_property(number: int) -> None:
 def test_a_property_is_tried_on_as_many_examples_as_asked(request: pytest.FixtureRequest) -> None:
     """Runs after the one above, whatever order pytest chose: it is in the same file."""
     if CASES:
-        assert len(CASES) == 100 * request.config.getoption("--examples")
+        assert len(CASES) == 100 * request.config.option.examples

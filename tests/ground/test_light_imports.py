@@ -71,9 +71,8 @@ USES = {
     import numpy as np
     from moe_lens import SteeringReport
     from moe_lens.evaluation import Limit, Outcome
-    from moe_lens.evaluation.outcomes import DIRECTIONS
 
-    toward, away = DIRECTIONS
+    toward, away = "+", "-"
     def outcome(rate):
         return Outcome(np.full(8, rate), {"loss": 1.0})
     sides = {toward: [outcome(0.5)] * 4, away: [outcome(0.5)] * 4}

@@ -16,6 +16,7 @@ from tests.families import every_dtype_first_float32, in_every_dtype
 from tests.promises.decisions import Hooked, Plain, assert_near, hf_model, is_hash, other_experts, padded
 from tests.tiny_models import (
     EVERY_FAMILY,
+    tiny_model,
     tokens,
 )
 
@@ -64,8 +65,9 @@ def test_edited_indices_get_the_weights_of_hfs_router(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:
     model, bare = hooked(recipe, dtype), hf_model(plain(recipe, dtype))
+    alone = tiny_model(recipe, dtype)  # HF's own forward; inside a bridge FlexOlmo's fails in half precision
     for layer, router in oracle.routers(bare).items():
-        rest = oracle.arguments(bare, layer, tokens())
+        rest = oracle.arguments(alone, layer, tokens())
         if is_hash(router):  # it weighs as its neighbour does
             router, rest = oracle.routers(bare)[layer + 1], ()
         wanted = other_experts(torch.zeros(2, 7, model.n_experts), model.top_k)
