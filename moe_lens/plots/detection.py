@@ -1,16 +1,17 @@
 """Figures of expert scores: the map of all experts, effect against significance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Final
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
 from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError
-from moe_lens.plots.style import COLORS, count_axis, new_axes
+from moe_lens.plots.style import COLORS, count_axis, layers_beside, legend_below, new_axes, signed_map
 from moe_lens.steering.plan import SteeringPlan
 
 _MARKERS: Final = ("x", "o", "s", "^")
@@ -26,28 +27,37 @@ def expert_heat_map(
         plans: label -> plan; the experts that a plan names get its marker, explained below the map.
         ax: where to draw; a new figure if None.
     """
-    width = max(6.0, 2.0 + 0.5 * min(scores.shape.n_experts, 32))
-    ax = ax or new_axes(width, rows=len(scores.shape.layers))
-    limit = max(float(scores.delta.abs().max()), 1e-9)
-    image = ax.imshow(
-        scores.delta.numpy(), cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower"
-    )
+    shape = scores.shape
+    ax = ax or new_axes(max(6.0, 2.0 + 0.5 * min(shape.n_experts, 32)), rows=len(shape.layers))
+    image = signed_map(ax, scores.delta.numpy())
     for (label, plan), marker in zip((plans or {}).items(), cycle(_MARKERS), strict=False):
-        plan.check_fits(scores.shape)
-        experts = sorted({*plan.activate, *plan.deactivate})
-        rows = [scores.shape.layers.index(layer) for layer, _ in experts]
-        ax.plot(
-            [expert for _, expert in experts], rows, linestyle="none", marker=marker, markersize=9,
-            markeredgecolor="black", markerfacecolor="none", markeredgewidth=1.8, label=label,
-            path_effects=[withStroke(linewidth=4, foreground="white")],
-        )  # fmt: skip
-    count_axis(ax, scores.shape.n_experts)
-    ax.set_yticks(range(len(scores.shape.layers)), [str(layer) for layer in scores.shape.layers])
-    ax.set(xlabel="expert", ylabel="layer", title=f"{scores.shape.model}: experts that follow the contrast")
+        plan.check_fits(shape)
+        _mark(ax, sorted({*plan.activate, *plan.deactivate}), shape.layers, marker, label)
+    count_axis(ax, shape.n_experts)
+    layers_beside(ax, shape.layers)
+    ax.set(xlabel="expert", title=f"{shape.model}: experts that follow the contrast")
     ax.figure.colorbar(image, ax=ax, label=f"{scores.label}\n(> 0: more under condition 1)")
     if plans:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+        legend_below(ax, down=0.2)
     return ax
+
+
+def _mark(
+    ax: Axes, experts: Sequence[tuple[int, int]], layers: Sequence[int], marker: str, label: str
+) -> None:
+    """A black marker with a white edge on each (layer, expert), so that it shows on every colour."""
+    ax.plot(
+        [expert for _, expert in experts],
+        [layers.index(layer) for layer, _ in experts],
+        linestyle="none",
+        marker=marker,
+        markersize=9,
+        markeredgecolor="black",
+        markerfacecolor="none",
+        markeredgewidth=1.8,
+        label=label,
+        path_effects=[withStroke(linewidth=4, foreground="white")],
+    )
 
 
 def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axes | None = None) -> Axes:
@@ -55,8 +65,9 @@ def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axe
 
     Args:
         scores: with q-values, from `detect`.
-        q: where the dashed line stands.
-        n_labels: how many of the experts with the largest |score| among the coloured ones are named.
+        q: where the dashed line is drawn.
+        n_labels: how many of the coloured experts, those with the largest |score|, are named.
+        ax: where to draw; a new figure if None.
 
     Raises:
         DataError: the scores carry no q-values.
@@ -77,21 +88,29 @@ def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axe
         )
     ax.axhline(-np.log10(q), color="black", linestyle="--", linewidth=1)
     ax.axvline(0, color="black", linewidth=0.6)
-    rows = {layer: row for row, layer in enumerate(scores.shape.layers)}
-    named = [s for s in scores.ranked() if values[rows[s.layer], s.expert] <= q][:n_labels]
-    for number, score in enumerate(sorted(named, key=lambda s: s.delta)):
-        ax.annotate(
-            f"L{score.layer} E{score.expert}", (score.delta, height[rows[score.layer], score.expert]),
-            xytext=(0, 5 + 11 * (number % 3)), textcoords="offset points", fontsize=8, ha="center",
-        )  # fmt: skip
+    _name_largest(ax, scores, q, n_labels, height)
     limit = 1.25 * max(float(np.abs(delta).max()), 1e-9)
     top = 1.3 * max(float(height.max()), -float(np.log10(q)))
-    ax.set(
-        xlim=(-limit, limit),
-        ylim=(-0.05 * top, top),
-        ylabel="−log₁₀ q",
-        title=f"{scores.shape.model}: effect and evidence",
-    )
-    ax.set_xlabel(f"{scores.label} (> 0: more under condition 1)")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
+    ax.set(xlim=(-limit, limit), ylim=(-0.05 * top, top))
+    ax.set(xlabel=f"{scores.label} (> 0: more under condition 1)", ylabel="−log₁₀ q")
+    ax.set_title(f"{scores.shape.model}: effect and evidence")
+    legend_below(ax)
     return ax
+
+
+def _name_largest(
+    ax: Axes, scores: ExpertScores, q: float, n_labels: int, height: Float[np.ndarray, "layer expert"]
+) -> None:
+    """Names over the points with the largest |score| among those with q at most `q`, in three steps."""
+    assert scores.q is not None
+    rows = {layer: row for row, layer in enumerate(scores.shape.layers)}
+    coloured = [score for score in scores.ranked() if scores.q[rows[score.layer], score.expert] <= q]
+    for number, score in enumerate(sorted(coloured[:n_labels], key=lambda score: score.delta)):
+        ax.annotate(
+            f"L{score.layer} E{score.expert}",
+            (score.delta, height[rows[score.layer], score.expert]),
+            xytext=(0, 5 + 11 * (number % 3)),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+        )

@@ -1,4 +1,4 @@
-"""Figures of patching, mediation and attribution: a function takes a result and returns a matplotlib Axes.
+"""Figures of patching, mediation and attribution.
 
 ax = patching_map(patch_router(model, clean_cache, tokens, metric), corrupted=0.3, clean=4.1)
 ax = mediation_curves(mediation(model, clean, corrupted, metric))
@@ -6,18 +6,18 @@ ax = attribution_bars(expert_logit_attribution(model, prompt, answer))
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from moe_lens.attribution.logits import LogitAttribution
-from moe_lens.checks import as_index
+from moe_lens.attribution.results import LogitAttribution
+from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
-from moe_lens.interventions.mediating import Mediation
-from moe_lens.plots.style import COLORS, count_axis, new_axes
+from moe_lens.interventions.results import Mediation
+from moe_lens.plots.style import COLORS, count_axis, layers_below, layers_beside, new_axes, signed_map
 
 _MANY: Final = 40  # more labels than that cannot be read
 
@@ -41,10 +41,12 @@ def patching_map(
     Args:
         values: the metric after each patch.
         corrupted: the metric of the unpatched corrupted run, the centre of the colours.
-        clean: that of the clean run; then shares of the difference are drawn, else differences of the metric.
+        clean: that of the clean run. With it shares of the difference are drawn, without it differences of
+            the metric.
         layers: numbers of the rows; None: 0, 1, ...
         columns: labels of the columns (a prompt's tokens), or what they are ("position", "expert").
         what: what was patched, for the title.
+        ax: where to draw; a new figure if None.
 
     Raises:
         DataError: labels that are not one a row or column, or clean and corrupted metrics that are equal.
@@ -54,21 +56,17 @@ def patching_map(
     if len(rows) != n_rows or (not isinstance(columns, str) and len(columns) != n_columns):
         raise DataError(f"The map has {n_rows} layers and {n_columns} columns; give one label each.")
     if clean == corrupted:
-        raise DataError("The clean and the corrupted metric are equal, so that no share can be drawn.")
+        raise DataError("The clean and the corrupted metric are equal, so no share can be drawn.")
     change = (values.detach().cpu().double() - corrupted) / (1.0 if clean is None else clean - corrupted)
-    limit = max(float(change.abs().max()), 1e-9)
     ax = ax or new_axes(max(6.0, 2.2 + 0.42 * min(n_columns, _MANY)), rows=n_rows)
-    image = ax.imshow(change.numpy(), cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
-    ax.set_yticks(range(n_rows), [str(layer) for layer in rows])
+    image = signed_map(ax, change.numpy())
+    layers_beside(ax, rows)
     if isinstance(columns, str) or n_columns > _MANY:
         count_axis(ax, n_columns)
     else:
         ax.set_xticks(range(n_columns), list(columns), rotation=60, ha="right", rotation_mode="anchor")
-    ax.set(
-        xlabel=columns if isinstance(columns, str) else "token",
-        ylabel="layer",
-        title=f"Patching {what} from the clean run",
-    )
+    ax.set_xlabel(columns if isinstance(columns, str) else "token")
+    ax.set_title(f"Patching {what} from the clean run")
     label = "change of the metric\n(0: corrupted run)"
     if clean is not None:
         label = "share of the difference restored\n(0: corrupted run, 1: clean run)"
@@ -79,11 +77,12 @@ def patching_map(
 def mediation_curves(
     found: Mediation, *, clusters: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """How much of the total effect the routes carry, layer by layer: each alone, and all up to it.
+    """How much of the total effect the routes carry, layer by layer: each layer's, and all up to it.
 
     Args:
-        found: of at least two pairs.
+        found: from `mediation`, of at least two pairs.
         clusters: one label a pair, for the 95 % intervals (bands); None: each pair by itself.
+        ax: where to draw; a new figure if None.
 
     Raises:
         DataError: as in `Mediation.share`.
@@ -101,13 +100,10 @@ def mediation_curves(
             ax.fill_between(rows, low, high, color=color, alpha=0.15, linewidth=0)
     for height in (0, 1):
         ax.axhline(height, color="black", linewidth=0.8, linestyle="--" if height else "-")
-    ax.set_xticks(rows, [str(layer) for layer in found.layers])
+    layers_below(ax, found.layers)
+    ax.set_ylabel("share of the total effect")
     kind = "experts and weights" if found.weights else "experts"
-    ax.set(
-        xlabel="layer",
-        ylabel="share of the total effect",
-        title=f"What travels by the route ({kind}; {len(found.clean)} pairs, 95 % intervals)",
-    )
+    ax.set_title(f"What travels by the route ({kind}; {len(found.clean)} pairs, 95 % intervals)")
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False, fontsize=8, ncols=2)
     return ax
 
@@ -121,49 +117,71 @@ def attribution_bars(
         found: from `expert_logit_attribution`.
         prompt: which of its prompts; None: the mean over all.
         n_experts: how many experts get a bar of their own.
+        ax: where to draw; a new figure if None.
 
     Raises:
         DataError: no such prompt, or a number of experts below 1.
     """
-    n_prompts, n_bars = len(found.logit), as_index(n_experts)
+    n_prompts, n_bars = len(found.logit), whole_number(n_experts, "n_experts", least=1)
     if prompt is not None and not -n_prompts <= prompt < n_prompts:
         raise DataError(f"The attribution is of {n_prompts} prompts; there is no prompt {prompt}.")
-    if not n_bars:
-        raise DataError(f"n_experts must be a number from 1 on; got {n_experts!r}.")
-
-    def of(values: Tensor) -> Any:
-        return (values.mean(-1) if prompt is None else values[..., prompt]).double().numpy()
-
-    experts = of(found.by_expert().movedim(1, -1))
-    order = np.argsort(-np.abs(experts), axis=None)[:n_bars]
-    names = [np.unravel_index(place, experts.shape) for place in order]
-    bars = [(f"layer {found.layers[row]}, expert {expert}", experts[row, expert]) for row, expert in names]
-    bars.append(("other experts", experts.sum() - sum(value for _, value in bars)))
-    parts = of(found.parts)
-    for kind, says in _KINDS.items():
-        meant = [value for name, value in zip(found.part_names, parts, strict=True) if _kind(name) == kind]
-        if meant:
-            bars.append((says, sum(meant)))
+    experts = _expert_bars(found, prompt, n_bars)
+    bars = [*experts, *_rest_bars(found, prompt)]
     ax = ax or new_axes(7.5, rows=max(5, round(0.62 * len(bars))))
     heights = np.arange(len(bars))[::-1]
     values = np.array([value for _, value in bars])
     ax.barh(heights, values, color=[COLORS["+"] if value >= 0 else COLORS["-"] for value in values])
-    ax.axhline(heights[len(names)] + 0.5, color="black", linewidth=0.6, linestyle=":")
+    _write_values(ax, heights, values)
+    ax.axhline(heights[len(experts) - 1] + 0.5, color="black", linewidth=0.6, linestyle=":")
     ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(heights, [name for name, _ in bars])
     limit = 1.25 * max(float(np.abs(values).max()), 1e-9)
+    ax.set(xlim=(-limit, limit), xlabel="share of the logit (nats)")
+    logit = float(_of_prompt(found.logit, prompt))
+    whose = f"mean over {n_prompts} prompts" if prompt is None else f"prompt {prompt}"
+    ax.set_title(f"Who wrote the logit {logit:+.2f} ({whose})")
+    return ax
+
+
+def _expert_bars(found: LogitAttribution, prompt: int | None, n_bars: int) -> list[tuple[str, float]]:
+    """(name, share) of the experts with the largest shares, and of all others together."""
+    shares = _of_prompt(found.by_expert().movedim(1, -1), prompt)  # [layer expert]
+    largest = np.argsort(-np.abs(shares), axis=None)[:n_bars]
+    places = [np.unravel_index(place, shares.shape) for place in largest]
+    bars = [
+        (f"layer {found.layers[row]}, expert {expert}", float(shares[row, expert])) for row, expert in places
+    ]
+    return [*bars, ("other experts", float(shares.sum()) - sum(share for _, share in bars))]
+
+
+def _rest_bars(found: LogitAttribution, prompt: int | None) -> list[tuple[str, float]]:
+    """(name, share) of everything else, by kind."""
+    shares = list(zip(found.part_names, _of_prompt(found.parts, prompt), strict=True))
+    bars = []
+    for kind, words in _KINDS.items():
+        of_kind = [share for name, share in shares if _kind(name) == kind]
+        if of_kind:
+            bars.append((words, sum(of_kind)))
+    return bars
+
+
+def _of_prompt(values: Float[Tensor, "*rest batch"], prompt: int | None) -> Float[np.ndarray, "*rest"]:
+    """The values of one prompt, or their mean over all."""
+    return np.asarray((values.mean(-1) if prompt is None else values[..., prompt]).double())
+
+
+def _write_values(ax: Axes, heights: Int[np.ndarray, "bar"], values: Float[np.ndarray, "bar"]) -> None:
+    """The number at the end of each bar."""
     for height, value in zip(heights, values, strict=True):
         ax.annotate(
-            f"{value:+.2f}", (value, height), xytext=(3 if value >= 0 else -3, 0), textcoords="offset points",
-            ha="left" if value >= 0 else "right", va="center", fontsize=8,
-        )  # fmt: skip
-    ax.set_yticks(heights, [name for name, _ in bars])
-    whose = f"mean over {n_prompts} prompts" if prompt is None else f"prompt {prompt}"
-    ax.set(
-        xlim=(-limit, limit),
-        xlabel="share of the logit (nats)",
-        title=f"Who wrote the logit {float(of(found.logit)):+.2f} ({whose})",
-    )
-    return ax
+            f"{value:+.2f}",
+            (value, height),
+            xytext=(3 if value >= 0 else -3, 0),
+            textcoords="offset points",
+            ha="left" if value >= 0 else "right",
+            va="center",
+            fontsize=8,
+        )
 
 
 _KINDS: Final = {

@@ -1,4 +1,8 @@
-"""Figures of counted routing: pairs of experts, load, one prompt token by token."""
+"""Figures of counted routing: pairs of experts, load, one prompt token by token.
+
+ax = load_balance(stats.load_balance())
+ax = token_routing(route_prompt(model, prompt))
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 
 from moe_lens.errors import DataError
-from moe_lens.plots.style import count_axis, new_axes
+from moe_lens.plots.style import (
+    count_axis,
+    count_ticks,
+    layers_below,
+    layers_beside,
+    legend_below,
+    new_axes,
+    signed_map,
+)
 from moe_lens.statistics.balance import LoadBalance
 from moe_lens.statistics.routes import PromptRouting
 from moe_lens.statistics.routing_stats import RoutingStats
@@ -16,8 +28,13 @@ from moe_lens.statistics.routing_stats import RoutingStats
 def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = None) -> Axes:
     """How much more often two experts of a layer run for the same token than independent ones: log₂ lift.
 
-    Pairs that never ran together have no finite value and stay grey, as do experts that never ran, and the
+    Pairs that never ran together have no finite value and stay grey, as do experts that never ran and the
     diagonal.
+
+    Args:
+        stats: the counts.
+        layer: number of a MoE layer.
+        ax: where to draw; a new figure if None.
 
     Raises:
         DataError: a layer without router.
@@ -29,14 +46,12 @@ def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = No
     with np.errstate(divide="ignore"):
         values = np.log2(lift)
     values[~np.isfinite(values)] = np.nan
-    limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     size = 3.6 + 0.18 * min(stats.shape.n_experts, 24)
     ax = ax or new_axes(size + 1.6, rows=int(2 * (size - 1.9)))
     ax.set_facecolor("#BBBBBB")
-    image = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, origin="lower")
+    image = signed_map(ax, values, aspect="equal")
     count_axis(ax, stats.shape.n_experts)
-    step = max(1, stats.shape.n_experts // 16)
-    ax.set_yticks(range(0, stats.shape.n_experts, step))
+    ax.set_yticks(count_ticks(stats.shape.n_experts))
     ax.set(xlabel="expert", ylabel="expert")
     ax.set_title(f"{stats.shape.model}, layer {layer}: experts that run together", fontsize=10)
     ax.figure.colorbar(image, ax=ax, label="log₂ lift (> 0: more often together\nthan if independent)")
@@ -44,7 +59,12 @@ def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = No
 
 
 def load_balance(balance: LoadBalance, *, ax: Axes | None = None) -> Axes:
-    """How evenly each layer uses its experts: normalised entropy, Gini, share of the busiest 10 %."""
+    """How evenly each layer uses its experts: normalised entropy, Gini, share of the busiest 10 %.
+
+    Args:
+        balance: from `RoutingStats.load_balance`.
+        ax: where to draw; a new figure if None.
+    """
     layers = balance.shape.layers
     ax = ax or new_axes(max(6.5, 2.0 + 0.3 * len(layers)), rows=6)
     places = range(len(layers))
@@ -55,24 +75,27 @@ def load_balance(balance: LoadBalance, *, ax: Axes | None = None) -> Axes:
         (balance.top_10, f"share of the busiest 10 % ({even:.2f}: even)", "#009E73", "^"),
     ):
         ax.plot(places, values.numpy(), color=color, marker=marker, label=label)
-    step = max(1, len(layers) // 24)
-    ax.set_xticks(places[::step], [str(layer) for layer in layers[::step]])
-    ax.set(xlabel="layer", ylabel="share or index, from 0 to 1", ylim=(-0.03, 1.03))
+    layers_below(ax, layers)
+    ax.set(ylabel="share or index, from 0 to 1", ylim=(-0.03, 1.03))
     ax.set_title(f"{balance.shape.model}: load balance of {balance.shape.n_experts} experts")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
+    legend_below(ax)
     return ax
 
 
 def token_routing(
     routing: PromptRouting, *, layers: Sequence[int] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """A prompt's tokens coloured by their route: one row a layer, the colour is the expert with most weight.
+    """A prompt's tokens coloured by their route: one row a layer; the colour is the expert with most weight.
 
-    Each cell holds the numbers of the chosen experts, that with most weight first.
+    Each cell holds the numbers of the chosen experts, most weight first.
 
     Args:
         routing: of one prompt, from `route_prompt`.
         layers: which layers to show, upward; all if None.
+        ax: where to draw; a new figure if None.
+
+    Raises:
+        DataError: no layers, or one without router.
     """
     layers = routing.shape.layers if layers is None else tuple(layers)
     if not layers:
@@ -83,17 +106,22 @@ def token_routing(
     shown = min(routing.shape.top_k, 3)
     ax = ax or new_axes(max(6.0, 1.5 + 0.45 * len(routing.tokens)), rows=max(3, len(layers)))
     ax.imshow(
-        experts[..., 0], cmap=_expert_colors(routing.shape.n_experts), vmin=-0.5, aspect="auto",
-        vmax=routing.shape.n_experts - 0.5, origin="lower", alpha=0.75,
-    )  # fmt: skip
+        experts[..., 0],
+        cmap=_expert_colors(routing.shape.n_experts),
+        vmin=-0.5,
+        vmax=routing.shape.n_experts - 0.5,
+        aspect="auto",
+        origin="lower",
+        alpha=0.75,
+    )
     for (row, pos), _ in np.ndenumerate(experts[..., 0]):
         text = " ".join(str(expert) for expert in experts[row, pos, :shown])
         ax.text(pos, row, text, ha="center", va="center", fontsize=8)
     tokens = [repr(token)[1:-1].replace("$", r"\$") for token in routing.tokens]  # $ would open a formula
     ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    layers_beside(ax, layers)
     more = "" if shown == routing.shape.top_k else f" (the first {shown} of {routing.shape.top_k})"
-    ax.set(xlabel="token", ylabel="layer")
+    ax.set_xlabel("token")
     ax.set_title(
         f"{routing.shape.model}: experts chosen for each token, most weight first{more}", fontsize=10
     )
@@ -101,7 +129,7 @@ def token_routing(
 
 
 def _expert_colors(n_experts: int) -> ListedColormap:
-    """One light colour an expert, neighbours far apart; the cells' numbers, not colours alone, tell them."""
+    """One light colour an expert, neighbours far apart. The cells' numbers tell experts apart, too."""
     golden = 0.61803398875
     hues = (np.arange(n_experts) * golden) % 1
     values = 0.82 + 0.16 * (np.arange(n_experts) % 2)

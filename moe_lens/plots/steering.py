@@ -1,6 +1,7 @@
 """Figures of plans and of what they do: experts by layer, sweeps over plan sizes, rates beside controls."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,15 +11,19 @@ from moe_lens.evaluation.outcomes import ANY_LAYER, DIRECTIONS, LAYER_MATCHED
 from moe_lens.evaluation.plan_sizes import SweepResult
 from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.verdict import SIGNS
-from moe_lens.plots.style import COLORS, new_axes
+from moe_lens.plots.style import COLORS, layers_below, legend_below, new_axes
 from moe_lens.steering.plan import SteeringPlan
 
 
 def selected_by_layer(plan: SteeringPlan, *, ax: Axes | None = None) -> Axes:
     """Share of each MoE layer's experts that a plan activates (upward) and deactivates (downward).
 
+    Args:
+        plan: with a shape, which says how many experts a layer has.
+        ax: where to draw; a new figure if None.
+
     Raises:
-        DataError: a plan without shape, which does not say how many experts a layer has.
+        DataError: a plan without shape.
     """
     if plan.shape is None:
         raise DataError("The plan has no shape; use plan.made_for(model.moe_shape).")
@@ -30,48 +35,57 @@ def selected_by_layer(plan: SteeringPlan, *, ax: Axes | None = None) -> Axes:
         ("deactivated", list(plan.deactivate), COLORS["-"], -1),
     )
     for label, experts, color, sign in groups:
-        numbers = np.array([sum(layer == own for own, _ in experts) for layer in layers])
-        heights = sign * 100 * numbers / plan.shape.n_experts
+        counts = np.array([sum(layer == other for other, _ in experts) for layer in layers])
+        heights = sign * 100 * counts / plan.shape.n_experts
         ax.bar(range(len(layers)), heights, color=color, label=f"{label}: {len(experts)} experts")
     ax.axhline(0, color="black", linewidth=0.8)
-    step = max(1, len(layers) // 24)
-    ax.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    layers_below(ax, layers)
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    ax.set(xlabel="layer", ylabel=f"share of the layer's {plan.shape.n_experts} experts (%)")
+    ax.set_ylabel(f"share of the layer's {plan.shape.n_experts} experts (%)")
     ax.set_title(f"{plan.shape.model}: experts that the plan selects, by layer")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    legend_below(ax, down=0.2, ncols=2)
     return ax
 
 
 def sweep_curves(found: SweepResult, *, ax: Axes | None = None) -> Axes:
-    """Behaviour against plan size, both directions, with intervals, beside random sets of the same size."""
+    """Behaviour against plan size, both directions, with intervals, beside random sets of the same size.
+
+    Args:
+        found: from `sweep`.
+        ax: where to draw; a new figure if None.
+    """
     ax = ax or new_axes(7.5, rows=6)
     for side, name, marker in (("+", "toward condition 1", "^"), ("-", "toward condition 2", "v")):
         points = [point for point in found.points if point.direction == side]
-        if not points:
-            continue
-        sizes, means = [point.size for point in points], np.array([point.mean for point in points])
-        errors = np.array([[p.mean - p.low for p in points], [p.high - p.mean for p in points]])
-        ax.errorbar(
-            sizes, means, yerr=np.maximum(errors, 0), color=COLORS[side], marker=marker, capsize=3,
-            label=f"{SIGNS[side]} {name}",
-        )  # fmt: skip
-    pooled = [
-        [rate for p in found.points if p.size == size for rate in p.control_means] for size in found.sizes
-    ]
-    if all(pooled):
-        low, high = (np.array([np.quantile(rates, level) for rates in pooled]) for level in (0.05, 0.95))
-        ax.fill_between(
-            found.sizes, low, high, color=COLORS["random"], alpha=0.25, linewidth=0,
-            label="random sets of as many experts, middle 90 %",
-        )  # fmt: skip
+        if points:
+            sizes, means = [point.size for point in points], np.array([point.mean for point in points])
+            errors = np.array([[p.mean - p.low for p in points], [p.high - p.mean for p in points]])
+            style: dict[str, Any] = {
+                "color": COLORS[side],
+                "marker": marker,
+                "label": f"{SIGNS[side]} {name}",
+            }
+            ax.errorbar(sizes, means, yerr=np.maximum(errors, 0), capsize=3, **style)
+    _band_of_random_sets(ax, found)
     ax.axhline(found.unsteered, color=COLORS["unsteered"], linestyle="--", linewidth=1, label="unsteered")
     verb = {"deactivate": "deactivated", "activate": "activated"}.get(found.mode, "activated and deactivated")
     ax.set_xticks(found.sizes)
     ax.set(xlabel=f"experts {verb}", ylabel=f"{found.task}\n(mean over prompts)")
     ax.set_title(f"{found.model}: the effect by size of the plan")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
+    legend_below(ax, ncols=2)
     return ax
+
+
+def _band_of_random_sets(ax: Axes, found: SweepResult) -> None:
+    """Where the middle 90 % of the random sets of each size lie, both directions together."""
+    rates = [
+        [rate for point in found.points if point.size == size for rate in point.control_means]
+        for size in found.sizes
+    ]
+    if all(rates):
+        low, high = (np.array([np.quantile(of_size, level) for of_size in rates]) for level in (0.05, 0.95))
+        label = "random sets of as many experts, middle 90 %"
+        ax.fill_between(found.sizes, low, high, color=COLORS["random"], alpha=0.25, linewidth=0, label=label)
 
 
 def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = None) -> Axes:
@@ -79,28 +93,32 @@ def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = N
 
     Args:
         reports: label -> report of `evaluate_steering`; all of the same task.
+        ax: where to draw; a new figure if None.
+
+    Raises:
+        DataError: no reports.
     """
+    if not reports:
+        raise DataError("There are no reports to draw; give at least one, {label: report}.")
     ax = ax or new_axes(width=2.2 + 1.6 * max(len(reports), 3), rows=7)
-    places, found = np.arange(len(reports)), list(reports.values())
-    _random_dots(ax, found)
-    plus, minus = ([report.steered[side].rate for report in found] for side in DIRECTIONS)
+    places, in_order = np.arange(len(reports)), list(reports.values())
+    _random_dots(ax, in_order)
+    plus, minus = ([report.steered[side].rate for report in in_order] for side in DIRECTIONS)
     ax.vlines(places, minus, plus, color="#555555", linewidth=1, zorder=1)
     ax.scatter(places, plus, s=110, marker="^", color=COLORS["+"], label="+ the plan", zorder=3)
     ax.scatter(places, minus, s=110, marker="v", color=COLORS["-"], label="− its reverse", zorder=3)
-    unsteered = [report.unsteered.rate for report in found]
-    ax.hlines(
-        unsteered, places - 0.1, places + 0.1, linewidth=2.5, color=COLORS["unsteered"], label="unsteered"
-    )
+    unsteered, color = [report.unsteered.rate for report in in_order], COLORS["unsteered"]
+    ax.hlines(unsteered, places - 0.1, places + 0.1, linewidth=2.5, color=color, label="unsteered")
     ax.set_xticks(places, [_caption(label, report) for label, report in reports.items()])
-    ax.set(xlim=(-0.6, len(found) - 0.4), ylim=(-0.04, 1.04))
-    ax.set_ylabel(f"{found[0].task}\n(share of held-out prompts)")
+    ax.set(xlim=(-0.6, len(in_order) - 0.4), ylim=(-0.04, 1.04))
+    ax.set_ylabel(f"{in_order[0].task}\n(share of held-out prompts)")
     ax.set_title("Unsteered, steered both ways, and under random sets of as many experts")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+    legend_below(ax, down=0.2, ncols=3)
     return ax
 
 
 def _random_dots(ax: Axes, reports: Sequence[SteeringReport]) -> None:
-    """Random sets in any layers right of each report's arrow, layer-matched ones left of it."""
+    """Random sets in any layers to the right of each report's line, layer-matched ones to the left."""
     jitter = np.random.default_rng(0)
     for kind, offset in ((LAYER_MATCHED, -0.24), (ANY_LAYER, 0.24)):
         for side, marker in zip(DIRECTIONS, ("^", "v"), strict=True):
@@ -109,10 +127,9 @@ def _random_dots(ax: Axes, reports: Sequence[SteeringReport]) -> None:
             places = np.repeat(np.arange(len(sets)), [len(outcomes) for outcomes in sets])
             across = places + offset + jitter.uniform(-0.12, 0.12, len(rates))
             face = COLORS["random"] if kind == ANY_LAYER else "none"
-            ax.scatter(
-                across, rates, s=18, marker=marker, edgecolors=COLORS["random"], facecolors=face,
-                label=f"{len(sets[0])} random sets, {kind}, as {SIGNS[side]}",
-            )  # fmt: skip
+            label = f"{len(sets[0])} random sets, {kind}, as {SIGNS[side]}"
+            colors: dict[str, Any] = {"edgecolors": COLORS["random"], "facecolors": face}
+            ax.scatter(across, rates, s=18, marker=marker, label=label, **colors)
 
 
 def _caption(label: str, report: SteeringReport) -> str:

@@ -1,10 +1,20 @@
-"""What all figures share: colours, sizes, and saving."""
+"""What all figures share: colours, sizes, axes of layers and experts, maps of signed numbers, saving.
 
+ax = new_axes(6.0, rows=8)
+image = signed_map(ax, values)              # [row column]; white is zero
+layers_beside(ax, layers)
+save(ax, "figure.png")
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Shaped
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 
 from moe_lens.errors import DataError
 from moe_lens.files import check_writable
@@ -20,7 +30,8 @@ class _Colors(dict[str, str]):
 
 
 COLORS: Final = _Colors({"+": "#0072B2", "-": "#D55E00", "unsteered": "#000000", "random": "#999999"})
-"""Okabe and Ito's, which colour-blind readers can tell apart."""
+"""What stands for what: "+" and "-" for two directions or signs. The palette is Okabe and Ito's, whose
+colours colour-blind readers can tell apart."""
 
 
 def save(ax: Axes, path: str | Path) -> None:
@@ -43,7 +54,36 @@ def new_axes(width: float, rows: int) -> Axes:
     return ax
 
 
+def signed_map(ax: Axes, values: Shaped[np.ndarray, "row column"], *, aspect: Any = "auto") -> AxesImage:
+    """Draw a map of signed numbers, first row at the bottom, in colours that are centred on zero."""
+    sizes = np.abs(values[np.isfinite(values)])
+    limit = max(float(sizes.max()), 1e-9) if sizes.size else 1.0
+    return ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect=aspect, origin="lower")
+
+
 def count_axis(ax: Axes, number: int) -> None:
     """At most about 16 ticks on the horizontal axis for 0 to number − 1."""
-    step = max(1, number // 16)
-    ax.set_xticks(range(0, number, step))
+    ax.set_xticks(count_ticks(number))
+
+
+def count_ticks(number: int) -> range:
+    """At most about 16 of the numbers 0 to number − 1, evenly spaced."""
+    return range(0, number, max(1, number // 16))
+
+
+def layers_below(ax: Axes, layers: Sequence[int]) -> None:
+    """Label the horizontal axis, where place i is layers[i], with at most about 24 layers."""
+    shown = range(0, len(layers), max(1, len(layers) // 24))
+    ax.set_xticks(shown, [str(layers[place]) for place in shown])
+    ax.set_xlabel("layer")
+
+
+def layers_beside(ax: Axes, layers: Sequence[int]) -> None:
+    """Label the vertical axis, where row i is layers[i]."""
+    ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    ax.set_ylabel("layer")
+
+
+def legend_below(ax: Axes, *, down: float = 0.17, ncols: int = 1) -> None:
+    """A legend under the axes, `down` axes heights below their lower edge."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -down), ncols=ncols, frameon=False)

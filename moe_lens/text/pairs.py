@@ -6,7 +6,6 @@ fitting, held_out = pairs.split(0.5, seed=0)           # no cluster is in both
 collect_routing(model, fitting.first, span=fitting.span)
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,18 +19,17 @@ from moe_lens.checks import as_index, short
 from moe_lens.errors import DataError
 from moe_lens.files import atomic_write
 from moe_lens.results import Result
-from moe_lens.text.prompts import Prompt, as_prompt, from_json, to_json
-from moe_lens.text.rows import (
-    at_least_one,
-    cell,
-    csv_rows,
-    jsonl_rows,
-    label_of,
-    parsed_json,
-    records,
-    text_cell,
+from moe_lens.text.pair_rows import (
+    checked_labels,
+    checked_prompts,
+    digest_of_pair,
+    pair_columns,
+    span_from_json,
+    span_to_json,
 )
-from moe_lens.text.spans import Span, TextSpan
+from moe_lens.text.prompts import Prompt, to_json
+from moe_lens.text.rows import Row, at_least_one, csv_rows, jsonl_rows, parsed_json, records
+from moe_lens.text.spans import Span
 
 if TYPE_CHECKING:
     import pandas
@@ -80,7 +78,7 @@ class ContrastivePairs(Result):
 
     def __post_init__(self) -> None:
         for name in ("first", "second"):
-            object.__setattr__(self, name, _prompts(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_prompts(name, getattr(self, name)))
         n = len(self.first)
         if n != len(self.second):
             raise DataError(f"Pairs need as many first as second prompts; got {n} and {len(self.second)}.")
@@ -97,7 +95,7 @@ class ContrastivePairs(Result):
                 "The span of pairs is one for all; to count a different text in each, name it in its prompts."
             )
         if not self.clusters:
-            digests = tuple(_digest(*pair) for pair in zip(self.first, self.second, strict=True))
+            digests = tuple(digest_of_pair(*pair) for pair in zip(self.first, self.second, strict=True))
             object.__setattr__(self, "clusters", digests)
         if not self.templates:
             object.__setattr__(self, "templates", ("default",) * n)
@@ -128,11 +126,11 @@ class ContrastivePairs(Result):
             DataError: a prompt that is none, with the name of its list and its number; or as in the class.
         """
         return cls(
-            _prompts("first", first),
-            _prompts("second", second),
+            checked_prompts("first", first),
+            checked_prompts("second", second),
             span,
-            _labels("clusters", clusters),
-            _labels("templates", templates),
+            checked_labels("clusters", clusters),
+            checked_labels("templates", templates),
         )
 
     @classmethod
@@ -167,7 +165,7 @@ class ContrastivePairs(Result):
         Raises:
             DataError: no rows; a row or cell that is missing, empty or malformed, by row and column.
         """
-        return _pairs_of_rows(records(rows), first, second, span, cluster, template, spans)
+        return cls._of_rows(records(rows), first, second, span, cluster, template, spans)
 
     @classmethod
     def from_dataset(
@@ -196,7 +194,7 @@ class ContrastivePairs(Result):
         Raises:
             DataError: no rows; a row or cell that is missing, empty or malformed, by row and column.
         """
-        return _pairs_of_rows(records(dataset), first, second, span, cluster, template, spans)
+        return cls._of_rows(records(dataset), first, second, span, cluster, template, spans)
 
     @classmethod
     def from_file(
@@ -270,11 +268,11 @@ class ContrastivePairs(Result):
             (where, about), *rows = rows
             if about.get("schema") != _SCHEMA:
                 raise DataError(f"{where}: pairs of schema {about.get('schema')!r}, not {_SCHEMA}.")
-            saved = _span_from_json(where, about.get("span"))
+            saved = span_from_json(where, about.get("span"))
             span = saved if isinstance(span, EllipsisType) else span
             cluster, template = cluster or "cluster", template or "template"
         span = "all" if isinstance(span, EllipsisType) else span
-        return _pairs_of_rows(at_least_one(path, rows), first, second, span, cluster, template, spans)
+        return cls._of_rows(at_least_one(path, rows), first, second, span, cluster, template, spans)
 
     @classmethod
     def from_csv(
@@ -308,7 +306,21 @@ class ContrastivePairs(Result):
         for where, row in rows if chat else []:
             for column in (first, second):
                 row[column] = parsed_json(f"{where}, column {column!r}", row.get(column) or "")
-        return _pairs_of_rows(rows, first, second, span, cluster, template, spans)
+        return cls._of_rows(rows, first, second, span, cluster, template, spans)
+
+    @classmethod
+    def _of_rows(
+        cls,
+        rows: list[Row],
+        first: str,
+        second: str,
+        span: Span,
+        cluster: str | None,
+        template: str | None,
+        spans: Mapping[str, str] | None,
+    ) -> "ContrastivePairs":
+        columns = pair_columns(rows, first, second, cluster=cluster, template=template, spans=spans)
+        return cls.from_lists(**columns._asdict(), span=span)
 
     def save_jsonl(self, path: str | Path) -> None:
         """Write a file that `from_jsonl` reads back to equal pairs, atomically: one JSON object a line.
@@ -316,7 +328,7 @@ class ContrastivePairs(Result):
         Raises:
             DataError: a span that is a function, which no file can hold.
         """
-        lines: list[dict[str, Any]] = [{"kind": _KIND, "schema": _SCHEMA, "span": _span_to_json(self.span)}]
+        lines: list[dict[str, Any]] = [{"kind": _KIND, "schema": _SCHEMA, "span": span_to_json(self.span)}]
         for pair in self:
             cells = pair._asdict()
             lines.append({**cells, "first": to_json(pair.first), "second": to_json(pair.second)})
@@ -436,102 +448,3 @@ class ContrastivePairs(Result):
             f"{len(self)} pair{'s' * (len(self) > 1)}, {n_clusters} cluster{'s' * (n_clusters > 1)}, "
             f"span {self.span!r}, templates {list(self.template_names)}"
         )
-
-
-def _pairs_of_rows(
-    rows: list[tuple[str, dict[str, Any]]],
-    first: str,
-    second: str,
-    span: Span,
-    cluster: str | None,
-    template: str | None,
-    spans: Mapping[str, str] | None,
-) -> ContrastivePairs:
-    sides: dict[str, list[Prompt]] = {first: [], second: []}
-    if first == second:
-        raise DataError(f"first and second are the same column, {first!r}; give two.")
-    labels: dict[str, list[str]] = {column: [] for column in (cluster, template) if column is not None}
-    for where, row in rows:
-        targets = {name: text_cell(where, row, column) for name, column in (spans or {}).items()}
-        prompts = {column: _prompt(where, row, column) for column in sides}
-        for name, target in targets.items():
-            if not any(_has(prompt, target) for prompt in prompts.values()):
-                raise DataError(
-                    f"{where}, column {(spans or {})[name]!r}: the part {name!r}, {short(target)}, occurs in "
-                    "neither prompt."
-                )
-        for column, prompt in prompts.items():
-            parts = {name: target for name, target in targets.items() if _has(prompt, target)}
-            sides[column].append(Prompt(prompt.content, {**prompt.spans, **parts}))
-        for column in labels:
-            labels[column].append(label_of(f"{where}, column {column!r}", cell(where, row, column)))
-    clusters, templates = (None if column is None else labels[column] for column in (cluster, template))
-    return ContrastivePairs.from_lists(
-        sides[first], sides[second], span=span, clusters=clusters, templates=templates
-    )
-
-
-def _prompts(name: str, prompts: Any) -> tuple[Prompt, ...]:
-    if isinstance(prompts, str | Mapping | Prompt) or not isinstance(prompts, Iterable):
-        raise DataError(f"{name} must be a list of prompts; got {short(prompts)}.")
-    checked = []
-    for index, prompt in enumerate(prompts):
-        try:
-            checked.append(as_prompt(prompt))
-        except DataError as error:
-            raise DataError(f"{name}, pair {index}: {error}") from error
-    return tuple(checked)
-
-
-def _labels(name: str, labels: Any) -> tuple[str, ...]:
-    """Empty for None, which stands for the default."""
-    if labels is None:
-        return ()
-    if isinstance(labels, str) or not isinstance(labels, Iterable):
-        raise DataError(f"{name} must be a list of labels, one a pair; got {short(labels)}.")
-    texts = tuple(label_of(f"{name}, pair {index}", label) for index, label in enumerate(labels))
-    if not texts:
-        raise DataError(f"{name} is empty; give one label a pair, or None.")
-    return texts
-
-
-def _prompt(where: str, row: Mapping[str, Any], column: str) -> Prompt:
-    content = cell(where, row, column)
-    try:
-        return from_json(content)
-    except DataError as error:
-        raise DataError(f"{where}, column {column!r}: {error}") from error
-
-
-def _has(prompt: Prompt, target: str) -> bool:
-    texts = [prompt.content] if prompt.messages is None else [m.content for m in prompt.messages]
-    return any(target in text for text in texts)
-
-
-def _digest(first: Prompt, second: Prompt) -> str:
-    content = json.dumps([to_json(first), to_json(second)])
-    return f"pair-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def _span_to_json(span: Span) -> Any:
-    if span is None or isinstance(span, str):
-        return span
-    if isinstance(span, TextSpan):
-        return {"text": span.text, "occurrence": span.occurrence}
-    if isinstance(span, slice):
-        return {"slice": [span.start, span.stop, span.step]}
-    raise DataError(
-        f"The span {span!r} is a function, which no file can hold; save the pairs with "
-        "another span (dataclasses.replace) and give this one when you read them."
-    )
-
-
-def _span_from_json(where: str, content: Any) -> Span:
-    if content is None or isinstance(content, str):
-        return content
-    if isinstance(content, dict) and set(content) == {"text", "occurrence"}:
-        return TextSpan(**content)
-    numbers = content.get("slice") if isinstance(content, dict) else None
-    if isinstance(numbers, list) and len(numbers) == 3 and all(n is None or type(n) is int for n in numbers):
-        return slice(*numbers)
-    raise DataError(f"{where}: {short(content)} is no span.")

@@ -172,7 +172,7 @@ def test_hooks_are_the_hooks_around_it(hooked) -> None:
 def test_it_shows_itself_in_a_line_and_a_table(hooked) -> None:
     found = gradient_attribution(hooked("olmoe"), [prompt(3), prompt(1)], metric)
     assert repr(found).startswith("GradientAttribution(OlmoeForCausalLM, 2 prompts: metric ")
-    table = found.to_dataframe()
+    table: Any = found.to_dataframe()
     assert len(table) == len(found.layers) * found.shape.n_experts
     assert table["expert_out"].sum() == pytest.approx(float(found.expert_out.sum()), abs=1e-5)
     assert table["router_logit"].sum() == pytest.approx(float(found.router_logits.sum()), abs=1e-5)

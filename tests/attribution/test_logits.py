@@ -1,5 +1,7 @@
 """Expert logit attribution and the expert logit lens: what a user gets, on prompts of any lengths."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -205,7 +207,7 @@ def test_hooks_are_the_hooks_around_it(hooked) -> None:
 def test_the_table_holds_every_share(specialised) -> None:
     prompts = ["Question : what is the", "Document : the"]
     found = expert_logit_attribution(specialised, prompts, 7, progress=False)
-    table = found.to_dataframe()
+    table: Any = found.to_dataframe()
     assert table["share"].sum() == pytest.approx(float(found.logit.mean()), abs=1e-4)
     assert table["share"].abs().is_monotonic_decreasing
     experts = table[table["part"] == "expert"]

@@ -290,7 +290,7 @@ def test_it_shows_itself_in_a_line_and_a_table(hooked) -> None:
     found: Any = virtual_ablation(hooked("olmoe"), [prompt(3), prompt(1)], progress=False)
     assert str(found).splitlines()[0] == repr(found)
     assert str(found).splitlines()[1].startswith("  by layer 0: ")
-    table = found.to_dataframe()
+    table: Any = found.to_dataframe()
     assert table["n_tokens"].sum() == int((found.indices >= 0).sum())
     assert table["change"].abs().is_monotonic_decreasing
     row = table.iloc[-1]

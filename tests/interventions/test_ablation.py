@@ -307,7 +307,7 @@ def test_means_are_taken_under_hooks(hooked: Hooked) -> None:
 def test_means_show_themselves_in_a_line_and_a_table(hooked: Hooked) -> None:
     means = mean_expert_outputs(hooked("olmoe"), tokens(3, 8), progress=False)
     assert repr(means).startswith("ExpertMeans(OlmoeForCausalLM: ")
-    table = means.to_dataframe().set_index(["layer", "expert"])
+    table: Any = means.to_dataframe().set_index(["layer", "expert"])
     assert table["n_tokens"].sum() == 3 * 8 * 3 * 3  # tokens, layers, k
     layer, expert = (means.counts > 0).nonzero()[-1].tolist()
     norm = float(means.values[layer, expert].square().sum().sqrt())

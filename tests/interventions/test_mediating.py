@@ -272,12 +272,12 @@ def test_hooks_are_the_hooks_around_it(hooked: Hooked) -> None:
 def test_it_shows_itself_in_a_line_and_a_table(hooked: Hooked) -> None:
     found = mediation(hooked("olmoe"), tokens(3, 4), tokens(3, 4, 9), last_logit(), progress=False)
     assert repr(found).startswith("Mediation(3 pairs, experts only: total effect ")
-    table = found.to_dataframe().set_index("effect")
+    table: Any = found.to_dataframe().set_index("effect")
     assert table["mean"]["total"] == pytest.approx(float((found.clean - found.corrupted).mean()))
     parts = table["mean"][["route", "representation", "interaction"]]
     assert parts.sum() == pytest.approx(table["mean"]["total"])
     assert tuple(table.loc["route", ["share", "low", "high"]]) == pytest.approx(found.share("route"))
     assert np.isnan(table["share"]["total"])
     assert "<td>representation</td>" in found._repr_html_()
-    alone = mediation(hooked("olmoe"), tokens(1, 4), tokens(1, 4, 9), last_logit(), progress=False)
+    alone: Any = mediation(hooked("olmoe"), tokens(1, 4), tokens(1, 4, 9), last_logit(), progress=False)
     assert alone.to_dataframe()["share"].isna().all()
