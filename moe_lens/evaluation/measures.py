@@ -101,9 +101,7 @@ def continuation_log_probs(
     return np.array(means)
 
 
-def text_loss(
-    model: MeasuredModel, texts: Sequence[str], *, hooks: Hooks = (), batch_size: int = 8
-) -> float:
+def text_loss(model: MeasuredModel, texts: Sequence[str], *, hooks: Hooks = (), batch_size: int = 8) -> float:
     """Mean cross-entropy of every token after a text's first, in nats a token, over all texts together.
 
     Raises:
