@@ -54,6 +54,7 @@ from .model import detach as detach
 from .routers import RoutingRule as RoutingRule
 from .routers import register_rule as register_rule
 from .routers import supported_models as supported_models
+from .shape import MoEShape as MoEShape
 from .statistics import RouteRecord as RouteRecord
 from .statistics import RoutingStats as RoutingStats
 from .statistics import collect_generation as collect_generation

@@ -3,6 +3,7 @@
 import operator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from moe_lens.errors import DataError, MoELensError
@@ -48,6 +49,21 @@ def whole_number(
             f"{name} must be a whole number from {least} {end}; got {short(value)}.{remedy and ' '}{remedy}"
         )
     return number
+
+
+def share(value: Any, name: str, *, error: type[MoELensError] = DataError, remedy: str = "") -> float:
+    """A number between 0 and 1, both excluded, as float.
+
+    >>> share(0.95, "level")
+    0.95
+
+    Raises:
+        `error`: for anything else.
+    """
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1:
+        raise error(f"{name} must be a number between 0 and 1; got {short(value)}.{remedy and ' '}{remedy}")
+    return float(value)
 
 
 def short(thing: Any) -> str:

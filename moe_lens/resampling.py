@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from moe_lens.checks import whole_number
+from moe_lens.checks import share, whole_number
 from moe_lens.errors import DataError
 
 
@@ -37,8 +37,7 @@ def clustered_interval(
         raise DataError(
             f"{len(clusters)} cluster labels for values of shape {values.shape}; need one per value."
         )
-    if not 0 < level < 1:
-        raise DataError(f"level must lie in (0, 1); got {level}.")
+    share(level, "level")
     n_resamples = whole_number(n_resamples, "n_resamples", least=1)
     _, member_of = np.unique(np.asarray(clusters), return_inverse=True)
     sums, sizes = np.bincount(member_of, weights=values), np.bincount(member_of)

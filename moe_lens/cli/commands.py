@@ -23,10 +23,17 @@ def stats(options: Options) -> None:
     prompts = text.read_prompts(options.prompts, column=options.column)
     about = f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column}"
     counted = statistics.collect_to_file(
-        model, prompts, options.out, about=about, batch_size=options.batch_size, span=options.span or "all",
-        special_tokens=options.special_tokens, per_prompt=options.per_prompt, positions=options.positions,
+        model,
+        prompts,
+        options.out,
+        about=about,
+        batch_size=options.batch_size,
+        span=options.span or "all",
+        special_tokens=options.special_tokens,
+        per_prompt=options.per_prompt,
+        positions=options.positions,
         vocabulary=options.vocabulary,
-    )  # fmt: skip
+    )
     print(f"{counted}\n{counted.load_balance().to_dataframe().round(3).to_string(index=False)}")
     _wrote(options.out)
 
@@ -37,10 +44,17 @@ def detect(options: Options) -> None:
         raise DataError("--top must be at least 1.")
     check_writable(options.out)
     scores = detection.detect(
-        _model(options), pairs, score=options.score, span=options.span or "pairs", seed=options.seed,
-        special_tokens=options.special_tokens, level=options.level, n_resamples=options.resamples,
-        n_permutations=options.permutations, batch_size=options.batch_size,
-    )  # fmt: skip
+        _model(options),
+        pairs,
+        score=options.score,
+        span=options.span or "pairs",
+        seed=options.seed,
+        special_tokens=options.special_tokens,
+        level=options.level,
+        n_resamples=options.resamples,
+        n_permutations=options.permutations,
+        batch_size=options.batch_size,
+    )
     scores.save(options.out)
     print(f"{scores}\n{scores.to_dataframe().head(options.top).round(4).to_string(index=False)}")
     print(detection.selection_stability(scores, n=min(options.top, scores.delta.numel())))
@@ -69,10 +83,10 @@ def plan(options: Options) -> None:
         if "all" in numbers.values():
             raise DataError("A published ranking needs numbers for --activate and --deactivate.")
         given = {name: number or 0 for name, number in numbers.items()}
-        chosen = ranking.plan(**given, opposite=options.reverse, **common)
+        chosen = ranking.plan(**given, opposite=options.opposite, **common)
     else:
         scores = detection.ExpertScores.load(options.scores)
-        scores = -scores if options.reverse else scores
+        scores = -scores if options.opposite else scores
         chosen = steering.SteeringPlan.from_scores(scores, **numbers, q=options.q, **common)
     if not len(chosen):
         raise DataError("The plan names no expert; ask for some with --activate, --deactivate or --q.")
@@ -116,9 +130,15 @@ def evaluate(options: Options) -> None:
     scores = None if options.scores is None else detection.ExpertScores.load(options.scores)
     task, chosen = evaluation.load_task(options.task), load(options.plan)
     report = evaluation.evaluate_steering(
-        _model(options), chosen, task, reverse=reverse, scores=scores, n_random=options.n_random,
-        seed=options.seed, alpha=options.alpha,
-    )  # fmt: skip
+        _model(options),
+        chosen,
+        task,
+        reverse=reverse,
+        scores=scores,
+        n_random=options.n_random,
+        seed=options.seed,
+        alpha=options.alpha,
+    )
     print(report)
     if options.out is not None:
         report.save(options.out)

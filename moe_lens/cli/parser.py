@@ -31,7 +31,7 @@ From prompts to a result:
   moe-lens stats specialised prompts.txt --out stats.safetensors
   moe-lens detect specialised pairs.jsonl --out scores.safetensors --table scores.csv
   moe-lens plan scores.safetensors --deactivate 6 --out plan.json
-  moe-lens plan scores.safetensors --deactivate 6 --reverse --out opposite.json
+  moe-lens plan scores.safetensors --deactivate 6 --opposite --out opposite.json
   moe-lens steer specialised plan.json --prompt "Question : what is the capital of Eldria ? Answer :"
   moe-lens evaluate specialised plan.json task.json --reverse opposite.json --out report.json
   moe-lens plot volcano scores.safetensors --out volcano.png
@@ -166,9 +166,12 @@ def _detect(adder: Any) -> None:
             f"--{name}", metavar="NAME", help=f"field or column of that meaning (default: {name})"
         )
     command.add_argument(
-        "--score", choices=_Choices(_score_names), metavar="SCORE", default="risk_difference",
+        "--score",
+        choices=_Choices(_score_names),
+        metavar="SCORE",
+        default="risk_difference",
         help="%(choices)s (default: %(default)s)",
-    )  # fmt: skip
+    )
     _spans(command)
     command.add_argument("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
     command.add_argument("--resamples", type=_number, default=1000, help="of the bootstrap (default: 1000)")
@@ -197,7 +200,12 @@ def _plan(adder: Any) -> None:
     command.add_argument(
         "--q", type=float, help="only experts with a q-value up to this; without any N, all that fit a layer"
     )
-    command.add_argument("--reverse", action="store_true", help="for the opposite contrast")
+    command.add_argument(
+        "--opposite",
+        "--reverse",
+        action="store_true",
+        help="for the opposite contrast (--reverse in version 0.1)",
+    )
     command.add_argument("--epsilon", type=float, default=0.01, help="of the transform (default: 0.01)")
     command.add_argument(
         "--on-excess", choices=("raise", "drop"), default="raise", help="experts that do not fit a layer"

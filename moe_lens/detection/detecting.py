@@ -29,6 +29,7 @@ from moe_lens.errors import DataError
 from moe_lens.results import Result
 from moe_lens.statistics.counts import PromptCounts
 from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.text.batching import TextModel
 from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.spans import Span
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def detect(
-    model: Any,
+    model: TextModel,
     pairs: ContrastivePairs,
     *,
     score: str | Score = "risk_difference",
@@ -90,15 +91,28 @@ def detect(
     counted = pairs.span if isinstance(span, str) and span == "pairs" else span
     stats_1, stats_2 = (
         collect_routing(
-            model, prompts, span=counted, special_tokens=special_tokens, hooks=hooks, per_prompt=True,
-            batch_size=batch_size, progress=progress,
+            model,
+            prompts,
+            span=counted,
+            special_tokens=special_tokens,
+            hooks=hooks,
+            per_prompt=True,
+            batch_size=batch_size,
+            progress=progress,
         )
         for prompts in (pairs.first, pairs.second)
-    )  # fmt: skip
+    )
     return compare_routing(
-        stats_1, stats_2, score=score, clusters=pairs.clusters, templates=pairs.templates, level=level,
-        n_resamples=n_resamples, n_permutations=n_permutations, seed=seed,
-    )  # fmt: skip
+        stats_1,
+        stats_2,
+        score=score,
+        clusters=pairs.clusters,
+        templates=pairs.templates,
+        level=level,
+        n_resamples=n_resamples,
+        n_permutations=n_permutations,
+        seed=seed,
+    )
 
 
 def compare_routing(
@@ -152,9 +166,17 @@ def compare_routing(
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).reshape(shape)
 
     evidence = Evidence(
-        by_layer(low), by_layer(high), by_layer(p), by_layer(paired_statistics.q_values(p)), level,
-        n_resamples, n_permutations, seed, clusters, templates,
-    )  # fmt: skip
+        by_layer(low),
+        by_layer(high),
+        by_layer(p),
+        by_layer(paired_statistics.q_values(p)),
+        level,
+        n_resamples,
+        n_permutations,
+        seed,
+        clusters,
+        templates,
+    )
     delta = by_layer(paired_statistics.score(formula, counts))
     return ExpertScores(delta, stats_1, stats_2, formula.name, evidence, formula)
 

@@ -38,7 +38,7 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float, Float32
 
-from moe_lens.checks import whole_number
+from moe_lens.checks import share, whole_number
 from moe_lens.detection.paired_counts import PairedCounts, as_floats
 from moe_lens.detection.scores import Score, score_of, standard_error
 from moe_lens.errors import DataError
@@ -207,8 +207,7 @@ def check_settings(
 ) -> Score:
     """The score of that name. Raises DataError for bad settings, before a long computation starts."""
     formula = score_of(name)
-    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
-        raise DataError(f"level must be a number between 0 and 1, such as 0.95; got {level!r}.")
+    share(level, "level", remedy="0.95 is usual.")
     whole_number(n_resamples, "n_resamples", least=1, remedy="1000 is usual.")
     whole_number(n_permutations, "n_permutations", least=1, remedy="1000 is usual.")
     whole_number(seed, "seed")

@@ -84,9 +84,11 @@ class Score:
     ) -> Float[np.ndarray, "resample expert"]:
         """`effect` on resamples; `weights` say how often each unit was drawn."""
         return self.pooled(
-            weights @ counts.sums_1, (weights @ counts.tokens_1)[:, None],
-            weights @ counts.sums_2, (weights @ counts.tokens_2)[:, None],
-        )  # fmt: skip
+            weights @ counts.sums_1,
+            (weights @ counts.tokens_1)[:, None],
+            weights @ counts.sums_2,
+            (weights @ counts.tokens_2)[:, None],
+        )
 
     def resampled(
         self, counts: PairedCounts, weights: Float[np.ndarray, "resample unit"]

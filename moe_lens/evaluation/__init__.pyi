@@ -6,7 +6,9 @@ from .evaluating import sweep as sweep
 from .measures import answers_with as answers_with
 from .measures import continuation_log_probs as continuation_log_probs
 from .measures import text_loss as text_loss
+from .outcomes import ANY_LAYER as ANY_LAYER
 from .outcomes import DIRECTIONS as DIRECTIONS
+from .outcomes import LAYER_MATCHED as LAYER_MATCHED
 from .outcomes import Excess as Excess
 from .outcomes import Limit as Limit
 from .outcomes import Outcome as Outcome

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from tqdm.auto import tqdm
 
-from moe_lens.checks import whole_number
+from moe_lens.checks import share, whole_number
 from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError, PlanError
 from moe_lens.evaluation.outcomes import (
@@ -180,8 +180,7 @@ def check_model_and_task(model: HookedMoE, task: SteeringTask, seed: int, level:
         if not isinstance(given, wanted):
             raise DataError(f"A {wanted.__name__} is needed here; got {type(given).__name__}.")
     whole_number(seed, "seed")
-    if not isinstance(level, float) or not 0 < level < 1:
-        raise DataError(f"level must be a number between 0 and 1; got {level!r}.")
+    share(level, "level")
 
 
 def _check(plan: SteeringPlan, scores: ExpertScores | None, n_random: int, alpha: float) -> None:
@@ -189,8 +188,7 @@ def _check(plan: SteeringPlan, scores: ExpertScores | None, n_random: int, alpha
         raise PlanError("evaluate_steering needs a SteeringPlan that names experts.")
     if scores is not None and not isinstance(scores, ExpertScores):
         raise DataError(f"scores must be ExpertScores; got {type(scores).__name__}.")
-    if isinstance(alpha, bool) or not isinstance(alpha, float) or not 0 < alpha < 1:
-        raise DataError(f"alpha must be a number between 0 and 1; got {alpha!r}.")
+    share(alpha, "alpha")
     if 1 / (whole_number(n_random, "n_random") + 1) ** 2 > alpha:
         raise DataError(
             f"With n_random={n_random!r} no p-value can reach alpha={alpha:g}, since none falls below "

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from moe_lens.checks import share
 from moe_lens.errors import DataError
 from moe_lens.resampling import cluster_weights, clustered_interval
 from moe_lens.results import Result
@@ -48,6 +49,13 @@ class ByDirection(dict[str, Any]):
 
     def __init__(self, items: Any = ()) -> None:
         super().__init__({direction_of(name): item for name, item in dict(items).items()})
+
+    def __contains__(self, name: Any) -> bool:
+        return super().__contains__(direction_of(name))
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        """As of any dictionary."""
+        return super().get(direction_of(name), default)
 
     def __missing__(self, name: Any) -> Any:
         direction = direction_of(name)
@@ -148,9 +156,8 @@ class SteeringOutcomes:
         if set(controls) != kinds or any(set(both) != sides for both in by_direction):
             raise DataError(f"A report needs both directions {DIRECTIONS}, with controls {sorted(kinds)}.")
         self._check_outcomes()
-        for name, share in (("alpha", self.alpha), ("level", self.level)):
-            if not isinstance(share, float) or not 0 < share < 1:
-                raise DataError(f"{name} must be a number between 0 and 1; got {share!r}.")
+        for name in ("alpha", "level"):
+            share(getattr(self, name), name)
 
     def _check_outcomes(self) -> None:
         random = [outcomes for both in self.controls.values() for outcomes in both.values()]

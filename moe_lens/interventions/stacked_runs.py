@@ -167,9 +167,15 @@ def bytes_a_token(model: HookedMoE, n_pos: int) -> int:
 
 
 def checked_runs(
-    model: Any, tokens: Any, attention_mask: Any, metric: Any, axis: str, batch_size: Any, hooks: Hooks,
+    model: Any,
+    tokens: Any,
+    attention_mask: Any,
+    metric: Any,
+    axis: str,
+    batch_size: Any,
+    hooks: Hooks,
     progress: bool,
-) -> StackedRuns:  # fmt: skip
+) -> StackedRuns:
     """A user's arguments, checked; strings become tokens.
 
     Raises:

@@ -12,12 +12,12 @@ experts' outputs.)
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.hook_points import HookPoint, LensHandle
 
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
@@ -64,13 +64,21 @@ class RoutingPoint(HookPoint):
             )
         return points.indices
 
-    def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+    def add_hook(
+        self,
+        hook: Any,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+        alias_names: list[str] | None = None,
+    ) -> LensHandle:
         """As in TransformerLens, after the hook's `check_fits` and `check_rule`, if it has them."""
         if (check_fits := getattr(hook, "check_fits", None)) is not None:
             check_fits(self.shape)
         if (check_rule := getattr(hook, "check_rule", None)) is not None:
             check_rule(self.moe.rule)
-        return super().add_hook(hook, *args, **kwargs)
+        return super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
 
     @property
     def is_hooked(self) -> bool:

@@ -101,9 +101,15 @@ def run_on(
     development = compare_sizes(model, world, scores)
     plan = SteeringPlan.from_scores(scores, n_deactivate=development.best_size())
     report = evaluate_steering(
-        model, plan, document_task(world, "test"), reverse=opposite_plan(scores, plan), scores=scores,
-        n_random=n_random, seed=seed, progress=progress,
-    )  # fmt: skip
+        model,
+        plan,
+        document_task(world, "test"),
+        reverse=opposite_plan(scores, plan),
+        scores=scores,
+        n_random=n_random,
+        seed=seed,
+        progress=progress,
+    )
     return DemoResult(name, scores, development, report)
 
 
@@ -146,9 +152,20 @@ def compare_sizes(model: HookedMoE, world: World, scores: ExpertScores) -> Sweep
 def table(results: Iterable[DemoResult]) -> str:
     """The results as a Markdown table, one row an organism, with the controls beside the effect."""
     header = [
-        "organism", "experts off", "doc rate", "toward doc", "toward memory", "two-way gap [95 %]",
-        "random sets", "p matched", "p any layer", "closed-book", "generic loss", "loss, random", "verdict",
-    ]  # fmt: skip
+        "organism",
+        "experts off",
+        "doc rate",
+        "toward doc",
+        "toward memory",
+        "two-way gap [95 %]",
+        "random sets",
+        "p matched",
+        "p any layer",
+        "closed-book",
+        "generic loss",
+        "loss, random",
+        "verdict",
+    ]
     rows = [header, *(_row(result) for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     rows.insert(1, ["-" * width for width in widths])

@@ -14,7 +14,6 @@ from .rule import RoutingRule as RoutingRule
 from .rule import route_without as route_without
 from .table import RULES as RULES
 from .table import Family as Family
-from .table import RouterRow as RouterRow
 from .table import is_known_router as is_known_router
 from .table import register_rule as register_rule
 from .table import rule_for as rule_for

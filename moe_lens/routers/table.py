@@ -83,9 +83,6 @@ class Family:
         return tuple(rule.__name__ for rule in get_args(returned) or (returned,))
 
 
-RouterRow = Family
-"""The name of `Family` up to version 0.2."""
-
 _LIKE_V3 = "correction bias, expert groups, shared experts, dense first layers"
 
 RULES: dict[str, Family] = {

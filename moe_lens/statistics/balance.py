@@ -85,9 +85,12 @@ def load_balance(stats: RoutingSums) -> LoadBalance:
     gini = ((2 * ranks - n_experts - 1) * shares).sum(-1) / n_experts
     top = [shares[:, n_experts + (-percent * n_experts // 100) :].sum(-1) for percent in (1, 5, 10)]
     return LoadBalance(
-        stats.shape, entropy.clamp(0, 1), gini.clamp(min=0), n_experts * shares[:, -1],
+        stats.shape,
+        entropy.clamp(0, 1),
+        gini.clamp(min=0),
+        n_experts * shares[:, -1],
         *(share.clamp(max=1) for share in top),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

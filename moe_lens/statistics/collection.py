@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import torch
 from jaxtyping import Int
@@ -75,9 +76,17 @@ def collect_routing(
     """
     total = RunningTotal()
     for stats in iterate_routing(
-        model, prompts_or_tokens, batch_size=batch_size, span=span, special_tokens=special_tokens,
-        hooks=hooks, progress=progress, per_prompt=per_prompt, positions=positions, vocabulary=vocabulary,
-    ):  # fmt: skip
+        model,
+        prompts_or_tokens,
+        batch_size=batch_size,
+        span=span,
+        special_tokens=special_tokens,
+        hooks=hooks,
+        progress=progress,
+        per_prompt=per_prompt,
+        positions=positions,
+        vocabulary=vocabulary,
+    ):
         total.add(stats)
     return total.stats()
 
@@ -117,9 +126,15 @@ def iterate_routing(
                 continue
             cache = _routing_cache(model, tokens, mask, hooks)
             stats = RoutingStats.from_cache(
-                cache, counted, rules=rules, tokens=tokens, attention_mask=mask, per_prompt=per_prompt,
-                positions=positions, vocabulary=vocabulary,
-            )  # fmt: skip
+                cache,
+                counted,
+                rules=rules,
+                tokens=tokens,
+                attention_mask=mask,
+                per_prompt=per_prompt,
+                positions=positions,
+                vocabulary=vocabulary,
+            )
             del cache  # one batch of routing at a time, also while the caller works on the counts
             yield stats
 
@@ -204,8 +219,10 @@ def collect_to_file(
         model: a HookedMoE, or a bridge after `attach`.
         prompts: a list, or a generator that gives the same prompts again.
         path: of the result, a safetensors file.
-        about: everything else that the counts depend on (which model, which prompts, what the hooks do). If
+        about: everything else that the counts depend on (which model, which prompts). If
             it changes, or any setting but `progress`, counting starts afresh.
+        hooks: forward hooks to run under. Plans (`steer_hooks`) say what they do; under other hooks an
+            interrupted run is not continued.
         batch_size: prompts per forward pass; the other settings are also those of `collect_routing`.
 
     Raises:
@@ -220,7 +237,7 @@ def collect_to_file(
         "positions": positions,
         "vocabulary": vocabulary,
     }
-    described = f"{about} {batch_size} {sorted(settings.items())} {_points_of(hooks)}"
+    described = f"{about} {batch_size} {sorted(settings.items())} {_described(hooks)}"
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
     counted, before = _newest_partial(path, digest)
     total = RunningTotal()
@@ -230,9 +247,14 @@ def collect_to_file(
     saved, cost = time.monotonic(), 0.0
     try:
         for stats in iterate_routing(
-            model, prompts, batch_size=batch_size, hooks=hooks, progress=progress,
-            skip=before + total.n_batches, **settings,
-        ):  # fmt: skip
+            model,
+            prompts,
+            batch_size=batch_size,
+            hooks=hooks,
+            progress=progress,
+            skip=before + total.n_batches,
+            **settings,
+        ):
             total.add(stats)
             if cost <= SAVING_SHARE * (time.monotonic() - saved):
                 cost = _save_partial(path, digest, total, before)
@@ -248,9 +270,9 @@ def collect_to_file(
     return result
 
 
-def _points_of(hooks: Hooks) -> list[str]:
-    """Where the hooks are; `about` has to say what they do, which functions cannot."""
-    return [point if isinstance(point, str) else getattr(point, "__qualname__", "") for point, _ in hooks]
+def _described(hooks: Hooks) -> list[str]:
+    """What hooks do, where they say so (`hook.digest`, as a plan does); otherwise something new each time."""
+    return [f"{point} {getattr(hook, 'digest', None) or uuid4().hex}" for point, hook in hooks]
 
 
 def _partials(path: Path, digest: str = "[0-9a-f]{16}") -> list[tuple[int, Path]]:

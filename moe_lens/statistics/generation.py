@@ -141,9 +141,15 @@ def generate_recorded(
     ends: Any = stops or None  # a list will do, whatever TransformerLens' annotation says
     with torch.no_grad(), model.hooks([*hooks, *((name, keep) for name in points)]):
         output: Any = model.generate(
-            tokens, max_new_tokens=steps, do_sample=False, return_type="tokens", verbose=False,
-            stop_at_eos=bool(stops), eos_token_id=ends, **attention_mask,
-        )  # fmt: skip
+            tokens,
+            max_new_tokens=steps,
+            do_sample=False,
+            return_type="tokens",
+            verbose=False,
+            stop_at_eos=bool(stops),
+            eos_token_id=ends,
+            **attention_mask,
+        )
     return output[:, tokens.shape[1] :], {name: record[name] for name in points}
 
 

@@ -19,7 +19,7 @@ from moe_lens.files import FileKind
 from moe_lens.results import Result
 from moe_lens.shape import UNKNOWN_MODEL, MoEShape, shape_from_json
 from moe_lens.statistics.cache import known_model
-from moe_lens.text.batching import Prompts, pad_sequences, token_sequences
+from moe_lens.text.batching import Prompts, TextModel, pad_sequences, token_sequences
 
 if TYPE_CHECKING:
     import pandas
@@ -145,7 +145,7 @@ class RouteRecord(Result):
     @classmethod
     def from_generation(
         cls,
-        model: Any,
+        model: TextModel,
         prompts: Prompts,
         max_new_tokens: int,
         *,

@@ -53,6 +53,11 @@ class SteeringHook:
         steered, hook.rule = hook.rule.steer(router_logits, activate, deactivate, self.plan.epsilon)
         return steered
 
+    @property
+    def digest(self) -> str:
+        """Says what the hook does: that of its plan, and the layer."""
+        return f"{self.plan.digest} {self.layer}"
+
     def check_fits(self, shape: MoEShape) -> None:
         """Called by the hook point before the hook is added; raises PlanError where the plan does not fit."""
         self.plan.check_fits(shape)

@@ -92,6 +92,7 @@ class PublishedRanking(Result):
         opposite: bool = False,
         on_excess: OnExcess = "raise",
         epsilon: float = 0.01,
+        reverse: bool | None = None,
     ) -> SteeringPlan:
         """The plan of the authors' selection (arXiv 2509.09660): the most positive and most negative delta.
 
@@ -105,10 +106,12 @@ class PublishedRanking(Result):
             on_excess: with more than k activated or E − k deactivated experts in a layer, "raise", or "drop"
                 those of lower rank with a warning. The authors drop activations beyond k without a word.
             epsilon: of the plan.
+            reverse: what `opposite` was called in version 0.1; it still works.
 
         Raises:
             PlanError: more experts asked for than have the sign, an excess, or an argument out of range.
         """
+        opposite = opposite if reverse is None else reverse
         if not isinstance(opposite, bool):
             raise PlanError(f"opposite must be True or False; got {opposite!r}.")
         sign = -1 if opposite else 1

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 import numpy as np
 
-from moe_lens.checks import as_index, short
+from moe_lens.checks import as_index, share, short, whole_number
 from moe_lens.errors import DataError
-from moe_lens.files import atomic_write
+from moe_lens.files import FileKind, atomic_write
 from moe_lens.results import Result
 from moe_lens.text.pair_rows import (
     checked_labels,
@@ -34,8 +34,8 @@ from moe_lens.text.spans import Span
 if TYPE_CHECKING:
     import pandas
 
-_KIND: Final = "moe_lens.ContrastivePairs"
-_SCHEMA: Final = 1
+_KIND: Final = FileKind("moe_lens.ContrastivePairs", 1, (1,), "contrastive pairs")
+"""Of the first line of a file. It has no digest, since such files are written and edited by hand, too."""
 
 
 class ContrastivePair(NamedTuple):
@@ -264,10 +264,9 @@ class ContrastivePairs(Result):
             DataError: a file that cannot be read, or as in `from_records`, by file and line.
         """
         rows = jsonl_rows(path)
-        if rows and rows[0][1].get("kind") == _KIND:
+        if rows and rows[0][1].get("kind") == _KIND.name:
             (where, about), *rows = rows
-            if about.get("schema") != _SCHEMA:
-                raise DataError(f"{where}: pairs of schema {about.get('schema')!r}, not {_SCHEMA}.")
+            about = _KIND.opened(where, about)
             saved = span_from_json(where, about.get("span"))
             span = saved if isinstance(span, EllipsisType) else span
             cluster, template = cluster or "cluster", template or "template"
@@ -328,7 +327,9 @@ class ContrastivePairs(Result):
         Raises:
             DataError: a span that is a function, which no file can hold.
         """
-        lines: list[dict[str, Any]] = [{"kind": _KIND, "schema": _SCHEMA, "span": span_to_json(self.span)}]
+        lines: list[dict[str, Any]] = [
+            {"kind": _KIND.name, "schema": _KIND.schema, "span": span_to_json(self.span)}
+        ]
         for pair in self:
             cells = pair._asdict()
             lines.append({**cells, "first": to_json(pair.first), "second": to_json(pair.second)})
@@ -426,10 +427,7 @@ class ContrastivePairs(Result):
             DataError: a fraction outside (0, 1), fewer than two clusters.
         """
         labels = sorted(set(self.clusters))
-        if not isinstance(fraction, int | float) or not 0 < fraction < 1 or as_index(seed) is None:
-            raise DataError(
-                f"split needs a fraction in (0, 1) and a seed from 0 on; got {fraction!r}, {seed!r}."
-            )
+        fraction, seed = share(fraction, "fraction"), whole_number(seed, "seed")
         if len(labels) < 2:
             raise DataError(
                 f"All {len(self)} pairs belong to one cluster, {labels[0]!r}, and cannot be split; give them "
@@ -443,6 +441,7 @@ class ContrastivePairs(Result):
         return self.select(first), self.select(second)
 
     def summary(self) -> str:
+        """Number of pairs and clusters, the span and the templates."""
         n_clusters = len(set(self.clusters))
         return (
             f"{len(self)} pair{'s' * (len(self) > 1)}, {n_clusters} cluster{'s' * (n_clusters > 1)}, "

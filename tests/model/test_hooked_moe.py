@@ -35,7 +35,7 @@ from tests.tiny_models import (
 MORE_SHAPES = [recipe for recipe in ALL_RECIPES if recipe not in EVERY_FAMILY]
 
 
-@pytest.mark.parametrize("recipe", MORE_SHAPES)  # tests/promises/test_every_family.py has the others
+@pytest.mark.parametrize("recipe", MORE_SHAPES)  # tests/promises/ has the others
 @every_dtype
 def test_unhooked_it_is_the_plain_bridge_bit_for_bit(hooked: Hooked, recipe: str, dtype: torch.dtype) -> None:
     model, plain = hooked(recipe, dtype), plain_bridge(tiny_model(recipe, dtype))
