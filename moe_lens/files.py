@@ -35,7 +35,7 @@ class FileKind:
     """One kind of file.
 
     Attributes:
-        name: what stands in the file's field "kind".
+        name: the value of the file's field "kind".
         schema: the version that is written.
         reads: the versions that can be read.
         words: what such a file holds, in words, for errors.
@@ -109,21 +109,21 @@ class FileKind:
     ) -> dict[str, Any]:
         """What `sealed` made a file's content of, with its "schema"; `path` is named in errors."""
         if not isinstance(content, dict) or content.get("kind") not in (self.name, *self.former_names):
-            found = content.get("kind") if isinstance(content, dict) else None
-            raise self.error(f"{path} is no file of {self.words}: its kind is {found!r}, not {self.name!r}.")
+            kind = content.get("kind") if isinstance(content, dict) else None
+            raise self.error(f"{path} is no file of {self.words}: its kind is {kind!r}, not {self.name!r}.")
         schema = content.get("schema", self.default_schema)
         if isinstance(schema, bool) or schema not in self.reads:
             known = " or ".join(map(str, self.reads))
             raise self.error(
                 f"{path} is no file of {self.words} of schema {known}: its schema is {schema!r}."
             )
-        own = {name: value for name, value in content.items() if name not in ("kind", "schema", "digest")}
-        if "digest" in content and content["digest"] != digest_of(own, tensors or {}):
+        rest = {name: value for name, value in content.items() if name not in ("kind", "schema", "digest")}
+        if "digest" in content and content["digest"] != digest_of(rest, tensors or {}):
             raise self.error(
                 f"{path} is damaged: its digest is not that of its content. If it was changed by hand on "
                 "purpose, take out its field 'digest'."
             )
-        return {"schema": schema, **own}
+        return {"schema": schema, **rest}
 
 
 def digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
@@ -147,7 +147,7 @@ def digest_of_file(path: str | Path) -> str:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it takes the place of `path` when the block ends without error.
+    """Give a temporary path beside `path`; it replaces `path` when the block ends without error.
 
     >>> with atomic_write("plan.json") as temporary:
     ...     _ = temporary.write_text("{}")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 
 
@@ -22,19 +23,23 @@ def clustered_interval(
     its prompts (Davison & Hinkley 1997, section 3.8). The resampled mean is sum of values / number of units.
 
     Args:
-        values: one a unit (prompt), for example an effect in [-1, 1].
-        clusters: one label a unit; units of the same label stay together.
+        values: one per unit (prompt), for example an effect in [-1, 1].
+        clusters: one label per unit; units of the same label stay together.
+        level: confidence level of the interval, in (0, 1).
+        n_resamples: how often the clusters are drawn.
+        seed: of the draws; the same seed gives the same interval.
 
     Raises:
-        DataError: no values, not one label a value, a level outside (0, 1).
+        DataError: no values, not one label per value, a level outside (0, 1), or n_resamples below 1.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or len(clusters) != len(values):
         raise DataError(
-            f"{len(clusters)} cluster labels for values of shape {values.shape}; need one a value."
+            f"{len(clusters)} cluster labels for values of shape {values.shape}; need one per value."
         )
-    if not 0 < level < 1 or n_resamples < 1:
-        raise DataError(f"level must lie in (0, 1) and n_resamples be positive; got {level}, {n_resamples}.")
+    if not 0 < level < 1:
+        raise DataError(f"level must lie in (0, 1); got {level}.")
+    n_resamples = whole_number(n_resamples, "n_resamples", least=1)
     _, member_of = np.unique(np.asarray(clusters), return_inverse=True)
     sums, sizes = np.bincount(member_of, weights=values), np.bincount(member_of)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(n_resamples, len(sums)))

@@ -51,7 +51,7 @@ class MoEShape:
         return f"{self.model}, {len(self.layers)} layers × {self.n_experts} experts, top {self.top_k}"
 
     def grid(self) -> dict[str, Int[np.ndarray, "row"]]:
-        """The first two columns of a table with one row an expert: "layer" and "expert", layer by layer.
+        """The first two columns of a table with one row per expert: "layer" and "expert", layer by layer.
 
         >>> shape = MoEShape("m", layers=(0, 3), n_experts=2, top_k=1)
         >>> {name: column.tolist() for name, column in shape.grid().items()}

@@ -76,7 +76,7 @@ def detect(
         n_resamples: bootstrap resamples of the clusters of pairs, for the intervals.
         n_permutations: sign flips of the clusters, for the p-values.
         seed: of both; the same seed gives the same numbers.
-        batch_size: prompts a forward.
+        batch_size: prompts per forward pass.
         progress: show a progress bar.
 
     Raises:
@@ -126,8 +126,8 @@ def compare_routing(
         stats_1: from `collect_routing(..., per_prompt=True)`, under the first condition.
         stats_2: the same under the second condition.
         score: as in `detect`; so are `level`, `n_resamples`, `n_permutations` and `seed`.
-        clusters: one label a pair; pairs of one label are one unit. By default every pair is its own.
-        templates: one label a pair, for `template_agreement`.
+        clusters: one label per pair; pairs of one label are one unit. By default every pair is its own.
+        templates: one label per pair, for `template_agreement`.
 
     Raises:
         DataError: different models, no per-prompt counts, unequal numbers of prompts, or fewer than two
@@ -303,5 +303,5 @@ def _evidence(scores: ExpertScores) -> tuple[Evidence, Score]:
 def _labels(name: str, labels: Sequence[Any] | None, default: list[str]) -> tuple[str, ...]:
     labels = default if labels is None else list(labels)
     if len(labels) != len(default):
-        raise DataError(f"{name} must hold one label a pair: {len(default)} pairs, {len(labels)} labels.")
+        raise DataError(f"{name} must hold one label per pair: {len(default)} pairs, {len(labels)} labels.")
     return tuple(str(label) for label in labels)

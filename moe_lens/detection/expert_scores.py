@@ -61,7 +61,7 @@ class Evidence(Result):
     templates: tuple[str, ...]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, of everything that is one number an expert."""
+        """Name -> tensor, of everything that is one number per expert."""
         return {name: getattr(self, name) for name in ("low", "high", "p", "q")}
 
     def settings(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class ExpertScores(Result):
         return sorted(scores, key=lambda score: -abs(score.delta))  # sorted() is stable
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row an expert, ranked: layer, expert, delta, and rate, count, n_tokens of both conditions.
+        """One row per expert, ranked: layer, expert, delta, and rate, count, n_tokens of both conditions.
 
         With evidence also low, high, p and q.
         """

@@ -16,7 +16,7 @@ from moe_lens.results import Result
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PairedCounts(Result):
-    """Counts of each expert under two conditions, one row a unit (a cluster of pairs of prompts).
+    """Counts of each expert under two conditions, one row per unit (a cluster of pairs of prompts).
 
     >>> import numpy as np
     >>> events = np.array([[3.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
@@ -50,17 +50,19 @@ class PairedCounts(Result):
     def of_pairs(
         cls, sums_1: Any, tokens_1: Any, sums_2: Any, tokens_2: Any, clusters: Sequence[Any] | None = None
     ) -> "PairedCounts":
-        """From one row a pair of prompts; pairs with the same cluster label become one unit.
+        """From one row per pair of prompts; pairs with the same cluster label become one unit.
 
         >>> counts = PairedCounts.of_pairs([[1], [3], [0]], [4, 4, 4], [[0], [1], [0]], [4, 4, 4], "aab")
         >>> counts.sums_1.tolist(), counts.tokens_1.tolist(), counts.rate_differences.tolist()
         ([[4.0], [0.0]], [8.0, 4.0], [[0.375], [0.0]])
 
         Args:
-            sums_1, sums_2: [pair expert].
-            tokens_1, tokens_2: [pair].
-            clusters: one label a pair; units are in the order of their first pairs. By default every pair is
-                its own unit.
+            sums_1: [pair expert], counts or sums under the first condition.
+            tokens_1: [pair], counted tokens under the first condition.
+            sums_2: [pair expert], the same under the second condition.
+            tokens_2: [pair].
+            clusters: one label per pair; units are in the order of their first pairs. By default every pair
+                is its own unit.
 
         Raises:
             DataError: as of the class, or another number of clusters than of pairs.
@@ -181,5 +183,5 @@ def _check_condition(number: int, sums: np.ndarray, tokens: np.ndarray) -> None:
         unit, expert = np.argwhere(above)[0]
         raise DataError(
             f"sums_{number}[{unit}, {expert}] is {sums[unit, expert]:g}, above the unit's {tokens[unit]:g} "
-            "tokens; an expert is chosen at most once a token."
+            "tokens; an expert is chosen at most once per token."
         )

@@ -8,10 +8,11 @@ q = q_values(sign_flip_p("risk_difference", counts))
 A unit is a cluster of pairs of prompts. Units are independent of each other; tokens within a prompt and the
 two prompts of a pair need not be: so whole units are resampled, and whole units swap their conditions.
 
-How far this holds on a synthetic top-4 router over 32 experts, its tokens strongly dependent within prompts
-of 5–50 tokens, the first condition's prompts as long or three times as long (repeat it with
-`python -m tests.detection.test_calibration`). Coverage of 95 % intervals where the rates are 0.02–0.5 (and
-0.003–0.02), in %, mean over such experts, a quarter of them with a planted difference:
+How well this holds was measured on a synthetic top-4 router over 32 experts. Its tokens depend strongly on
+each other within prompts of 5–50 tokens, and the first condition's prompts are as long as the second's, or
+three times as long (repeat it with `python -m tests.detection.test_calibration`). Coverage of 95 % intervals
+where the rates are 0.02–0.5 (and 0.003–0.02), in %, mean over such experts, a quarter of them with a planted
+difference:
 
     units                      20                       50                       200
     risk_difference            95.5–97.6 (93.4–93.5)    95.1–95.9 (94.3–95.2)    93.9–95.8 (94.7–95.1)
@@ -42,7 +43,7 @@ from moe_lens.detection.paired_counts import PairedCounts, as_floats
 from moe_lens.detection.scores import Score, score_of, standard_error
 from moe_lens.errors import DataError
 
-_EXACT_UNITS: Final = 12  # up to so many units all sign flips are enumerated
+_EXACT_UNITS: Final = 12  # up to this many units, all sign flips are enumerated
 _FEW_EVENTS: Final = 20  # expected under a condition; below, unequal lengths mislead sign flips
 _NEWTON_STEPS: Final = 20
 _CHUNK: Final = 2**19  # elements of a [unit expert] or [resample expert] block that is worked on at once
@@ -59,7 +60,7 @@ def score(name: str | Score, counts: PairedCounts) -> Float[np.ndarray, "expert"
     The classes in scores.py have the formulas and their sources.
 
     Args:
-        name: of one of `SCORES`, or a `Score` of one's own; so in the functions below.
+        name: of one of `SCORES`, or your own `Score`; the same in the functions below.
 
     Raises:
         DataError: an unknown score, or fewer units than it needs.
@@ -81,7 +82,7 @@ def bootstrap_scores(
     The same draws for all experts, so a row is one imagined data set (Efron & Tibshirani 1993).
 
     Raises:
-        DataError: an unknown score, fewer than two units, or n_resamples or a seed that is none.
+        DataError: an unknown score, fewer than two units, or a bad n_resamples or seed.
     """
     formula = check_settings(name, n_resamples=n_resamples, seed=seed)
     _check_counts("A bootstrap", counts, 2)
@@ -112,7 +113,7 @@ def interval(
 
     Raises:
         DataError: an unknown score, fewer than two units, a level outside (0, 1), or n_resamples or a seed
-            that is none.
+            that is not a whole number.
     """
     from scipy import stats  # here, since loading a plan or scores should not wait for it
 
@@ -161,7 +162,7 @@ def sign_flip_p(
       probability_difference, which counts no events.
 
     Raises:
-        DataError: an unknown score, fewer than two units, or n_permutations or a seed that is none.
+        DataError: an unknown score, fewer than two units, or a bad n_permutations or seed.
     """
     formula = check_settings(name, n_permutations=n_permutations, seed=seed)
     _check_counts("A p-value", counts, 2)

@@ -20,7 +20,7 @@ _SUMS: Final = ("counts", "probability_sums")
 
 
 class Score:
-    """One number an expert from paired counts, positive where the expert goes with the first condition.
+    """One number per expert from paired counts, positive where the expert goes with the first condition.
 
     >>> import numpy as np
     >>> class LogRateRatio(Score):

@@ -1,7 +1,7 @@
 """How evenly tokens are shared out among experts, and how differently between groups of prompts.
 
 balance = load_balance(stats)                                     # or stats.load_balance()
-balance.gini, balance.to_dataframe()                              # [layer], one row a layer
+balance.gini, balance.to_dataframe()                              # [layer], one row per layer
 domains = domain_specialisation({"code": code, "prose": prose})   # RoutingStats by name
 domains.divergence                                                # [layer], nats
 """
@@ -49,7 +49,7 @@ class LoadBalance(Result):
     top_10: Float[Tensor, "layer"]
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row a layer: layer, normalised_entropy, gini, max_over_mean, top_1, top_5, top_10."""
+        """One row per layer: layer, normalised_entropy, gini, max_over_mean, top_1, top_5, top_10."""
         import pandas
 
         columns = {name: tensor.tolist() for name, tensor in vars(self).items() if name != "shape"}
@@ -114,7 +114,7 @@ class DomainSpecialisation(Result):
         return self.contributions.sum(-1)
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row an expert: layer, expert, contribution (nats), and share_of_layer (NaN where that is 0)."""
+        """One row per expert: layer, expert, contribution (nats), and share_of_layer (NaN if that is 0)."""
         import pandas
 
         share = self.contributions / self.divergence[:, None]

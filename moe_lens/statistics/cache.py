@@ -12,7 +12,7 @@ from moe_lens.shape import MoEShape
 
 
 class KnownModel(NamedTuple):
-    """What is known of the model that a cache came from."""
+    """What is known about the model that a cache came from."""
 
     shape: MoEShape
     rules: dict[int, RoutingRule]
@@ -20,7 +20,7 @@ class KnownModel(NamedTuple):
 
 
 def known_model(cache: Any) -> KnownModel | None:
-    """What the cache's model says of itself; None for a dictionary of tensors."""
+    """What the cache's model knows about itself; None for a dictionary of tensors."""
     model = getattr(cache, "model", None)
     if model is None:
         return None
@@ -34,7 +34,7 @@ def known_model(cache: Any) -> KnownModel | None:
 
 
 def known_padding(cache: Any, given: Any, batch: torch.Size) -> Bool[Tensor, "*batch"] | None:
-    """Where the prompts' own tokens are, as far as it is known."""
+    """Where the prompts' own tokens are; None where that is not known."""
     if given is not None:
         return checked_mask(given, batch)
     mask = getattr(cache, "attention_mask", None)
@@ -45,7 +45,7 @@ def known_padding(cache: Any, given: Any, batch: torch.Size) -> Bool[Tensor, "*b
 
 
 def as_prompts(keep: Bool[Tensor, "*batch"]) -> Bool[Tensor, "prompt pos"]:
-    """A mask with one row a prompt, on the CPU; a batch [pos] is a single prompt."""
+    """A mask with one row per prompt, on the CPU; a batch [pos] is a single prompt."""
     return keep.reshape(-1, keep.shape[-1] if keep.ndim else 1).cpu()
 
 
@@ -83,7 +83,7 @@ def positions_in_prompts(
     if real is None and masked:
         raise DataError(
             "positions=True needs to know where each prompt begins, and this cache does not say which "
-            "positions are padding; pass attention_mask=, too."
+            "positions are padding; also pass attention_mask=."
         )
     unpadded = torch.ones_like(rows) if real is None else real.cpu().reshape(rows.shape)
     return (unpadded.long().cumsum(1) - 1).clamp(min=0)[rows]

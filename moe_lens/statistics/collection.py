@@ -61,14 +61,14 @@ def collect_routing(
         prompts_or_tokens: a string, strings, chats, a token tensor [batch pos], or token sequences of any
             lengths; a generator is read batch by batch, so that memory does not grow with the number of
             prompts (but with per_prompt=True).
-        batch_size: prompts a forward.
+        batch_size: prompts per forward pass.
         span: which tokens of each prompt count: see `moe_lens.text.Span`; None for all.
-        special_tokens: let spans that are strings count special tokens too.
+        special_tokens: also count special tokens in spans that are strings.
         hooks: forward hooks to run under, `steer_hooks(plan)` for example; the changed routing is counted.
         progress: show a progress bar.
-        per_prompt: keep counts of each prompt, too.
-        positions: keep counts at each position, too.
-        vocabulary: keep counts by token of the vocabulary, too.
+        per_prompt: also count each prompt by itself.
+        positions: also count each position by itself.
+        vocabulary: also count by token of the vocabulary.
 
     Raises:
         DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
@@ -204,9 +204,9 @@ def collect_to_file(
         model: a HookedMoE, or a bridge after `attach`.
         prompts: a list, or a generator that gives the same prompts again.
         path: of the result, a safetensors file.
-        about: whatever else the counts depend on (which model, which prompts, what hooks do); a change of it
-            starts afresh, as does a change of any setting but `progress`.
-        batch_size: prompts a forward; the other settings, too, are those of `collect_routing`.
+        about: everything else that the counts depend on (which model, which prompts, what the hooks do). If
+            it changes, or any setting but `progress`, counting starts afresh.
+        batch_size: prompts per forward pass; the other settings are also those of `collect_routing`.
 
     Raises:
         DataError: as `collect_routing`; what was counted before the error stays in the partial file.

@@ -1,4 +1,4 @@
-"""Counts by prompt, by position and by token of the vocabulary; what RoutingStats sums over tokens.
+"""Counts by prompt, by position and by token of the vocabulary, and the sums over tokens of one layer.
 
 stats = collect_routing(model, prompts, per_prompt=True, positions=True)
 stats.per_prompt.counts               # [prompt layer expert]
@@ -177,7 +177,7 @@ def _check_sums(
     if bool((sizes < 0).any()) or bool((parts < 0).any()) or not bool(by_row.all()):
         raise DataError(f"{who}.counts of a row must sum to its n_tokens × k = n_tokens × {top_k}.")
     if int(sizes.sum()) != n_tokens or not torch.equal(total, counts):
-        raise DataError(f"{who} does not belong to these counts: its sum over all rows is another.")
+        raise DataError(f"{who} does not belong to these counts: its rows have a different sum.")
 
 
 def softmax_over_experts(logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
@@ -241,7 +241,7 @@ _SHIFT: Final = 32
 class TokenCounts(Result):
     """How often each expert ran for each token of the vocabulary, sparse, on the CPU; `+` adds.
 
-    Only what occurred is stored, 12 bytes a pair of expert and token: a table of [layer expert vocab] would
+    Only what occurred is stored, 12 bytes per pair of expert and token: a table of [layer expert vocab] would
     hold 50 million numbers for OLMoE, nearly all of them 0.
 
     >>> table = TokenCounts.count([torch.tensor([[0], [0], [1]])], torch.tensor([7, 7, 5]), n_experts=2)
@@ -348,4 +348,4 @@ class TokenCounts(Result):
                 (self.counts <= self.totals[token]).all()
             )
         if not fits:
-            raise DataError("TokenCounts does not belong to these counts: an expert's tokens are others.")
+            raise DataError("TokenCounts does not belong to these counts: an expert's tokens do not add up.")

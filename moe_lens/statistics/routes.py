@@ -81,7 +81,7 @@ class PromptRouting(Result):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RouteRecord(Result):
-    """The route of a run: for every layer and token, the chosen experts and, if asked for, their weights.
+    """The route of a run: for every layer and token, the chosen experts and, optionally, their weights.
 
     >>> from moe_lens import RouteRecord, organisms, replay_hooks
     >>> model = organisms.load("specialised")
@@ -127,9 +127,9 @@ class RouteRecord(Result):
         """The route in a cache of `run_with_cache`, or in a dictionary of its tensors.
 
         Args:
-            cache: must hold the top-k indices of every layer that is to be replayed (with `weights`, the
-                weights too), [batch pos k] or [pos k]. A dictionary needs the router logits, too, which tell
-                the number of experts.
+            cache: must hold the top-k indices of every layer that is to be replayed, and with `weights` their
+                weights, [batch pos k] or [pos k]. A dictionary also needs the router logits, which tell the
+                number of experts.
             weights: keep the weights; a replay then uses them. Without, the rule derives them anew from the
                 replaying run's logits.
 

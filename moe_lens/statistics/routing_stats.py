@@ -84,9 +84,9 @@ class RoutingStats(RoutingSums):
             logits changes the choice (a table by token id, k = number of experts), NaN where the rule cannot
             tell. None where the rules were not known.
         co_routing: experts that run together: in one layer, at adjacent tokens, in consecutive MoE layers.
-        per_prompt: counts of each prompt, if asked for.
-        by_position: counts at each position, if asked for.
-        vocabulary: counts by token of the vocabulary, if asked for.
+        per_prompt: counts of each prompt; None unless requested.
+        by_position: counts at each position; None unless requested.
+        vocabulary: counts by token of the vocabulary; None unless requested.
     """
 
     @classmethod
@@ -116,13 +116,13 @@ class RoutingStats(RoutingSums):
             attention_mask: [*batch], true where a prompt's own tokens are. None: what the cache of a
                 HookedMoE knows (`cache.attention_mask`: the run got a list of strings, an attention_mask, or
                 tokens without a pad token).
-            per_prompt: keep the counts of each prompt, too.
-            positions: keep the counts at each position, too, from each prompt's own first token on.
-            vocabulary: keep the counts by token, too.
+            per_prompt: also count each prompt by itself.
+            positions: also count each position by itself, from each prompt's own first token on.
+            vocabulary: also count by token of the vocabulary.
 
         Raises:
             DataError: no routing in the cache, a layer without one of the three tensors, a mask of another
-                shape, of other values, or one that selects nothing, NaN logits, `vocabulary` without tokens,
+                shape or other values, or one that selects nothing, NaN logits, `vocabulary` without tokens,
                 `positions` under a mask where the padding is not known.
         """
         points = hook_names.points_of(cache)
@@ -207,7 +207,7 @@ class RoutingStats(RoutingSums):
         return self._have("by_position").rates
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row an expert, in order: layer, expert, count, rate, mean_probability, mean_weight."""
+        """One row per expert, in order: layer, expert, count, rate, mean_probability, mean_weight."""
         import pandas
 
         columns = {

@@ -53,7 +53,7 @@ class VocabularySpecialisation(Result):
         return self.divergence - self.expected
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row an expert: layer, expert, divergence, expected, excess, p."""
+        """One row per expert: layer, expert, divergence, expected, excess, p."""
         import pandas
 
         names = ("divergence", "expected", "excess", "p")
@@ -143,8 +143,9 @@ def top_tokens(
         n: how many tokens at most.
         tokenizer: gives the column `text`; without one it is left out.
 
-    Returns: one row a token: token id, count (chose the expert), total (counted at all), rate = count / total
-        in [0, 1], lift = rate / the expert's activation rate, log-likelihood ratio (2 ln λ, ≥ 0).
+    Returns:
+        One row per token: token id, count (chose the expert), total (counted at all), rate = count / total in
+        [0, 1], lift = rate / the expert's activation rate, log-likelihood ratio (2 ln λ, ≥ 0).
 
     Raises:
         DataError: statistics without a vocabulary, a layer or an expert that does not exist, a bad n.

@@ -14,6 +14,7 @@ from moe_lens.detection.scores import SCORES
 from tests.families import first_of
 
 N_EXPERTS, TOP_K = 32, 4
+NAMES = tuple(SCORES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Router:
 
 
 def counts_of(name: str, drawn: list[np.ndarray], rows: np.ndarray | slice = slice(None)) -> PairedCounts:
-    kind = 2 if name == "probability_difference" else 0
+    kind = 2 if SCORES[name].sums == "probability_sums" else 0
     return PairedCounts(drawn[kind][rows], drawn[1][rows], drawn[3 + kind][rows], drawn[4][rows])
 
 
@@ -127,9 +128,6 @@ def discoveries(
     return float(np.mean(proportions)), float(error), float(np.mean(found))
 
 
-SCORES = ("risk_difference", "log_odds_ratio", "probability_difference", "paired_t")
-
-
 @pytest.fixture(scope="module")
 def populations() -> dict[int, list[np.ndarray]]:
     generator = np.random.default_rng(0)
@@ -145,9 +143,9 @@ def populations() -> dict[int, list[np.ndarray]]:
     first_of(
         [
             *(("risk_difference", n_units, level) for n_units, level in ((20, 0.95), (50, 0.9), (50, 0.99))),
-            *((name, 50, 0.95) for name in SCORES[1:]),
+            *((name, 50, 0.95) for name in NAMES[1:]),
         ],
-        [(name, *design) for name in SCORES for design in ((20, 0.95), (50, 0.9), (50, 0.95), (50, 0.99))],
+        [(name, *design) for name in NAMES for design in ((20, 0.95), (50, 0.9), (50, 0.95), (50, 0.99))],
     ),
 )
 def test_intervals_hold_the_truth_as_often_as_they_say(populations, name, longer, n_units, level) -> None:
@@ -177,14 +175,13 @@ def test_no_more_false_discoveries_than_q_promises(n_planted_layers: int, n_unit
 
 def main() -> None:
     """The tables."""
-    names = tuple(SCORES)
     groups = {"0.003-0.02": (0.003, 0.02), "0.02-0.05": (0.02, 0.05), "0.05-0.5": (0.05, 0.6)}
     print("coverage, % (rate of the expert:", ", ".join(groups), ")")
     generator = np.random.default_rng(1)
     for longer in (1, 3):
         population = Router(longer, shift=some_shift(generator)).draw(generator, 10000)
         rate = rates(population)
-        for name in names:
+        for name in NAMES:
             for n_units, level in ((20, 0.95), (50, 0.9), (50, 0.95), (50, 0.99), (200, 0.95)):
                 held = coverage(name, Router(longer), n_units, level, 300, population)
                 shown = [100 * held[(low <= rate) & (rate < high)].mean() for low, high in groups.values()]

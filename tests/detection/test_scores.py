@@ -1,4 +1,4 @@
-"""A score is one class: its parts agree with each other, and a user's own goes all the way through detection."""
+"""A score is one class: its parts agree with each other, and a user's own goes all the way to a plan."""
 
 import dataclasses
 import json
