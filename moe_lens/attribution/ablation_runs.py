@@ -1,8 +1,10 @@
 """The runs behind `virtual_ablation`, for prompts of equal length.
 
-batch = AblationBatch(model, layers, tokens, metric)
-batch.run_estimate()                   # batch.estimate, .indices, .replacement, .loss
-batch.run_exact(batch_size, bar)       # batch.exact
+    batch = AblationBatch(model, layers, tokens, metric)
+    batch.run_estimate()                   # batch.estimate, .indices, .replacement, .loss
+    batch.run_exact(batch_size, bar)       # batch.exact
+
+All runs take place under the hooks that are on the model.
 """
 
 from collections.abc import Callable, Iterable

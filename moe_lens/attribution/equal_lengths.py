@@ -1,8 +1,10 @@
 """Prompts in batches of equal length: no padding, so that no number depends on a prompt's neighbours.
 
-for rows, tokens in equal_length_batches(model, prompts, batch_size=8):
-    ...                                 # rows: the prompts' places in the list; tokens [batch pos]
-side_by_side([(rows, values), ...], dims=(1, 2), fill=torch.nan)
+    for rows, tokens in equal_length_batches(model, prompts, batch_size=8):
+        ...                                 # rows: the prompts' places in the list; tokens [batch pos]
+    side_by_side([(rows, values), ...], dims=(1, 2), fill=torch.nan)
+
+The values of all batches are put back into the order of the prompts.
 """
 
 from collections.abc import Iterable, Sequence

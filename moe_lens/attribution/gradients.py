@@ -1,8 +1,10 @@
 """Gradient × activation at router logits and expert outputs: a first-order guess at what matters.
 
-found = gradient_attribution(model, tokens, metric)                      # gradient × activation
-found = gradient_attribution(model, tokens, metric, baseline=clean)      # attribution patching
-found.router_logits, found.expert_out       # [layer batch pos expert], [layer batch pos k]
+    found = gradient_attribution(model, tokens, metric)                      # gradient × activation
+    found = gradient_attribution(model, tokens, metric, baseline=clean)      # attribution patching
+    found.router_logits, found.expert_out       # [layer batch pos expert], [layer batch pos k]
+
+The choice of experts has no gradient, so what a change of route does is not in these numbers.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,10 @@
 """What attribution gives: which expert wrote, or is worth, how much.
 
-expert_logit_attribution(model, prompts, " Paris")           # LogitAttribution: shares of a logit
-gradient_attribution(model, tokens, metric)                  # GradientAttribution: first-order effects
-virtual_ablation(model, prompts)                             # VirtualAblation: loss if routed around
+    expert_logit_attribution(model, prompts, " Paris")           # LogitAttribution: shares of a logit
+    gradient_attribution(model, tokens, metric)                  # GradientAttribution: first-order effects
+    virtual_ablation(model, prompts)                             # VirtualAblation: loss if routed around
+
+All hold tensors on the CPU and give a table (`to_dataframe`); none needs a model.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,9 @@
 """Replay: hooks that make a run follow a recorded route.
 
-_, cache = model.run_with_cache(prompt)
-model.run_with_hooks(other_prompt, fwd_hooks=replay_hooks(RouteRecord.from_cache(cache)))
+    _, cache = model.run_with_cache(prompt)
+    model.run_with_hooks(other_prompt, fwd_hooks=replay_hooks(RouteRecord.from_cache(cache)))
+
+The record may come from a file, from another prompt, or from a run under other hooks.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,10 @@
 """What interventions show: the effects that travel by the route, and experts' mean outputs.
 
-found = mediation(model, clean_prompts, corrupted_prompts, metric)       # a Mediation
-found.share("route")                                                     # (share, low, high)
-means = mean_expert_outputs(model, prompts)                              # ExpertMeans
+    found = mediation(model, clean_prompts, corrupted_prompts, metric)       # a Mediation
+    found.share("route")                                                     # (share, low, high)
+    means = mean_expert_outputs(model, prompts)                              # ExpertMeans
+
+Both hold tensors on the CPU and give a table (`to_dataframe`); neither needs a model.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,10 @@
 """Figures of patching, mediation and attribution.
 
-ax = patching_map(patch_router(model, clean_cache, tokens, metric), corrupted=0.3, clean=4.1)
-ax = mediation_curves(mediation(model, clean, corrupted, metric))
-ax = attribution_bars(expert_logit_attribution(model, prompt, answer))
+    ax = patching_map(patch_router(model, clean_cache, tokens, metric), corrupted=0.3, clean=4.1)
+    ax = mediation_curves(mediation(model, clean, corrupted, metric))
+    ax = attribution_bars(expert_logit_attribution(model, prompt, answer))
+
+Each draws into `ax=`, or into a new figure.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,9 @@
 """Figures of counted routing: pairs of experts, load, one prompt token by token.
 
-ax = load_balance(stats.load_balance())
-ax = token_routing(route_prompt(model, prompt))
+    ax = load_balance(stats.load_balance())
+    ax = token_routing(route_prompt(model, prompt))
+
+Each draws into `ax=`, or into a new figure.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,11 @@
 """What all figures share: colours, sizes, axes of layers and experts, maps of signed numbers, saving.
 
-ax = new_axes(6.0, rows=8)
-image = signed_map(ax, values)              # [row column]; white is zero
-layers_beside(ax, layers)
-save(ax, "figure.png")
+    ax = new_axes(6.0, rows=8)
+    image = signed_map(ax, values)              # [row column]; white is zero
+    layers_beside(ax, layers)
+    save(ax, "figure.png")
+
+Colours mean the same in every figure.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,9 @@
 """Answers of one token: from a word, or a token id, to the id.
 
-single_token(model, " Paris")                        # 6342
-single_tokens(model, [" Paris", " Rome"], n_prompts=2)
+    single_token(model, " Paris")                        # 6342
+    single_tokens(model, [" Paris", " Rome"], n_prompts=2)
+
+Texts of several tokens and words outside the vocabulary are refused.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,9 @@
 """From prompts to padded batches of tokens, one batch at a time.
 
-for tokens, mask in padded_batches(model, ["a prompt", "another, longer prompt"], batch_size=8):
-    model(tokens, **padding(mask))          # [batch pos], [batch pos]; padding is on the left
+    for tokens, mask in padded_batches(model, ["a prompt", "another, longer prompt"], batch_size=8):
+        model(tokens, **padding(mask))          # [batch pos], [batch pos]; padding is on the left
+
+Prompts are read one at a time, so that a generator of any length will do.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

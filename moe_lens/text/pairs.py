@@ -1,9 +1,10 @@
 """Pairs of prompts that differ in one condition: from lists, JSONL, CSV, or a Hugging Face dataset.
 
-pairs = ContrastivePairs.from_lists(with_document, without_document, span="question")
-pairs = ContrastivePairs.from_file("pairs.csv", first="safe", second="unsafe", cluster="topic")
-fitting, held_out = pairs.split(0.5, seed=0)           # no cluster is in both
-collect_routing(model, fitting.first, span=fitting.span)
+    pairs = ContrastivePairs.from_lists(with_document, without_document, span="question")
+    pairs = ContrastivePairs.from_file("pairs.csv", first="safe", second="unsafe", cluster="topic")
+    fitting, held_out = pairs.split(0.5, seed=0)           # no cluster is in both
+
+Pairs that depend on each other share a cluster, which splits and intervals keep together.
 """
 
 import json
@@ -219,8 +220,7 @@ class ContrastivePairs(Result):
             cluster: the column of the cluster labels; None: what `save_jsonl` wrote, or independent pairs.
             template: the column of the templates' names; None: what `save_jsonl` wrote, or "default".
             spans: name of a part -> column with its text, as in `from_records`.
-            chat: the cells of prompts are lists of messages, in a .csv file written as JSON. (In a .jsonl
-                file they need no telling.)
+            chat: in a .csv file, the cells of prompts are lists of messages, written as JSON.
 
         Raises:
             DataError: a file with another ending, or as in `from_jsonl` and `from_csv`.

@@ -1,9 +1,11 @@
 """A prompt whose parts have names: plain text or a chat, and where its question, answer, document stand.
 
-prompt = Prompt("Document: rain falls. Question: why?", spans={"question": "why?"})
-chat = Prompt([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Gravity."}])
-chat.named["answer"]                                # ((1, 0, 8),): all of message 1
-render(tokenizer, chat).ranges["answer"]            # where it stands in the text that the model reads
+    prompt = Prompt("Document: rain falls. Question: why?", spans={"question": "why?"})
+    chat = Prompt([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Gravity."}])
+    chat.named["answer"]                                # ((1, 0, 8),): all of message 1
+    render(tokenizer, chat).ranges["answer"]            # where it stands in the text that the model reads
+
+Ranges count characters of the text or message as it was given.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,10 +1,12 @@
 """Rows of columns from dictionaries, DataFrames, datasets, JSONL and CSV files; prompts read from files.
 
-for where, row in jsonl_rows("pairs.jsonl"):           # ("pairs.jsonl, line 1", {column: cell})
-    text_cell(where, row, "first")                     # errors name the row and the column
-prompts = read_prompts("prompts.txt")                  # one prompt a line
-prompts = read_prompts("prompts.jsonl")                # strings, chats, tokens, or objects that hold one
-prompts = read_prompts("prompts.csv", column="text")
+    for where, row in jsonl_rows("pairs.jsonl"):           # ("pairs.jsonl, line 1", {column: cell})
+        text_cell(where, row, "first")                     # errors name the row and the column
+    prompts = read_prompts("prompts.txt")                  # one prompt a line
+    prompts = read_prompts("prompts.jsonl")                # strings, chats, tokens, or objects that hold one
+    prompts = read_prompts("prompts.csv", column="text")
+
+Errors name the file, the line and the column.
 """
 
 import csv

@@ -1,10 +1,12 @@
 """Which tokens of a prompt count: found through the tokenizer's character offsets.
 
-mask = span_mask(model, prompts, "question")        # bool [batch pos], like model.to_tokens(prompts)
-_, cache = model.run_with_cache(prompts)
-RoutingStats.from_cache(cache, mask)
-for tokens, mask, counted in counted_batches(model, chats, "answer", batch_size=8):
-    ...                                             # each [batch pos], padding on the left
+    mask = span_mask(model, prompts, "question")        # bool [batch pos], like model.to_tokens(prompts)
+    _, cache = model.run_with_cache(prompts)
+    RoutingStats.from_cache(cache, mask)
+    for tokens, mask, counted in counted_batches(model, chats, "answer", batch_size=8):
+        ...                                             # each [batch pos], padding on the left
+
+Masks are aligned with the tokens that the model gets.
 """
 
 from collections.abc import Callable, Iterator, Sequence

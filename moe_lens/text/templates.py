@@ -1,7 +1,9 @@
 """How a row becomes a pair of prompts: texts or chats with {fields}, and the defaults for each contrast.
 
-template = Template("mine", first="{document} | {question}", second="{question}")
-fill(template.first, {"document": "...", "question": "why?"}).named["question"]  # where it stands, exactly
+    template = Template("mine", first="{document} | {question}", second="{question}")
+    fill(template.first, {"document": "...", "question": "why?"}).named["question"]  # where it stands
+
+Fields are located while they are written, never by searching.
 """
 
 import string
