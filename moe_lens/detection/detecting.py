@@ -12,7 +12,7 @@ pairs swap their conditions (scores.py and paired_statistics.py have the formula
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def detect(
     counted = pairs.span if isinstance(span, str) and span == "pairs" else span
     stats_1, stats_2 = (
         collect_routing(
-            model,
+            cast(Any, model),
             prompts,
             span=counted,
             special_tokens=special_tokens,

@@ -169,15 +169,15 @@ class RouteRecord(Result):
             moe_shape,
         )
 
-        sequences = list(token_sequences(model, prompts))
-        tokens, mask = pad_sequences(model, sequences)
-        new, recorded = generate_recorded(model, tokens, mask, max_new_tokens, hooks)
+        hooked: Any = model
+        tokens, mask = pad_sequences(model, list(token_sequences(model, prompts)))
+        new, recorded = generate_recorded(hooked, tokens, mask, max_new_tokens, hooks)
         steps: dict[int, dict[str, Tensor]] = {}
         for name, values in recorded.items():
             layer, point = hook_names.parse(name) or (0, "")
             whole = [values[0], *(value[:, -1:] for value in values[1:])]
             steps.setdefault(layer, {})[point] = torch.cat(whole, dim=1)
-        shape = moe_shape(model)
+        shape = moe_shape(hooked)
         routed = torch.cat([tokens, new.to(tokens)], dim=1)[:, :-1].cpu()
         kept = [_stacked(steps, shape, point) for point in (hook_names.TOPK_INDICES, hook_names.TOPK_WEIGHTS)]
         return cls(shape, kept[0], kept[1] if weights else None, routed)
