@@ -22,6 +22,11 @@ UNKNOWN_MODEL: Final = "unknown"
 class MoEShape:
     """The name of a model, its MoE layers, the number of experts in each and how many run for a token.
 
+    >>> from moe_lens import MoEShape, SteeringPlan
+    >>> shape = MoEShape("OLMoE-1B-7B-0125", layers=tuple(range(16)), n_experts=64, top_k=8)
+    >>> SteeringPlan(deactivate=[(3, 17)]).made_for(shape).shape.top_k
+    8
+
     Raises:
         DataError: layers that are not different layer numbers in ascending order, or not 1 ≤ k ≤ n_experts.
     """

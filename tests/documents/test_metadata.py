@@ -61,4 +61,4 @@ def test_it_says_that_it_is_typed_and_where_the_method_is_from() -> None:
     assert "Typing :: Typed" in PROJECT["project"]["classifiers"]
     assert (ROOT / "moe_lens" / "py.typed").exists()
     urls = [reference["url"] for reference in read_yaml("CITATION.cff")["references"]]
-    assert PROJECT["project"]["urls"]["Paper"] in urls
+    assert PROJECT["project"]["urls"]["Paper on SteerMoE, the method"] in urls

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,18 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
     assert float(row["doc rate"]) == pytest.approx(report.unsteered.rate, abs=0.05)
     assert row["verdict"] == "exceeds controls"
     assert row["experts off"].startswith(f"{planted_demo.size} of ")
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tutorials/README.md"], ids=str
+)
+def test_modules_and_names_in_prose_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for path in set(re.findall(r"`(moe_lens(?:\.\w+)+)", text)):
+        module, _, name = path.rpartition(".")
+        try:
+            import_module(path)
+        except ModuleNotFoundError:
+            assert hasattr(import_module(module), name), f"{document}: {path}"
+    for path in set(re.findall(r"`((?:moe_lens|tests|benchmarks|docs|tutorials)/[\w/]+\.(?:py|md))`", text)):
+        assert (ROOT / path).is_file(), f"{document}: {path}"
