@@ -136,6 +136,7 @@ def main() -> None:
         f"interval {np.mean([r.gap_interval[0] > 0 for r in reports]):.2f}, "
         f"layer-matched {np.mean([r.p_matched <= 0.05 for r in reports]):.2f}, "
         f"any layer {np.mean([r.p_any <= 0.05 for r in reports]):.2f}, "
+        f"both p-values {np.mean([max(r.p_matched, r.p_any) <= 0.05 for r in reports]):.2f}, "
         f"excess over layer-matched {np.mean([r.excess_matched.low > 0 for r in reports]):.2f}, "
         f"over any layer {np.mean([r.excess_any.low > 0 for r in reports]):.2f}"
     )
