@@ -216,7 +216,7 @@ def _sets(experts: Mapping[Any, Any]) -> dict[int, Int[Tensor, "*columns k"]]:
 
 def _vector(layer: Any, given: Any) -> Float[Tensor, "expert"]:
     try:
-        vector = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
+        vector = torch.as_tensor(given, dtype=torch.float32).cpu()  # in its graph: gradients reach `given`
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"The bias for layer {layer} is not a vector: {given!r}.") from error
     if vector.ndim != 1 or bool(torch.isnan(vector).any()) or bool((vector == torch.inf).any()):

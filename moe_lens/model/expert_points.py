@@ -59,6 +59,7 @@ class HookedExperts:
         self.was_on_instance = was_on_instance
         self.checked = False
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         points = installed_points(self.moe)
         point: Any = points.expert_out

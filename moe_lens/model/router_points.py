@@ -7,7 +7,8 @@
 As long as no point has a hook, HF's own router code runs and nothing else. With a hook, the order is:
 HF's logits -> HookPoint -> rule.select -> HookPoint -> rule.weigh -> HookPoint -> HF's experts.
 A hook that could not fire raises; it is never silently skipped. (`expert_points` adds the point on the
-experts' outputs.)
+experts' outputs.) Under torch.compile, what stands here runs outside of the compiled code: dynamo sets no
+guard on a module's hooks, so that code traced without hooks would never notice them.
 """
 
 from collections.abc import Callable
@@ -150,6 +151,7 @@ class HookedRouter:
         self.was_on_instance = was_on_instance  # accelerate, for one, puts its own forward there
         self.handles: list[Any] = []
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.points.router_fired = True
         if not self.points.are_hooked:
@@ -268,6 +270,7 @@ class _EnterBlock:
 
     hooked: HookedRouter
 
+    @torch.compiler.disable
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         points = self.hooked.points
         hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
@@ -288,6 +291,7 @@ class _LeaveBlock:
 
     hooked: HookedRouter
 
+    @torch.compiler.disable
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
         points = self.hooked.points
         points.token_shape = points.hidden = points.indices = points.decision = None

@@ -145,6 +145,7 @@ class _Enter:
 
     state: ForwardState
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.state.enter({"input_ids": args[0], **kwargs} if args else kwargs)
 
@@ -155,6 +156,7 @@ class _Leave:
 
     state: ForwardState
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.state.leave()
 

@@ -243,3 +243,16 @@ def test_a_forced_route_carries_gradients_to_its_weights() -> None:
     logits.sum().backward()
     router: Any = oracle.routers(model.original_model)[1]
     assert bool((router.weight.grad[1:3] != 0).any())
+
+
+def test_a_bias_carries_gradients_to_what_it_is_made_of() -> None:
+    model, layer = HookedMoE.from_hf(tiny_model("olmoe")), 1
+    given, bias = tokens(2, 5), torch.zeros(model.n_experts, requires_grad=True)
+    model.run_with_hooks(given, fwd_hooks=bias_experts({layer: bias})).logsumexp(-1).sum().backward()
+    by_hand = torch.zeros(model.n_experts, requires_grad=True)
+    hook = (hook_names.router_logits(layer), lambda logits, hook: logits + by_hand)
+    model.run_with_hooks(given, fwd_hooks=[hook]).logsumexp(-1).sum().backward()
+    assert bias.grad is not None
+    assert by_hand.grad is not None
+    assert float(by_hand.grad.abs().max()) > 0
+    assert torch.equal(bias.grad, by_hand.grad)
