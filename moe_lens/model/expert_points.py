@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.router_points import RoutingPoint, fire, installed_points, points_of
+from moe_lens.model.state import uncompiled
 from moe_lens.routers.layouts import ExpertsCall, Request
 
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output; half precision: 5e-2
@@ -59,7 +60,7 @@ class HookedExperts:
         self.was_on_instance = was_on_instance
         self.checked = False
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         points = installed_points(self.moe)
         point: Any = points.expert_out

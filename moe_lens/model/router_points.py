@@ -23,7 +23,7 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.private_names import has_hooks
-from moe_lens.model.state import ForwardState
+from moe_lens.model.state import ForwardState, uncompiled
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
@@ -151,7 +151,7 @@ class HookedRouter:
         self.was_on_instance = was_on_instance  # accelerate, for one, puts its own forward there
         self.handles: list[Any] = []
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.points.router_fired = True
         if not self.points.are_hooked:
@@ -270,7 +270,7 @@ class _EnterBlock:
 
     hooked: HookedRouter
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         points = self.hooked.points
         hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
@@ -291,7 +291,7 @@ class _LeaveBlock:
 
     hooked: HookedRouter
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
         points = self.hooked.points
         points.token_shape = points.hidden = points.indices = points.decision = None

@@ -9,13 +9,20 @@ written, and column 5 of a prompt from column 0 of a cached step. A forward or a
 each of several streams side by side, has its own prompt. (Threads that share a model share this state.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: Function) -> Function:
+    """The function, outside of compiled code: `torch.compiler.disable` with the type that it had."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 @dataclass(eq=False)
@@ -145,7 +152,7 @@ class _Enter:
 
     state: ForwardState
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.state.enter({"input_ids": args[0], **kwargs} if args else kwargs)
 
@@ -156,7 +163,7 @@ class _Leave:
 
     state: ForwardState
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.state.leave()
 
