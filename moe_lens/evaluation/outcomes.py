@@ -51,11 +51,11 @@ class ByDirection(dict[str, Any]):
         super().__init__({direction_of(name): item for name, item in dict(items).items()})
 
     def __contains__(self, name: Any) -> bool:
-        return super().__contains__(direction_of(name))
+        return super().__contains__("-" if name == _MINUS_SIGN else name)
 
     def get(self, name: Any, default: Any = None) -> Any:
         """As of any dictionary."""
-        return super().get(direction_of(name), default)
+        return super().get("-" if name == _MINUS_SIGN else name, default)
 
     def __missing__(self, name: Any) -> Any:
         direction = direction_of(name)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
 from moe_lens.errors import DataError
-from moe_lens.evaluation.outcomes import Limit, Outcome, gap_p_value
+from moe_lens.evaluation.outcomes import ByDirection, Limit, Outcome, gap_p_value
 from moe_lens.evaluation.report import SteeringReport
 from moe_lens.resampling import cluster_weights, clustered_interval
 from moe_lens.shape import MoEShape
@@ -523,3 +523,14 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
         SteeringReport.load(tmp_path / "other.json")
     with pytest.raises(DataError, match="missing"):
         SteeringReport.load(tmp_path / "missing")
+
+
+def test_directions_are_asked_for_as_in_any_dictionary() -> None:
+    both = ByDirection({"+": 1, "−": 2})
+    assert "-" in both
+    assert "−" in both
+    assert "minus" not in both
+    assert (both.get("−"), both.get("-"), both.get("minus"), both.get("minus", 3)) == (2, 2, None, 3)
+    assert list(both) == ["+", "-"]
+    with pytest.raises(DataError, match="direction"):
+        both["minus"]
