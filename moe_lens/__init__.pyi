@@ -49,6 +49,7 @@ from .interventions import scale_experts as scale_experts
 from .interventions import swap_experts as swap_experts
 from .interventions import zero_ablate as zero_ablate
 from .model import HookedMoE as HookedMoE
+from .model import RoutedModel as RoutedModel
 from .model import attach as attach
 from .model import detach as detach
 from .routers import RoutingRule as RoutingRule
@@ -66,6 +67,7 @@ from .statistics import vocabulary_specialisation as vocabulary_specialisation
 from .steering import SteeringPlan as SteeringPlan
 from .steering import read_published_ranking as read_published_ranking
 from .steering import steer_hooks as steer_hooks
+from .steering import steered as steered
 from .text import ContrastivePairs as ContrastivePairs
 from .text import Prompt as Prompt
 from .text import TextSpan as TextSpan

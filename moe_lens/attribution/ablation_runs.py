@@ -113,9 +113,7 @@ class AblationBatch:
         for cells in todo.reshape(-1, 3).split(batch_size):
             row, pos, slot = cells.to(self.tokens.device).unbind(1)
             hooks = self._instead(self.layers[layer], row, pos, slot)
-            state = forward_state(self.model)
-            prompts = cells[:, 0] if state.rows is None else state.rows[cells[:, 0]]
-            with state.of_prompts(prompts):
+            with forward_state(self.model).of_prompts(cells[:, 0]):
                 loss = self._loss(self.tokens[row], hooks).cpu()
             row, pos, slot = cells.unbind(1)
             self.exact[layer, row, pos, slot] = loss - self.loss[row]

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.registration import check_hooked
+from moe_lens.model.wrapper import check_hooked
 from moe_lens.text.batching import Prompts, token_sequences
 
 Batches = list[tuple[list[int], Int[Tensor, "batch pos"]]]

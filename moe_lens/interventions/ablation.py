@@ -26,8 +26,9 @@ from moe_lens.interventions.forcing import ScaleEdit, scale_experts
 from moe_lens.interventions.positions import Positions, checked_positions
 from moe_lens.interventions.results import ExpertMeans
 from moe_lens.model.expert_points import ExpertPoint
-from moe_lens.model.registration import Model, moe_shape, with_expert_out
-from moe_lens.model.router_points import RoutingPoint
+from moe_lens.model.points import RoutingPoint
+from moe_lens.model.registration import moe_shape, with_expert_out
+from moe_lens.model.wrapper import Model
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
 from moe_lens.text.batching import Prompts, how_many, padding

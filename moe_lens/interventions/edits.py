@@ -22,7 +22,7 @@ from moe_lens import hook_names
 from moe_lens.checks import as_index, numbers_of
 from moe_lens.errors import DataError, HookError
 from moe_lens.interventions.positions import Positions, selected
-from moe_lens.model.router_points import RoutingPoint
+from moe_lens.model.points import RoutingPoint
 from moe_lens.shape import MoEShape
 
 Experts = Any

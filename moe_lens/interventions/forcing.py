@@ -23,7 +23,7 @@ from moe_lens.errors import DataError, HookError
 from moe_lens.hook_names import HookList
 from moe_lens.interventions.edits import Experts, RoutingEdit, columns_of, experts_by_layer
 from moe_lens.interventions.positions import Positions, checked_positions
-from moe_lens.model.router_points import RoutingPoint
+from moe_lens.model.points import RoutingPoint
 from moe_lens.shape import MoEShape
 
 

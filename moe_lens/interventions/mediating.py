@@ -42,7 +42,8 @@ from moe_lens.hook_names import HookList, Hooks
 from moe_lens.interventions.replay import replay_hooks
 from moe_lens.interventions.results import Mediation
 from moe_lens.model.metric import Metric, check_metric
-from moe_lens.model.registration import Model, routing_layers
+from moe_lens.model.registration import routing_layers
+from moe_lens.model.wrapper import Model
 from moe_lens.statistics.routes import RouteRecord
 from moe_lens.text.batching import Prompts, chunks, token_sequences
 

@@ -22,8 +22,8 @@ from moe_lens import hook_names
 from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
 from moe_lens.interventions.stacked_runs import Cell, Places, StackedRuns, by_layer, checked_runs
+from moe_lens.model.points import RoutingPoint
 from moe_lens.model.registration import with_expert_out
-from moe_lens.model.router_points import RoutingPoint
 from moe_lens.shape import MoEShape
 
 ROUTER_POINTS: Final = {

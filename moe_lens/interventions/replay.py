@@ -20,7 +20,7 @@ from moe_lens.hook_names import HookList
 from moe_lens.interventions.edits import RoutingEdit, columns_of
 from moe_lens.interventions.forcing import ForceEdit
 from moe_lens.interventions.positions import Positions, checked_positions
-from moe_lens.model.router_points import RoutingPoint
+from moe_lens.model.points import RoutingPoint
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.routes import RouteRecord
 

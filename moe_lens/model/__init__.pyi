@@ -1,10 +1,11 @@
+from .attaching import attach as attach
+from .attaching import detach as detach
 from .expert_points import ExpertPoint as ExpertPoint
 from .hooked_moe import HookedMoE as HookedMoE
-from .hooked_moe import attach as attach
-from .hooked_moe import detach as detach
 from .layers import MoELayer as MoELayer
 from .layers import find_moe_layers as find_moe_layers
+from .points import RoutingPoint as RoutingPoint
 from .probing import closest_rules as closest_rules
-from .registration import Model as Model
-from .router_points import RoutingPoint as RoutingPoint
+from .routed_model import RoutedModel as RoutedModel
 from .self_check import check_router as check_router
+from .wrapper import Model as Model

@@ -18,17 +18,16 @@ from torch import Tensor
 
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
-from moe_lens.model.router_points import RoutingPoint, fire, installed_points, points_of
+from moe_lens.model.points import BlockRun, RoutingPoint, fire
+from moe_lens.model.router_points import installed_points, points_of
 from moe_lens.model.state import uncompiled
-from moe_lens.routers.layouts import ExpertsCall, Request
+from moe_lens.routers.layouts import Request
 
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output; half precision: 5e-2
 
 
 class ExpertPoint(RoutingPoint):
     """The point on the chosen experts' outputs [batch pos k d_model]; it can compute other experts' too."""
-
-    call: ExpertsCall | None = None
 
     def outputs_of(
         self, indices: Int[Tensor, "*tokens slot"], weights: Float[Tensor, "*tokens slot"] | None = None
@@ -40,10 +39,11 @@ class ExpertPoint(RoutingPoint):
             weights: with which they would be chosen. They matter where a weight multiplies what the expert
                 reads (Llama 4); None: those of the chosen experts, slot by slot.
         """
-        if self.call is None:
+        run = self.points.run
+        if run is None or run.experts_call is None:
             raise HookError(f"{self.name}: outputs_of works only within a hook on this point.")
         flat = None if weights is None else weights.flatten(0, -2)
-        return self.call.outputs(indices.flatten(0, -2), flat).unflatten(0, tuple(indices.shape[:-1]))
+        return run.experts_call.outputs(indices.flatten(0, -2), flat).unflatten(0, tuple(indices.shape[:-1]))
 
     @property
     def weights_on_input(self) -> bool:
@@ -60,31 +60,24 @@ class HookedExperts:
         self.was_on_instance = was_on_instance
         self.checked = False
 
-    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         points = installed_points(self.moe)
-        point: Any = points.expert_out
-        points.experts_fired = True
-        if not point.is_hooked:
+        if points.mode != "hooks" or not points.expert_out_is_hooked:
             return self.original(*args, **kwargs)
-        if points.decision is None or points.token_shape is None:
-            raise HookError(
-                f"{self.moe.where}: its experts ran without its router. Hooks on expert outputs work only "
-                "when the whole block runs."
-            )
-        hidden: Any = points.hidden
-        request = Request(self.moe.block, self.original, points.decision, hidden, [*args, *kwargs.values()])
-        call = self.moe.row.experts.open(request)
-        point.call = call
-        try:
-            outputs = call.outputs()
-            if not self.checked:
-                with torch.no_grad():
-                    self._check(call.combine(outputs), self.original(*args, **kwargs))
-            outputs = outputs.unflatten(0, points.token_shape)
-            return call.combine(fire(point, outputs).to(outputs.dtype).flatten(0, -3))
-        finally:
-            point.call = None
+        return _hooked(self, args, kwargs)
+
+    def edited(self, run: BlockRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the experts give together after the hooks on their outputs."""
+        point, hidden = installed_points(self.moe).expert_out, run.hidden
+        assert point is not None and run.decision is not None and hidden is not None  # noqa: PT018
+        request = Request(self.moe.block, self.original, run.decision, hidden, [*args, *kwargs.values()])
+        call = run.experts_call = self.moe.row.experts.open(request)
+        outputs = call.outputs()
+        if not self.checked:
+            with torch.no_grad():
+                self._check(call.combine(outputs), self.original(*args, **kwargs))
+        outputs = outputs.unflatten(0, run.token_shape)
+        return call.combine(fire(point, outputs).to(outputs.dtype).flatten(0, -3))
 
     def _check(self, added: Tensor, together: Tensor) -> None:
         """At the first hooked call: the experts one by one must add up to what they give together."""
@@ -97,6 +90,18 @@ class HookedExperts:
                 "hooked. Leave set_use_expert_out(False)."
             )
         self.checked = True
+
+
+@uncompiled
+def _hooked(experts: HookedExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    run = installed_points(experts.moe).run
+    if run is None or run.decision is None:
+        raise HookError(
+            f"{experts.moe.where}: its experts ran without its router. Hooks on expert outputs work only "
+            "when the whole block runs."
+        )
+    run.experts_fired = True
+    return experts.edited(run, args, kwargs)
 
 
 def install_expert_out(moe: MoELayer) -> ExpertPoint:
@@ -112,7 +117,7 @@ def install_expert_out(moe: MoELayer) -> ExpertPoint:
         )
     experts: Any = moe.experts
     points = installed_points(moe)
-    point = points.expert_out = ExpertPoint(moe, points.shape, points.state)
+    point = points.expert_out = ExpertPoint(points)
     instance_forward = vars(experts).get("forward")
     experts.forward = HookedExperts(
         moe, instance_forward or experts.forward, was_on_instance=instance_forward is not None
@@ -132,3 +137,4 @@ def uninstall_expert_out(moe: MoELayer) -> None:
         del experts.forward
     if (points := points_of(moe)) is not None:
         points.expert_out = None
+        points.hooks_changed()

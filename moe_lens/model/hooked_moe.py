@@ -2,8 +2,8 @@
 
     model = HookedMoE.from_pretrained("allenai/OLMoE-1B-7B-0125-Instruct")
     model = HookedMoE.from_hf(hf_model, tokenizer)
-    attach(bridge)                              # an existing bridge becomes a HookedMoE
-    detach(bridge)                              # ... and what it was before, with HF's own router code
+    moe_lens.attach(bridge)                     # an existing bridge becomes a HookedMoE
+    moe_lens.detach(bridge)                     # ... and what it was before, with HF's own router code
 
 Each MoE layer l gets blocks.{l}.mlp.hook_router_logits, .hook_topk_indices and .hook_topk_weights (see
 hook_names), with block-level aliases, and on request .hook_expert_out. Every TransformerLens tool knows them.
@@ -35,20 +35,14 @@ from moe_lens.model.registration import (
     common_size,
     find_routing_layers,
     forward_state,
-    has_expert_out,
-    moe_shape,
     register,
-    register_expert_out,
-    routing_layers,
     shape_of,
     unregister,
-    unregister_expert_out,
 )
 from moe_lens.model.router_points import points_of
 from moe_lens.model.self_check import check_router
 from moe_lens.model.state import Generation, as_texts
-from moe_lens.routers.rule import RoutingRule
-from moe_lens.shape import MoEShape
+from moe_lens.model.wrapper import Model
 
 P = ParamSpec("P")
 
@@ -61,7 +55,7 @@ def signature_of(base: Callable[P, Any]) -> Callable[[Callable[..., Any]], Calla
     return functools.wraps(base, assigned=())
 
 
-class HookedMoE(TransformerBridge):
+class HookedMoE(Model, TransformerBridge):
     """A TransformerBridge whose routers can be read and edited.
 
     >>> from moe_lens import hook_names, organisms
@@ -104,7 +98,7 @@ class HookedMoE(TransformerBridge):
 
         Raises:
             UnsupportedRouterError, RouterMismatchError: as in `from_pretrained`; the model is left as it was.
-            MoELensError: the model is wrapped by a bridge already.
+            MoELensError: the model is wrapped already, by a bridge or a RoutedModel.
         """
         check_wrappable(hf_model, tokenizer)
         checked = _checked_routers(hf_model)
@@ -113,71 +107,9 @@ class HookedMoE(TransformerBridge):
     @classmethod
     def _of(cls, bridge: TransformerBridge, checked: Collection[nn.Module] = ()) -> "HookedMoE":
         become(bridge, cls)
-        _attach(bridge, checked)
+        attach(bridge, checked)
         assert isinstance(bridge, cls)
         return bridge
-
-    @property
-    def moe_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that have a router, ascending, without dense layers."""
-        return tuple(routing_layers(self))
-
-    @property
-    def moe_shape(self) -> MoEShape:
-        """Name, MoE layers, number of experts and k: what results carry to say which model they are about."""
-        return moe_shape(self)
-
-    @property
-    def n_experts(self) -> int:
-        """Number of routed experts in each MoE layer (shared experts, which always run, not counted)."""
-        return self.moe_shape.n_experts
-
-    @property
-    def top_k(self) -> int:
-        """Number of experts that run for each token in each MoE layer."""
-        return self.moe_shape.top_k
-
-    def routing_rule(self, layer: int) -> RoutingRule:
-        """The routing rule of one MoE layer, with the parameters that its router has now.
-
-        Raises:
-            HookError: the layer has no router.
-        """
-        layers = routing_layers(self)
-        if layer not in layers:
-            raise HookError(f"layer {layer} has no router; the MoE layers are {tuple(layers)}.")
-        return layers[layer].rule
-
-    @property
-    def use_expert_out(self) -> bool:
-        """Whether the points on expert outputs exist; see `set_use_expert_out`."""
-        return any(has_expert_out(moe) for moe in routing_layers(self).values())
-
-    def set_use_expert_out(self, use_expert_out: bool) -> None:
-        """Put hook_expert_out [batch pos k d_model] into every MoE layer's `mlp`, or take it out again.
-
-        >>> from moe_lens import organisms
-        >>> model = organisms.load("specialised")
-        >>> model.set_use_expert_out(True)
-        >>> _, cache = model.run_with_cache("Question : what is")
-        >>> cache["expert_out", 0].shape                         # [batch pos k d_model]
-        torch.Size([1, 5, 2, 64])
-
-        It holds what each chosen expert gives, before it is weighted; edits take effect, and gradients flow.
-        The sum of weight × output is the block's routed output (without shared experts), bit for bit (with
-        transformers' eager experts: up to the order of additions). Three families differ: Llama 4 weights
-        what an expert reads, so that its outputs are added as they are; Nemotron-H with latent experts has
-        them in the latent space [batch pos k latent]; Laguna scales the sum.
-
-        It costs memory in caches, so it is off by default. Switching it off removes the hooks on it, too.
-
-        Raises:
-            HookError: the model does not run its experts in a way that moe_lens knows.
-        """
-        if use_expert_out:
-            register_expert_out(self)
-        else:
-            unregister_expert_out(self)
 
     @signature_of(TransformerBridge.forward)
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -360,34 +292,15 @@ class HookedMoE(TransformerBridge):
         return (mask if pos_slice is None else pos_slice.apply(mask, dim=1)).bool()
 
 
-def attach(bridge: TransformerBridge) -> HookedMoE:
-    """Make a TransformerBridge (or an instance of a subclass of it) a HookedMoE, in place.
-
-    >>> from moe_lens import HookedMoE, attach, detach, organisms
-    >>> bridge = detach(organisms.load("specialised"))       # any TransformerBridge around an MoE model
-    >>> attach(bridge) is bridge, isinstance(bridge, HookedMoE)
-    (True, True)
-
-    Every router is first compared with its rule; if one differs, nothing is changed. The object stays an
-    instance of its own class. Attaching again to a bridge that has the points changes nothing.
-
-    Returns: the same bridge.
-
-    Raises:
-        UnsupportedRouterError: no router, or one without a rule. RouterMismatchError: the check failed.
-        MoELensError: not a TransformerBridge.
-    """
+def attach(bridge: TransformerBridge, checked: Collection[nn.Module] = ()) -> HookedMoE:
+    """`moe_lens.attach` of a bridge; routers of `checked` have been compared with their rules already."""
     _require_bridge(bridge, "attach")
-    return _attach(bridge)
-
-
-def _attach(bridge: TransformerBridge, checked: Collection[nn.Module] = ()) -> HookedMoE:
-    """`attach`; routers of `checked` have been compared with their rules already."""
     hooked_class, layers = _hooked_class(type(bridge)), find_routing_layers(bridge)
     hooked = [number for number, moe in layers.items() if points_of(moe) is not None]
     if any(hook_names.router_logits(number) not in bridge.hook_dict for number in hooked):
         raise MoELensError(
-            "This model's routers are hooked through another bridge around the same model; detach that first."
+            "This model's routers are hooked through another bridge or RoutedModel around the same "
+            "model; detach that first."
         )
     shape = shape_of(bridge, layers)
     for moe in layers.values():
@@ -400,16 +313,7 @@ def _attach(bridge: TransformerBridge, checked: Collection[nn.Module] = ()) -> H
 
 
 def detach(bridge: TransformerBridge) -> TransformerBridge:
-    """Remove the routing hook points: the bridge is what it was before `attach`.
-
-    >>> from moe_lens import detach, organisms
-    >>> bridge = detach(organisms.load("specialised"))
-    >>> "blocks.0.mlp.hook_router_logits" in bridge.hook_dict, type(bridge).__name__
-    (False, 'TransformerBridge')
-
-    HF's own router code runs again, and hooks that were on the points are gone. Returns the same bridge. (An
-    instance of your own subclass of HookedMoE stays one, without points.)
-    """
+    """`moe_lens.detach` of a bridge."""
     _require_bridge(bridge, "detach")
     unregister(bridge)
     become(bridge, _plain_class(type(bridge)))
@@ -435,7 +339,7 @@ def _require_bridge(bridge: Any, verb: str) -> None:
     if not isinstance(bridge, TransformerBridge):
         raise MoELensError(
             f"{verb} needs a TransformerBridge, got {type(bridge).__name__}; for a Hugging Face model use "
-            "HookedMoE.from_hf(model)."
+            "RoutedModel(model) or HookedMoE.from_hf(model)."
         )
 
 
@@ -444,6 +348,10 @@ def _checked_routers(hf_model: nn.Module) -> set[nn.Module]:
     layers = list(find_moe_layers(hf_model))
     if not layers:
         raise no_moe(type(hf_model).__name__)
+    if any(points_of(moe) is not None for moe in layers):
+        raise MoELensError(
+            f"The routers of this {type(hf_model).__name__} are hooked by a RoutedModel; detach that first."
+        )
     common_size(layers)
     for moe in layers:
         check_router(moe)

@@ -109,7 +109,8 @@ def _perhaps_routers(children: list[nn.Module]) -> list[nn.Module]:
 
 
 def unwrap(module: Any) -> Any:
-    """The Hugging Face module inside a bridge's wrapper, or the module itself."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
-        module = inner
+    """The Hugging Face module inside a bridge's wrapper or an adapter's (PEFT), or the module itself."""
+    for name in ("original_component", "base_layer"):
+        if isinstance(inner := getattr(module, name, None), nn.Module):
+            return unwrap(inner)
     return module

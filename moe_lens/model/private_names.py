@@ -9,7 +9,7 @@ other file of the package uses such a name.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -102,3 +102,7 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+HOOK_TABLES: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The tables in which torch keeps a module's hooks, handle's id -> function; `points` puts its own there."""

@@ -1,10 +1,11 @@
-"""The MoE layers of a TransformerBridge: finding them, and hook points there that the bridge knows by name.
+"""The MoE layers of a wrapper, and hook points there that the wrapper knows by name.
 
-check_hooked(model)                        # the error for anything that is not a HookedMoE
-layers = routing_layers(bridge)            # layer number -> MoE block and router
-register(bridge, layers, shape)            # blocks.{l}.mlp.hook_router_logits and the others
-register_expert_out(bridge)                # blocks.{l}.mlp.hook_expert_out; unregister_expert_out(bridge)
+layers = routing_layers(model)             # layer number -> MoE block and router
+register(bridge, layers, shape)            # blocks.{l}.mlp.hook_router_logits and the others, on a bridge
+register_expert_out(model)                 # blocks.{l}.mlp.hook_expert_out; unregister_expert_out(model)
 unregister(bridge)
+
+A wrapper is a TransformerBridge after `attach`, or a RoutedModel, which names its own points.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
@@ -20,39 +22,31 @@ from moe_lens.model.expert_points import install_expert_out, uninstall_expert_ou
 from moe_lens.model.layers import MoELayer, find_moe_layers, no_moe
 from moe_lens.model.private_names import PointsOnly, add_points, remove_points
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
-from moe_lens.model.state import ForwardState, unwatch, watch
+from moe_lens.model.running import Running
 from moe_lens.shape import MoEShape
 
-Model = TransformerBridge
-"""What functions that run a model take: a `HookedMoE`, or a bridge after `attach`."""
+LAYERS: Final = "_routing_layers"
+"""The attribute in which an attached bridge or a RoutedModel keeps its layers."""
 
-_LAYERS: Final = "_routing_layers"
-"""The attribute in which an attached bridge keeps its layers."""
-
-_STATE: Final = "_forward_state"
-"""The attribute in which it keeps its `ForwardState`."""
+RUNNING: Final = "_running"
+"""The attribute in which it keeps its `Running`."""
 
 
-def check_hooked(
-    model: Any, kind: type[TransformerBridge] = TransformerBridge, *, error: type[MoELensError] = MoELensError
-) -> None:
-    """Raise `error`, which says what to pass instead, for anything that is not a bridge of this kind."""
-    if not isinstance(model, kind):
-        raise error(
-            "A HookedMoE is needed here (HookedMoE.from_pretrained, or attach(bridge)); got "
-            f"{type(model).__name__}."
-        )
-
-
-def routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
-    """Layer number -> MoE block and router, for every layer of the bridge that has a router.
+def routing_layers(model: Any) -> dict[int, MoELayer]:
+    """Layer number -> MoE block and router, for every layer of a wrapper or bridge that has a router.
 
     Raises:
         UnsupportedRouterError: the model has no MoE layer, or a router without a rule.
-        MoELensError: not a TransformerBridge.
+        MoELensError: neither a RoutedModel nor a TransformerBridge.
     """
-    check_hooked(bridge)
-    return vars(bridge).get(_LAYERS) or find_routing_layers(bridge)
+    if isinstance(model, nn.Module) and (layers := vars(model).get(LAYERS)) is not None:
+        return layers
+    if not isinstance(model, TransformerBridge):
+        raise MoELensError(
+            "A HookedMoE or RoutedModel is needed here (from_pretrained, or attach(model)); got "
+            f"{type(model).__name__}."
+        )
+    return find_routing_layers(model)
 
 
 def find_routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
@@ -66,8 +60,8 @@ def find_routing_layers(bridge: TransformerBridge) -> dict[int, MoELayer]:
     return layers
 
 
-def moe_shape(bridge: TransformerBridge) -> MoEShape:
-    """Name, MoE layers, number of experts and k of the model inside a bridge.
+def moe_shape(model: Any) -> MoEShape:
+    """Name, MoE layers, number of experts and k of the model inside a wrapper or bridge.
 
     The name is the last part of the hub id or folder that the model was loaded from, so that results carry
     no paths of a machine.
@@ -75,13 +69,13 @@ def moe_shape(bridge: TransformerBridge) -> MoEShape:
     Raises:
         UnsupportedRouterError: as in `routing_layers`, or the layers differ in number of experts or k.
     """
-    return shape_of(bridge, routing_layers(bridge))
+    return shape_of(model, routing_layers(model))
 
 
-def shape_of(bridge: TransformerBridge, layers: dict[int, MoELayer]) -> MoEShape:
-    """`moe_shape` of a bridge with these layers."""
+def shape_of(model: Any, layers: dict[int, MoELayer]) -> MoEShape:
+    """`moe_shape` of a model with these layers."""
     n_experts, top_k = common_size(layers.values())
-    name = str(bridge.cfg.model_name)
+    name = str(model.cfg.model_name)
     name = Path(name).resolve().name if Path(name).is_dir() else name.rstrip("/").rsplit("/", 1)[-1]
     return MoEShape(name, tuple(layers), n_experts, top_k)
 
@@ -96,43 +90,46 @@ def common_size(layers: Iterable[MoELayer]) -> tuple[int, int]:
 
 def register(bridge: TransformerBridge, layers: dict[int, MoELayer], shape: MoEShape) -> None:
     """Install points in those of these layers that have none, and let the bridge know them by both names."""
-    vars(bridge)[_LAYERS] = layers
+    vars(bridge)[LAYERS] = layers
     new = {number: moe for number, moe in layers.items() if points_of(moe) is None}
     if not new:
         return
-    state = vars(bridge)[_STATE] = vars(bridge).get(_STATE) or watch(bridge.original_model, bridge)
+    running = vars(bridge).get(RUNNING)
+    if running is None:
+        running = vars(bridge)[RUNNING] = Running(bridge)
+        running.watch(bridge.original_model)
     added = {}
     for number, moe in new.items():
-        points = install(moe, shape, state)
+        points = install(moe, shape, running)
         named = (points.router_logits, points.topk_indices, points.topk_weights)
         added[number] = dict(zip(hook_names.POINTS, named, strict=True))
-    add_points(bridge, added)
+    _add(bridge, added)
 
 
-def register_expert_out(bridge: TransformerBridge) -> None:
+def register_expert_out(model: Any) -> None:
     """Install the points on expert outputs in all layers, or in none if one of them cannot have it.
 
     Raises:
         HookError: as in `install_expert_out`.
     """
-    layers = {number: moe for number, moe in routing_layers(bridge).items() if not has_expert_out(moe)}
+    layers = {number: moe for number, moe in routing_layers(model).items() if not has_expert_out(moe)}
     if not layers:
         return
     try:
         added = {number: {hook_names.EXPERT_OUT: install_expert_out(moe)} for number, moe in layers.items()}
-    except Exception:  # whatever it is: no layer keeps a point that the bridge does not know
+    except Exception:  # whatever it is: no layer keeps a point that the wrapper does not know
         for moe in layers.values():
             uninstall_expert_out(moe)
         raise
-    add_points(bridge, added)
+    _add(model, added)
 
 
-def unregister_expert_out(bridge: TransformerBridge) -> None:
+def unregister_expert_out(model: Any) -> None:
     """Remove the points on expert outputs, with their names and the hooks that were on them."""
-    for number, moe in routing_layers(bridge).items():
+    for number, moe in routing_layers(model).items():
         if points_of(moe) is not None and has_expert_out(moe):
             uninstall_expert_out(moe)
-            remove_points(bridge, number, (hook_names.EXPERT_OUT,))
+            _remove(model, number, (hook_names.EXPERT_OUT,))
 
 
 def has_expert_out(moe: MoELayer) -> bool:
@@ -140,21 +137,50 @@ def has_expert_out(moe: MoELayer) -> bool:
     return installed_points(moe).expert_out is not None
 
 
+def _add(model: Any, added: dict[int, dict[str, Any]]) -> None:
+    """Let a wrapper know points: a RoutedModel keeps them itself."""
+    if isinstance(model, TransformerBridge):
+        add_points(model, added)
+    else:
+        model.name_points(added)
+
+
+def _remove(model: Any, number: int, points: tuple[str, ...]) -> None:
+    if isinstance(model, TransformerBridge):
+        remove_points(model, number, points)
+    else:
+        model.forget_points(number, points)
+
+
 @contextmanager
-def with_expert_out(bridge: TransformerBridge) -> Iterator[None]:
+def with_expert_out(model: Any) -> Iterator[None]:
     """Points on expert outputs within the context; afterwards as before."""
-    were_on = all(has_expert_out(moe) for moe in routing_layers(bridge).values())
-    register_expert_out(bridge)
+    were_on = all(has_expert_out(moe) for moe in routing_layers(model).values())
+    register_expert_out(model)
     try:
         yield
     finally:
         if not were_on:
-            unregister_expert_out(bridge)
+            unregister_expert_out(model)
 
 
-def forward_state(bridge: TransformerBridge) -> ForwardState:
-    """What an attached bridge is running at the moment; an empty state for other bridges."""
-    return vars(bridge).get(_STATE) or ForwardState()
+@contextmanager
+def allow_training(model: Any, allow: bool) -> Iterator[None]:
+    """Within the context, routing hooks may act in training mode, if `allow`."""
+    points = [installed_points(moe) for moe in routing_layers(model).values()]
+    before = [each.allow_training for each in points]
+    for each in points:
+        each.allow_training |= allow
+    try:
+        yield
+    finally:
+        for each, allowed in zip(points, before, strict=True):
+            each.allow_training = allowed
+
+
+def forward_state(model: Any) -> Running:
+    """The forwards of a wrapper; of one that knows nothing for a bridge without points."""
+    return vars(model).get(RUNNING) or Running(model)
 
 
 def unregister(bridge: TransformerBridge) -> None:
@@ -168,6 +194,6 @@ def unregister(bridge: TransformerBridge) -> None:
         block: Any = bridge.blocks[number]
         if isinstance(block.mlp, PointsOnly):
             del block.mlp
-    if (state := vars(bridge).pop(_STATE, None)) is not None:
-        unwatch(state)
-    vars(bridge).pop(_LAYERS, None)
+    if (running := vars(bridge).pop(RUNNING, None)) is not None:
+        running.unwatch()
+    vars(bridge).pop(LAYERS, None)

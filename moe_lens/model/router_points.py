@@ -1,142 +1,36 @@
 """HookPoints inside a Hugging Face MoE model's routers.
 
-    points = install(moe, shape, state)        # points.router_logits, .topk_indices, .topk_weights
+    points = install(moe, shape, running)      # points.router_logits, .topk_indices, .topk_weights
     points_of(moe)                             # the same, or None where none are installed
     uninstall(moe)                             # moe: a layer that find_moe_layers gave
 
 As long as no point has a hook, HF's own router code runs and nothing else. With a hook, the order is:
 HF's logits -> HookPoint -> rule.select -> HookPoint -> rule.weigh -> HookPoint -> HF's experts.
 A hook that could not fire raises; it is never silently skipped. (`expert_points` adds the point on the
-experts' outputs.) Under torch.compile, what stands here runs outside of the compiled code: dynamo sets no
-guard on a module's hooks, so that code traced without hooks would never notice them.
+experts' outputs.)
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint, LensHandle
 
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
-from moe_lens.model.private_names import has_hooks
-from moe_lens.model.state import ForwardState, uncompiled
+from moe_lens.model.points import BlockRun, RoutingPoints, fire
+from moe_lens.model.running import Running
+from moe_lens.model.state import NAN_LOGITS, check_weights, uncompiled
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
 
-_NOT_REAL = (torch.bool, torch.complex64, torch.complex128)
-
-
-class RoutingPoint(HookPoint):
-    """A HookPoint that lets a hook see the model's shape and the routing rule.
-
-    If a hook has a method `check_fits(shape)` or `check_rule(rule)`, that is called whenever the hook is
-    added, by whatever function: so a steering plan made for another model, or impossible with this router, is
-    refused before the forward starts.
-    """
-
-    def __init__(self, moe: MoELayer, shape: MoEShape, state: ForwardState):
-        super().__init__()
-        self.moe = moe
-        self.shape = shape
-        self.state = state
-        self._rule: RoutingRule | None = None
-
-    @property
-    def rule(self) -> RoutingRule:
-        """The rule that routes; during a forward, a hook on the router logits may replace it."""
-        return self._rule or self.moe.rule
-
-    @rule.setter
-    def rule(self, rule: RoutingRule | None) -> None:
-        self._rule = rule
-
-    @property
-    def chosen(self) -> Int[Tensor, "batch pos k"]:
-        """The experts chosen for the tokens that are running; only within hooks on weights or outputs."""
-        points = points_of(self.moe)
-        if points is None or points.indices is None:
-            raise HookError(
-                f"{self.name}: the chosen experts are known only to hooks on weights and outputs."
-            )
-        return points.indices
-
-    def add_hook(
-        self,
-        hook: Any,
-        dir: Literal["fwd", "bwd"] = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-        alias_names: list[str] | None = None,
-    ) -> LensHandle:
-        """As in TransformerLens, after the hook's `check_fits` and `check_rule`, if it has them."""
-        if (check_fits := getattr(hook, "check_fits", None)) is not None:
-            check_fits(self.shape)
-        if (check_rule := getattr(hook, "check_rule", None)) is not None:
-            check_rule(self.moe.rule)
-        return super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
-
-    @property
-    def is_hooked(self) -> bool:
-        """Whether any hook, TransformerLens' or torch's own, waits on this point."""
-        return has_hooks(self)
-
-
-class RoutingPoints:
-    """The hook points of one MoE layer, and what is known during a forward of its block."""
-
-    def __init__(self, moe: MoELayer, shape: MoEShape, state: ForwardState):
-        self.router_logits = RoutingPoint(moe, shape, state)
-        self.topk_indices = RoutingPoint(moe, shape, state)
-        self.topk_weights = RoutingPoint(moe, shape, state)
-        self.expert_out: RoutingPoint | None = None
-        self.shape = shape
-        self.state = state
-        self.token_shape: tuple[int, ...] | None = None  # [batch pos] that the block is working on
-        self.hidden: Tensor | None = None  # what the block was given, while the experts' outputs are hooked
-        self.indices: Tensor | None = None  # [batch pos k], within hooks on the weights and later ones
-        self.decision: RouterOutput | None = None  # what the router decided, during the block's forward
-        self.router_fired = self.experts_fired = False
-
-    @property
-    def are_hooked(self) -> bool:
-        """Whether any of the points has a hook."""
-        points = (self.router_logits, self.topk_indices, self.topk_weights)
-        return any(point.is_hooked for point in points) or self.expert_out_is_hooked
-
-    @property
-    def expert_out_is_hooked(self) -> bool:
-        """Whether the point on the experts' outputs is there and has a hook."""
-        return self.expert_out is not None and self.expert_out.is_hooked
-
-
-def fire(point: RoutingPoint, value: Tensor) -> Tensor:
-    """A value after a point's hooks. Raises HookError where they return another shape or kind of numbers."""
-    edited = point(value)
-    if not isinstance(edited, Tensor) or edited.shape != value.shape:
-        got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        raise HookError(
-            f"{point.name}: a hook returned {got} where shape {tuple(value.shape)} is needed. "
-            "Return a tensor of the same shape, or None to leave it as it is."
-        )
-    if edited.is_floating_point() != value.is_floating_point() or edited.dtype in _NOT_REAL:
-        raise HookError(
-            f"{point.name}: a hook returned dtype {edited.dtype} where {value.dtype} is needed. "
-            "Convert it before returning it."
-        )
-    return edited
-
 
 class HookedRouter:
-    """Takes the place of a router's `forward`.
-
-    It is an object, not a closure, so that the points of a deep copy are those of the copied model.
-    """
+    """Stands in for a router's `forward`. An object, not a closure: `copy.deepcopy` then gives a copy
+    whose points are those of the copied model."""
 
     def __init__(
         self,
@@ -151,44 +45,69 @@ class HookedRouter:
         self.was_on_instance = was_on_instance  # accelerate, for one, puts its own forward there
         self.handles: list[Any] = []
 
-    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.points.router_fired = True
-        if not self.points.are_hooked:
+        if self.points.mode == "off":
             return self.original(*args, **kwargs)
-        output, logits = self.moe.row.layout.call(self.moe.router, self.original, *args, **kwargs)
-        rule = self.moe.rule.for_call(*args[1:], *kwargs.values())
-        return self._route(rule, output, logits)
+        if self.points.mode == "plans" and not (_TYPES_CHECKED and torch.compiler.is_compiling()):
+            return self.steer(args, kwargs)
+        return _hooked(self, args, kwargs)
 
-    def _route(self, rule: RoutingRule, output: Any, logits: Tensor) -> Any:
+    def steer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Plans alone: no look at any value, so nothing waits for a GPU and torch.compile takes it whole."""
         points, layout = self.points, self.moe.row.layout
-        points.router_logits.rule = rule
+        points.plan_fired = True
+        output, logits = layout.call(self.moe.router, self.original, *args, **kwargs)
+        rule, place = self.moe.rule.for_call(*args[1:], *kwargs.values()), None
+        if points.mode == "placed":
+            place, logits = points.router_logits, logits.reshape(*self._token_shape(self._run(), logits), -1)
+        for plan in points.plans:
+            logits, rule = plan.steer(rule, logits, place)
+        indices = rule.select(logits).long()
+        weights = rule.weigh(logits, indices).to(layout.weights_dtype(output))
+        flat = RouterOutput(logits.flatten(0, -2), weights.flatten(0, -2), indices.flatten(0, -2))
+        if not torch.compiler.is_compiling():
+            points.running.forward.steered.append((self.moe.where, flat.weights))
+        return layout.pack(output, flat)
+
+    def route(self, rule: RoutingRule, output: Any, logits: Tensor) -> Any:
+        """HF's output, with what the hooks make of the decision."""
+        points, layout, run = self.points, self.moe.row.layout, self._run()
+        run.rule = rule
         try:
-            logits = fire(points.router_logits, logits.reshape(*self._token_shape(logits), -1))
-            rule = points.router_logits.rule
+            logits = fire(points.router_logits, logits.reshape(*self._token_shape(run, logits), -1))
+            rule = run.rule
         finally:
-            points.router_logits.rule = None
+            run.rule = None
         indices = fire(points.topk_indices, rule.select(logits)).long()
         self._check_indices(indices, rule)
-        points.indices = indices
+        run.indices = indices
         dtype = layout.weights_dtype(output)
         weights = rule.weigh(logits, indices).to(dtype)
-        self._check_weights(
+        check_weights(
+            self.moe.where,
             weights,
-            "the router logits hold NaN or +inf, or the chosen experts' probabilities are all 0. Check the "
-            "hooks on this layer's router and, in half precision, the model's own activations",
+            NAN_LOGITS,
         )
         if points.topk_weights.is_hooked:
             weights = fire(points.topk_weights, weights)
-            self._check_weights(weights, "a hook on the weights returned NaN. Check that hook")
+            check_weights(self.moe.where, weights, "a hook on the weights returned NaN. Check that hook")
         self._check_duplicates(indices, weights)
         flat = RouterOutput(logits.flatten(0, -2), weights.to(dtype).flatten(0, -2), indices.flatten(0, -2))
-        points.decision = flat
+        run.decision = flat
         return layout.pack(output, flat)
 
-    def _token_shape(self, logits: Tensor) -> tuple[int, ...]:
-        shape, n_tokens = self.points.token_shape, logits.shape[:-1].numel()
-        if shape is None or torch.Size(shape).numel() != n_tokens:
+    def _run(self) -> BlockRun:
+        run = self.points.run
+        if run is None:
+            raise HookError(
+                f"{self.moe.where}: the router was called outside of its MoE block. Routing hooks work only "
+                "when the router is called by its own block: run the whole model."
+            )
+        return run
+
+    def _token_shape(self, run: BlockRun, logits: Tensor) -> tuple[int, ...]:
+        shape, n_tokens = run.token_shape, logits.shape[:-1].numel()
+        if torch.Size(shape).numel() != n_tokens:
             raise HookError(
                 f"{self.moe.where}: the router saw {n_tokens} tokens, its MoE block tokens of shape {shape}. "
                 "Routing hooks work only when the router is called by its own block: run the whole model."
@@ -214,24 +133,32 @@ class HookedRouter:
                     "TransformerLens keeps one weight for each expert. Give both the same weight."
                 )
 
-    def _check_weights(self, weights: Tensor, because: str) -> None:
-        bad = torch.isnan(weights).any(dim=-1)
-        if bad.any():
-            first = bad.nonzero()[0].tolist()
-            raise HookError(
-                f"{self.moe.where}: the routing weights are NaN on {int(bad.sum())} token(s), first at "
-                f"[batch, pos] {first}: {because}."
-            )
+
+_TYPES_CHECKED = inspect.unwrap(HookedRouter.steer) is not HookedRouter.steer
+"""Whether arguments are held against their annotations, as in tests, which torch.compile cannot trace."""
 
 
-def install(moe: MoELayer, shape: MoEShape, state: ForwardState) -> RoutingPoints:
+@uncompiled
+def _hooked(router: HookedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hooks of any kind: Python functions of their own, which compiled code would not notice."""
+    run = router.points.run
+    if run is not None:
+        run.router_fired = True
+    if router.points.mode in ("plans", "placed"):
+        return router.steer(args, kwargs)
+    output, logits = router.moe.row.layout.call(router.moe.router, router.original, *args, **kwargs)
+    rule = router.moe.rule.for_call(*args[1:], *kwargs.values())
+    return router.route(rule, output, logits)
+
+
+def install(moe: MoELayer, shape: MoEShape, running: Running) -> RoutingPoints:
     """Put hook points into the router of `moe`, a layer of a model of this shape; it must have none yet."""
-    instance_forward = vars(moe.router).get("forward")
-    points = RoutingPoints(moe, shape, state)
+    instance_forward = moe.router.__dict__.get("forward")
+    points = RoutingPoints(moe, shape, running)
     hooked = HookedRouter(moe, points, instance_forward or moe.router.forward, instance_forward is not None)
     hooked.handles = [
         moe.block.register_forward_pre_hook(_EnterBlock(hooked), with_kwargs=True),
-        moe.block.register_forward_hook(_LeaveBlock(hooked)),
+        moe.block.register_forward_hook(_LeaveBlock(hooked), always_call=True),
     ]
     moe.router.forward = hooked
     return hooked.points
@@ -247,17 +174,18 @@ def installed_points(moe: MoELayer) -> RoutingPoints:
     """`points_of`, where there must be some. Raises HookError where there are none."""
     points = points_of(moe)
     if points is None:
-        raise HookError(f"{moe.where} has no routing hook points; call moe_lens.attach(bridge) first.")
+        raise HookError(f"{moe.where} has no routing hook points; call moe_lens.attach(model) first.")
     return points
 
 
 def uninstall(moe: MoELayer) -> None:
     """Give the router of `moe` its own forward back. Does nothing where no points are installed."""
-    hooked = vars(moe.router).get("forward")
+    hooked = moe.router.__dict__.get("forward")
     if not isinstance(hooked, HookedRouter):
         return
     for handle in hooked.handles:
         handle.remove()
+    hooked.points.running.points.remove(hooked.points)
     if hooked.was_on_instance:
         moe.router.forward = hooked.original
     else:
@@ -266,42 +194,55 @@ def uninstall(moe: MoELayer) -> None:
 
 @dataclass
 class _EnterBlock:
-    """Notes what the block is given, which HF routers see flattened. Refuses hooks in training mode."""
+    """Notes what the block is given: HF routers see it flattened. Refuses hooks in training mode."""
 
     hooked: HookedRouter
 
-    @uncompiled
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         points = self.hooked.points
-        hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
-        points.token_shape = tuple(hidden.shape[:-1])
-        points.indices = points.decision = None
-        points.hidden = hidden.flatten(0, -2) if points.expert_out_is_hooked else None
-        points.router_fired = points.experts_fired = False
-        if points.are_hooked and (block.training or self.hooked.moe.router.training):
+        if points.mode == "off":
+            return
+        if not points.allow_training and (block.training or self.hooked.moe.router.training):
             raise HookError(
                 f"{self.hooked.moe.where}: routing hooks are set and the model is in training mode, where a "
-                "router may add noise or be recomputed. Call model.eval() first."
+                "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
             )
+        if points.mode != "plans":
+            _begin(points, args, kwargs)
+
+
+@uncompiled
+def _begin(points: RoutingPoints, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    points.begin(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()))))
 
 
 @dataclass
 class _LeaveBlock:
-    """Notices a block that ran without its router, as fused kernels do."""
+    """Notices a block that ran without its router, a fused kernel for one; called after an exception, too."""
 
     hooked: HookedRouter
 
-    @uncompiled
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
         points = self.hooked.points
-        points.token_shape = points.hidden = points.indices = points.decision = None
-        if points.are_hooked and not points.router_fired:
-            self._refuse(block, "router", "routing hooks")
-        if points.expert_out_is_hooked and not points.experts_fired:
-            self._refuse(block, "experts", "hooks on their outputs")
+        if points.mode == "plans" and not points.plan_fired and output is not None:
+            _refuse(self.hooked, block, "router", "steering plan")
+        if points.needs_state or points.has_runs:
+            _end(self.hooked, block, output)
 
-    def _refuse(self, block: nn.Module, what: str, hooks: str) -> None:
-        raise HookError(
-            f"{self.hooked.moe.where}: {type(block).__name__} ran without calling its {what}, so the {hooks} "
-            "could not fire. Load the model without fused MoE kernels (use_kernels=False)."
-        )
+
+@uncompiled
+def _end(hooked: HookedRouter, block: nn.Module, output: Any) -> None:
+    run = hooked.points.end()
+    if run is None or output is None or not hooked.points.needs_state:
+        return  # hooks came or went in between, or an exception is on its way
+    if not run.router_fired:
+        _refuse(hooked, block, "router", "routing hooks")
+    if hooked.points.expert_out_is_hooked and not run.experts_fired:
+        _refuse(hooked, block, "experts", "hooks on their outputs")
+
+
+def _refuse(hooked: HookedRouter, block: nn.Module, what: str, hooks: str) -> None:
+    raise HookError(
+        f"{hooked.moe.where}: {type(block).__name__} ran without calling its {what}, so the {hooks} "
+        "could not fire. Load the model without fused MoE kernels (use_kernels=False)."
+    )

@@ -1,21 +1,20 @@
-"""What the model is running at the moment: which tokens, after how many cached ones, for which prompt.
+"""What a hook can ask about the forward that it is in: `hook.state`.
 
-    state = watch(hf_model)                    # forward hooks see it as `hook.state`
     state.offset, state.n_prompt               # columns before these tokens; columns of the prompt
-    unwatch(state)
+    state.columns(n_pos), state.own_tokens(), state.by_prompt(values, n_rows)
 
-Hooks inside a block see only [batch pos ...]. This state tells them the prompt from what the model has
-written, and column 5 of a prompt from column 0 of a cached step. A forward or a generation within a hook, and
-each of several streams side by side, has its own prompt. (Threads that share a model share this state.)
+Hooks inside a block see no more than [batch pos ...]; to tell the prompt from what the model has written,
+and column 5 of a prompt from column 0 of a cached step, they ask here.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from moe_lens.errors import HookError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,32 +26,40 @@ def uncompiled(function: Function) -> Function:
 
 @dataclass(eq=False)
 class Generation:
-    """One call of `generate`: its strings, its depth in other forwards, how many columns its prompt has."""
+    """One call of `generate`.
 
-    texts: list[str] | None
-    depth: int = 0
+    Attributes:
+        texts: the strings that it was given; None where it was given tokens.
+        n_prompt: columns of the prompt; None until its first forward tells.
+        n_prompts: how many prompts, of which beams and samples are copies; None where that is not known.
+        depth: how deep in other forwards it runs.
+    """
+
+    texts: list[str] | None = None
     n_prompt: int | None = None
-
-
-_OF_A_FORWARD: Final = ("tokens", "attention_mask", "offset", "n_prompt", "texts", "generating", "memory")
+    n_prompts: int | None = None
+    depth: int = 0
 
 
 @dataclass(eq=False)
 class ForwardState:
-    """The forward that is running.
+    """One forward.
 
     Attributes:
         tokens: its input, int64 [batch pos]; None where it was given embeddings.
         attention_mask: as it was given, [batch total]; None without one.
-        offset: how many columns the KV cache holds before it; 0 in a plain forward.
-        n_prompt: how many columns, cached ones included, are the prompt's. In `generate`, those of its first
-            forward. Elsewhere all columns of a forward without cache; with one, the cached columns.
+        offset: how many columns are in the KV cache already; 0 in a plain forward.
+        n_prompt: how many columns, cached ones included, are the prompt's. In a generation, those that
+            `generate` was given, however its prefill is cut. Elsewhere all columns of a forward without
+            cache; with one, the cached columns.
         texts: the strings that the forward or the generation was given; None where it was given tokens.
-        generating: whether it is a step of `generate`.
-        memory: what hooks computed about this forward and keep for the next layers.
+        generating: whether it is a step of a generation.
+        n_prompts: of how many prompts the rows are copies (beams, samples); None: each row is one.
         rows: which prompt each row of the batch is, int64 [batch], where a function runs some of its prompts,
             or some of them several times; None: row by row.
-        bridge: the TransformerBridge around the model; None for a bare model.
+        memory: what hooks found out about this forward and need not find out again in the next layer.
+        bridge: the wrapper around the model (HookedMoE, RoutedModel); None for a bare model.
+        steered: what plans alone decided, (layer, weights [token k]), which is looked at once, at the end.
     """
 
     tokens: Tensor | None = None
@@ -61,13 +68,13 @@ class ForwardState:
     n_prompt: int = 0
     texts: list[str] | None = None
     generating: int = 0
-    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
+    n_prompts: int | None = None
     rows: Tensor | None = None
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     bridge: Any = field(default=None, repr=False)
-    handles: list[Any] = field(default_factory=list, repr=False)
-    _outer: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
-    _generations: list[Generation] = field(default_factory=list, repr=False)
-    _given: list[str] | None = field(default=None, repr=False)
+    steered: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
+    in_decoder: bool = False
+    of_decoder: bool = False
 
     def columns(self, n_pos: int) -> Tensor:
         """The columns [pos] of the `n_pos` tokens that are running."""
@@ -82,107 +89,37 @@ class ForwardState:
         return mask[:, self.offset : stop].bool()
 
     def by_prompt(self, values: Tensor, n_rows: int) -> Tensor | None:
-        """Those of `values` [prompt ...] that belong to the rows [batch ...]; None if they do not fit."""
+        """Those of `values` [prompt ...] that belong to the rows [batch ...]; None if they do not fit.
+
+        Beams and returned sequences of one prompt stand next to each other and share its value.
+        """
         if len(values) == 1:
             return values.expand(n_rows, *(-1,) * (values.ndim - 1))
-        if self.rows is None:
-            return values if len(values) == n_rows else None
-        fits = len(self.rows) == n_rows and int(self.rows.max()) < len(values)
-        return values[self.rows.to(values.device)] if fits else None
-
-    @contextmanager
-    def of_prompts(self, rows: Any) -> Iterator[None]:
-        """Within the context, the rows of a forward are these prompts, so that hooks find what is theirs."""
-        before, self.rows = self.rows, torch.as_tensor(rows, dtype=torch.int64).cpu()
-        try:
-            yield
-        finally:
-            self.rows = before
-
-    @contextmanager
-    def generation(self, given: Any) -> Iterator[None]:
-        """Within the context, the columns of the first forward are the prompt.
-
-        Args:
-            given: what `generate` was given; or a `Generation` that continues.
-        """
-        generation = given if isinstance(given, Generation) else Generation(as_texts(given))
-        generation.depth = len(self._outer)
-        self._generations.append(generation)
-        try:
-            yield
-        finally:
-            self._generations.remove(generation)
-
-    @contextmanager
-    def reading(self, given: Any) -> Iterator[None]:
-        """A forward of the bridge, called with a string, strings or tokens."""
-        before, self._given = self._given, as_texts(given)
-        try:
-            yield
-        finally:
-            self._given = before
-
-    def enter(self, kwargs: dict[str, Any]) -> None:
-        """A forward of the Hugging Face model begins, with these keyword arguments."""
-        running = [generation for generation in self._generations if generation.depth == len(self._outer)]
-        self._outer.append(tuple(getattr(self, name) for name in _OF_A_FORWARD))
-        tokens = kwargs.get("input_ids")
-        inputs = tokens if tokens is not None else kwargs.get("inputs_embeds")
-        n_pos = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0
-        self.tokens = tokens if isinstance(tokens, Tensor) else None
-        self.attention_mask, self.offset, self.memory = kwargs.get("attention_mask"), _cached(kwargs), {}
-        if not running:
-            self.n_prompt, self.texts, self.generating = self.offset or n_pos, self._given, 0
-            return
-        innermost = running[-1]
-        if innermost.n_prompt is None:
-            innermost.n_prompt = self.offset + n_pos
-        self.n_prompt, self.texts, self.generating = innermost.n_prompt, innermost.texts, 1
-
-    def leave(self) -> None:
-        """The forward ends, or was interrupted: the one around it, if any, continues."""
-        for name, value in zip(_OF_A_FORWARD, self._outer.pop(), strict=True):
-            setattr(self, name, value)
+        if self.rows is not None:
+            fits = len(self.rows) == n_rows and int(self.rows.max()) < len(values)
+            return values[self.rows.to(values.device)] if fits else None
+        if len(values) == n_rows:
+            return values
+        if self.n_prompts == len(values) and n_rows % len(values) == 0:
+            return values.repeat_interleave(n_rows // len(values), dim=0)
+        return None
 
 
-@dataclass
-class _Enter:
-    """A forward pre-hook; an object, so that a deep copy of the model records its own forwards."""
-
-    state: ForwardState
-
-    @uncompiled
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.state.enter({"input_ids": args[0], **kwargs} if args else kwargs)
+NAN_LOGITS: Final = (
+    "the router logits hold NaN or +inf, or the chosen experts' probabilities are all 0. Check the hooks on "
+    "this layer's router and, in half precision, the model's own activations"
+)
 
 
-@dataclass
-class _Leave:
-    """A forward hook that is called after an exception as well."""
-
-    state: ForwardState
-
-    @uncompiled
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.state.leave()
-
-
-def watch(hf_model: nn.Module, bridge: nn.Module | None = None) -> ForwardState:
-    """A state that follows every forward of `hf_model`, the model inside `bridge`."""
-    state = ForwardState(bridge=bridge)
-    state.handles = [
-        hf_model.register_forward_pre_hook(_Enter(state), with_kwargs=True),
-        hf_model.register_forward_hook(_Leave(state), always_call=True),
-    ]
-    return state
-
-
-def unwatch(state: ForwardState) -> None:
-    """Stop following forwards."""
-    for handle in state.handles:
-        handle.remove()
-    state.handles = []
+def check_weights(where: str, weights: Tensor, because: str) -> None:
+    """Raise HookError where routing weights [... k] of a layer are NaN."""
+    bad = torch.isnan(weights).any(dim=-1)
+    if bad.any():
+        first = bad.nonzero()[0].tolist()
+        raise HookError(
+            f"{where}: the routing weights are NaN on {int(bad.sum())} token(s), first at "
+            f"[batch, pos] {first}: {because}."
+        )
 
 
 def as_texts(given: Any) -> list[str] | None:
@@ -191,12 +128,3 @@ def as_texts(given: Any) -> list[str] | None:
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         return texts
     return None
-
-
-def _cached(kwargs: dict[str, Any]) -> int:
-    """How many columns the KV cache holds before this forward."""
-    position = kwargs.get("cache_position")
-    if isinstance(position, Tensor) and position.numel():
-        return int(position.flatten()[0])
-    past: Any = kwargs.get("past_key_values")
-    return 0 if past is None else int(past.get_seq_length())

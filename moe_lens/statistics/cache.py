@@ -24,9 +24,9 @@ def known_model(cache: Any) -> KnownModel | None:
     model = getattr(cache, "model", None)
     if model is None:
         return None
-    from moe_lens.model import registration  # a cache without its model needs no TransformerLens
+    from moe_lens.model import registration, wrapper  # a cache without its model needs no TransformerLens
 
-    if not isinstance(model, registration.Model):
+    if not isinstance(model, wrapper.Model):
         return None
     layers = registration.routing_layers(model)
     rules = {layer: moe.rule for layer, moe in layers.items()}

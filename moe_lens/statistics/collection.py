@@ -28,7 +28,8 @@ from moe_lens import hook_names
 from moe_lens.errors import DataError
 from moe_lens.files import check_writable
 from moe_lens.hook_names import Hooks
-from moe_lens.model.registration import Model, moe_shape, routing_layers
+from moe_lens.model.registration import moe_shape, routing_layers
+from moe_lens.model.wrapper import Model
 from moe_lens.statistics.routes import PromptRouting
 from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
 from moe_lens.statistics.sums import TABLES

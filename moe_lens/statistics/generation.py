@@ -18,7 +18,8 @@ from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
 from moe_lens.model.private_names import supports_padding
-from moe_lens.model.registration import Model, moe_shape, routing_layers
+from moe_lens.model.registration import moe_shape, routing_layers
+from moe_lens.model.wrapper import Model
 from moe_lens.results import Result
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.statistics.routing_stats import RoutingStats

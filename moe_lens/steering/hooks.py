@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lens import hook_names
 from moe_lens.errors import HookError, PlanError
 from moe_lens.hook_names import HookList
-from moe_lens.model.router_points import RoutingPoint
+from moe_lens.model.points import RoutingPoint
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.routers.transform import steer_logits
 from moe_lens.shape import MoEShape
@@ -52,6 +52,21 @@ class SteeringHook:
             return steer_logits(router_logits, activate, deactivate, self.plan.epsilon)
         steered, hook.rule = hook.rule.steer(router_logits, activate, deactivate, self.plan.epsilon)
         return steered
+
+    @property
+    def needs_place(self) -> bool:
+        """Whether it must know which tokens the logits are of."""
+        return False
+
+    def is_fixed_plan(self, point: str | None) -> bool:
+        """Whether, on this point, `steer` is all it does: a function of the logits."""
+        return hook_names.parse(point or "") == (self.layer, hook_names.ROUTER_LOGITS)
+
+    def steer(
+        self, rule: RoutingRule, logits: Float[Tensor, "*batch expert"], place: Any = None
+    ) -> tuple[Tensor, RoutingRule]:
+        """Steered logits and the rule to route them by, of a layer whose hooks are all plans."""
+        return rule.steer(logits, *self._experts, self.plan.epsilon)
 
     @property
     def digest(self) -> str:

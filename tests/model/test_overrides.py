@@ -13,8 +13,9 @@ from moe_lens.errors import DataError, MoELensError, UnsupportedRouterError
 from moe_lens.model import hooked_moe
 from moe_lens.model.hooked_moe import HookedMoE, attach, detach
 from moe_lens.model.layers import MoELayer, find_moe_layers, no_moe
-from moe_lens.model.registration import check_hooked, routing_layers
+from moe_lens.model.registration import routing_layers
 from moe_lens.model.self_check import check_router
+from moe_lens.model.wrapper import check_hooked
 from tests.tiny_models import plain_bridge, tiny_model, tokens
 
 Hooked = Callable[..., HookedMoE]
@@ -104,10 +105,11 @@ def test_what_is_no_hooked_moe_is_refused_in_one_sentence(hooked: Hooked) -> Non
     check_hooked(hooked("olmoe"))
     check_hooked(hooked("olmoe"), HookedMoE)
     bridge = plain_bridge(tiny_model("olmoe"))
-    check_hooked(bridge)
-    sentence = r"A HookedMoE is needed here \(HookedMoE.from_pretrained, or attach\(bridge\)\); got "
-    with pytest.raises(DataError, match=f"{sentence}TransformerBridge"):
+    sentence = r"is needed here \(from_pretrained, or attach\(model\).*\); got "
+    with pytest.raises(DataError, match=f"A HookedMoE {sentence}TransformerBridge"):
         check_hooked(bridge, HookedMoE, error=DataError)
-    for wrong in (None, "olmoe", tiny_model("olmoe")):
-        with pytest.raises(MoELensError, match=sentence + type(wrong).__name__):
+    for wrong in (None, "olmoe", tiny_model("olmoe"), bridge):
+        with pytest.raises(
+            MoELensError, match=f"A HookedMoE or RoutedModel {sentence}{type(wrong).__name__}"
+        ):
             check_hooked(wrong)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moe_lens.errors import HookError, MoELensError
 from moe_lens.model.layers import MoELayer, find_moe_layers
-from moe_lens.model.router_points import RoutingPoints, install, points_of, uninstall
-from moe_lens.model.state import ForwardState
+from moe_lens.model.points import RoutingPoints
+from moe_lens.model.router_points import install, points_of, uninstall
+from moe_lens.model.running import Running
 from moe_lens.routers.plain import SoftmaxTopK
 from moe_lens.shape import MoEShape
 from tests.families import core_family, every_recipe
@@ -32,7 +33,7 @@ def with_points(recipe: str, dtype: torch.dtype = torch.float32) -> tuple[Any, l
     """A tiny model with points in every router; the points get the names that a bridge would give them."""
     model = tiny_model(recipe, dtype)
     shape = MoEShape(recipe, MOE_LAYERS[recipe], N_EXPERTS[recipe], TOP_K[recipe])
-    return model, [install(moe, shape, ForwardState()) for moe in find_moe_layers(model)]
+    return model, [install(moe, shape, Running()) for moe in find_moe_layers(model)]
 
 
 def logits_of(model: Any) -> Tensor:
@@ -67,7 +68,7 @@ def test_without_hooks_hfs_own_code_runs_and_the_rule_does_not(
     monkeypatch.setattr(router_class, "forward", counted)
     layers = list(find_moe_layers(model))
     for moe in layers:
-        install(moe, MoEShape("m", (0,), N_EXPERTS[recipe], TOP_K[recipe]), ForwardState())
+        install(moe, MoEShape("m", (0,), N_EXPERTS[recipe], TOP_K[recipe]), Running())
     monkeypatch.setattr(SoftmaxTopK, "select", forbidden)
     monkeypatch.setattr(SoftmaxTopK, "weigh", forbidden)
     logits_of(model)
@@ -91,7 +92,7 @@ def test_uninstall_gives_back_a_forward_that_was_on_the_instance() -> None:
     original = type(moe.router).forward
     own = MethodType(lambda self, hidden: original(self, hidden), moe.router)
     moe.router.forward = own
-    install(moe, MoEShape("m", (0,), 6, 3), ForwardState())
+    install(moe, MoEShape("m", (0,), 6, 3), Running())
     uninstall(moe)
     assert vars(moe.router)["forward"] is own
 
@@ -107,7 +108,7 @@ def test_points_can_be_installed_again() -> None:
     model, _ = with_points("olmoe")
     moe = next(find_moe_layers(model))
     uninstall(moe)
-    points = install(moe, MoEShape("m", (0,), 6, 3), ForwardState())
+    points = install(moe, MoEShape("m", (0,), 6, 3), Running())
     points.topk_weights.add_hook(lambda weights, hook: 0 * weights)
     assert not torch.equal(logits_of(model), logits_of(tiny_model("olmoe")))
 
@@ -212,7 +213,7 @@ def test_a_hook_asks_whether_it_fits_before_it_is_added() -> None:
     _, points = with_points("olmoe")
     with pytest.raises(MoELensError, match="another model than olmoe"):
         points[0].router_logits.add_hook(Misfit())
-    assert not points[0].are_hooked
+    assert points[0].mode == "off"
 
 
 # Hooks that return what the router cannot use
@@ -304,6 +305,6 @@ def test_a_refused_run_does_not_spoil_the_next() -> None:
 
 def test_moe_layer_reads_points_of_its_own_router_only() -> None:
     first, second, _ = find_moe_layers(tiny_model("olmoe"))
-    points = install(first, MoEShape("m", (0,), 6, 3), ForwardState())
+    points = install(first, MoEShape("m", (0,), 6, 3), Running())
     assert points_of(MoELayer("x", first.block, first.router)) is points
     assert points_of(second) is None

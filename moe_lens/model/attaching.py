@@ -1,0 +1,95 @@
+"""Putting hook points on a model that somebody has: a TransformerLens bridge, or a Hugging Face model.
+
+attach(bridge)                             # an existing bridge becomes a HookedMoE
+attach(hf_model)                           # a RoutedModel around an unchanged Hugging Face model
+detach(either)                             # what was there before
+"""
+
+from typing import Any, overload
+
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_lens.errors import MoELensError
+from moe_lens.model import hooked_moe
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layers import find_moe_layers
+from moe_lens.model.routed_model import RoutedModel
+from moe_lens.model.router_points import points_of
+from moe_lens.model.wrapper import Model
+
+
+@overload
+def attach(model: TransformerBridge) -> HookedMoE: ...  # pyright: ignore[reportOverlappingOverload]
+@overload
+def attach(model: nn.Module, tokenizer: Any = None) -> RoutedModel: ...
+def attach(model: Any, tokenizer: Any = None) -> Any:
+    """Put hook points on the routing of a TransformerBridge, in place, or of a Hugging Face model.
+
+    >>> from moe_lens import HookedMoE, attach, detach, organisms
+    >>> bridge = detach(organisms.load("specialised"))       # any TransformerBridge around an MoE model
+    >>> attach(bridge) is bridge, isinstance(bridge, HookedMoE)
+    (True, True)
+
+    A bridge (or an instance of a subclass of it) becomes a HookedMoE and stays an instance of its own class.
+    A Hugging Face model gets a RoutedModel around it. Every router is first compared with its rule; if one
+    differs, nothing is changed. Attaching again changes nothing.
+
+    Args:
+        model: a TransformerBridge or a Hugging Face model; a HookedMoE or RoutedModel is given back as it is.
+        tokenizer: for a Hugging Face model; optional.
+
+    Returns: the same bridge, or the RoutedModel.
+
+    Raises:
+        UnsupportedRouterError: no router, or one without a rule. RouterMismatchError: the check failed.
+        MoELensError: neither of them.
+    """
+    if isinstance(model, RoutedModel):
+        return model
+    if isinstance(model, TransformerBridge):
+        return hooked_moe.attach(model)
+    if not isinstance(model, nn.Module):
+        raise MoELensError(
+            f"attach needs a TransformerBridge or a Hugging Face model, got {type(model).__name__}; "
+            "for a name or a folder use RoutedModel.from_pretrained or HookedMoE.from_pretrained."
+        )
+    there = wrapper_of(model)
+    return RoutedModel(model, tokenizer) if there is None or tokenizer is not None else there
+
+
+def detach(model: Any) -> Any:
+    """Remove the routing hook points: the bridge, or the Hugging Face model, is what it was before `attach`.
+
+    >>> from moe_lens import detach, organisms
+    >>> bridge = detach(organisms.load("specialised"))
+    >>> "blocks.0.mlp.hook_router_logits" in bridge.hook_dict, type(bridge).__name__
+    (False, 'TransformerBridge')
+
+    HF's own router code runs again, and hooks that were on the points are gone. (An instance of your own
+    subclass of HookedMoE stays one, without points.)
+
+    Args:
+        model: a bridge, a RoutedModel, or the Hugging Face model in one.
+
+    Returns: the same bridge, or the Hugging Face model.
+
+    Raises:
+        MoELensError: none of them.
+    """
+    if isinstance(model, TransformerBridge):
+        return hooked_moe.detach(model)
+    wrapper: Any = model if isinstance(model, RoutedModel) else wrapper_of(model)
+    if wrapper is None:
+        raise MoELensError(
+            f"detach needs a TransformerBridge or a RoutedModel; got {type(model).__name__}, without points."
+        )
+    return hooked_moe.detach(wrapper) if isinstance(wrapper, TransformerBridge) else wrapper.detach()
+
+
+def wrapper_of(hf_model: Any) -> Model | None:
+    """The HookedMoE or RoutedModel whose points a Hugging Face model has; None where it has none."""
+    if not isinstance(hf_model, nn.Module):
+        return None
+    points = (points_of(moe) for moe in find_moe_layers(hf_model))
+    return next((each.running.wrapper for each in points if each is not None), None)

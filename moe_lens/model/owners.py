@@ -1,0 +1,75 @@
+"""Which threads set a model's hooks, and which threads may run the model under them.
+
+Hooks belong to the model. A thread may run it under its own hooks, and under those of a thread that set them
+before it started (a thread that streams a generation, for one). It may not where it was there when another
+thread set them, where two threads have set hooks, or at the same time as the thread that set them.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakSet
+
+
+class Owner:
+    """A thread that set a hook, and those that were there at the time."""
+
+    def __init__(self) -> None:
+        self.ident = threading.get_ident()
+        self.others = WeakSet(thread for thread in threading.enumerate() if thread.ident != self.ident)
+
+
+class HookTable(OrderedDict[int, Any]):
+    """torch's table of a module's hooks, which tells when it changes, by whatever way, and who set which."""
+
+    def __init__(self, changed: Callable[[], None]):
+        super().__init__()
+        self.changed = changed
+        self.owners: dict[int, Owner] = {}
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.owners[key] = Owner()
+        self.changed()
+
+    def __delitem__(self, key: int) -> None:
+        super().__delitem__(key)
+        self.owners.pop(key, None)
+        self.changed()
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (list(self.items()),)
+
+
+class Owners:
+    """Those of all hooks of a model; false where there are none."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, list[Owner]] = {}
+
+    def find(self, tables: Iterable[HookTable]) -> None:
+        """Note who set the hooks of these tables."""
+        self._owners = {}
+        for table in tables:
+            for owner in table.owners.values():
+                self._owners.setdefault(owner.ident, []).append(owner)
+
+    def refuse(self, busy: Iterable[int]) -> bool:
+        """Whether the current thread must not run the model.
+
+        Args:
+            busy: idents of the threads that run it, the current one among them.
+        """
+        current = threading.current_thread()
+        of_others = [
+            owner for ident, owners in self._owners.items() if ident != current.ident for owner in owners
+        ]
+        if len(self._owners) > 1 or any(current in owner.others for owner in of_others):
+            return True
+        running = set(busy)
+        is_owner = current.ident in self._owners
+        return len(running) > 1 and (is_owner or any(owner.ident in running for owner in of_others))
+
+    def __bool__(self) -> bool:
+        return len(self._owners) > 0

@@ -1,0 +1,208 @@
+"""What a Hugging Face model is given: text, texts, tokens or embeddings, as its keyword arguments.
+
+Text to tokens and back goes by TransformerLens' names, with the tokenizer as it is. `prepend_bos=None`, the
+default everywhere, follows the tokenizer: what `tokenizer(text)` gives. (TransformerLens' bridge adds a BOS
+by a table of its own.)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
+from transformer_lens.utilities.slice import Slice
+
+from moe_lens.checks import looks_padded
+from moe_lens.errors import DataError, warn
+from moe_lens.model.registration import forward_state
+from moe_lens.model.state import as_texts
+
+
+class Reading:
+    """`to_tokens` and its relatives, and what the Hugging Face model in a RoutedModel is given."""
+
+    tokenizer: Any
+    cfg: Any
+    hf_model: nn.Module
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = False,
+    ) -> Int[Tensor, "batch pos"]:
+        """Tokens of a text, or of several, padded to the longest (on the tokenizer's side if None).
+
+        Args:
+            prepend_bos: None as the tokenizer does by itself; True with one BOS before each text, False with
+                none.
+            truncate: cut what is longer than the model's context; otherwise it is left to whoever runs it.
+
+        Raises:
+            DataError: no tokenizer, no text, no pad token for texts of several lengths, or no BOS token.
+        """
+        texts = as_texts(input)
+        if texts is None:
+            raise DataError(f"to_tokens needs a text or a list of texts; got {input!r}.")
+        rows = [self._ids(text, prepend_bos) for text in texts]
+        if truncate:
+            rows = [row[: self.cfg.n_ctx] for row in rows]
+        tokens = self._padded(rows, padding_side or self._tokenizer().padding_side)
+        return tokens.to(self.cfg.device) if move_to_device else tokens
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """The text of tokens [pos], or the texts of tokens [batch pos], special tokens included."""
+        rows = torch.as_tensor(tokens)
+        if rows.ndim == 2:
+            return [self._tokenizer().decode(row) for row in rows]
+        return self._tokenizer().decode(rows.reshape(-1))
+
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str]:
+        """The text of each token of one text, or of tokens [pos]."""
+        ids = self._ids(input, prepend_bos) if isinstance(input, str) else torch.as_tensor(input).reshape(-1)
+        return [self._tokenizer().decode([int(token)]) for token in ids]
+
+    def to_single_token(self, string: str) -> int:
+        """The token that is this text. Raises DataError where it takes several."""
+        ids = self._tokenizer()(string, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise DataError(f"{string!r} is {len(ids)} tokens, not one. Mind the space before a word.")
+        return int(ids[0])
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise DataError("This model has no tokenizer; give tokens, or pass tokenizer= when you wrap it.")
+        return self.tokenizer
+
+    def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
+        tokenizer = self._tokenizer()
+        ids = list(tokenizer(text)["input_ids"])
+        if prepend_bos is None:
+            return ids
+        bos = tokenizer.bos_token_id
+        if bos is None:
+            if prepend_bos:
+                raise DataError("prepend_bos=True, but this tokenizer has no BOS token.")
+            return ids
+        begins = bool(ids) and ids[0] == bos
+        if prepend_bos:
+            return ids if begins else [bos, *ids]
+        return ids[1:] if begins else ids
+
+    def _padded(self, rows: list[list[int]], side: str) -> Int[Tensor, "batch pos"]:
+        length = max(len(row) for row in rows)
+        pad = self._tokenizer().pad_token_id
+        if pad is None and any(len(row) < length for row in rows):
+            raise DataError(
+                "Texts of several lengths need a pad token, and this tokenizer has none; set one "
+                "(tokenizer.pad_token = tokenizer.eos_token), or run them one by one."
+            )
+        fill = [[pad or 0] * (length - len(row)) for row in rows]
+        whole = [gap + row if side == "left" else row + gap for gap, row in zip(fill, rows, strict=True)]
+        return torch.tensor(whole, dtype=torch.long).reshape(len(rows), length)
+
+    def _inputs(
+        self, input: Any, prepend_bos: bool | None, padding_side: str | None, attention_mask: Any
+    ) -> dict[str, Any]:
+        """Keyword arguments for the Hugging Face model."""
+        if isinstance(input, Mapping):  # what a tokenizer gives
+            attention_mask = input.get("attention_mask") if attention_mask is None else attention_mask
+            input = input["input_ids"]
+        if is_text(input):
+            input, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask)
+        tokens = _as_tensor(input).to(self.cfg.device)
+        if tokens.is_floating_point():
+            inputs: dict[str, Any] = {"inputs_embeds": tokens}
+        else:
+            tokens = tokens[None] if tokens.ndim == 1 else tokens
+            if attention_mask is None and not forward_state(self).generating:
+                _warn_of_padding(self.tokenizer, tokens)
+            inputs = {"input_ids": tokens}
+        if attention_mask is not None:
+            mask = torch.as_tensor(attention_mask).to(tokens.device)
+            inputs["attention_mask"] = mask
+            if mask.ndim == 2 and "input_ids" in inputs:
+                inputs |= _position_ids(mask, tokens, self.hf_model)
+        return inputs
+
+    def _read(
+        self, texts: str | list[str], prepend_bos: bool | None, padding_side: str | None, mask: Any
+    ) -> tuple[Int[Tensor, "batch pos"], Any]:
+        """Tokens of texts, and their mask where some are padded."""
+        tokens = self.to_tokens(texts, prepend_bos, padding_side, truncate=False)
+        if tokens.shape[1] > self.cfg.n_ctx:
+            raise DataError(
+                f"The input has {tokens.shape[1]} tokens, the model's context is {self.cfg.n_ctx}; "
+                "shorten it."
+            )
+        if mask is None and isinstance(texts, list) and len(texts) > 1:
+            mask = self._own_columns(texts, prepend_bos, padding_side, tokens.shape[1])
+            mask = None if bool(mask.all()) else mask.long()
+        return tokens, mask
+
+    def _own_columns(
+        self, texts: list[str], prepend_bos: bool | None, padding_side: str | None, n_pos: int
+    ) -> Bool[Tensor, "batch pos"]:
+        lengths = torch.tensor([len(self._ids(text, prepend_bos)) for text in texts])
+        columns = torch.arange(n_pos).expand(len(texts), -1)
+        if (padding_side or self.tokenizer.padding_side) == "left":
+            return columns >= n_pos - lengths[:, None]
+        return columns < lengths[:, None]
+
+    def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions are not padding; None where that is not known or does not matter (one string)."""
+        mask = kwargs.get("attention_mask")
+        if mask is None and isinstance(input, list) and len(input) > 1 and isinstance(input[0], str):
+            side, bos = kwargs.get("padding_side"), kwargs.get("prepend_bos")
+            mask = self._own_columns(input, bos, side, max(len(self._ids(text, bos)) for text in input))
+        elif mask is None and isinstance(input, Tensor) and not input.is_floating_point():
+            rows = input if input.ndim == 2 else input[None]
+            mask = None if looks_padded(self.tokenizer, rows) else torch.ones_like(rows)
+        if mask is None:
+            return None
+        pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
+        mask = torch.as_tensor(mask)
+        return (mask if kwargs.get("pos_slice") is None else pos_slice.apply(mask, dim=1)).bool()
+
+
+def is_text(input: Any) -> bool:
+    """Whether it is a text or a list of texts."""
+    return as_texts(input) is not None
+
+
+def _as_tensor(input: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(input)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"The input must be text, texts, tokens or embeddings; got {input!r}.") from error
+    if not tensor.numel() or tensor.dtype == torch.bool or tensor.ndim not in (1, 2, 3):
+        raise DataError(
+            f"The input must be tokens [pos] or [batch pos], or embeddings [batch pos d_model]; got "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)}."
+        )
+    return tensor
+
+
+def _warn_of_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> None:
+    if looks_padded(tokenizer, tokens):
+        warn(
+            "Some rows of these tokens begin or end with the padding token, without an attention_mask: "
+            "the model reads padding as text. Pass attention_mask=, or the prompts as a list of strings."
+        )
+
+
+def _position_ids(
+    mask: Int[Tensor, "batch total"], tokens: Int[Tensor, "batch pos"], hf_model: nn.Module
+) -> dict[str, Tensor]:
+    """Positions counted from each prompt's own first token, where padding shifts them."""
+    n_pos, positions = tokens.shape[1], mask.long().cumsum(-1) - 1
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    shifted = ((positions != columns) & (mask != 0)).any(dim=1, keepdim=True)
+    if not bool(shifted.any()) or not accepts_mask_derived_position_ids(hf_model):
+        return {}
+    positions = torch.where(shifted, positions.masked_fill(mask == 0, 1), columns)
+    return {"position_ids": positions[:, -n_pos:]}

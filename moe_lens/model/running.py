@@ -1,0 +1,393 @@
+"""The forwards of a model, as they run: one in another, and thread by thread.
+
+    running = Running(wrapper)
+    running.watch(hf_model, decoder)           # hooks see the forward that they are in as `hook.state`
+    running.unwatch()
+
+What is known belongs to one forward in one thread: a forward that a hook starts, a generation within it, a
+deep copy of the model and another thread each have their own.
+"""
+
+import copy
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import update_wrapper
+from typing import Any, Final, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_lens.errors import HookError
+from moe_lens.model.owners import Owners
+from moe_lens.model.state import NAN_LOGITS, ForwardState, Generation, as_texts, check_weights, uncompiled
+
+
+@dataclass(eq=False)
+class _Thread:
+    """What one thread runs."""
+
+    forwards: list[ForwardState] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    given: tuple[int, list[str] | None] | None = None  # at which depth of forwards, and which texts
+    rows: tuple[int, Tensor] | None = None  # at which depth, and which rows
+    disturbed: bool = False  # another thread changed the hooks of a forward that runs here
+
+    @property
+    def is_idle(self) -> bool:
+        nothing = self.given is None and self.rows is None
+        return nothing and not self.forwards and not self.generations
+
+
+class Running:
+    """The forwards of one model, thread by thread.
+
+    Attributes:
+        wrapper: what is around the model (HookedMoE, RoutedModel); None for a bare model.
+        points: the hook points of its layers (`points.RoutingPoints`).
+        residual: those on the residual stream (`residual_points.ResidualPoints`); none on a bridge.
+        is_hooked, needs_state: whether any hook is set on routing, and one that may ask what is running;
+            plain attributes, which torch.compile guards.
+        owners: the threads that set the hooks.
+    """
+
+    def __init__(self, wrapper: Any = None) -> None:
+        self.wrapper = wrapper
+        self.points: list[Any] = []
+        self.residual: list[Any] = []
+        self.is_hooked = self.needs_state = False
+        self.owners = Owners()
+        self._changes = 0
+        self._noted: dict[Any, tuple[ForwardState, int]] = {}
+        self._threads: dict[int, _Thread] = {}
+        self._handles: list[Any] = []
+        self._model: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Running":
+        """For a deep copy of the model, which runs nothing yet."""
+        twin = memo[id(self)] = Running()
+        for name in ("wrapper", "points", "residual", "_handles", "_model"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin.hooks_changed()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_threads": {}, "_noted": {}, "owners": Owners()}
+
+    @property
+    def forward(self) -> ForwardState:
+        """The forward that runs in this thread; one that knows nothing where none does."""
+        thread = self._threads.get(threading.get_ident())
+        return (
+            thread.forwards[-1]
+            if thread is not None and thread.forwards
+            else ForwardState(bridge=self.wrapper)
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward runs in this thread."""
+        thread = self._threads.get(threading.get_ident())
+        return thread is not None and len(thread.forwards) > 0
+
+    @property
+    def generating(self) -> bool:
+        """Whether the next forward of this thread is a step of a generation."""
+        thread = self._threads.get(threading.get_ident())
+        return thread is not None and _generation(thread) is not None
+
+    @contextmanager
+    def of_prompts(self, rows: Any) -> Iterator[None]:
+        """Within the context, the rows of a forward are these prompts, so that hooks find what is theirs.
+
+        Within another such context, these of its prompts.
+        """
+        with self._in_thread() as thread:
+            before, depth = thread.rows, len(thread.forwards)
+            rows = torch.as_tensor(rows, dtype=torch.int64).cpu()
+            thread.rows = (depth, before[1][rows] if before is not None and before[0] == depth else rows)
+            try:
+                yield
+            finally:
+                thread.rows = before
+
+    @contextmanager
+    def generation(self, given: Any) -> Iterator[None]:
+        """Within the context, forwards are steps of a generation.
+
+        Args:
+            given: what `generate` was given; or a `Generation` that continues.
+        """
+        generation = given if isinstance(given, Generation) else _generation_of(given)
+        with self._in_thread() as thread:
+            _inherit(generation, thread)
+            thread.generations.append(generation)
+            try:
+                yield
+            finally:
+                thread.generations.remove(generation)
+
+    @contextmanager
+    def reading(self, given: Any) -> Iterator[None]:
+        """A forward or generation of the wrapper, which was given a string, strings or tokens."""
+        with self._in_thread() as thread:
+            before, thread.given = thread.given, (len(thread.forwards), as_texts(given))
+            try:
+                yield
+            finally:
+                thread.given = before
+
+    def note(self, key: Any) -> None:
+        """A block of the forward that runs will be computed again, by gradient checkpointing."""
+        self._noted[key] = (self.forward, self._changes)
+
+    @contextmanager
+    def again(self, key: Any) -> Iterator[None]:
+        """Within the context, a block that was noted is computed again.
+
+        Raises:
+            HookError: the hooks are others than they were in the forward.
+        """
+        forward, changes = self._noted.pop(key, (ForwardState(bridge=self.wrapper), self._changes))
+        if changes != self._changes:
+            raise HookError(
+                "Gradient checkpointing computes a block again, and the routing hooks are not those of the "
+                "forward any more. Call backward() within the same context as the forward."
+            )
+        with self._in_thread() as thread:
+            thread.forwards.append(forward)
+            try:
+                yield
+            finally:
+                thread.forwards.remove(forward)
+
+    def enter(self, kwargs: dict[str, Any], of_decoder: bool = False) -> None:
+        """A forward of the Hugging Face model begins, or of its decoder alone, with these arguments."""
+        thread = self._threads.setdefault(threading.get_ident(), _Thread())
+        if of_decoder and thread.forwards and not thread.forwards[-1].in_decoder:
+            thread.forwards[-1].in_decoder = True  # as part of the model's, which is noted already
+            return
+        forward = _forward(kwargs, thread, self.wrapper, self.needs_state)
+        forward.of_decoder = forward.in_decoder = of_decoder
+        thread.forwards.append(forward)
+        if self.owners:
+            self._check_owners(thread)
+
+    def leave(self, of_decoder: bool = False, completed: bool = True) -> None:
+        """It ends, or was broken off: what ran around it, if anything, goes on."""
+        ident = threading.get_ident()
+        thread = self._threads.get(ident)
+        if thread is None or not thread.forwards:
+            return  # broken off before it was noted
+        if of_decoder and not thread.forwards[-1].of_decoder:
+            thread.forwards[-1].in_decoder = False
+            return
+        forward = thread.forwards.pop()
+        disturbed, thread.disturbed = thread.disturbed, False
+        self._forget(ident, thread)
+        if disturbed:
+            raise HookError(_TWO_THREADS)
+        if completed and forward.steered and _holds_nan(forward.steered[-1][1]):
+            for where, weights in forward.steered:
+                check_weights(where, _by_row(weights, forward.tokens), NAN_LOGITS)
+
+    def hooks_changed(self) -> None:
+        """Called by points whenever their hooks change."""
+        self._changes += 1
+        self.is_hooked = any(points.mode != "off" for points in self.points)
+        self.needs_state = any(points.needs_state for points in self.points)
+        self.owners.find(table for points in self.points for table in points.tables)
+        ident = threading.get_ident()
+        for other, thread in list(self._threads.items()):
+            if other != ident and thread.forwards:
+                thread.disturbed = True
+
+    def _check_owners(self, own: _Thread) -> None:
+        """Refuse a thread that would see another one's hooks."""
+        busy = [ident for ident, thread in list(self._threads.items()) if thread.forwards]
+        if self.owners.refuse(busy):
+            for thread in list(self._threads.values()):
+                thread.disturbed = thread.disturbed or (thread is not own and len(thread.forwards) > 0)
+            raise HookError(_TWO_THREADS)
+
+    @contextmanager
+    def _in_thread(self) -> Iterator[_Thread]:
+        ident = threading.get_ident()
+        thread = self._threads.setdefault(ident, _Thread())
+        try:
+            yield thread
+        finally:
+            self._forget(ident, thread)
+
+    def _forget(self, ident: int, thread: _Thread) -> None:
+        if thread.is_idle:
+            self._threads.pop(ident, None)
+
+    def watch(self, hf_model: nn.Module, decoder: nn.Module | None = None) -> None:
+        """Note every forward and every `generate` of a Hugging Face model.
+
+        Args:
+            decoder: the module in it that holds the blocks, whose forwards are noted where nothing calls the
+                model itself (adapters call `model.forward`).
+        """
+        self._model = hf_model
+        watched = [(hf_model, False)]
+        if decoder is not None and decoder is not hf_model:
+            watched.append((decoder, True))
+        self._handles = []
+        for module, of_decoder in watched:
+            enter, leave = _Enter(self, of_decoder), _Leave(self, of_decoder)
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+        if callable(getattr(hf_model, "generate", None)):
+            cast(Any, hf_model).generate = _Generate(self, cast(Any, hf_model).generate)
+
+    def unwatch(self) -> None:
+        """Note nothing more, and leave no trace on the model."""
+        for handle in self._handles:
+            handle.remove()
+        if self._model is not None and isinstance(vars(self._model).get("generate"), _Generate):
+            generate = vars(self._model)["generate"]
+            if generate.was_on_instance:
+                cast(Any, self._model).generate = generate.original
+            else:
+                del cast(Any, self._model).generate
+        self._handles, self._model = [], None
+
+
+_TWO_THREADS: Final = (
+    "Routing hooks of this model were set in one thread while another one runs it, and hooks belong to the "
+    "model: each would see the other's. Run one after the other (a lock), or give each thread its own "
+    "copy.deepcopy(model). (Threads that start after the hooks were set may run the model under them.)"
+)
+
+
+def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state: bool) -> ForwardState:
+    depth, generation = len(thread.forwards), _generation(thread)
+    tokens = kwargs.get("input_ids")
+    inputs = tokens if tokens is not None else kwargs.get("inputs_embeds")
+    n_pos = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0
+    first = generation is not None and generation.n_prompt is None
+    offset = _cached(kwargs) if needs_state or first else 0  # with some caches a look at a tensor
+    rows, texts = (
+        noted[1] if noted is not None and noted[0] == depth else None for noted in (thread.rows, thread.given)
+    )
+    forward = ForwardState(
+        tokens=tokens if isinstance(tokens, Tensor) else None,
+        attention_mask=kwargs.get("attention_mask"),
+        offset=offset,
+        n_prompt=offset or n_pos,
+        texts=cast(Any, texts),
+        rows=cast(Any, rows),
+        bridge=wrapper,
+    )
+    if generation is not None:
+        if generation.n_prompt is None:
+            generation.n_prompt = offset + n_pos
+        forward.n_prompt, forward.texts = generation.n_prompt, generation.texts
+        forward.n_prompts, forward.generating = generation.n_prompts, 1
+    return forward
+
+
+def _generation(thread: _Thread) -> Generation | None:
+    """The generation whose step the next forward is."""
+    running = [one for one in thread.generations if one.depth == len(thread.forwards)]
+    return running[-1] if running else None
+
+
+def _generation_of(given: Any) -> Generation:
+    texts = as_texts(given)
+    return Generation(texts, n_prompts=None if texts is None else len(texts))
+
+
+def _inherit(generation: Generation, thread: _Thread) -> None:
+    """A `generate` within another one (the wrapper's around the model's, a draft's) has the same prompt."""
+    outer, generation.depth = _generation(thread), len(thread.forwards)
+    if outer is not None and outer is not generation:
+        generation.texts = generation.texts or outer.texts
+        if outer.n_prompt is not None:
+            generation.n_prompt = outer.n_prompt
+        else:
+            outer.n_prompt = generation.n_prompt
+        generation.n_prompts = outer.n_prompts or generation.n_prompts
+    elif generation.texts is None and thread.given is not None and thread.given[0] == generation.depth:
+        generation.texts = thread.given[1]
+
+
+class _Enter:
+    """A forward pre-hook. An object, so that a deep copy of the model notes its own forwards."""
+
+    def __init__(self, running: Running, of_decoder: bool):
+        self.running = running
+        self.of_decoder = of_decoder
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() and not self.running.needs_state:
+            return
+        _enter(self.running, {"input_ids": args[0], **kwargs} if args else kwargs, self.of_decoder)
+
+
+class _Leave:
+    """A forward hook that is called after an exception, too."""
+
+    def __init__(self, running: Running, of_decoder: bool):
+        self.running = running
+        self.of_decoder = of_decoder
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() and not self.running.needs_state:
+            return
+        _leave(self.running, self.of_decoder, output is not None)
+
+
+@uncompiled
+def _enter(running: Running, kwargs: dict[str, Any], of_decoder: bool) -> None:
+    running.enter(kwargs, of_decoder)
+
+
+@uncompiled
+def _leave(running: Running, of_decoder: bool, completed: bool) -> None:
+    running.leave(of_decoder, completed)
+
+
+class _Generate:
+    """Stands in for a Hugging Face model's `generate`: the prompt is what it is given."""
+
+    def __init__(self, running: Running, original: Any):
+        update_wrapper(self, original)
+        self.running = running
+        self.original = original
+        self.was_on_instance = not inspect.ismethod(original)
+
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        given = next((tensor for tensor in candidates if isinstance(tensor, Tensor)), None)
+        generation = Generation()
+        if given is not None and given.ndim > 1:
+            generation.n_prompts, generation.n_prompt = given.shape[:2]
+        with self.running.generation(generation):
+            return self.original(inputs, *args, **kwargs)
+
+
+def _holds_nan(weights: Tensor) -> bool:
+    """NaN in one layer reaches all later ones. (numpy: for a tensor on the CPU nothing is copied.)"""
+    return bool(np.isnan(weights.detach().float().cpu().numpy()).any())
+
+
+def _by_row(weights: Tensor, tokens: Tensor | None) -> Tensor:
+    fits = tokens is not None and tokens.ndim == 2 and tokens.numel() == len(weights)
+    return weights.unflatten(0, tuple(tokens.shape)) if tokens is not None and fits else weights
+
+
+def _cached(kwargs: dict[str, Any]) -> int:
+    """How many columns the KV cache holds before this forward."""
+    past: Any = kwargs.get("past_key_values")
+    if past is not None:
+        return int(past.get_seq_length())
+    position = kwargs.get("cache_position")
+    return int(position.flatten()[0]) if isinstance(position, Tensor) and position.numel() else 0
