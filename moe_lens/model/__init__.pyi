@@ -8,3 +8,4 @@ from .probing import closest_rules as closest_rules
 from .registration import Model as Model
 from .router_points import RoutingPoint as RoutingPoint
 from .self_check import check_router as check_router
+from .top_k import with_top_k as with_top_k

@@ -1,3 +1,4 @@
+from .baking import bake as bake
 from .controls import bottom_set as bottom_set
 from .controls import random_sets as random_sets
 from .hooks import steer_hooks as steer_hooks
