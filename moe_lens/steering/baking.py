@@ -49,11 +49,13 @@ def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedMode
     >>> type(baked).__name__, baked.config.num_experts, model.n_experts
     ('OlmoeForCausalLM', 7, 8)
 
-    Its logits are those of the model under `route_around(plan.deactivate)`, up to rounding, and so those
-    under `steer_hooks(plan)`, but where chosen probabilities are not divided by their sum (OLMoE, Qwen2-MoE,
-    Jamba, DeepSeek-V2...): there steering leaves each deactivated expert the smallest probability of the
-    token, which is the others' here. It is of the same class, has the same dtype and generation config, tied
-    weights stay tied, and no part of it is moe_lens'. It needs as much memory as the model itself.
+    Its logits are those of the model under `route_around(plan.deactivate)`, up to rounding. They are those
+    under `steer_hooks(plan)`, too, but where deactivated experts share in the others' weights: steering leaves
+    them the token's smallest probability, which here goes to the others (routers that do not divide the chosen
+    probabilities by their sum, such as OLMoE's, Jamba's and DeepSeek-V2's; Phi-3.5-MoE's).
+
+    The model is of the same class, dtype and device and has the same generation config; tied weights stay
+    tied, and no part of it is moe_lens'. It needs memory of its own, as much as the given one has.
 
     Args:
         model: a HookedMoE, or a Hugging Face model itself; it stays as it is.
@@ -122,7 +124,7 @@ def _source(model: Any, plan: SteeringPlan) -> _Source:
 def _refuse_unreadable(model: Any, hf_model: PreTrainedModel) -> None:
     """Raise where the tensors are not the model's own numbers."""
     name = type(hf_model).__name__
-    if getattr(hf_model, "hf_quantizer", None) is not None or hasattr(hf_model.config, "quantization_config"):
+    if getattr(hf_model, "hf_quantizer", None) is not None or _quantized(hf_model):
         raise MoELensError(
             f"bake: this {name} is quantised, and its experts are stored packed. Load it in a floating-point "
             "dtype, bake that, and quantise the result."
@@ -137,6 +139,10 @@ def _refuse_unreadable(model: Any, hf_model: PreTrainedModel) -> None:
             f"bake: this {name}'s weights were processed by enable_compatibility_mode. Load the model again "
             "and bake that; plans hold for both."
         )
+
+
+def _quantized(hf_model: PreTrainedModel) -> bool:
+    return getattr(hf_model.config, "quantization_config", None) is not None
 
 
 def _shape(
@@ -175,8 +181,8 @@ def _prune(source: _Source) -> PreTrainedModel:
         sizes = [(tensor.shape[axis], shape[axis]) for axis in cut]
         if where is None or sizes != [(source.n_experts, n_left)]:
             raise _CannotError(
-                f"the config's number of experts also gives the size of {name}, which is none of the MoE layers' "
-                "experts that a plan names"
+                f"the config's number of experts also gives the size of {name}, outside of the MoE layers whose "
+                "experts a plan names"
             )
         return tensor.detach().index_select(cut[0], torch.tensor(kept[where], device=tensor.device))
 
