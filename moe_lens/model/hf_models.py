@@ -1,8 +1,8 @@
 """The Hugging Face model inside whatever holds one, and its MoE layers by number.
 
-    hf_model = hf_model_of(model)              # a HookedMoE, a wrapper with `.hf_model`, or an HF model itself
-    layers = numbered_layers(hf_model)         # layer number -> MoE block and router
-    tensors_of(hf_model)                       # parameters and buffers by Hugging Face's own names
+hf_model = hf_model_of(model)              # a HookedMoE, a wrapper with `.hf_model`, or an HF model itself
+layers = numbered_layers(hf_model)         # layer number -> MoE block and router
+tensors_of(hf_model)                       # parameters and buffers by Hugging Face's own names
 """
 
 import re
@@ -23,11 +23,13 @@ def hf_model_of(model: Any) -> PreTrainedModel:
     Raises:
         MoELensError: there is none, such as in a PEFT wrapper.
     """
-    inside = model.original_model if isinstance(model, TransformerBridge) else getattr(model, "hf_model", model)
+    inside = (
+        model.original_model if isinstance(model, TransformerBridge) else getattr(model, "hf_model", model)
+    )
     if not isinstance(inside, PreTrainedModel):
         raise MoELensError(
-            f"A Hugging Face model or a HookedMoE is needed here; got {type(model).__name__}. Of a PEFT model, "
-            "pass what model.merge_and_unload() gives."
+            f"A Hugging Face model or a HookedMoE is needed here; got {type(model).__name__}. Of a PEFT "
+            "model, pass what model.merge_and_unload() gives."
         )
     return inside
 

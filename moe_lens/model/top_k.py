@@ -43,7 +43,7 @@ def with_top_k(model: Any, k: int) -> Iterator[None]:
 
     Args:
         model: a HookedMoE, or a Hugging Face model itself.
-        k: from 1 to the number of experts; under expert groups, to the number of experts in the groups chosen.
+        k: from 1 to the number of experts; under expert groups, to that of the experts in the chosen groups.
 
     Raises:
         MoELensError: another k, or a router whose k cannot be set: Phi-3.5-MoE's always runs 2 experts, and
@@ -64,7 +64,7 @@ def with_top_k(model: Any, k: int) -> Iterator[None]:
             if moe.rule.top_k != wanted:
                 raise MoELensError(
                     f"with_top_k: {type(moe.router).__name__} in layer {number} still runs {moe.rule.top_k} "
-                    f"experts when its top_k is {wanted}, so it reads its k from somewhere else. Set it there."
+                    f"experts when its top_k is {wanted}, so it reads k from somewhere else. Set it there."
                 )
         yield
     finally:

@@ -50,9 +50,9 @@ def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedMode
     ('OlmoeForCausalLM', 7, 8)
 
     Its logits are those of the model under `route_around(plan.deactivate)`, up to rounding. They are those
-    under `steer_hooks(plan)`, too, but where deactivated experts share in the others' weights: steering leaves
-    them the token's smallest probability, which here goes to the others (routers that do not divide the chosen
-    probabilities by their sum, such as OLMoE's, Jamba's and DeepSeek-V2's; Phi-3.5-MoE's).
+    under `steer_hooks(plan)`, too, except where deactivated experts share in the others' weights: steering
+    leaves them the token's smallest probability, which here goes to the others. So it is with routers that do
+    not divide the chosen probabilities by their sum (OLMoE's, Jamba's, DeepSeek-V2's...) and Phi-3.5-MoE's.
 
     The model is of the same class, dtype and device and has the same generation config; tied weights stay
     tied, and no part of it is moe_lens'. It needs memory of its own, as much as the given one has.
@@ -61,17 +61,18 @@ def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedMode
         model: a HookedMoE, or a Hugging Face model itself; it stays as it is.
         plan: which experts to leave out. It activates none: no weights of a router force an expert to run
             at the weight that a plan gives it.
-        how: "prune" cuts the experts out of routers, biases and batched experts, and lowers the config's number
-            of experts, for a smaller checkpoint. That number is one for all layers, so every MoE layer must
-            lose as many (with expert groups: every group). Experts behind a removed one move up by a place.
+        how: "prune" cuts the experts out of routers, biases and batched experts, and lowers the config's
+            number of experts, for a smaller checkpoint. That number is one for all layers, so every MoE layer
+            must lose as many (with expert groups: every group). Experts behind a removed one move up.
             "bias" writes a low number into the bias by which the router chooses (GPT-OSS, the families with
             a correction bias), for any numbers in any layers; expert numbers stay. "auto": prune where
             possible, else bias.
 
     Raises:
-        PlanError: the plan activates experts, does not fit the model, or cannot be baked in this way, with the
-            reason for each way.
-        MoELensError: a quantised or offloaded model, a bridge in compatibility mode, or no Hugging Face model.
+        PlanError: the plan activates experts, does not fit the model, or cannot be baked in this way, with
+            the reason for each way.
+        MoELensError: a quantised or offloaded model, a bridge in compatibility mode, or no Hugging Face
+            model.
     """
     if not isinstance(plan, SteeringPlan):
         raise PlanError(f"bake needs a SteeringPlan; got {type(plan).__name__}.")
@@ -111,8 +112,8 @@ def _source(model: Any, plan: SteeringPlan) -> _Source:
         activate, deactivate = plan.in_layer(number)
         if activate:
             raise PlanError(
-                f"bake: the plan activates experts {activate} of layer {number}, and no router's weights force "
-                "an expert to run at the weight that a plan gives it. Bake SteeringPlan(deactivate="
+                f"bake: the plan activates experts {activate} of layer {number}, and no router's weights "
+                "force an expert to run at the weight that a plan gives it. Bake SteeringPlan(deactivate="
                 "plan.deactivate), and keep the activation as steer_hooks."
             )
         if (reason := moe.rule.cannot_steer([], deactivate)) is not None and deactivate:
@@ -181,8 +182,8 @@ def _prune(source: _Source) -> PreTrainedModel:
         sizes = [(tensor.shape[axis], shape[axis]) for axis in cut]
         if where is None or sizes != [(source.n_experts, n_left)]:
             raise _CannotError(
-                f"the config's number of experts also gives the size of {name}, outside of the MoE layers whose "
-                "experts a plan names"
+                f"the config's number of experts also gives the size of {name}, outside of the MoE layers "
+                "whose experts a plan names"
             )
         return tensor.detach().index_select(cut[0], torch.tensor(kept[where], device=tensor.device))
 
@@ -229,9 +230,7 @@ def _cannot_prune(rule: RoutingRule, out: list[int]) -> str | None:
 def _available(groups: GroupLimit, rule: RoutingRule, out: list[int]) -> list[int]:
     """How many experts of each group are left."""
     size = rule.n_experts // groups.n_groups
-    return [
-        size - sum(expert // size == group for expert in out) for group in range(groups.n_groups)
-    ]
+    return [size - sum(expert // size == group for expert in out) for group in range(groups.n_groups)]
 
 
 def _other_groups(groups: GroupLimit, rule: RoutingRule, available: list[int]) -> str | None:
@@ -243,13 +242,13 @@ def _other_groups(groups: GroupLimit, rule: RoutingRule, available: list[int]) -
     nonempty = sorted(number for number in available if number)
     if nonempty[0] < groups.n_summed:
         return (
-            f"it scores a group by its best {groups.n_summed} experts, and the plan leaves {available} in its "
-            "groups; leave as many in each"
+            f"it scores a group by its best {groups.n_summed} experts, and the plan leaves {available} in "
+            "its groups; leave as many in each"
         )
     if len(nonempty) < groups.n_chosen or sum(nonempty[: groups.n_chosen]) < rule.top_k:
         return (
-            f"the plan leaves {available} experts in its groups, and {groups.n_chosen} of them may hold fewer "
-            f"than the {rule.top_k} that must run; deactivate fewer"
+            f"the plan leaves {available} experts in its groups, and {groups.n_chosen} of them may hold "
+            f"fewer than the {rule.top_k} that must run; deactivate fewer"
         )
     return None
 
@@ -265,7 +264,9 @@ def _set_number(config: Any, source: _Source, n_left: int) -> None:
         setattr(config, name, n_left)
     limited = any(getattr(moe.rule, "groups", None) is not None for moe in source.layers.values())
     if not limited and (getattr(config, "n_group", None) or 1) > 1:
-        config.n_group = config.topk_group = 1  # as all of them are chosen, and now may not divide the experts
+        config.n_group = config.topk_group = (
+            1  # as all of them are chosen, and now may not divide the experts
+        )
 
 
 def _write_biases(source: _Source) -> PreTrainedModel:
@@ -330,8 +331,8 @@ def _rebuilt(
         old = given.get(name)
         if old is None or old.ndim != slot.ndim:
             raise MoELensError(
-                f"bake: {name} of {type(hf_model).__name__} is not there as the config says; adapters or edits "
-                "have changed the model's layers. Of a PEFT model, bake what merge_and_unload() gives."
+                f"bake: {name} of {type(hf_model).__name__} is not there as the config says; adapters or "
+                "edits have changed the model's layers. Of a PEFT model, bake what merge_and_unload() gives."
             )
         if id(old) not in made:
             new = piece(name, old, slot.shape)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from moe_lens import organisms
 from moe_lens.errors import MoELensError, PlanError
@@ -96,7 +97,9 @@ def test_a_saved_one_is_an_ordinary_checkpoint(recipe: str, how: Any, tmp_path: 
     baked = bake(model, plan_of(model), how=how)
     baked.save_pretrained(tmp_path / "baked")
     model.save_pretrained(tmp_path / "model")
-    loader = AutoModelForCausalLM if recipe != "llama4" and "CausalLM" in type(model).__name__ else type(model)
+    loader = (
+        AutoModelForCausalLM if recipe != "llama4" and "CausalLM" in type(model).__name__ else type(model)
+    )
     loaded = loader.from_pretrained(tmp_path / "baked")
     assert type(loaded) is type(model)
     assert weights_equal(loaded, baked)
@@ -162,11 +165,12 @@ def test_dtype_mode_ties_gradients_and_generation_config_are_kept() -> None:
 
 @pytest.mark.parametrize("recipe", ["mixtral", "gpt_oss", "afmoe"])
 def test_it_generates_what_the_steered_model_generates(recipe: str) -> None:
-    model = tiny_model(recipe)
+    model: Any = tiny_model(recipe)
     plan = plan_of(model)
     new = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     prompt = PROMPTS[:1]
-    written = bake(model, plan).generate(prompt, attention_mask=torch.ones_like(prompt), **new)
+    baked: Any = bake(model, plan)
+    written = baked.generate(prompt, attention_mask=torch.ones_like(prompt), **new)
     with HookedMoE.from_hf(model).hooks(steer_hooks(plan)):
         steered = model.generate(prompt, attention_mask=torch.ones_like(prompt), **new)
     assert torch.equal(written, steered)
@@ -219,7 +223,10 @@ def test_a_plan_for_another_model_or_too_large_a_one_is_refused() -> None:
     with pytest.raises(PlanError, match="layer 9 has no router"):
         bake(model, SteeringPlan(deactivate=[(9, 0)]))
     unnamed = MoEShape("a name", (0, 1, 2), 6, 3)
-    assert bake(model, SteeringPlan(deactivate=[(n, 0) for n in range(3)], shape=unnamed)).config.num_experts == 5
+    assert (
+        bake(model, SteeringPlan(deactivate=[(n, 0) for n in range(3)], shape=unnamed)).config.num_experts
+        == 5
+    )
 
 
 def test_an_empty_plan_gives_a_plain_copy() -> None:
@@ -230,7 +237,10 @@ def test_an_empty_plan_gives_a_plain_copy() -> None:
 
 def test_twice_baked_by_bias() -> None:
     """The second time, experts of the first count as the lowest ones: as for routing around the second's."""
-    first, second = SteeringPlan(deactivate=[(1, 0), (1, 1)]), SteeringPlan(deactivate=[(1, 2), (1, 3), (1, 4)])
+    first, second = (
+        SteeringPlan(deactivate=[(1, 0), (1, 1)]),
+        SteeringPlan(deactivate=[(1, 2), (1, 3), (1, 4)]),
+    )
     once = bake(tiny_model("deepseek_v4"), first, how="bias")
     twice = bake(once, second, how="bias")
     torch.testing.assert_close(logits_of(twice), around(once, second), atol=2e-5, rtol=0)
@@ -243,7 +253,9 @@ class TestGroups:
         with pytest.raises(PlanError, match=r"different numbers \(layer: number\) \{1: 2, 2: 1\}"):
             bake(model, plan, how="prune")
         same = SteeringPlan(deactivate=[(1, 4), (2, 0)])
-        with pytest.raises(PlanError, match=r"leaves \[3, 2, 3, 3\] experts in them; deactivate as many in each"):
+        with pytest.raises(
+            PlanError, match=r"leaves \[3, 2, 3, 3\] experts in them; deactivate as many in each"
+        ):
             bake(model, same, how="prune")
         baked = bake(model, plan)
         torch.testing.assert_close(logits_of(baked), around(model, plan), atol=2e-5, rtol=0)
@@ -259,7 +271,7 @@ class TestGroups:
             bake(tiny_model("deepseek_v3"), one_of_two, how="bias")
 
     def test_groups_that_may_not_hold_k(self) -> None:
-        plan = SteeringPlan(deactivate=[(1, 3 * group) for group in range(4)])
+        plan = SteeringPlan(deactivate=[(1, 0), (1, 3)])
         model = model_of("deepseek_v3", num_experts_per_tok=5)
         with pytest.raises(PlanError, match="may hold fewer than the 5 that must run"):
             bake(model, plan, how="bias")
@@ -294,29 +306,31 @@ class TestRefused:
     plan = SteeringPlan(deactivate=[(n, 1) for n in range(3)])
 
     def test_what_is_no_model_no_plan_or_no_way(self) -> None:
-        with pytest.raises(MoELensError, match="got Linear. Of a PEFT model"):
+        with pytest.raises(MoELensError, match=r"got Linear\. Of a PEFT model"):
             bake(nn.Linear(2, 2), self.plan)
-        with pytest.raises(PlanError, match="needs a SteeringPlan; got list"):
+        with pytest.raises((PlanError, TypeCheckError), match="SteeringPlan"):
             bake(tiny_model(), [(0, 1)])  # pyright: ignore[reportArgumentType]
-        with pytest.raises(PlanError, match='"auto", "prune" or "bias"; got \'cut\''):
+        with pytest.raises((PlanError, TypeCheckError), match=r"auto.*prune.*bias"):
             bake(tiny_model(), self.plan, how="cut")  # pyright: ignore[reportArgumentType]
 
     def test_quantised_weights(self) -> None:
         model = tiny_model()
         model.config.quantization_config = {"quant_method": "fp8"}
-        with pytest.raises(MoELensError, match="is quantised.*Load it in a floating-point dtype"):
+        with pytest.raises(MoELensError, match=r"is quantised.*Load it in a floating-point dtype"):
             bake(model, self.plan)
 
     def test_offloaded_weights(self) -> None:
         model = tiny_model()
         model.model.layers[1].to("meta")
-        with pytest.raises(MoELensError, match="offloaded.*Load it without"):
+        with pytest.raises(MoELensError, match=r"offloaded.*Load it without"):
             bake(model, self.plan)
 
     def test_processed_weights(self) -> None:
         model = organisms.load("specialised")
         model.enable_compatibility_mode()
-        with pytest.raises(MoELensError, match="processed by enable_compatibility_mode. Load the model again"):
+        with pytest.raises(
+            MoELensError, match=r"processed by enable_compatibility_mode\. Load the model again"
+        ):
             bake(model, SteeringPlan(deactivate=[(n, 1) for n in model.moe_layers]))
 
     def test_adapters_within_the_model(self) -> None:
@@ -333,4 +347,4 @@ class TestRefused:
 
 def test_every_family_is_somewhere() -> None:
     assert CAN["prune"] | CAN["bias"] | NEITHER == set(EVERY_FAMILY)
-    assert isinstance(tiny_model(), PreTrainedModel)
+    assert not (CAN["prune"] | CAN["bias"]) & NEITHER
