@@ -49,10 +49,12 @@ def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedMode
     >>> type(baked).__name__, baked.config.num_experts, model.n_experts
     ('OlmoeForCausalLM', 7, 8)
 
-    Its logits are those of the model under `route_around(plan.deactivate)`, up to rounding. They are those
-    under `steer_hooks(plan)`, too, except where deactivated experts share in the others' weights: steering
-    leaves them the token's smallest probability, which here goes to the others. So it is with routers that do
-    not divide the chosen probabilities by their sum (OLMoE's, Jamba's, DeepSeek-V2's...) and Phi-3.5-MoE's.
+    Its logits are those of the model under `route_around(plan.deactivate)`: bit for bit with a written bias
+    (ERNIE: up to rounding), up to rounding where experts were pruned. (Of experts with equal scores, which
+    bfloat16 makes likelier, a smaller router may take another one than the larger.) They are those under
+    `steer_hooks(plan)`, too, except where deactivated experts share in the others' weights: steering leaves
+    them the token's smallest probability, which here goes to the others. So it is with routers that do not
+    divide the chosen probabilities by their sum (OLMoE's, Jamba's, DeepSeek-V2's...) and Phi-3.5-MoE's.
 
     The model is of the same class, dtype and device and has the same generation config; tied weights stay
     tied, and no part of it is moe_lens'. It needs memory of its own, as much as the given one has.

@@ -20,7 +20,7 @@ from moe_lens.steering.baking import bake
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 from tests import oracle
-from tests.families import core_family, every_family, one_of_each_kind
+from tests.families import core_family, every_dtype, every_family, one_of_each_kind
 from tests.tiny_models import EVERY_FAMILY, tiny_model, tokens
 
 GROUPED = (
@@ -86,6 +86,17 @@ def test_it_computes_what_routing_around_computes_or_says_why_not(recipe: str, h
     assert not any("forward" in vars(module) or module._forward_hooks for module in baked.modules())
     assert float((logits_of(baked) - plain).abs().max()) > 0.01
     torch.testing.assert_close(logits_of(baked), around(model, plan), atol=2e-5, rtol=0)
+
+
+@every_dtype
+@pytest.mark.parametrize("recipe", sorted(WITH_BIAS - {"ernie4_5_moe"}))  # which scales probabilities
+def test_a_written_bias_changes_nothing_else_bit_for_bit(recipe: str, dtype: torch.dtype) -> None:
+    """Both models in bridges, which run the same attention."""
+    model = model_of(recipe, dtype=dtype)
+    plan = plan_of(model)
+    baked = HookedMoE.from_hf(bake(model, plan, how="bias"))
+    with torch.no_grad():
+        assert torch.equal(baked(PROMPTS), around(model, plan))
 
 
 @pytest.mark.parametrize("how", ["prune", "bias"])
