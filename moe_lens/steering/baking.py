@@ -167,7 +167,7 @@ def _prune(source: _Source) -> PreTrainedModel:
     n_out = _equal_number(source)
     config, n_left = copy.deepcopy(source.hf_model.config), source.n_experts - n_out
     for moe, out in zip(source.layers.values(), source.out.values(), strict=True):
-        if (reason := _cannot_prune(moe.rule, out)) is not None:
+        if (reason := _cannot_prune(moe, out)) is not None:
             raise _CannotError(f"{moe.where}: {reason}")
     if n_out:
         _set_number(config.get_text_config(), source, n_left)
@@ -206,10 +206,11 @@ def _equal_number(source: _Source) -> int:
     return next(iter(numbers.values()))
 
 
-def _cannot_prune(rule: RoutingRule, out: list[int]) -> str | None:
+def _cannot_prune(moe: MoELayer, out: list[int]) -> str | None:
     """Why a router without some experts would not be the router that routes around them, in words."""
     if not out:
         return None
+    rule = moe.rule
     if isinstance(rule, BiasedSoftmaxTopK):
         return (
             "it adds a bias to probabilities over all experts; without some, the others' grow against their "
@@ -219,6 +220,9 @@ def _cannot_prune(rule: RoutingRule, out: list[int]) -> str | None:
         return f"moe_lens does not know whether {type(rule).__name__} means the same with fewer experts"
     groups = getattr(rule, "groups", None)
     if groups is None:
+        alone = isinstance(rule, SigmoidTopK) and len(out) == rule.n_experts - 1
+        if alone and hasattr(moe.router, "num_group"):
+            return "its code sums the two best scores of a group, and the plan leaves one expert"
         return None
     available = _available(groups, rule, out)
     if len(set(available)) > 1:
@@ -266,9 +270,8 @@ def _set_number(config: Any, source: _Source, n_left: int) -> None:
         setattr(config, name, n_left)
     limited = any(getattr(moe.rule, "groups", None) is not None for moe in source.layers.values())
     if not limited and (getattr(config, "n_group", None) or 1) > 1:
-        config.n_group = config.topk_group = (
-            1  # as all of them are chosen, and now may not divide the experts
-        )
+        # all of them are chosen, so one does as well; several might not divide the experts that are left
+        config.n_group = config.topk_group = 1
 
 
 def _write_biases(source: _Source) -> PreTrainedModel:

@@ -295,6 +295,13 @@ class TestGroups:
         assert (baked.config.n_routed_experts, baked.config.n_group, baked.config.topk_group) == (7, 1, 1)
         torch.testing.assert_close(logits_of(baked), around(model, plan), atol=2e-5, rtol=0)
 
+    def test_one_expert_is_too_few_for_a_sum_of_two(self) -> None:
+        model = tiny_model("deepseek_v3", n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=1)
+        plan = SteeringPlan(deactivate=[(layer, expert) for layer in (1, 2) for expert in (0, 1, 3)])
+        with pytest.raises(PlanError, match="sums the two best scores of a group, and the plan leaves one"):
+            bake(model, plan, how="prune")
+        torch.testing.assert_close(logits_of(bake(model, plan)), around(model, plan), atol=2e-5, rtol=0)
+
 
 @pytest.mark.parametrize(
     ("recipe", "reason"),
