@@ -52,6 +52,7 @@ from .model import HookedMoE as HookedMoE
 from .model import RoutedModel as RoutedModel
 from .model import attach as attach
 from .model import detach as detach
+from .model import with_top_k as with_top_k
 from .routers import RoutingRule as RoutingRule
 from .routers import register_rule as register_rule
 from .routers import supported_models as supported_models
@@ -65,6 +66,7 @@ from .statistics import is_routing_point as is_routing_point
 from .statistics import route_prompt as route_prompt
 from .statistics import vocabulary_specialisation as vocabulary_specialisation
 from .steering import SteeringPlan as SteeringPlan
+from .steering import bake as bake
 from .steering import read_published_ranking as read_published_ranking
 from .steering import steer_hooks as steer_hooks
 from .steering import steered as steered

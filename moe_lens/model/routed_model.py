@@ -27,11 +27,12 @@ from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lens import hook_names
-from moe_lens.errors import DataError, HookError, MoELensError, UnsupportedRouterError, warn
+from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model import registration
 from moe_lens.model.expert_points import uninstall_expert_out
 from moe_lens.model.generating import Generating
-from moe_lens.model.layers import MoELayer, find_moe_layers
+from moe_lens.model.hf_models import decoder_of, numbered_layers, text_config
+from moe_lens.model.layers import MoELayer
 from moe_lens.model.residual_points import install_residual, passed_over, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
 from moe_lens.model.running import Running
@@ -154,7 +155,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
     @property
     def cfg(self) -> ModelConfig:
         """Sizes, device and dtype, read from the model as it is now."""
-        config: Any = _text_config(self.hf_model)
+        config: Any = text_config(self.hf_model)
         first = next(p for p in self.hf_model.parameters() if p.device.type != "meta")
         generation = getattr(self.hf_model, "generation_config", None)
         ends = getattr(generation, "eos_token_id", None)
@@ -423,36 +424,15 @@ def _layers_of(hf_model: Any) -> dict[int, MoELayer]:
             f"{type(hf_model).__name__} is wrapped by a TransformerBridge, which has points of its own. Use "
             "moe_lens.attach(bridge) on that bridge, or a freshly loaded model."
         )
-    layers = {}
-    for moe in find_moe_layers(hf_model):
-        number = next((int(part) for part in moe.where.split(".") if part.isdigit()), len(layers))
-        layers[number] = MoELayer(f"blocks.{number}.mlp", moe.block, moe.router)
-    if not layers:
-        raise UnsupportedRouterError(
-            f"{type(hf_model).__name__} has no Mixture-of-Experts layer, so there is no routing to hook."
-        )
+    layers = {
+        number: MoELayer(f"blocks.{number}.mlp", moe.block, moe.router)
+        for number, moe in numbered_layers(hf_model).items()
+    }
     registration.common_size(layers.values())
     for moe in layers.values():
         if points_of(moe) is None:
             check_router(moe)
     return layers
-
-
-def decoder_of(hf_model: nn.Module, layers: dict[int, MoELayer]) -> tuple[nn.Module | None, list[nn.Module]]:
-    """The module that holds the model's blocks, and these: the list in which all MoE layers stand."""
-    wanted = {id(moe.block) for moe in layers.values()}
-    for module in hf_model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) > max(layers):
-                inside = {id(part) for block in child for part in block.modules()}
-                if wanted <= inside:
-                    return module, list(child)
-    return None, []
-
-
-def _text_config(hf_model: nn.Module) -> Any:
-    config: Any = hf_model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _own_tokenizer(name_or_path: str | Path, kwargs: dict[str, Any]) -> Any:

@@ -1,3 +1,4 @@
+from .baking import bake as bake
 from .context import steered as steered
 from .controls import bottom_set as bottom_set
 from .controls import random_sets as random_sets
