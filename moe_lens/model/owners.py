@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 
 class Owner:
@@ -17,15 +17,17 @@ class Owner:
 
     def __init__(self) -> None:
         self.ident = threading.get_ident()
+        self.thread = ref(threading.current_thread())
         self.others = WeakSet(thread for thread in threading.enumerate() if thread.ident != self.ident)
 
 
 class HookTable(OrderedDict[int, Any]):
     """torch's table of a module's hooks, which tells when it changes, by whatever way, and who set which."""
 
-    def __init__(self, changed: Callable[[], None]):
+    def __init__(self, changed: Callable[[], None], robbed: Callable[[threading.Thread], None]):
         super().__init__()
         self.changed = changed
+        self.robbed = robbed
         self.owners: dict[int, Owner] = {}
 
     def __setitem__(self, key: int, value: Any) -> None:
@@ -35,7 +37,10 @@ class HookTable(OrderedDict[int, Any]):
 
     def __delitem__(self, key: int) -> None:
         super().__delitem__(key)
-        self.owners.pop(key, None)
+        owner = self.owners.pop(key, None)
+        thread = None if owner is None else owner.thread()
+        if thread is not None and thread is not threading.current_thread():
+            self.robbed(thread)  # contexts of two threads, one in the other: TransformerLens counts levels
         self.changed()
 
     def __reduce__(self) -> Any:
@@ -47,6 +52,8 @@ class Owners:
 
     def __init__(self) -> None:
         self._owners: dict[int, list[Owner]] = {}
+        self.robbed: WeakSet[threading.Thread] = WeakSet()
+        """Threads whose hooks another one has taken away; their next forward is refused."""
 
     def find(self, tables: Iterable[HookTable]) -> None:
         """Note who set the hooks of these tables."""
@@ -62,6 +69,9 @@ class Owners:
             busy: idents of the threads that run it, the current one among them.
         """
         current = threading.current_thread()
+        if current in self.robbed:
+            self.robbed.discard(current)
+            return True
         of_others = [
             owner for ident, owners in self._owners.items() if ident != current.ident for owner in owners
         ]
@@ -72,4 +82,4 @@ class Owners:
         return len(running) > 1 and (is_owner or any(owner.ident in running for owner in of_others))
 
     def __bool__(self) -> bool:
-        return len(self._owners) > 0
+        return len(self._owners) > 0 or len(self.robbed) > 0

@@ -44,7 +44,11 @@ class RoutingPoint(HookPoint):
         super().__init__()
         self.__dict__["points"] = points  # no submodule: points hold modules of the model
         for table in HOOK_TABLES:
-            setattr(self, table, HookTable(self.hooks_changed))
+            setattr(
+                self,
+                table,
+                HookTable(self.hooks_changed, lambda thread: self.points.running.owners.robbed.add(thread)),
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingPoint":
         copy.deepcopy(self.points, memo)  # all points of the layer, with their hooks
@@ -108,8 +112,9 @@ class RoutingPoint(HookPoint):
             check_fits(self.shape)
         if (check_rule := getattr(hook, "check_rule", None)) is not None:
             check_rule(self.moe.rule)
-        handle = super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
-        self.hooks_changed()  # torch's table has changed before TransformerLens' own list
+        with self.points.running.lock:
+            handle = super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
+            self.hooks_changed()  # torch's table has changed before TransformerLens' own list
         return handle
 
     def remove_hooks(
@@ -119,8 +124,9 @@ class RoutingPoint(HookPoint):
         level: int | None = None,
     ) -> None:
         """As in TransformerLens."""
-        super().remove_hooks(dir, including_permanent, level)
-        self.hooks_changed()
+        with self.points.running.lock:
+            super().remove_hooks(dir, including_permanent, level)
+            self.hooks_changed()
 
     def hooks_changed(self) -> None:
         """Tell the layer."""
@@ -245,6 +251,10 @@ class RoutingPoints:
         """Find the mode anew."""
         if "topk_weights" not in vars(self):
             return  # being made
+        with self.running.lock:
+            self._find_mode()
+
+    def _find_mode(self) -> None:
         plans = self.router_logits.plans
         others = any(point.is_hooked for point in self.points if point is not self.router_logits)
         self.plans = () if plans is None or others else tuple(plans)

@@ -52,6 +52,7 @@ class Running:
         is_hooked, needs_state: whether any hook is set on routing, and one that may ask what is running;
             plain attributes, which torch.compile guards.
         owners: the threads that set the hooks.
+        lock: held while hooks change.
     """
 
     def __init__(self, wrapper: Any = None) -> None:
@@ -60,6 +61,7 @@ class Running:
         self.residual: list[Any] = []
         self.is_hooked = self.needs_state = False
         self.owners = Owners()
+        self.lock = threading.RLock()
         self._changes = 0
         self._noted: dict[Any, tuple[ForwardState, int]] = {}
         self._threads: dict[int, _Thread] = {}
@@ -75,7 +77,10 @@ class Running:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_threads": {}, "_noted": {}, "owners": Owners()}
+        return {**vars(self), "_threads": {}, "_noted": {}, "owners": Owners(), "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "lock": threading.RLock()})
 
     @property
     def forward(self) -> ForwardState:
@@ -172,9 +177,10 @@ class Running:
             return
         forward = _forward(kwargs, thread, self.wrapper, self.needs_state)
         forward.of_decoder = forward.in_decoder = of_decoder
-        thread.forwards.append(forward)
-        if self.owners:
-            self._check_owners(thread)
+        with self.lock:
+            thread.forwards.append(forward)
+            if self.owners:
+                self._check_owners(thread)
 
     def leave(self, of_decoder: bool = False, completed: bool = True) -> None:
         """It ends, or was broken off: what ran around it, if anything, goes on."""
@@ -272,6 +278,7 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
     tokens = kwargs.get("input_ids")
     inputs = tokens if tokens is not None else kwargs.get("inputs_embeds")
     n_pos = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0
+    n_rows = len(inputs) if isinstance(inputs, Tensor) else 0
     first = generation is not None and generation.n_prompt is None
     offset = _cached(kwargs) if needs_state or first else 0  # with some caches a look at a tensor
     rows, texts = (
@@ -279,7 +286,7 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
     )
     forward = ForwardState(
         tokens=tokens if isinstance(tokens, Tensor) else None,
-        attention_mask=kwargs.get("attention_mask"),
+        attention_mask=_padding_mask(kwargs.get("attention_mask")),
         offset=offset,
         n_prompt=offset or n_pos,
         texts=cast(Any, texts),
@@ -291,6 +298,8 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
             generation.n_prompt = offset + n_pos
         forward.n_prompt, forward.texts = generation.n_prompt, generation.texts
         forward.n_prompts, forward.generating = generation.n_prompts, 1
+        if forward.attention_mask is None and generation.attention_mask is not None:
+            forward.attention_mask = forward.by_prompt(generation.attention_mask, n_rows)
     return forward
 
 
@@ -370,6 +379,7 @@ class _Generate:
         generation = Generation()
         if given is not None and given.ndim > 1:
             generation.n_prompts, generation.n_prompt = given.shape[:2]
+            generation.attention_mask = _padding_mask(kwargs.get("attention_mask"))
         with self.running.generation(generation):
             return self.original(inputs, *args, **kwargs)
 
@@ -382,6 +392,11 @@ def _holds_nan(weights: Tensor) -> bool:
 def _by_row(weights: Tensor, tokens: Tensor | None) -> Tensor:
     fits = tokens is not None and tokens.ndim == 2 and tokens.numel() == len(weights)
     return weights.unflatten(0, tuple(tokens.shape)) if tokens is not None and fits else weights
+
+
+def _padding_mask(mask: Any) -> Tensor | None:
+    """A mask [batch total]; those of other forms tell no padding."""
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _cached(kwargs: dict[str, Any]) -> int:

@@ -32,12 +32,14 @@ class Generation:
         texts: the strings that it was given; None where it was given tokens.
         n_prompt: columns of the prompt; None until its first forward tells.
         n_prompts: how many prompts, of which beams and samples are copies; None where that is not known.
+        attention_mask: [prompt n_prompt], 0 on padding; None without one.
         depth: how deep in other forwards it runs.
     """
 
     texts: list[str] | None = None
     n_prompt: int | None = None
     n_prompts: int | None = None
+    attention_mask: Tensor | None = None
     depth: int = 0
 
 
@@ -47,7 +49,8 @@ class ForwardState:
 
     Attributes:
         tokens: its input, int64 [batch pos]; None where it was given embeddings.
-        attention_mask: as it was given, [batch total]; None without one.
+        attention_mask: [batch total], 0 on padding; None without one. In a generation with a static cache,
+            whose forwards get masks of another form, [batch n_prompt], as `generate` was given it.
         offset: how many columns are in the KV cache already; 0 in a plain forward.
         n_prompt: how many columns, cached ones included, are the prompt's. In a generation, those that
             `generate` was given, however its prefill is cut. Elsewhere all columns of a forward without
@@ -83,10 +86,11 @@ class ForwardState:
     def own_tokens(self) -> Tensor | None:
         """Bool [batch pos] for the columns that are running, False on padding; None without a mask."""
         mask = self.attention_mask
-        if mask is None or mask.ndim != 2:
+        if mask is None:
             return None
-        stop = None if self.tokens is None else self.offset + self.tokens.shape[1]
-        return mask[:, self.offset : stop].bool()
+        stop = mask.shape[1] if self.tokens is None else self.offset + self.tokens.shape[1]
+        beyond = mask.new_ones(len(mask), max(stop - mask.shape[1], 0))  # what the model has written
+        return torch.cat([mask, beyond], dim=1)[:, self.offset : stop].bool()
 
     def by_prompt(self, values: Tensor, n_rows: int) -> Tensor | None:
         """Those of `values` [prompt ...] that belong to the rows [batch ...]; None if they do not fit.
