@@ -73,6 +73,7 @@ def deepseek_v3(router: Any, block: Any) -> SigmoidTopK:
         top_k=router.top_k,
         groups=_groups(router, 2),
         in_order=False,
+        float32_scores=False,  # the logits are float32, but for autocast
         bias=_tensor(router, "e_score_correction_bias"),
         renormalize=bool(router.norm_topk_prob),
         scaling=float(router.routed_scaling_factor),
