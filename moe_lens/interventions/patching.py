@@ -216,6 +216,13 @@ class PutClean:
         clean = self.clean[:, self.places.entries.to(self.clean.device)].to(value)  # [batch cell ...]
         runs, positions = (numbers.to(value.device) for numbers in self.places)
         stacked[runs, :, positions] = clean.transpose(0, 1)  # both [cell batch ...]
+        point = hook_names.parse(str(hook.name))
+        if (
+            point is not None and point[1] == hook_names.ROUTER_LOGITS
+        ):  # a plan does not hold for clean logits
+            patched = torch.zeros(stacked.shape[:3], dtype=torch.bool, device=value.device)
+            patched[runs, :, positions] = True
+            hook.rule = hook.rule.released(patched.flatten(0, 1))
         return stacked.flatten(0, 1)
 
 

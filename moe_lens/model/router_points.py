@@ -45,6 +45,7 @@ class RoutingPoint(HookPoint):
         self.shape = shape
         self.state = state
         self._rule: RoutingRule | None = None
+        self.value: Tensor | None = None  # while its hooks run, what the point was given
 
     @property
     def rule(self) -> RoutingRule:
@@ -53,7 +54,20 @@ class RoutingPoint(HookPoint):
 
     @rule.setter
     def rule(self, rule: RoutingRule | None) -> None:
+        hold, batch = getattr(rule, "hold", None), self.token_shape
+        if hold is not None and hold.inside.shape != (*(batch or ()), self.shape.n_experts):
+            raise HookError(
+                f"{self.name}: hook.rule was set to one that steers tokens of shape "
+                f"{tuple(hold.inside.shape[:-1])}, and [batch pos] = {list(batch or ())} are running. Steer "
+                "the whole logits; or name positions=, or one plan a prompt, in steer_hooks."
+            )
         self._rule = rule
+
+    @property
+    def token_shape(self) -> tuple[int, ...] | None:
+        """(batch, pos) of the tokens that the block is working on; None when it does not run."""
+        points = points_of(self.moe)
+        return None if points is None else points.token_shape
 
     @property
     def chosen(self) -> Int[Tensor, "batch pos k"]:
@@ -117,7 +131,11 @@ class RoutingPoints:
 
 def fire(point: RoutingPoint, value: Tensor) -> Tensor:
     """A value after a point's hooks. Raises HookError where they return another shape or kind of numbers."""
-    edited = point(value)
+    point.value = value
+    try:
+        edited = point(value)
+    finally:
+        point.value = None
     if not isinstance(edited, Tensor) or edited.shape != value.shape:
         got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
         raise HookError(

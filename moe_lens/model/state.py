@@ -86,6 +86,8 @@ class ForwardState:
         if len(values) == 1:
             return values.expand(n_rows, *(-1,) * (values.ndim - 1))
         if self.rows is None:
+            if self.generating and n_rows % len(values) == 0:  # beams stand next to each other
+                return values.repeat_interleave(n_rows // len(values), dim=0)
             return values if len(values) == n_rows else None
         fits = len(self.rows) == n_rows and int(self.rows.max()) < len(values)
         return values[self.rows.to(values.device)] if fits else None

@@ -54,7 +54,8 @@ def steer_raw_logits(
     float32 rounds epsilon away. Choices by the order of logits are those of `steer_logits`; use it where a
     shift of all logits would change weights (sigmoid, sparsemixer).
     """
-    return move(logits.float(), *_masks(logits, list(activate), list(deactivate)), epsilon)
+    inside, outside = _masks(logits, list(activate), list(deactivate))
+    return move(logits.float(), inside, outside, epsilon)
 
 
 def move(
