@@ -66,7 +66,7 @@ def patch_router(
     The entries are those of TransformerLens' `generic_activation_patch(model, corrupted_tokens, clean_cache,
     metric, layer_pos_patch_setter, point, ["layer", "pos"])`, bit for bit with batch_size=1. In a larger
     stack they may differ by rounding; in half precision that can flip a close choice of experts. Padding
-    (attention_mask) is patched, too.
+    (attention_mask) is patched, too. Where clean logits are put in, a plan among the hooks does not hold.
 
     Args:
         model: a `HookedMoE` in eval mode.
