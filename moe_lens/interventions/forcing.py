@@ -11,7 +11,7 @@ overrides steering and biases of that layer, wherever it stands in the list.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import torch
 from jaxtyping import Float, Int
@@ -163,7 +163,7 @@ def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> Hoo
 
 def scale_experts(
     experts: Experts,
-    factor: float | Tensor,
+    factor: SupportsFloat,
     *,
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,

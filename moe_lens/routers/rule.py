@@ -185,7 +185,7 @@ class RoutingRule(ABC):
         return self.steer(logits, [], experts, math.inf)
 
     def excluding(
-        self, logits: Float[Tensor, "*batch expert"], mask: Bool[Tensor, "*#batch expert"]
+        self, logits: Float[Tensor, "*batch expert"], mask: Tensor
     ) -> "tuple[Float[Tensor, '*batch expert'], RoutingRule]":
         """`without` token by token: logits, and the rule, that never choose an expert of `mask`.
 
@@ -199,6 +199,9 @@ class RoutingRule(ABC):
 
         Within a hook on the router logits: `logits, hook.rule = hook.rule.excluding(logits, mask)`. Tokens of
         which nothing is excluded keep their logits.
+
+        Args:
+            mask: bool [*batch expert] or [expert], true for experts that must not run.
 
         Raises:
             HookError: a mask that does not fit the logits; on some token, which the message names, it leaves

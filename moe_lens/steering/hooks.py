@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from jaxtyping import Float
@@ -268,7 +268,7 @@ def steer_hooks(
     plan: SteeringPlan | Sequence[SteeringPlan | None],
     *,
     positions: Positions = None,
-    strength: float | Tensor | None = None,
+    strength: SupportsFloat | None = None,
 ) -> HookList:
     """The hooks that carry out a plan: one for each layer it names, on that layer's router logits.
 
