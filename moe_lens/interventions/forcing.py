@@ -195,9 +195,13 @@ def scale_experts(
 def _factor(given: Any) -> float | Float[Tensor, ""]:
     is_number = isinstance(given, int | float) and not isinstance(given, bool)
     is_scalar = isinstance(given, Tensor) and given.numel() == 1 and given.is_floating_point()
-    if not (is_number or is_scalar) or not math.isfinite(float(given)):
+    if not (is_number or is_scalar) or not math.isfinite(_number(given)):
         raise DataError(f"factor must be a finite number, or a tensor of one; got {given!r}.")
     return given.reshape(()) if isinstance(given, Tensor) else float(given)
+
+
+def _number(factor: Any) -> float:
+    return float(factor.detach() if isinstance(factor, Tensor) else factor)
 
 
 def _sets(experts: Mapping[Any, Any]) -> dict[int, Int[Tensor, "*columns k"]]:

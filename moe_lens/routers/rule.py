@@ -161,7 +161,9 @@ class RoutingRule(ABC):
         groups decide too, the route is that of `SteeringPlan(deactivate=...)`, and the rule that comes back
         keeps the expert out itself. Either way the other experts keep their order (in groups: a group with
         too few experts left is passed over), and gradients flow to their logits.
-        Within a hook on the router logits: `logits, hook.rule = hook.rule.without(logits, expert)`.
+        Within a hook on the router logits: `logits, hook.rule = hook.rule.without(logits, expert)`. (A logit
+        of -inf alone excludes nobody from a router with a correction bias: the expert's score is the lowest
+        before the bias, and the bias may still lift it into the top-k.)
 
         Raises:
             HookError: the router takes its experts from a table, so that no logit matters; fewer than k

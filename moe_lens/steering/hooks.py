@@ -125,7 +125,7 @@ class SteeringHook:
         if self.positions is None and self.strength is None:
             return f"{plans} {self.layer}"
         where = _described(self.positions)
-        strength = None if self.strength is None else float(self.strength)
+        strength = None if self.strength is None else _number(self.strength)
         return None if where is None else f"{plans} {self.layer} at {where} strength {strength}"
 
     def check_fits(self, shape: MoEShape) -> None:
@@ -147,7 +147,7 @@ class SteeringHook:
         parts = [f"layer {self.layer}", f"{n_named} expert{'s' * (n_named != 1)}"]
         parts += [f"{len(self.plans)} plans"] if len(self.plans) > 1 else []
         parts += ["at positions"] if self.positions is not None else []
-        parts += [f"strength {float(self.strength):g}"] if self.strength is not None else []
+        parts += [f"strength {_number(self.strength):g}"] if self.strength is not None else []
         return f"SteeringHook({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:
@@ -334,7 +334,7 @@ def _checked_strength(strength: Any) -> Strength:
     if strength is None:
         return None
     if isinstance(strength, Tensor) and strength.numel() == 1 and strength.is_floating_point():
-        if 0 <= float(strength) < math.inf:
+        if 0 <= float(strength.detach()) < math.inf:
             return strength.reshape(())
     elif isinstance(strength, Real) and not isinstance(strength, bool) and float(strength) >= 0:
         return None if math.isinf(float(strength)) else float(strength)
@@ -342,6 +342,10 @@ def _checked_strength(strength: Any) -> Strength:
         "strength must be None or a number from 0 on (math.inf: the paper's transform), or a tensor of one "
         f"finite number from 0 on; got {strength!r}."
     )
+
+
+def _number(strength: SupportsFloat) -> float:
+    return float(strength.detach() if isinstance(strength, Tensor) else strength)
 
 
 def _described(positions: Positions) -> str | None:
