@@ -76,6 +76,17 @@ def test_a_plan_holds_beside_hooks_on_the_logits(hooked: Hooked, recipe: str, dt
 
 
 @every_family
+def test_a_plan_holds_beside_hooks_under_autocast(hooked: Hooked, recipe: str) -> None:
+    model = hooked(recipe)
+    layers = steerable(model)
+    for edit in EDITS.values():
+        later: list[Any] = [(hook_names.router_logits(n), lambda z, hook, edit=edit: edit(z)) for n in layers]
+        with torch.autocast("cpu", torch.bfloat16), model.hooks([*steer_hooks(plan_for(layers)), *later]):
+            _, cache = model.run_with_cache(tokens(), names_filter=is_routing_point)
+        assert_holds(cache, layers)
+
+
+@every_family
 def test_plans_interventions_and_casts_add_up(hooked: Hooked, recipe: str) -> None:
     """A plan, a bias on another expert, an expert routed around, in both orders."""
     model = hooked(recipe)

@@ -45,6 +45,12 @@ def random_plans(model: Any, n: int) -> list[SteeringPlan | None]:
     return plans
 
 
+def first(*args: Any, **kwargs: Any) -> SteeringHook:
+    """The hook function of the first layer."""
+    hook: Any = steer_hooks(*args, **kwargs)[0][1]
+    return hook
+
+
 def one(plan: SteeringPlan | None, **kwargs: Any) -> list[Any]:
     return [] if plan is None else steer_hooks(plan, **kwargs)
 
@@ -190,9 +196,6 @@ def test_masks_made_in_inference_mode_serve_runs_with_gradients() -> None:
 def test_what_a_hook_says_of_itself() -> None:
     plan, other = SteeringPlan([(0, 3)], [(0, 1), (1, 2)]), SteeringPlan([(0, 3)])
 
-    def first(*args: Any, **kwargs: Any) -> SteeringHook:
-        return steer_hooks(*args, **kwargs)[0][1]
-
     assert repr(first(plan)) == "SteeringHook(layer 0, 2 experts)"
     assert repr(first([plan, None], positions=-1, strength=2)) == (
         "SteeringHook(layer 0, 2 experts, 2 plans, at positions, strength 2)"
@@ -217,14 +220,14 @@ def test_what_a_hook_says_of_itself() -> None:
 
 def test_what_the_protocol_of_plans_says(hooked: Any) -> None:
     model, plan = hooked("deepseek_v3"), SteeringPlan([(1, 3)])
-    [(name, hook)] = steer_hooks(plan)
+    name, hook = hook_names.router_logits(1), first(plan)
     assert hook.is_fixed_plan(name)
     assert not hook.is_fixed_plan(hook_names.router_logits(0))
     assert not hook.is_fixed_plan("blocks.1.hook_resid_pre")
-    assert not steer_hooks(plan, strength=torch.tensor(1.0))[0][1].is_fixed_plan(name)
+    assert not first(plan, strength=torch.tensor(1.0)).is_fixed_plan(name)
     assert not hook.needs_place
-    assert steer_hooks([plan, None])[0][1].needs_place
-    assert steer_hooks(plan, positions=0)[0][1].needs_place
+    assert first([plan, None]).needs_place
+    assert first(plan, positions=0).needs_place
     rule, z = (
         model.routing_rule(1),
         torch.randn(4, model.n_experts, generator=torch.Generator().manual_seed(0)),
@@ -272,7 +275,7 @@ def test_refused_before_and_in_a_run(hooked: Any) -> None:
     with pytest.raises(HookError, match="hook point"):
         steer_hooks(fine, positions=0)[0][1](torch.zeros(2, 6))
     with pytest.raises(PlanError, match="2 plans"):
-        _ = steer_hooks([fine, None])[0][1].plan
+        _ = first([fine, None]).plan
 
 
 @dataclass(frozen=True, eq=False)
