@@ -23,6 +23,7 @@ Possible = Callable[[Bool[Tensor, "*batch expert"], Bool[Tensor, "*batch expert"
 """Whether a router can put the first experts in and keep the second ones out, token by token."""
 
 _RTOL = 1e-5  # closer logits count as equal; half precision has its own rounding
+_SHARE_UNTOUCHED = 0.25  # of a token's experts, where an edit counts as being about the others
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -94,9 +95,11 @@ class Hold:
         """What is still held once later hooks have made these logits of those that steering gave.
 
         An expert is set free on a token where its logit differs from what steering gave it by more than
-        rounding, while some other expert's is what it was: an edit that is about this expert (a bias on it
-        alone, -inf in its place). Where all experts' logits differ, the edit is about none in particular (a
-        uniform shift, noise, a temperature, another dtype), and nobody is set free.
+        rounding, while at least a quarter of the token's experts keep theirs: an edit that is about this
+        expert (a bias on it and a few others); or where it is -inf now, while any expert keeps its logit.
+        Where nearly all logits differ, the edit is about none in particular (a uniform shift, noise, a dense
+        vector, a temperature, another dtype), and nobody is set free. (Not quite all: a temperature leaves a
+        logit of 0 as it is.)
 
         Raises:
             HookError: logits of other tokens than those that were steered.
@@ -107,8 +110,11 @@ class Hold:
         given = self.given.to(logits.device)
         untouched = _same(given, logits)
         changed = ~(untouched | _close(given, logits))
-        about_some = (untouched & given.isfinite()).any(dim=-1, keepdim=True)
-        kept = ~(changed & about_some)
+        finite = given.isfinite()
+        n_untouched = (untouched & finite).sum(dim=-1, keepdim=True)
+        about_some = n_untouched >= finite.sum(dim=-1, keepdim=True) * _SHARE_UNTOUCHED
+        excluded = (logits == -torch.inf) & finite
+        kept = ~(changed & (about_some | excluded) & (n_untouched > 0))
         return replace(self, inside=self.inside & kept, outside=self.outside & kept)
 
     def after(self, earlier: "Hold | None", possible: Possible) -> "Hold":

@@ -204,7 +204,8 @@ class SparseMixer(ByOrderOfLogits):
         rest = logits.scatter(-1, first, -torch.inf)
         # an expert that an edit chose twice weighs the same both times
         rest = torch.where(second == first, logits, rest)
-        return torch.cat([self._round(logits, logits, first), self._round(logits, rest, second)], dim=-1)
+        is_first = torch.arange(2, device=logits.device) == 0
+        return torch.where(is_first, self._round(logits, logits, first), self._round(logits, rest, second))
 
     def _round(self, logits: Tensor, left: Tensor, chosen: Tensor) -> Tensor:
         with torch.no_grad():

@@ -125,6 +125,25 @@ def test_an_expert_that_stays_at_minus_infinity_says_nothing() -> None:
     assert hold.upon(lifted).inside.any().item() is False
 
 
+@pytest.mark.parametrize(
+    ("edit", "still_held"),
+    [
+        (lambda z: z + torch.linspace(-2, 2, 9), [2, 3]),  # 0 in the middle
+        (lambda z: z / 2, [2, 3]),  # 0 stays 0
+        (lambda z: z + torch.tensor([1.0] * 7 + [0, 0]), [2, 3]),
+        (lambda z: z + torch.tensor([1.0] * 6 + [0, 0, 0]), []),
+        (lambda z: z.masked_fill(torch.arange(9) < 8, -torch.inf), []),
+        (lambda z: torch.full_like(z, -torch.inf), [2, 3]),
+    ],
+    ids=["dense vector", "temperature", "two of nine stay", "three stay", "all but one out", "all out"],
+)
+def test_an_edit_of_nearly_all_logits_is_about_nobody(edit: Any, still_held: list[int]) -> None:
+    given_logits = torch.tensor([[1.5, 0.0, 2.5, -3.0, 1.0, 0.5, -1.0, -2.0, 0.25]])
+    hold = Hold.of_experts([2], [3], 9).like(given_logits)
+    hold = Hold(hold.inside, hold.outside, given=given_logits).upon(edit(given_logits))
+    assert (hold.inside | hold.outside)[0].nonzero().flatten().tolist() == still_held
+
+
 def test_unwatched_logits_free_nobody() -> None:
     hold = Hold.of_experts([2], [3], 4).like(GIVEN)
     assert hold.upon(GIVEN * torch.tensor([1.0, 1, 9, 1])) == hold
