@@ -286,7 +286,8 @@ def steer_hooks(
     token. So the plan holds beside other hooks, on every router: a bias on other experts, a shift of all
     logits, noise, a temperature, another dtype. Only a later hook that is about a steered expert sets it
     free: one that changes its logit on a token, by more than rounding, and leaves those of at least a quarter
-    of the experts as they are; or that sets it to -inf. A hook that replaces logits altogether says so by `hook.rule = hook.rule.released(tokens)`.
+    of the experts as they are; or that sets it to -inf. A hook that replaces logits altogether says so by
+    `hook.rule = hook.rule.released(tokens)`.
     Of two plans on one layer, the later one's word counts for the experts it names on a token; of the
     earlier one stays what is possible beside it: all, else what it keeps out, else what it puts in. On
     tokens that the later one does not steer, the earlier one holds whole.
