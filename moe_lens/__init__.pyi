@@ -36,6 +36,7 @@ from .evaluation import load_task as load_task
 from .evaluation import split_clusters as split_clusters
 from .evaluation import sweep as sweep
 from .interventions import bias_experts as bias_experts
+from .interventions import exclude_experts as exclude_experts
 from .interventions import force_experts as force_experts
 from .interventions import keep_only as keep_only
 from .interventions import mean_ablate as mean_ablate

@@ -5,6 +5,7 @@ from .ablation import route_around as route_around
 from .ablation import swap_experts as swap_experts
 from .ablation import zero_ablate as zero_ablate
 from .edits import RoutingEdit as RoutingEdit
+from .excluding import exclude_experts as exclude_experts
 from .forcing import bias_experts as bias_experts
 from .forcing import force_experts as force_experts
 from .forcing import scale_experts as scale_experts

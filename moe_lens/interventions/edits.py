@@ -49,7 +49,10 @@ class RoutingEdit(ABC):
 
     @abstractmethod
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
-        """The edited value for all tokens [batch pos ...]; the caller keeps it to the positions."""
+        """The edited value for all tokens [batch pos ...]; the caller keeps it to the positions.
+
+        So it does with a rule that the edit gives to `hook.rule`.
+        """
 
     @property
     def n_columns(self) -> int | None:
@@ -78,8 +81,16 @@ class RoutingEdit(ABC):
         if not bool(chosen.any()):
             return None
         self._check_columns(chosen, hook)
+        before = hook.rule if self.point == hook_names.ROUTER_LOGITS else None
+        edited = self.edit_at(whole, chosen, hook)
+        if before is not None and hook.rule is not before:
+            hook.rule = hook.rule.only_on(chosen, before)
         chosen = chosen.reshape(*chosen.shape, *[1] * (n_dims - 2))
-        return torch.where(chosen, self.edit(whole, hook), whole).reshape(value.shape)
+        return torch.where(chosen, edited, whole).reshape(value.shape)
+
+    def edit_at(self, value: Tensor, chosen: Bool[Tensor, "batch pos"], hook: RoutingPoint) -> Tensor:
+        """`edit`, for edits that must know which tokens count."""
+        return self.edit(value, hook)
 
     def _check_columns(self, chosen: Bool[Tensor, "batch pos"], hook: RoutingPoint) -> None:
         columns = hook.state.columns(chosen.shape[1]).to(chosen.device)

@@ -11,7 +11,7 @@ overrides steering and biases of that layer, wherever it stands in the list.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import torch
 from jaxtyping import Float, Int
@@ -86,13 +86,14 @@ class ScaleEdit(RoutingEdit):
     point: ClassVar[str] = hook_names.TOPK_WEIGHTS
 
     experts: tuple[int, ...]
-    factor: float
+    factor: float | Float[Tensor, ""]
     others: bool = False
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
         experts = torch.tensor(self.experts, device=value.device)
         meant = torch.isin(hook.chosen, experts) != self.others
-        return torch.where(meant, value * self.factor, value)
+        factor = self.factor.to(value.device) if isinstance(self.factor, Tensor) else self.factor
+        return torch.where(meant, (value * factor).to(value.dtype), value)
 
     def highest_expert(self) -> int:
         return max(self.experts)
@@ -144,8 +145,9 @@ def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> Hoo
     >>> _ = model.run_with_hooks("Question : what", fwd_hooks=bias_experts({0: towards_5}))
 
     Args:
-        bias: layer -> a number for each expert (nats; with -inf a softmax router never chooses it). It is
-            added in the logits' own dtype.
+        bias: layer -> a number for each expert (nats). It is added in the logits' own dtype. With -inf a
+            router without a correction bias never chooses the expert; to exclude experts on every router, use
+            `exclude_experts`.
         positions: at which tokens; see `moe_lens.interventions.Positions`.
 
     Raises:
@@ -161,7 +163,7 @@ def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> Hoo
 
 def scale_experts(
     experts: Experts,
-    factor: float,
+    factor: SupportsFloat,
     *,
     layers: int | Iterable[int] | None = None,
     positions: Positions = None,
@@ -174,8 +176,8 @@ def scale_experts(
 
     Args:
         experts: pairs (layer, expert), a mapping {layer: experts}, or experts with `layers`.
-        factor: finite. The weights are not renormalised. (In Llama 4 a weight multiplies what the expert
-            reads, and so does the factor.)
+        factor: a finite number, or a tensor of one, which gets gradients. The weights are not renormalised.
+            (In Llama 4 a weight multiplies what the expert reads, and so does the factor.)
         layers: the layers of `experts`, where those are bare numbers.
         positions: at which tokens; see `moe_lens.interventions.Positions`.
 
@@ -183,13 +185,23 @@ def scale_experts(
         DataError: no experts, or a factor that is not a finite number.
         HookError: no such expert. (Raised before the forward.)
     """
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
-        raise DataError(f"factor must be a finite number; got {factor!r}.")
-    where = checked_positions(positions)
+    where, checked = checked_positions(positions), _factor(factor)
     return [
-        ScaleEdit(layer, where, tuple(numbers), float(factor)).entry
+        ScaleEdit(layer, where, tuple(numbers), checked).entry
         for layer, numbers in experts_by_layer(experts, layers).items()
     ]
+
+
+def _factor(given: Any) -> float | Float[Tensor, ""]:
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    is_scalar = isinstance(given, Tensor) and given.numel() == 1 and given.is_floating_point()
+    if not (is_number or is_scalar) or not math.isfinite(_number(given)):
+        raise DataError(f"factor must be a finite number, or a tensor of one; got {given!r}.")
+    return given.reshape(()) if isinstance(given, Tensor) else float(given)
+
+
+def _number(factor: Any) -> float:
+    return float(factor.detach() if isinstance(factor, Tensor) else factor)
 
 
 def _sets(experts: Mapping[Any, Any]) -> dict[int, Int[Tensor, "*columns k"]]:

@@ -66,7 +66,7 @@ def patch_router(
     The entries are those of TransformerLens' `generic_activation_patch(model, corrupted_tokens, clean_cache,
     metric, layer_pos_patch_setter, point, ["layer", "pos"])`, bit for bit with batch_size=1. In a larger
     stack they may differ by rounding; in half precision that can flip a close choice of experts. Padding
-    (attention_mask) is patched, too.
+    (attention_mask) is patched, too. Where clean logits are put in, a plan among the hooks does not hold.
 
     Args:
         model: a `HookedMoE` in eval mode.
@@ -216,6 +216,13 @@ class PutClean:
         clean = self.clean[:, self.places.entries.to(self.clean.device)].to(value)  # [batch cell ...]
         runs, positions = (numbers.to(value.device) for numbers in self.places)
         stacked[runs, :, positions] = clean.transpose(0, 1)  # both [cell batch ...]
+        point = hook_names.parse(str(hook.name))
+        if (
+            point is not None and point[1] == hook_names.ROUTER_LOGITS
+        ):  # a plan does not hold for clean logits
+            patched = torch.zeros(stacked.shape[:3], dtype=torch.bool, device=value.device)
+            patched[runs, :, positions] = True
+            hook.rule = hook.rule.released(patched.flatten(0, 1))
         return stacked.flatten(0, 1)
 
 

@@ -64,7 +64,7 @@ class HookedMoE(Model, TransformerBridge):
     >>> cache["router_logits", 0].shape                      # [batch pos expert]
     torch.Size([1, 5, 8])
     >>> def avoid_expert_0(router_logits, hook):
-    ...     router_logits[..., 0] = -float("inf")
+    ...     router_logits, hook.rule = hook.rule.without(router_logits, 0)
     ...     return router_logits
     >>> edited = model.run_with_hooks("Question : what is",
     ...                               fwd_hooks=[(hook_names.router_logits(0), avoid_expert_0)])

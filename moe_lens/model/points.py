@@ -77,16 +77,29 @@ class RoutingPoint(HookPoint):
 
     @rule.setter
     def rule(self, rule: RoutingRule | None) -> None:
-        if self.points.run is None:
+        run = self.points.run
+        if run is None:
             raise HookError(f"{self.name}: the rule can be replaced only by a hook, while the model runs.")
-        self.points.run.rule = rule
+        hold = getattr(rule, "hold", None)
+        if hold is not None and hold.inside.shape != (*run.token_shape, self.moe.rule.n_experts):
+            raise HookError(
+                f"{self.name}: hook.rule was set to one that steers tokens of shape "
+                f"{tuple(hold.inside.shape[:-1])}, and [batch pos] = {list(run.token_shape)} are running. "
+                "Steer the whole logits; or name positions=, or one plan a prompt, in steer_hooks."
+            )
+        run.rule = rule
 
     @property
-    def token_shape(self) -> tuple[int, ...]:
-        """[batch pos] of the tokens that are running; only within a hook."""
-        if self.points.run is None:
-            raise HookError(f"{self.name}: which tokens run is known only while the model runs.")
-        return self.points.run.token_shape
+    def token_shape(self) -> tuple[int, ...] | None:
+        """(batch, pos) of the tokens that the block is working on; None when it does not run."""
+        run = self.points.run
+        return None if run is None else run.token_shape
+
+    @property
+    def value(self) -> Tensor | None:
+        """What the point was given; only within its hooks."""
+        run = self.points.run
+        return None if run is None else run.value
 
     @property
     def chosen(self) -> Int[Tensor, "batch pos k"]:
@@ -166,6 +179,8 @@ class BlockRun:
     """What the block was given, while the experts' outputs are hooked."""
     rule: RoutingRule | None = None
     """The rule that routes, within hooks on the logits."""
+    value: Tensor | None = None
+    """What the point was given, within its hooks."""
     indices: Tensor | None = None
     """[batch pos k], within hooks on the weights and later ones."""
     decision: RouterOutput | None = None
@@ -299,7 +314,14 @@ def _copy_hooks(point: RoutingPoint, twin: RoutingPoint) -> None:
 
 def fire(point: RoutingPoint, value: Tensor) -> Tensor:
     """What a point's hooks make of a value. Raises HookError where it is of another shape or kind."""
-    edited = point(value)
+    run = point.points.run
+    if run is not None:
+        run.value = value
+    try:
+        edited = point(value)
+    finally:
+        if run is not None:
+            run.value = None
     if not isinstance(edited, Tensor) or edited.shape != value.shape:
         got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
         raise HookError(

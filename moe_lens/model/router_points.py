@@ -59,7 +59,10 @@ class HookedRouter:
         output, logits = layout.call(self.moe.router, self.original, *args, **kwargs)
         rule, place = self.moe.rule.for_call(*args[1:], *kwargs.values()), None
         if points.mode == "placed":
-            place, logits = points.router_logits, logits.reshape(*self._token_shape(self._run(), logits), -1)
+            place, logits = (
+                points.running.forward,
+                logits.reshape(*self._token_shape(self._run(), logits), -1),
+            )
         for plan in points.plans:
             logits, rule = plan.steer(rule, logits, place)
         indices = rule.select(logits).long()

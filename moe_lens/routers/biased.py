@@ -7,24 +7,25 @@
 
 With these rules, an expert with the lowest logit can still be chosen, and one with the highest left out. So
 steering changes more than logits: it returns a rule that keeps deactivated experts out and puts activated
-ones in, whatever their bias and group, until a later hook changes their logits (`Steering`).
+ones in, whatever their bias and group (`Hold`).
 """
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lens.errors import HookError
-from moe_lens.routers.groups import GroupLimit, Steering, group_margin
-from moe_lens.routers.plain import Steered, Transform, probabilities
+from moe_lens.routers.groups import GroupLimit, group_margin
+from moe_lens.routers.held import HeldRule
+from moe_lens.routers.hold import Hold
+from moe_lens.routers.plain import probabilities
 from moe_lens.routers.rule import RoutingRule, at_least_float32
-from moe_lens.routers.transform import steer_logits, steer_raw_logits
+from moe_lens.routers.transform import move
 
 SCORES: Final = {
     "sigmoid": torch.sigmoid,
@@ -34,22 +35,17 @@ SCORES: Final = {
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _ChoiceRule(RoutingRule):
-    """What these rules share: a top-k of selection scores, perhaps within groups, perhaps steered."""
+class _ChoiceRule(HeldRule):
+    """What these rules share: a top-k of selection scores, perhaps within groups."""
 
-    transform: ClassVar[Transform]
-    """What steering does to the logits, on which the weights depend."""
     _LEFT_OUT: ClassVar[float] = -torch.inf
     """The selection score of experts in groups that were not chosen."""
     _EPSILON_WITHOUT: ClassVar[float] = 0.01
-    """How far `without` lowers the logits of excluded experts: as far as a steering plan, since the rule
-    keeps them out itself, and the other experts' weights do not depend on them."""
+    """How far `without` lowers the logits of excluded experts: as far as a steering plan, since the other
+    experts' weights do not depend on them."""
 
-    n_experts: int
-    top_k: int
     groups: GroupLimit | None = None
     in_order: bool = True
-    steering: Steering | None = None
 
     def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
         """Indices of the k experts with the largest selection scores, of the chosen groups only, int64."""
@@ -71,63 +67,31 @@ class _ChoiceRule(RoutingRule):
         reason = super().cannot_steer(activate, deactivate)
         if reason is not None or self.groups is None:
             return reason
-        steering = Steering(tuple(activate), tuple(deactivate))
-        return self.groups.obstacle(self.n_experts, self.top_k, steering)
+        return self.groups.obstacle(self.n_experts, self.top_k, activate, deactivate)
 
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
-    ) -> Steered:
-        """Transformed logits, and this rule with the experts put in and kept out."""
-        steering = self._next_steering(activate, deactivate)
-        steered = self.transform(logits, activate, deactivate, epsilon)
-        rule = self._prepared(logits, activate, deactivate, epsilon)
-        return steered, replace(rule, steering=replace(steering, logits=steered.detach().clone()))
-
-    def _prepared(
-        self, logits: Tensor, activate: Sequence[int], deactivate: Sequence[int], epsilon: float
-    ) -> "_ChoiceRule":
-        """The rule, with what it must know about the logits before they are steered; here nothing."""
-        return self
-
-    def _leave_out(self, logits: Float[Tensor, "*batch expert"], experts: list[int]) -> Steered:
-        return self.steer(logits, [], experts, self._EPSILON_WITHOUT)
-
-    def _next_steering(self, activate: Sequence[int], deactivate: Sequence[int]) -> Steering:
-        """The steering of these experts, and as much of an earlier plan's as there is still room for."""
-        self.refuse_plan(activate, deactivate)
-        steering = Steering(tuple(activate), tuple(deactivate))
-        earlier = self.steering or Steering()
-        for kept in (earlier, Steering(deactivate=earlier.deactivate), Steering(activate=earlier.activate)):
-            both = steering.after(kept)
-            if self.cannot_steer(both.activate, both.deactivate) is None:
-                return both
-        return steering
-
-    def selection_scores(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
-        """What the choice compares, larger is better; ±inf for experts that steering holds in or out."""
-        return self._steered(self._choice(logits), logits)
+    def _possible(
+        self, inside: Bool[Tensor, "*batch expert"], outside: Bool[Tensor, "*batch expert"]
+    ) -> Bool[Tensor, "*batch 1"]:
+        possible = super()._possible(inside, outside)
+        if self.groups is None:
+            return possible
+        return possible & self.groups.possible(inside, outside, self.top_k)
 
     def _allowed_scores(self, logits: Tensor) -> Tensor:
         """Selection scores, `_LEFT_OUT` for experts of groups that were not chosen."""
-        choice = self._choice(logits)
+        choice, held = self._choice(logits), self.held(logits)
+        if held is not None:
+            choice = torch.where(held.tokens, self._steered_choice(choice, logits), choice)
         if self.groups is not None:
-            held = None if self.steering is None else self.steering.held(logits)
-            choice = choice.masked_fill(~self.groups.allowed(choice, self.top_k, held), self._LEFT_OUT)
-        return self._steered(choice, logits)
+            left_out = ~self.groups.allowed(choice, self.top_k, held)
+            choice = choice.masked_fill(left_out, self._LEFT_OUT)
+            if held is not None:
+                choice = choice.masked_fill(left_out & held.tokens, -torch.inf)
+        return choice if held is None else held.scores(choice)
 
-    def _steered(self, choice: Tensor, logits: Tensor) -> Tensor:
-        if self.steering is None:
-            return choice
-        inside, outside = self.steering.held(logits)
-        return choice.masked_fill(inside, torch.inf).masked_fill(outside, -torch.inf)
-
-    @abstractmethod
-    def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
-        """Selection scores without steering."""
+    def _steered_choice(self, choice: Tensor, logits: Tensor) -> Tensor:
+        """Scores to compare on steered tokens, in the order of `choice`."""
+        return choice
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -152,8 +116,6 @@ class SigmoidTopK(_ChoiceRule):
     [[2]]
     """
 
-    transform: ClassVar[Transform] = staticmethod(steer_raw_logits)
-
     bias: Float[Tensor, " expert"] | None = field(default=None, repr=False)
     renormalize: bool = True
     sum_epsilon: float = 1e-20
@@ -161,7 +123,6 @@ class SigmoidTopK(_ChoiceRule):
     score: str = "sigmoid"
     float32_scores: bool = True
     weights_dtype: torch.dtype | None = None
-    unsteered_dtype: torch.dtype | None = None
 
     def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
         scores = self._scores(logits)
@@ -177,14 +138,10 @@ class SigmoidTopK(_ChoiceRule):
         return (weights * self.scaling).to(self.weights_dtype or weights.dtype)
 
     def _scores(self, logits: Tensor) -> Tensor:
-        dtype = torch.float32 if self.float32_scores else self.unsteered_dtype or logits.dtype
+        dtype = torch.float32
+        if not self.float32_scores:  # steered logits, which are float32, as those that they were made of
+            dtype = logits.dtype if self.hold is None or self.hold.dtype is None else self.hold.dtype
         return SCORES[self.score](logits.to(dtype))
-
-    def _prepared(
-        self, logits: Tensor, activate: Sequence[int], deactivate: Sequence[int], epsilon: float
-    ) -> "SigmoidTopK":
-        """Steered logits, which are float32, are scored in the dtype that they had before."""
-        return replace(self, unsteered_dtype=self.unsteered_dtype or logits.dtype)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -198,26 +155,25 @@ class BiasedSoftmaxTopK(_ChoiceRule):
 
     Steering: epsilon is in nats of log-probability (SteerMoE's own formulas), which decides the weights. The
     choice is made directly, as the bias would overrule it; and as steering one expert scales every other p,
-    `p_scale` undoes that for the choice, token by token, so that the others keep their scores and order (up
-    to float32's rounding).
+    `Hold.scale` undoes that for the choice, token by token, so that the others keep their scores and order
+    (up to float32's rounding).
 
     >>> rule = BiasedSoftmaxTopK(n_experts=3, top_k=1, bias=torch.tensor([0.0, 0.5, 0.0]))
     >>> rule.route(torch.tensor([[1.0, 0.9, 0.0]]))
     Route(indices=tensor([[1]]), weights=tensor([[1.]]))
     """
 
-    transform: ClassVar[Transform] = staticmethod(steer_logits)
+    by_log_probability: ClassVar[bool] = True
 
     bias: Float[Tensor, " expert"] = field(repr=False)
     smallest_sum: float = 1e-12
     weights_dtype: torch.dtype | None = None
-    p_scale: Float[Tensor, "*batch 1"] | None = field(default=None, repr=False)
 
     def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
         p = probabilities(logits)
-        if self.p_scale is not None and self.steering is not None:
-            inside, outside = self.steering.held(logits)
-            p = torch.where((inside | outside).any(dim=-1, keepdim=True), p * self.p_scale, p)
+        held = self.held(logits)
+        if held is not None and held.scale is not None:
+            p = torch.where(held.tokens, p * held.scale, p)
         return p + self.bias.to(p.device)
 
     def weigh(
@@ -228,14 +184,14 @@ class BiasedSoftmaxTopK(_ChoiceRule):
         weights = weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=self.smallest_sum)
         return weights.to(self.weights_dtype or weights.dtype)
 
-    def _prepared(
-        self, logits: Tensor, activate: Sequence[int], deactivate: Sequence[int], epsilon: float
-    ) -> "BiasedSoftmaxTopK":
-        """With the `p_scale` that undoes what steering does to the other experts' p."""
+    def _scale(
+        self, logits: Float[Tensor, "*batch expert"], hold: Hold, epsilon: float | Tensor
+    ) -> Float[Tensor, "*batch 1"]:
+        """The others' p before / after."""
         scores = torch.log_softmax(logits.detach().float(), dim=-1)
-        moved = steer_raw_logits(scores, activate, deactivate, epsilon)
-        p_scale = torch.exp(torch.logsumexp(moved, dim=-1, keepdim=True))  # the others' p before / after
-        return replace(self, p_scale=p_scale if self.p_scale is None else p_scale * self.p_scale)
+        moved = move(scores, hold.inside, hold.outside, epsilon)
+        scale = torch.exp(torch.logsumexp(moved, dim=-1, keepdim=True))
+        return torch.where(hold.tokens, scale, 1.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -255,7 +211,7 @@ class GroupLimitedSoftmax(_ChoiceRule):
     [0, 1]
     """
 
-    transform: ClassVar[Transform] = staticmethod(steer_logits)
+    by_log_probability: ClassVar[bool] = True
 
     _LEFT_OUT: ClassVar[float] = 0.0
     _EPSILON_WITHOUT: ClassVar[float] = torch.inf  # its weights are shares of all experts' probability
@@ -266,6 +222,9 @@ class GroupLimitedSoftmax(_ChoiceRule):
     def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
         return probabilities(logits)
 
+    def _steered_choice(self, choice: Tensor, logits: Tensor) -> Tensor:
+        return logits.to(choice.dtype)  # which do not underflow
+
     def weigh(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
     ) -> Float[Tensor, "*batch k"]:
@@ -275,7 +234,9 @@ class GroupLimitedSoftmax(_ChoiceRule):
         with weight 0.
         """
         weights = probabilities(logits).gather(-1, indices)
-        is_makeshift = self._allowed_scores(logits).gather(-1, indices) <= 0
+        is_makeshift, held = self._allowed_scores(logits).gather(-1, indices) <= 0, self.held(logits)
+        if held is not None:  # steering takes no expert from another group
+            is_makeshift = is_makeshift & ~held.tokens
         # an expert outside the groups that an edit of the indices chose keeps its p
         chosen = (self.select(logits).unsqueeze(-2) == indices.unsqueeze(-1)).any(dim=-1)
         return weights.masked_fill(is_makeshift & chosen, 0.0) * self.scaling

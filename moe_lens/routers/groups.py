@@ -1,45 +1,14 @@
 """Choosing among groups of experts, under steering too, and how far the choice is from another one."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-Held = tuple[Bool[Tensor, "*batch expert"], Bool[Tensor, "*batch expert"]]
-"""Which experts steering puts in, and which it keeps out, token by token."""
-
-
-@dataclass(frozen=True)
-class Steering:
-    """Experts that a steered rule puts in and keeps out, whatever their scores.
-
-    It holds for an expert on a token as long as the logit is the one that steering gave it (`logits`): a hook
-    that changes it later sets the expert free again.
-    """
-
-    activate: tuple[int, ...] = ()
-    deactivate: tuple[int, ...] = ()
-    logits: Float[Tensor, "*batch expert"] | None = field(default=None, repr=False, compare=False)
-
-    def after(self, earlier: "Steering") -> "Steering":
-        """This steering, added to an earlier one; it wins where both name an expert."""
-        taken = {*self.activate, *self.deactivate}
-        return Steering(
-            (*self.activate, *(expert for expert in earlier.activate if expert not in taken)),
-            (*self.deactivate, *(expert for expert in earlier.deactivate if expert not in taken)),
-        )
-
-    def held(self, logits: Float[Tensor, "*batch expert"]) -> Held:
-        """Which experts it puts in and keeps out on each token with these logits."""
-        untouched = torch.ones_like(logits, dtype=torch.bool)
-        if self.logits is not None and self.logits.shape == logits.shape:
-            untouched = logits == self.logits.to(logits.device)
-        inside, outside = torch.zeros_like(untouched), torch.zeros_like(untouched)
-        inside[..., list(self.activate)] = True
-        outside[..., list(self.deactivate)] = True
-        return inside & untouched, outside & untouched
+from moe_lens.routers.hold import Hold
 
 
 @dataclass(frozen=True)
@@ -54,13 +23,13 @@ class GroupLimit:
     n_summed: int
 
     def allowed(
-        self, choice: Float[Tensor, "*batch expert"], top_k: int, held: Held | None
+        self, choice: Float[Tensor, "*batch expert"], top_k: int, held: Hold | None
     ) -> Bool[Tensor, "*batch expert"]:
         """Which experts stand in a chosen group."""
         best = torch.topk(self._scores(choice), k=self.n_chosen, dim=-1, sorted=False).indices
         chosen = torch.zeros_like(self._scores(choice), dtype=torch.bool).scatter(-1, best, True)
         if held is not None:
-            inside, outside = held
+            inside, outside = held.inside, held.outside
             lowest = choice.amin(dim=-1, keepdim=True)  # a deactivated expert does not lift its group
             steered = self._feasible_groups(
                 self._scores(torch.where(outside, lowest, choice)),
@@ -68,40 +37,54 @@ class GroupLimit:
                 available=(~outside).unflatten(-1, (self.n_groups, -1)).sum(dim=-1),
                 top_k=top_k,
             )
-            chosen = torch.where((inside | outside).any(dim=-1, keepdim=True), steered, chosen)
+            chosen = torch.where(held.tokens, steered, chosen)
         return chosen.repeat_interleave(choice.shape[-1] // self.n_groups, dim=-1)
 
     def _scores(self, choice: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch group"]:
         in_groups = choice.unflatten(-1, (self.n_groups, -1))
         return in_groups.topk(self.n_summed, dim=-1).values.sum(dim=-1)
 
-    def required(self, n_experts: int, steering: Steering) -> list[int]:
+    def required(self, n_experts: int, activate: Sequence[int]) -> list[int]:
         """The groups in which activated experts stand, ascending."""
         size = n_experts // self.n_groups
-        return sorted({expert // size for expert in steering.activate})
+        return sorted({expert // size for expert in activate})
 
-    def available(self, n_experts: int, steering: Steering) -> list[int]:
+    def available(self, n_experts: int, deactivate: Sequence[int]) -> list[int]:
         """How many experts of each group are not deactivated."""
         size = n_experts // self.n_groups
-        out = [expert // size for expert in steering.deactivate]
+        out = [expert // size for expert in deactivate]
         return [size - out.count(group) for group in range(self.n_groups)]
 
-    def obstacle(self, n_experts: int, top_k: int, steering: Steering) -> str | None:
-        """Why no choice of groups serves this steering, in words; None where one does."""
-        required, available = self.required(n_experts, steering), self.available(n_experts, steering)
+    def obstacle(
+        self, n_experts: int, top_k: int, activate: Sequence[int], deactivate: Sequence[int]
+    ) -> str | None:
+        """Why no choice of groups serves these experts, in words; None where one does."""
+        required, available = self.required(n_experts, activate), self.available(n_experts, deactivate)
         if len(required) > self.n_chosen:
             return (
-                f"the activated experts {sorted(steering.activate)} stand in {len(required)} of the router's "
+                f"the activated experts {sorted(activate)} stand in {len(required)} of the router's "
                 f"{self.n_groups} groups, and experts come from {self.n_chosen} group(s) only"
             )
         others = sorted((n for group, n in enumerate(available) if group not in required), reverse=True)
         room = sum(available[group] for group in required) + sum(others[: self.n_chosen - len(required)])
         if room < top_k:
             return (
-                f"without the deactivated experts {sorted(steering.deactivate)}, no {self.n_chosen} of the "
+                f"without the deactivated experts {sorted(deactivate)}, no {self.n_chosen} of the "
                 f"router's {self.n_groups} groups hold the {top_k} experts that must run"
             )
         return None
+
+    def possible(
+        self, inside: Bool[Tensor, "*batch expert"], outside: Bool[Tensor, "*batch expert"], top_k: int
+    ) -> Bool[Tensor, "*batch 1"]:
+        """Where `obstacle` has nothing to say, token by token."""
+        size = inside.shape[-1] // self.n_groups
+        required = inside.unflatten(-1, (self.n_groups, -1)).any(dim=-1)
+        available = (~outside).unflatten(-1, (self.n_groups, -1)).sum(dim=-1)
+        first = available + required * (size + 1)  # the required groups come before all others
+        best = first.topk(self.n_chosen, dim=-1).indices
+        room = available.gather(-1, best).sum(dim=-1, keepdim=True)
+        return (required.sum(dim=-1, keepdim=True) <= self.n_chosen) & (room >= top_k)
 
     def _feasible_groups(
         self,

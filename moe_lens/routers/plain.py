@@ -7,47 +7,53 @@ SparseMixer   two masked arg-max rounds                        Phi-3.5-MoE
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.routers.rule import RoutingRule, chooses_any
-from moe_lens.routers.transform import steer_logits, steer_raw_logits
-
-Steered = tuple[Float[Tensor, "*batch expert"], RoutingRule]
-Transform = Callable[..., Float[Tensor, "*batch expert"]]
+from moe_lens.routers.held import HeldRule, Steered
+from moe_lens.routers.hold import Hold
 
 
-class ByOrderOfLogits(RoutingRule):
-    """What these rules share: logits alone steer them."""
+@dataclass(frozen=True, eq=False)
+class ByOrderOfLogits(HeldRule):
+    """What these rules share: they compare logits, and may weigh in the logits' dtype."""
 
-    transform: ClassVar[Transform]
-    """`steer_logits`, or `steer_raw_logits` where a shift of all logits would change weights."""
+    def _choice(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+        return logits
 
-    def steer(
-        self,
-        logits: Float[Tensor, "*batch expert"],
-        activate: Sequence[int],
-        deactivate: Sequence[int],
-        epsilon: float,
+    def weigh(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights of the experts of `indices`, see the class.
+
+        Steered logits are float32. Among them, tokens that are not steered are weighed in the dtype that
+        they had before, as if there were no plan.
+        """
+        weights, hold = self._weights(logits, indices), self.hold
+        if hold is None or hold.dtype in (None, logits.dtype) or hold.steers_all:
+            return weights
+        unsteered = self._weights(logits.to(hold.dtype), indices).to(weights.dtype)
+        return torch.where(hold.upon(logits).tokens, weights, unsteered)
+
+    @abstractmethod
+    def _weights(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k"]:
+        """Weights by these logits alone."""
+
+    def _hold_out(
+        self, logits: Float[Tensor, "*batch expert"], mask: Bool[Tensor, "*#batch expert"]
     ) -> Steered:
-        """Transformed logits, and this rule."""
-        self.refuse_plan(activate, deactivate)
-        return self.transform(logits, activate, deactivate, epsilon), self
-
-    def _leave_out(self, logits: Float[Tensor, "*batch expert"], experts: list[int]) -> Steered:
-        """The experts' logits become -inf."""
-        removed = logits.index_fill(-1, torch.tensor(experts, device=logits.device), -torch.inf)
-        still_chosen = chooses_any(self, removed, experts)
-        if not bool(still_chosen.any()):
-            return removed, self
-        # softmax underflows: all experts but the best have probability 0, like the excluded ones
-        spread, _ = self.steer(removed, [], experts, math.inf)
-        return torch.where(still_chosen.unsqueeze(-1), spread, removed), self
+        """The experts' logits become -inf: weights are those of a router without them."""
+        removed = logits.masked_fill(mask, -math.inf)
+        hold = Hold(torch.zeros_like(mask), mask).like(logits)
+        hold = replace(hold, dtype=logits.dtype, given=removed.detach().clone())
+        return removed, replace(self, hold=hold.after(self.held(logits), self._possible))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +75,8 @@ class SoftmaxTopK(ByOrderOfLogits):
     ([[0, 2]], [1.0])
     """
 
-    transform: ClassVar[Transform] = staticmethod(steer_logits)
+    by_log_probability: ClassVar[bool] = True
 
-    n_experts: int
-    top_k: int
     renormalize: bool
     float32_weights: bool = False
     scaling: float = 1.0
@@ -80,10 +84,17 @@ class SoftmaxTopK(ByOrderOfLogits):
     in_order: bool = True
 
     def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
-        """Indices of the k most probable experts, most probable first if `in_order`, int64."""
-        return torch.topk(probabilities(logits), self.top_k, dim=-1, sorted=self.in_order).indices
+        """Indices of the k most probable experts, most probable first if `in_order`, int64.
 
-    def weigh(
+        On steered tokens the logits are compared, whose order is the same and does not underflow.
+        """
+        choice, held = probabilities(logits), self.held(logits)
+        if held is not None:
+            z = logits.to(choice.dtype)
+            choice = held.scores(z if held.steers_all else torch.where(held.tokens, z, choice))
+        return torch.topk(choice, self.top_k, dim=-1, sorted=self.in_order).indices
+
+    def _weights(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
     ) -> Float[Tensor, "*batch k"]:
         """Weights of the experts of `indices`: in [0, 1] before the scalings."""
@@ -112,17 +123,15 @@ class TopKSoftmax(ByOrderOfLogits):
     [[0.5, 0.5]]
     """
 
-    transform: ClassVar[Transform] = staticmethod(steer_logits)
+    by_log_probability: ClassVar[bool] = True
 
-    n_experts: int
-    top_k: int
     weights_dtype: torch.dtype | None = None
 
     def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
         """Indices of the k largest logits, largest first, int64."""
-        return torch.topk(logits, self.top_k, dim=-1).indices
+        return torch.topk(self.selection_scores(logits), self.top_k, dim=-1).indices
 
-    def weigh(
+    def _weights(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
     ) -> Float[Tensor, "*batch k"]:
         """Weights in [0, 1] that sum to 1 over the experts of `indices`."""
@@ -145,16 +154,11 @@ class TopKSigmoid(ByOrderOfLogits):
     [[0.5]]
     """
 
-    transform: ClassVar[Transform] = staticmethod(steer_raw_logits)
-
-    n_experts: int
-    top_k: int
-
     def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
         """Indices of the k largest logits, largest first, int64."""
-        return torch.topk(logits, self.top_k, dim=-1).indices
+        return torch.topk(self.selection_scores(logits), self.top_k, dim=-1).indices
 
-    def weigh(
+    def _weights(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
     ) -> Float[Tensor, "*batch k"]:
         """Weights in [0, 1], each of its own expert's logit alone."""
@@ -178,19 +182,17 @@ class SparseMixer(ByOrderOfLogits):
     Route(indices=tensor([[0, 1]]), weights=tensor([[1., 1.]]))
     """
 
-    transform: ClassVar[Transform] = staticmethod(steer_raw_logits)
-
-    n_experts: int
     jitter: float
     top_k: int = field(default=2, init=False)
 
     def select(self, logits: Float[Tensor, "*batch expert"]) -> Int[Tensor, "*batch k"]:
         """Index of the largest logit and of the largest of the rest, int64."""
-        first = logits.max(dim=-1, keepdim=True).indices
-        second = logits.scatter(-1, first, -torch.inf).max(dim=-1, keepdim=True).indices
+        scores = self.selection_scores(logits)
+        first = scores.max(dim=-1, keepdim=True).indices
+        second = scores.scatter(-1, first, -torch.inf).max(dim=-1, keepdim=True).indices
         return torch.cat([first, second], dim=-1)
 
-    def weigh(
+    def _weights(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
     ) -> Float[Tensor, "*batch k"]:
         """The first expert's weight of the first round and the second's of the second, in [0, 1].
@@ -202,7 +204,8 @@ class SparseMixer(ByOrderOfLogits):
         rest = logits.scatter(-1, first, -torch.inf)
         # an expert that an edit chose twice weighs the same both times
         rest = torch.where(second == first, logits, rest)
-        return torch.cat([self._round(logits, logits, first), self._round(logits, rest, second)], dim=-1)
+        is_first = torch.arange(2, device=logits.device) == 0
+        return torch.where(is_first, self._round(logits, logits, first), self._round(logits, rest, second))
 
     def _round(self, logits: Tensor, left: Tensor, chosen: Tensor) -> Tensor:
         with torch.no_grad():

@@ -24,6 +24,11 @@ def softmax(router: Any, block: Any, renormalize: bool | None = None, **fields: 
     return SoftmaxTopK(router.num_experts, router.top_k, bool(renormalize), **fields)
 
 
+def jamba(router: Any, block: Any) -> SoftmaxTopK:
+    # weights come in the hidden states' dtype, which under autocast is not the logits'
+    return softmax(router, block, False, float32_weights=router.weight.dtype == torch.float32)
+
+
 def gemma4(router: Any, block: Any) -> SoftmaxTopK:
     n_experts, k = router.proj.weight.shape[0], router.config.top_k_experts
     return SoftmaxTopK(
@@ -73,6 +78,7 @@ def deepseek_v3(router: Any, block: Any) -> SigmoidTopK:
         top_k=router.top_k,
         groups=_groups(router, 2),
         in_order=False,
+        float32_scores=False,  # the logits are float32, but for autocast
         bias=_tensor(router, "e_score_correction_bias"),
         renormalize=bool(router.norm_topk_prob),
         scaling=float(router.routed_scaling_factor),

@@ -161,7 +161,9 @@ class RoutingRule(ABC):
         groups decide too, the route is that of `SteeringPlan(deactivate=...)`, and the rule that comes back
         keeps the expert out itself. Either way the other experts keep their order (in groups: a group with
         too few experts left is passed over), and gradients flow to their logits.
-        Within a hook on the router logits: `logits, hook.rule = hook.rule.without(logits, expert)`.
+        Within a hook on the router logits: `logits, hook.rule = hook.rule.without(logits, expert)`. (A logit
+        of -inf alone excludes nobody from a router with a correction bias: the expert's score is the lowest
+        before the bias, and the bias may still lift it into the top-k.)
 
         Raises:
             HookError: the router takes its experts from a table, so that no logit matters; fewer than k
@@ -183,6 +185,87 @@ class RoutingRule(ABC):
     ) -> "tuple[Float[Tensor, '*batch expert'], RoutingRule]":
         """What `without` gives for experts that the rule can leave out."""
         return self.steer(logits, [], experts, math.inf)
+
+    def excluding(
+        self, logits: Float[Tensor, "*batch expert"], mask: Tensor
+    ) -> "tuple[Float[Tensor, '*batch expert'], RoutingRule]":
+        """`without` token by token: logits, and the rule, that never choose an expert of `mask`.
+
+        >>> from moe_lens import organisms
+        >>> rule = organisms.load("specialised").routing_rule(0)
+        >>> mask = torch.zeros(2, 8, dtype=torch.bool)           # [token expert]
+        >>> mask[0, 7] = True
+        >>> logits, rule = rule.excluding(torch.arange(8.0).expand(2, 8), mask)
+        >>> rule.route(logits).indices.tolist()
+        [[6, 5], [7, 6]]
+
+        Within a hook on the router logits: `logits, hook.rule = hook.rule.excluding(logits, mask)`. Tokens of
+        which nothing is excluded keep their logits.
+
+        Args:
+            mask: bool [*batch expert] or [expert], true for experts that must not run.
+
+        Raises:
+            HookError: a mask that does not fit the logits; on some token, which the message names, it leaves
+                fewer than k experts, or none that the router's groups allow; the router takes its experts
+                from a table.
+        """
+        if mask.dtype != torch.bool or mask.ndim == 0 or mask.ndim > logits.ndim:
+            raise HookError(
+                f"A mask of excluded experts must be bool and fit logits of shape {tuple(logits.shape)}; got "
+                f"{mask.dtype} of shape {tuple(mask.shape)}."
+            )
+        try:
+            mask = mask.to(logits.device).expand(logits.shape)
+        except RuntimeError as error:
+            raise HookError(
+                f"A mask of excluded experts of shape {tuple(mask.shape)} does not fit logits of shape "
+                f"{tuple(logits.shape)}."
+            ) from error
+        if not self.chooses_by_logits:
+            raise HookError(f"{type(self).__name__} cannot exclude experts: {self.cannot_steer([], [0])}.")
+        self._refuse_tokens(mask, ~self._can_exclude(mask))
+        remaining, rule = self._hold_out(logits, mask)
+        self._refuse_tokens(mask, mask.gather(-1, rule.select(remaining)).any(dim=-1))
+        return remaining, rule
+
+    def _can_exclude(self, mask: Bool[Tensor, "*batch expert"]) -> Bool[Tensor, "*batch"]:
+        """On which tokens the router can do without the experts of the mask."""
+        return (~mask).sum(dim=-1) >= self.top_k
+
+    def _hold_out(
+        self, logits: Float[Tensor, "*batch expert"], mask: Bool[Tensor, "*#batch expert"]
+    ) -> "tuple[Float[Tensor, '*batch expert'], RoutingRule]":
+        """What `excluding` gives for a mask that leaves enough experts."""
+        return logits.masked_fill(mask, -math.inf), self
+
+    def _refuse_tokens(self, mask: Bool[Tensor, "*batch expert"], refused: Bool[Tensor, "*batch"]) -> None:
+        if bool(refused.any()):
+            token = refused.nonzero()[0].tolist()
+            excluded = mask[tuple(token)].nonzero().flatten().tolist()
+            raise HookError(
+                f"Experts {excluded} cannot be excluded on token {token}: of the router's {self.n_experts} "
+                f"experts it must run {self.top_k}, and too few others are left (that have finite logits and "
+                "stand in groups that it may choose together). Exclude fewer there."
+            )
+
+    def released(self, tokens: Bool[Tensor, "*batch"]) -> "RoutingRule":
+        """The rule without what steering holds on these tokens: for hooks that replace their logits.
+
+        >>> from moe_lens import organisms
+        >>> rule = organisms.load("specialised").routing_rule(0)
+        >>> logits = torch.arange(8.0)
+        >>> _, steered = rule.steer(logits, [0], [7], 0.01)
+        >>> steered.select(logits).tolist(), steered.released(torch.tensor(True)).select(logits).tolist()
+        ([0, 6], [7, 6])
+
+        Within a hook on the router logits: `hook.rule = hook.rule.released(tokens)`, with bool [batch pos].
+        """
+        return self
+
+    def only_on(self, tokens: Bool[Tensor, "*batch"], before: "RoutingRule") -> "RoutingRule":
+        """This rule on these tokens and `before` on all others, where they differ in what steering holds."""
+        return self
 
     def _numbers(self, experts: Any) -> list[int]:
         given = list(experts) if isinstance(experts, Sequence | set) else [experts]

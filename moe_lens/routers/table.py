@@ -151,7 +151,7 @@ RULES: dict[str, Family] = {
         wrong_in_compatibility_mode=("fold_value_biases",),
     ),
     "JambaTopKRouter": Family(
-        partial(readers.softmax, renormalize=False),
+        readers.jamba,
         architectures={"JambaForCausalLM": "Mamba and attention layers; dense layers"},
     ),
     "JetMoeTopKGating": Family(

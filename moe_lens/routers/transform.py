@@ -2,15 +2,17 @@
 
     steer_logits(logits, activate=[3], deactivate=[1])        # softmax routers: SteerMoE's formulas
     steer_raw_logits(logits, activate=[3], deactivate=[1])    # where a shift of all logits matters
+    move(scores, inside, outside, epsilon)                    # by masks, token by token
+    soften(logits, inside, outside, strength)                 # z ± strength · std(z)
 
-Both work per token and leave the other experts' order as it was.
+All work per token and leave the other experts' order as it was.
 """
 
 from collections.abc import Iterable
 from typing import Final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _LOWEST: Final = -60.0  # nats below which float32 softmax is nearing underflow (at -103); see _keep_apart
@@ -35,9 +37,9 @@ def steer_logits(
     Deactivated experts stay out as long as k others have finite logits: a hook that ran before and set most
     of them to -inf leaves the router no choice.
     """
-    activate, deactivate = list(activate), list(deactivate)
+    inside, outside = _masks(logits, list(activate), list(deactivate))
     scores = torch.log_softmax(logits.float(), dim=-1)
-    return _keep_apart(_move(scores, activate, deactivate, epsilon), deactivate)
+    return _keep_apart(move(scores, inside, outside, epsilon), outside)
 
 
 def steer_raw_logits(
@@ -52,21 +54,55 @@ def steer_raw_logits(
     float32 rounds epsilon away. Choices by the order of logits are those of `steer_logits`; use it where a
     shift of all logits would change weights (sigmoid, sparsemixer).
     """
-    return _move(logits.float(), list(activate), list(deactivate), epsilon)
+    inside, outside = _masks(logits, list(activate), list(deactivate))
+    return move(logits.float(), inside, outside, epsilon)
 
 
-def _move(
-    scores: Float[Tensor, "*batch expert"], activate: list[int], deactivate: list[int], epsilon: float
+def move(
+    scores: Float[Tensor, "*batch expert"],
+    inside: Bool[Tensor, "*#batch expert"],
+    outside: Bool[Tensor, "*#batch expert"],
+    epsilon: float | Float[Tensor, "*#batch 1"],
 ) -> Float[Tensor, "*batch expert"]:
+    """Experts `inside` at the largest score + epsilon, those `outside` at the smallest − epsilon, or at the
+    next number where rounding takes epsilon away. The others keep their scores bit for bit."""
     highest = scores.amax(dim=-1, keepdim=True)
     lowest = scores.amin(dim=-1, keepdim=True)
     raised, lowered = highest + epsilon, lowest - epsilon
     raised = torch.where(raised > highest, raised, _next(highest, torch.inf))
     lowered = torch.where(lowered < lowest, lowered, _next(lowest, -torch.inf))
-    steered = scores.clone()
-    steered[..., activate] = raised
-    steered[..., deactivate] = lowered
-    return steered
+    return torch.where(outside, lowered, torch.where(inside, raised, scores))
+
+
+def soften(
+    logits: Float[Tensor, "*batch expert"],
+    inside: Bool[Tensor, "*#batch expert"],
+    outside: Bool[Tensor, "*#batch expert"],
+    strength: float | Float[Tensor, ""],
+) -> Float[Tensor, "*batch expert"]:
+    """The soft form: z + strength · std for experts `inside`, z − strength · std for those `outside`.
+
+    std is the population's (correction 0) over the token's finite logits. In float32, then back in the
+    logits' dtype; the others keep their logits bit for bit. Gradients flow to logits and to the strength.
+    EasySteer's form of soft steering.
+    """
+    z = logits.float()
+    finite = z.isfinite()
+    n_finite = finite.sum(dim=-1, keepdim=True).clamp(min=1)
+    mean = z.masked_fill(~finite, 0.0).sum(dim=-1, keepdim=True) / n_finite
+    # experts at -inf stand at the mean, where they add nothing
+    spread = torch.where(finite, z, mean).std(dim=-1, correction=0, keepdim=True)
+    step = strength * spread * (z.shape[-1] / n_finite).sqrt()
+    moved = torch.where(inside, z + step, torch.where(outside, z - step, z)).to(logits.dtype)
+    return torch.where(inside | outside, moved, logits)
+
+
+def _masks(scores: Float[Tensor, "*batch expert"], *named: list[int]) -> list[Bool[Tensor, " expert"]]:
+    width = scores.shape[-1]
+    return [
+        torch.tensor([expert in experts for expert in range(width)], device=scores.device)
+        for experts in named
+    ]
 
 
 def _next(number: Tensor, towards: float) -> Tensor:
@@ -74,14 +110,13 @@ def _next(number: Tensor, towards: float) -> Tensor:
     return torch.nextafter(number.detach(), torch.full_like(number, towards))
 
 
-def _keep_apart(steered: Float[Tensor, "*batch expert"], deactivate: list[int]) -> Tensor:
+def _keep_apart(
+    steered: Float[Tensor, "*batch expert"], outside: Bool[Tensor, " expert"]
+) -> Float[Tensor, "*batch expert"]:
     """Keep deactivated experts strictly last where softmax would underflow and make ties."""
     depth = steered.log_softmax(dim=-1)
     low = (depth < _LOWEST) & (depth > -torch.inf)
-    if not bool(low.any()):
-        return steered
-    key = steered.detach().clone()
-    key[..., deactivate] = -torch.inf
+    key = steered.detach().masked_fill(outside, -torch.inf)
     rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 = lowest
     spread = _LOWEST - _ROOM * (1 - rank / steered.shape[-1])
     return torch.where(low.any(dim=-1, keepdim=True), torch.where(low, spread, depth), steered)

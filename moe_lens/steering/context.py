@@ -6,8 +6,9 @@ with steered(hf_model, plan):
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsFloat
 
+from moe_lens.interventions.positions import Positions
 from moe_lens.model.attaching import attach, detach, wrapper_of
 from moe_lens.model.registration import allow_training
 from moe_lens.model.wrapper import Model
@@ -15,7 +16,14 @@ from moe_lens.steering.hooks import steer_hooks
 
 
 @contextmanager
-def steered(model: Any, plan: Any, *, training: bool = False) -> Iterator[Any]:
+def steered(
+    model: Any,
+    plan: Any,
+    *,
+    positions: Positions = None,
+    strength: SupportsFloat | None = None,
+    training: bool = False,
+) -> Iterator[Any]:
     """Steer a Hugging Face model, a `RoutedModel` or a `HookedMoE` while the context lasts.
 
     >>> import torch
@@ -32,7 +40,7 @@ def steered(model: Any, plan: Any, *, training: bool = False) -> Iterator[Any]:
     Args:
         model: where a Hugging Face model has no hook points, it gets them for the time; then it has no trace
             of them.
-        plan: as in `steer_hooks`.
+        plan, positions, strength: as in `steer_hooks`.
         training: allow it in training mode; see `RoutedModel.hooks`.
 
     Yields: the model that it was given.
@@ -40,7 +48,7 @@ def steered(model: Any, plan: Any, *, training: bool = False) -> Iterator[Any]:
     Raises:
         as in `steer_hooks` and `attach`.
     """
-    hooks = steer_hooks(plan)
+    hooks = steer_hooks(plan, positions=positions, strength=strength)
     given: Any = model
     there = model if isinstance(model, Model) else wrapper_of(model)
     wrapper: Any = attach(given) if there is None else there

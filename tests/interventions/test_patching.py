@@ -353,11 +353,37 @@ def test_hooks_on_the_model_act_in_patched_runs(hooked: Hooked) -> None:
     model = hooked("olmoe")
     cache = cached(model)
     plain = patch_router(model, cache, CORRUPTED, metric)
-    with model.hooks(steer_hooks(SteeringPlan(deactivate=[(0, 1), (1, 2)]))):
+    with model.hooks(zero_ablate({0: [1, 4]})):
         found = patch_router(model, cache, CORRUPTED, metric, batch_size=1)
         torch.testing.assert_close(found, by_transformer_lens(model, cache, "router_logits"), **TOLERANCE)
         torch.testing.assert_close(patch_router(model, cache, CORRUPTED, metric), found, **TOLERANCE)
     assert not torch.allclose(found, plain)
+
+
+@pytest.mark.parametrize("recipe", ["olmoe", "deepseek_v3", "ernie4_5_moe", "deepseek_v2_grouped"])
+def test_a_plan_does_not_hold_where_clean_logits_are_patched_in(hooked: Hooked, recipe: str) -> None:
+    """As if the layer's plan left the patched position out."""
+    model = hooked(recipe)
+    cache = cached(model)
+    plans = {n: SteeringPlan([(n, 3)], [(n, 1), (n, 2)]) for n in model.moe_layers}
+    under = [hook for plan in plans.values() for hook in steer_hooks(plan)]
+    expected = []
+    for layer, pos in itertools.product(model.moe_layers, range(N_POS)):
+
+        def put(logits: Tensor, hook: Any, pos: int = pos) -> Tensor:
+            logits = logits.clone()
+            logits[:, pos] = cache[hook.name][:, pos]
+            return logits
+
+        others = [column for column in range(N_POS) if column != pos]
+        hooks = [hook for n in plans if n != layer for hook in steer_hooks(plans[n])]
+        hooks += steer_hooks(plans[layer], positions=others)
+        logits = model.run_with_hooks(CORRUPTED, fwd_hooks=[*hooks, (hook_names.router_logits(layer), put)])
+        expected.append(metric(logits))
+    found = patch_router(model, cache, CORRUPTED, metric, hooks=under)
+    torch.testing.assert_close(found, torch.stack(expected).reshape(-1, N_POS), **TOLERANCE)
+    with model.hooks(under):
+        assert not torch.allclose(found, by_transformer_lens(model, cache, "router_logits"))
 
 
 @core_family

@@ -185,7 +185,7 @@ def test_steering_keeps_the_others_in_their_order(
 
 @one_of_each_kind
 @every_dtype
-def test_logits_that_a_later_hook_puts_back_undo_the_plan(
+def test_logits_that_a_later_hook_puts_back_undo_the_plan_if_it_says_so(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
     model = hooked(recipe, dtype)
@@ -193,6 +193,7 @@ def test_logits_that_a_later_hook_puts_back_undo_the_plan(
     clean, cache = model.run_with_cache(tokens(), names_filter=is_routing_point)
 
     def put_back(logits: Tensor, hook: HookPoint) -> Tensor:
+        hook.rule = hook.rule.released(torch.ones(logits.shape[:2], dtype=torch.bool))  # type: ignore
         return cache[str(hook.name)]
 
     hooks: list[Any] = steer_hooks(SteeringPlan([(n, 3) for n in layers], [(n, 0) for n in layers]))

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lens.routers.groups import GroupLimit, Steering
+from moe_lens.routers.groups import GroupLimit
+from moe_lens.routers.hold import Hold
 
 CONFIGS = [  # experts, k, groups, chosen groups
     (6, 2, 3, 1),
@@ -55,21 +56,23 @@ def test_there_is_an_obstacle_exactly_where_no_choice_of_groups_serves(
     limit = GroupLimit(n_groups, n_chosen, n_summed=1)
     verdicts = set()
     for activate, deactivate in all_plans(n_experts, k):
-        reason = limit.obstacle(n_experts, k, Steering(activate, deactivate))
+        reason = limit.obstacle(n_experts, k, activate, deactivate)
         serves = bool(possible(*config, activate, deactivate))
         assert (reason is None) == serves, (activate, deactivate, reason)
+        hold = Hold.of_experts(activate, deactivate, n_experts)
+        assert bool(limit.possible(hold.inside, hold.outside, k)) == serves, (activate, deactivate)
         verdicts.add(serves)
     assert verdicts == {True, False}
 
 
 def test_an_obstacle_names_the_experts_and_the_groups() -> None:
     limit = GroupLimit(n_groups=4, n_chosen=2, n_summed=2)
-    reason = limit.obstacle(8, 3, Steering(activate=(7, 0, 3)))
+    reason = limit.obstacle(8, 3, (7, 0, 3), ())
     assert reason == (
         "the activated experts [0, 3, 7] stand in 3 of the router's 4 groups, and experts come from 2 "
         "group(s) only"
     )
-    reason = limit.obstacle(8, 3, Steering((), (6, 4, 2, 0)))
+    reason = limit.obstacle(8, 3, (), (6, 4, 2, 0))
     assert reason == (
         "without the deactivated experts [0, 2, 4, 6], no 2 of the router's 4 groups hold the 3 experts that "
         "must run"
@@ -97,10 +100,9 @@ def test_the_groups_are_the_best_that_serve_the_steering(
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     span = 3 if ties else 10**6
     scores = torch.randint(-span, span, (6, n_groups), generator=generator).float()
-    steering = Steering(tuple(activate), tuple(deactivate))
-    available = torch.tensor(limit.available(n_experts, steering)).expand(2, 3, n_groups)
+    available = torch.tensor(limit.available(n_experts, deactivate)).expand(2, 3, n_groups)
     needed = torch.zeros(2, 3, n_groups, dtype=torch.bool)
-    needed[..., limit.required(n_experts, steering)] = True
+    needed[..., limit.required(n_experts, activate)] = True
     picked = limit._feasible_groups(scores.view(2, 3, n_groups), needed, available, k).view(6, n_groups)
     required = {expert // (n_experts // n_groups) for expert in activate}
     for token, mask in zip(scores.tolist(), picked.tolist(), strict=True):
@@ -137,37 +139,17 @@ def test_a_deactivated_expert_counts_as_the_lowest_in_its_groups_sum() -> None:
     limit = GroupLimit(n_groups=2, n_chosen=1, n_summed=2)
     scores = torch.tensor([9.0, 9.0, 1.0, 4.0, 4.0, 4.0])  # 18 against 8; without expert 0, 9 + 1 against 8
     assert limit.allowed(scores, 1, None).tolist() == [True] * 3 + [False] * 3
-    assert limit.allowed(scores, 1, Steering((), (0,)).held(scores)).tolist() == [True] * 3 + [False] * 3
-    assert limit.allowed(scores, 1, Steering((), (0, 1)).held(scores)).tolist() == [False] * 3 + [True] * 3
+    assert limit.allowed(scores, 1, Hold.of_experts((), (0,), 6)).tolist() == [True] * 3 + [False] * 3
+    assert limit.allowed(scores, 1, Hold.of_experts((), (0, 1), 6)).tolist() == [False] * 3 + [True] * 3
 
 
 def test_the_group_of_an_activated_expert_is_chosen_however_low_it_stands() -> None:
     scores = torch.tensor([9.0, 9.0, 5.0, 5.0, -1e6, -1e6])
-    for steering in (Steering((4,)), Steering((4,), (5,))):
-        assert (
-            GroupLimit(3, 1, 2).allowed(scores, 1, steering.held(scores)).tolist() == [False] * 4 + [True] * 2
-        )
-
-
-def test_steering_holds_experts_as_long_as_their_logits_are_those_it_gave() -> None:
-    given = torch.tensor([[1.0, -2.0, 3.0, 4.0]])
-    inside, outside = Steering((1,), (3, 2), given).held(given)
-    assert inside.tolist() == [[False, True, False, False]]
-    assert outside.tolist() == [[False, False, True, True]]
-    inside, outside = Steering((1,), (3, 2), given).held(torch.tensor([[0.0, -2.0, 3.5, 4.0]]))
-    assert inside.tolist() == [[False, True, False, False]]
-    assert outside.tolist() == [[False, False, False, True]]
+    for hold in (Hold.of_experts((4,), (), 6), Hold.of_experts((4,), (5,), 6)):
+        assert GroupLimit(3, 1, 2).allowed(scores, 1, hold).tolist() == [False] * 4 + [True] * 2
 
 
 def test_tokens_on_which_steering_holds_nobody_choose_their_groups_as_ever() -> None:
     limit, scores = GroupLimit(4, 2, 2), torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    released = Steering((0,), (5,), scores + 1).held(scores)
-    assert torch.equal(limit.allowed(scores, 3, released), limit.allowed(scores, 3, None))
-
-
-def test_a_later_steering_overrules_an_earlier_one_expert_by_expert() -> None:
-    both = Steering((1,), (3,)).after(Steering((3, 5), (1, 2)))
-    assert set(both.activate) == {1, 5}
-    assert set(both.deactivate) == {2, 3}
-    assert Steering((1,), (3,)).after(Steering()) == Steering((1,), (3,))
-    assert Steering().after(Steering((1,), (3,))) == Steering((1,), (3,))
+    nobody = Hold.of_experts((0,), (5,), 8).on(torch.zeros(50, dtype=torch.bool))
+    assert torch.equal(limit.allowed(scores, 3, nobody), limit.allowed(scores, 3, None))

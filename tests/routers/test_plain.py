@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -257,6 +257,7 @@ def test_steering_runs_the_best_of_all_sets_that_the_plan_allows(
 ) -> None:
     rule = RULES[name][0]
     n_experts, k, activate, deactivate = data.draw(plans(2 if isinstance(rule, SparseMixer) else None))
+    assume(activate or deactivate)
     z = grid(n_experts, seed, stretch, dtype)
     rule = replace(sized(rule, n_experts, k), **({"scaling": 1.0} if isinstance(rule, SoftmaxTopK) else {}))
     assert_steered(rule, z, activate, deactivate, epsilon)

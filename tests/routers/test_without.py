@@ -57,7 +57,7 @@ def test_plain_rules_route_as_with_a_logit_of_minus_infinity(hooked, family) -> 
     removed = logits.clone()
     removed[:, 1] = -torch.inf
     edited, edited_rule = route_without(rule, logits, 1)
-    assert edited_rule is rule
+    assert torch.equal(edited, removed)
     for ours, theirs in zip(edited_rule.route(edited), rule.route(removed), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -134,7 +134,7 @@ def test_a_rule_may_override_it_and_hooks_follow(hooked) -> None:
     wanted = -logits
     wanted[:, 2] = -torch.inf
     assert torch.equal(edited, wanted)
-    assert edited_rule is rule
+    assert torch.equal(edited_rule.route(edited).indices, rule.route(wanted).indices)
 
     def put_rule(value, hook):
         hook.rule = rule
