@@ -187,7 +187,7 @@ def _as_tensor(input: Any) -> Tensor:
     return tensor
 
 
-def _warn_of_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> None:
+def _warn_of_padding(tokenizer: Any, tokens: Tensor) -> None:
     if looks_padded(tokenizer, tokens):
         warn(
             "Some rows of these tokens begin or end with the padding token, without an attention_mask: "

@@ -11,7 +11,7 @@ hook_resid_post. For TransformerLens' own points inside attention and experts us
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -217,7 +217,8 @@ class RoutedModel(Model, Generating, HookedRootModule):
         if return_type not in _RETURN_TYPES:
             raise DataError(f"return_type must be one of {_RETURN_TYPES}; got {return_type!r}.")
         inputs = self._inputs(input, prepend_bos, padding_side, attention_mask)
-        with registration.forward_state(self).reading(input):
+        reading = registration.forward_state(self).reading(input)
+        with nullcontext() if torch.compiler.is_compiling() else reading:
             if stop_at_layer is not None and (block := self._block(stop_at_layer)) is not None:
                 return residual_before(block, lambda: self.hf_model(**{**inputs, **kwargs}))
             output = self.hf_model(**{**inputs, **kwargs})

@@ -97,6 +97,9 @@ class Probabilities(InOrder):
     """Gemma 4: probabilities [token expert] stand in place of the logits, which `router.proj` gives."""
 
     def call(self, router: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        if torch.compiler.is_compiling():  # which knows no hooks that come and go
+            output = forward(*args, **kwargs)
+            return output, router.proj(router.norm(args[0]) * router.scale * router.scalar_root_size)
         seen: list[Tensor] = []
 
         def note(projection: nn.Module, inputs: Any, logits: Tensor) -> None:
@@ -171,7 +174,8 @@ class SortedTokens:
         experts = indices.flatten()
         order = experts.sort(0).indices
         tokens = order.div(indices.shape[-1], rounding_mode="trunc")
-        sizes = torch.bincount(experts, minlength=logits.shape[-1]).tolist()
+        chosen = torch.zeros_like(logits, dtype=torch.long)
+        sizes = chosen.scatter_add(1, indices, torch.ones_like(indices)).sum(0).tolist()
         return order, tokens, weights.to(output[2].dtype).flatten()[order], sizes, logits
 
     def unpack(self, output: Any, logits: Tensor) -> RouterOutput:

@@ -1,18 +1,20 @@
-"""Routing hooks under torch.compile: they act in every order of hooked and unhooked runs.
+"""Routing hooks under torch.compile act in every order of hooked and unhooked runs; plans compile whole.
 
 dynamo sets no guard on a module's hooks (skip_nnmodule_hook_guards), so a trace made without hooks must not
 hold the router.
 """
 
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from moe_lens import HookedMoE, SteeringPlan, hook_names, steer_hooks, zero_ablate
+from moe_lens import HookedMoE, RoutedModel, SteeringPlan, hook_names, steer_hooks, zero_ablate
 from moe_lens.hook_names import HookList
-from tests.tiny_models import tiny_model, tokens
+from tests.tiny_models import EVERY_FAMILY, tiny_model, tokens
 
 ORDERS = ("unhooked, plan, ablation", "ablation, plan, unhooked", "plan, unhooked, ablation")
 
@@ -24,7 +26,7 @@ def fresh_traces() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def hooks_of(model: HookedMoE, kind: str) -> HookList:
+def hooks_of(model: Any, kind: str) -> HookList:
     layer = model.moe_layers[-1]
     return {
         "unhooked": [],
@@ -35,31 +37,36 @@ def hooks_of(model: HookedMoE, kind: str) -> HookList:
     }[kind]
 
 
-def compiled(model: HookedMoE, how: str) -> Any:
+def compiled(model: Any, how: str) -> Any:
     if how == "model.compile()":
         model.original_model.compile(backend="eager")
     elif how == "each layer":
-        for block in model.blocks:
+        for block in model.blocks if isinstance(model, HookedMoE) else model.hf_model.model.layers:
             block.compile(backend="eager")
+    elif how == "its forward":
+        model.original_model.forward = torch.compile(model.original_model.forward, backend="eager")
     else:
         return torch.compile(lambda given: model(given), backend="eager")
     return model
 
 
-@pytest.mark.parametrize("how", ["model.compile()", "each layer", "torch.compile(f)"])
-@pytest.mark.parametrize(
-    "order", [ORDERS[0], *(pytest.param(order, marks=pytest.mark.broad) for order in ORDERS[1:])]
-)
+def broad(*values: Any) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.broad) for value in values]
+
+
+@pytest.mark.parametrize("build", [RoutedModel, *broad(HookedMoE.from_hf)])
+@pytest.mark.parametrize("how", ["model.compile()", *broad("each layer", "torch.compile(f)", "its forward")])
+@pytest.mark.parametrize("order", [ORDERS[0], *broad(*ORDERS[1:])])
 @pytest.mark.parametrize("recipe", ["olmoe", "deepseek_v3"])
-def test_hooks_act_in_any_order(recipe: str, order: str, how: str) -> None:
-    plain, given = HookedMoE.from_hf(tiny_model(recipe)), tokens(2, 5)
+def test_hooks_act_in_any_order(recipe: str, order: str, how: str, build: Callable[..., Any]) -> None:
+    plain, given = build(tiny_model(recipe)), tokens(2, 5)
     kinds = [*order.split(", "), "weights", "indices"]
     with torch.no_grad():
         expected = {kind: plain.run_with_hooks(given, fwd_hooks=hooks_of(plain, kind)) for kind in kinds}
         assert all(
             not torch.equal(expected[kind], expected["unhooked"]) for kind in kinds if kind != "unhooked"
         )
-        model = HookedMoE.from_hf(tiny_model(recipe))
+        model = build(tiny_model(recipe))
         run = compiled(model, how)
         for kind in kinds * 2:
             with model.hooks(hooks_of(model, kind)):
@@ -79,3 +86,29 @@ def test_hooks_on_expert_outputs_act_too() -> None:
         assert not torch.equal(edited, before)
         assert torch.equal(model.run_with_hooks(given, fwd_hooks=hooks), edited)
         assert torch.equal(model(given), before)
+
+
+def test_hooks_act_in_a_compiled_generation_with_a_static_cache() -> None:
+    model, given = RoutedModel(tiny_model("olmoe")), tokens(2, 5)
+    hf_model: Any = model.hf_model
+    options: Any = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+    def written(**more: Any) -> list[torch.Tensor]:
+        outputs = []
+        for kind in ("unhooked", "plan", "ablation", "unhooked"):
+            with model.hooks(hooks_of(model, kind)), torch.no_grad():
+                outputs.append(hf_model.generate(given, **options, **more))
+        return outputs
+
+    expected = written()
+    assert not torch.equal(expected[0], expected[1])
+    hf_model.forward = torch.compile(hf_model.forward, backend="eager")
+    for way in ({}, {"cache_implementation": "static"}):
+        assert all(map(torch.equal, written(**way), expected)), way
+
+
+@pytest.mark.parametrize("recipes", [["olmoe", "deepseek_v3"], *broad(EVERY_FAMILY)], ids=["two", "all"])
+def test_a_model_steered_by_a_plan_compiles_whole(recipes: list[str]) -> None:
+    command = [sys.executable, "-m", "tests.model.compiled_whole", *recipes]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stdout == "".join(f"{recipe} compiles whole\n" for recipe in recipes), run.stderr[-3000:]
