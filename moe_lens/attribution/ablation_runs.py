@@ -20,9 +20,9 @@ from torch import Tensor
 from moe_lens import hook_names
 from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.errors import DataError, HookError
-from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.metric import TokenMetric
 from moe_lens.model.registration import forward_state, with_expert_out
+from moe_lens.model.wrapper import Model
 
 _MEMORY: Final = 2**30
 """Bytes that stacked forwards may take on a CPU; on a GPU, half of what is free."""
@@ -62,7 +62,7 @@ class AblationBatch:
         loss: of each prompt, [batch].
     """
 
-    model: HookedMoE
+    model: Model
     layers: list[int]
     tokens: Int[Tensor, "batch pos"]
     metric: TokenMetric
@@ -237,7 +237,7 @@ def _newcomers(
     return other_indices.gather(-1, best).squeeze(-1)
 
 
-def _rows_that_fit(model: HookedMoE, n_pos: int) -> int:
+def _rows_that_fit(model: Model, n_pos: int) -> int:
     """How many prompts fit into a forward: a few copies of the logits, and one layer's activations."""
     device = torch.device(model.cfg.device or "cpu")
     free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _MEMORY

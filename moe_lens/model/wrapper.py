@@ -28,6 +28,8 @@ class Model:
         training: bool
 
         @property
+        def original_model(self) -> Any: ...  # the Hugging Face model
+        @property
         def tokenizer(self) -> Any: ...
         @tokenizer.setter
         def tokenizer(self, value: Any) -> None: ...

@@ -23,7 +23,7 @@ from moe_lens.evaluation.outcomes import ANY_LAYER, DIRECTIONS, Outcome
 from moe_lens.evaluation.plan_sizes import SweepResult
 from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, SteeringTask, answer_task
-from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.wrapper import Model
 from moe_lens.organisms.worlds import World
 from moe_lens.results import Result
 from moe_lens.steering.plan import SteeringPlan
@@ -92,7 +92,7 @@ def run_demo(
 
 
 def run_on(
-    model: HookedMoE, world: World, name: str, *, seed: int = 0, n_random: int = 20, progress: bool = True
+    model: Model, world: World, name: str, *, seed: int = 0, n_random: int = 20, progress: bool = True
 ) -> DemoResult:
     """The same for any model that lives in a world of organisms (a freshly trained one, say)."""
     if progress:
@@ -138,12 +138,12 @@ def document_task(world: World, split: str) -> SteeringTask:
     )
 
 
-def detect_document_experts(model: HookedMoE, world: World, seed: int = 0) -> ExpertScores:
+def detect_document_experts(model: Model, world: World, seed: int = 0) -> ExpertScores:
     """Risk difference of document + question against question alone, on the detection split."""
     return detect(model, document_pairs(world, "detection"), seed=seed, batch_size=64, progress=False)
 
 
-def compare_sizes(model: HookedMoE, world: World, scores: ExpertScores) -> SweepResult:
+def compare_sizes(model: Model, world: World, scores: ExpertScores) -> SweepResult:
     """Plans of all `SIZES`, both directions, on the development split."""
     task = document_task(world, "development")
     return sweep(model, scores, task, sizes=SIZES, n_random=0, progress=False)

@@ -21,7 +21,7 @@ from moe_lens.text.prompts import Message, Prompt, as_prompt, is_chat, render
 
 @runtime_checkable
 class TextModel(Protocol):
-    """What reading text needs of a model: a `HookedMoE` has it, like every TransformerBridge."""
+    """What reading text needs of a model: `HookedMoE` and `RoutedModel` have it, like every bridge."""
 
     @property
     def tokenizer(self) -> Any:
@@ -29,7 +29,7 @@ class TextModel(Protocol):
 
     @property
     def cfg(self) -> Any:
-        """TransformerLens' config: d_vocab, n_ctx, device."""
+        """Its config: d_vocab, n_ctx, device, by TransformerLens' names."""
 
     @property
     def to_tokens(self) -> Callable[..., Any]:
