@@ -273,9 +273,11 @@ class _Freezer:
     def _keep_unembedded(self, module: Any, args: Any, output: Tensor) -> None:
         self.unembedded = output
         inner: Any = unwrap(module)
-        if getattr(inner, "bias", None) is not None:
-            with align_module_device(inner):
-                bias = inner.bias.detach().clone().to(output.device)
+        if getattr(inner, "bias", None) is None:
+            return
+        with align_module_device(inner):
+            bias = inner.bias.detach().clone().to(output.device)
+        if bool(bias.any()):  # TransformerLens gives a model without one a bias of zeros
             self.parts.append(Part("unembed.bias", output, bias.expand_as(output)))
 
 

@@ -220,18 +220,21 @@ def _pairs(options: Options) -> Any:
 
 
 def _model(options: Options) -> Any:
-    """The HookedMoE that --model or MODEL names: an organism, a folder or a name on the hub."""
+    """The model that --model or MODEL names, in its wrapper: an organism, a folder or a name on the hub."""
     import torch
 
+    wrapper: Any = moe_lens.RoutedModel if options.wrapper == "routed" else moe_lens.HookedMoE
     kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
-    if options.device is not None:
-        kwargs["device"] = options.device
     shipped = options.model in organisms.names()
     if shipped:
         _one_thread()
-    load = organisms.load if shipped else moe_lens.HookedMoE.from_pretrained
     try:
-        return load(options.model, **kwargs)
+        if shipped and options.device_map is None:
+            return organisms.load(options.model, wrapper=wrapper, device=options.device, **kwargs)
+        if options.device_map is not None or options.device is not None:
+            by_map = options.device_map is not None or options.wrapper == "routed"  # all on one device, too
+            kwargs["device_map" if by_map else "device"] = options.device_map or options.device
+        return wrapper.from_pretrained(organisms.path(options.model) if shipped else options.model, **kwargs)
     except MoELensError:
         raise
     except Exception as error:  # transformers, the hub and torch raise all kinds
