@@ -174,7 +174,8 @@ def demo(options: Options) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MoELensError(f"{options.out} cannot be made a folder ({error}); give another --out.") from error
-    results = [organisms_demo.run_demo(name, seed=options.seed) for name in names]
+    kind = _wrapper(options)
+    results = [organisms_demo.run_demo(name, wrapper=kind, seed=options.seed) for name in names]
     words = f"{organisms_demo.table(results)}\n\n{organisms_demo.LEGEND}\n"
     print(f"\n{words}")
     (options.out / "table.md").write_text(words, encoding="utf-8")
@@ -223,7 +224,7 @@ def _model(options: Options) -> Any:
     """The model that --model or MODEL names, in its wrapper: an organism, a folder or a name on the hub."""
     import torch
 
-    wrapper: Any = moe_lens.RoutedModel if options.wrapper == "routed" else moe_lens.HookedMoE
+    wrapper = _wrapper(options)
     kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
     shipped = options.model in organisms.names()
     if shipped:
@@ -231,15 +232,29 @@ def _model(options: Options) -> Any:
     try:
         if shipped and options.device_map is None:
             return organisms.load(options.model, wrapper=wrapper, device=options.device, **kwargs)
-        if options.device_map is not None or options.device is not None:
-            by_map = options.device_map is not None or options.wrapper == "routed"  # all on one device, too
-            kwargs["device_map" if by_map else "device"] = options.device_map or options.device
-        return wrapper.from_pretrained(organisms.path(options.model) if shipped else options.model, **kwargs)
+        source = organisms.path(options.model) if shipped else options.model
+        return wrapper.from_pretrained(source, **_place(options), **kwargs)
     except MoELensError:
         raise
     except Exception as error:  # transformers, the hub and torch raise all kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"The model {options.model} cannot be loaded: {reason}") from error
+
+
+def _place(options: Options) -> dict[str, Any]:
+    """Where the weights are to lie, as the wrapper's `from_pretrained` takes it."""
+    import torch
+
+    if options.device_map is not None:
+        return {"device_map": options.device_map}
+    if options.wrapper == "bridge":
+        return {} if options.device is None else {"device": options.device}
+    device = options.device or ("cuda" if torch.cuda.is_available() else None)
+    return {} if device is None else {"device_map": device}
+
+
+def _wrapper(options: Options) -> Any:
+    return moe_lens.RoutedModel if options.wrapper == "routed" else moe_lens.HookedMoE
 
 
 def _one_thread() -> None:

@@ -110,6 +110,7 @@ def _demo(adder: Any) -> None:
         "--out", type=Path, default=Path("moe-lens-demo"), help="folder (default: %(default)s)"
     )
     command.add_argument("--seed", type=_number, default=0, help="of random sets and bootstrap (default: 0)")
+    _wrapper(command)
 
 
 def _models(adder: Any) -> None:
@@ -322,24 +323,28 @@ def _model_and(command: argparse.ArgumentParser, name: str, text: str) -> None:
 
 def _loading(command: argparse.ArgumentParser) -> None:
     """How a model is loaded."""
-    command.add_argument(
-        "--wrapper",
-        choices=("bridge", "routed"),
-        default="bridge",
-        help="bridge (the default): a HookedMoE, TransformerLens' bridge, which puts a BOS before texts by a "
-        "table of its own; routed: a RoutedModel, the Hugging Face model as it is, tokens as its tokenizer "
-        "gives them, quantised checkpoints as they are. Where the BOS differs, so do the numbers: use one "
-        "wrapper for all steps",
-    )
+    _wrapper(command)
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: float32; with --wrapper routed, the checkpoint's)",
     )
     place = command.add_mutually_exclusive_group()
-    place.add_argument("--device", help='such as "cuda" (default: a GPU if there is one; routed: the CPU)')
+    place.add_argument("--device", help='such as "cuda" (default: a GPU if there is one)')
     place.add_argument(
         "--device-map", metavar="MAP", help='such as "auto": spread over all devices, and the rest offloaded'
+    )
+
+
+def _wrapper(command: argparse.ArgumentParser) -> None:
+    """Bridge is the default: so the numbers of a command stay those that it has given before."""
+    command.add_argument(
+        "--wrapper",
+        choices=("bridge", "routed"),
+        default="bridge",
+        help="bridge (the default): a HookedMoE, TransformerLens' bridge, which puts a BOS before texts by a "
+        "table of its own; routed: a RoutedModel, the Hugging Face model as it is, with tokens as its "
+        "tokenizer gives them. Where the BOS differs, so do the numbers: use one wrapper for all steps",
     )
 
 

@@ -103,8 +103,8 @@ def replay_hooks(
 
     Raises:
         DataError: a layer or weights that the record does not have.
-        HookError: another model, another number of prompts, a column that the record does not have, or a record
-            of longer prompts.
+        HookError: another model, another number of prompts, a column that the record does not have, or a
+            record of longer prompts.
     """
     if not isinstance(record, RouteRecord):
         raise DataError(f"replay_hooks needs a RouteRecord; got {type(record).__name__}.")

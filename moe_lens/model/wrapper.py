@@ -29,6 +29,8 @@ class Model:
 
         @property
         def original_model(self) -> Any: ...  # the Hugging Face model
+        @original_model.setter
+        def original_model(self, value: Any) -> None: ...
         @property
         def tokenizer(self) -> Any: ...
         @tokenizer.setter

@@ -23,6 +23,7 @@ from moe_lens.evaluation.outcomes import ANY_LAYER, DIRECTIONS, Outcome
 from moe_lens.evaluation.plan_sizes import SweepResult
 from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, SteeringTask, answer_task
+from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.wrapper import Model
 from moe_lens.organisms.worlds import World
 from moe_lens.results import Result
@@ -73,12 +74,18 @@ class DemoResult(Result):
 
 
 def run_demo(
-    name: str = "specialised", *, seed: int = 0, n_random: int = 20, progress: bool = True
+    name: str = "specialised",
+    *,
+    wrapper: type[Model] = HookedMoE,
+    seed: int = 0,
+    n_random: int = 20,
+    progress: bool = True,
 ) -> DemoResult:
     """Detect, choose the plan's size, steer both ways and hold the effect against random sets.
 
     Args:
         name: one of `organisms.names()`.
+        wrapper: `HookedMoE` or `RoutedModel`.
         seed: of the random sets, the bootstrap and the sign flips.
         n_random: random sets of each kind and direction, at least 4.
         progress: print what is done, and show a bar.
@@ -87,7 +94,7 @@ def run_demo(
         MoELensError: no organism of that name.
         DataError: n_random below 4.
     """
-    model, world = organisms.load(name), organisms.world(name)
+    model, world = organisms.load(name, wrapper=wrapper), organisms.world(name)
     return run_on(model, world, name, seed=seed, n_random=n_random, progress=progress)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import torch
 from transformers.utils import logging
@@ -11,12 +11,13 @@ from transformers.utils import logging
 from moe_lens.errors import MoELensError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.routed_model import RoutedModel
+from moe_lens.model.wrapper import Model
 from moe_lens.organisms.recipes import RECIPES
 from moe_lens.organisms.worlds import World
 
 WEIGHTS: Final = Path(__file__).parent / "weights"
 
-Wrapper = TypeVar("Wrapper", HookedMoE, RoutedModel)
+Wrapper = TypeVar("Wrapper", bound=Model)
 
 
 def names() -> tuple[str, ...]:
@@ -78,7 +79,7 @@ def load(
     if device is not None:
         kwargs["device" if wrapper is HookedMoE else "device_map"] = device
     with _without_progress_bar():
-        return wrapper.from_pretrained(path(name), **kwargs)
+        return cast(Any, wrapper).from_pretrained(path(name), **kwargs)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def quick_demo(small_demo: DemoResult, monkeypatch: pytest.MonkeyPatch) -> list[
     """The demo answers at once; the list notes what it was asked."""
     asked: list[tuple[str, int]] = []
 
-    def run_demo(name: str, *, seed: int) -> DemoResult:
+    def run_demo(name: str, *, wrapper: type, seed: int) -> DemoResult:
         asked.append((name, seed))
         return small_demo
 
