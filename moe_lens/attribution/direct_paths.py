@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_lens import hook_names
 from moe_lens.errors import MoELensError
-from moe_lens.model.hf_models import decoder_of, text_config
+from moe_lens.model.hf_models import decoder_of, original_model, text_config
 from moe_lens.model.layers import unwrap
 from moe_lens.model.registration import routing_layers, with_expert_out
 from moe_lens.model.wrapper import Model
@@ -121,7 +121,7 @@ def direct_path(model: Model, tokens: Int[Tensor, "batch pos"]) -> DirectPath:
 
 def logit_cap(model: Model) -> float | None:
     """c if the model returns c · tanh(logits / c), as Gemma 4 does; None if it has no soft cap."""
-    return getattr(text_config(model.original_model), "final_logit_softcapping", None)
+    return getattr(text_config(original_model(model)), "final_logit_softcapping", None)
 
 
 def gradients(target: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -167,8 +167,8 @@ class _Freezer:
         for child in trunk.children():
             if _is_hyper(child):
                 self._hold_mixing(child)
-        hf_model: Any = self.model.original_model
-        self.handles.append(hf_model.get_output_embeddings().register_forward_hook(self._keep_unembedded))
+        unembed = original_model(self.model).get_output_embeddings()
+        self.handles.append(unembed.register_forward_hook(self._keep_unembedded))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -314,7 +314,7 @@ def _as_linear(name: str, norm: Any, given: Tensor, output: Tensor) -> tuple[Ten
 
 def _decoder(model: Model) -> tuple[nn.Module, list[nn.Module]]:
     """The module that holds the decoder's blocks, and the norm after them; and the blocks."""
-    trunk, blocks = decoder_of(model.original_model, routing_layers(model))
+    trunk, blocks = decoder_of(original_model(model), routing_layers(model))
     if trunk is None:
         raise MoELensError(
             f"{model.cfg.model_name}: its MoE blocks do not stand in one list of decoder blocks, so the "

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
+from moe_lens.model.hf_models import original_model
 from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import forward_state, routing_layers
 from moe_lens.model.wrapper import Model, check_hooked
@@ -154,7 +155,7 @@ def available_memory(device: torch.device) -> int:
 def bytes_a_token(model: Model, n_pos: int) -> int:
     """Roughly what a token takes in a forward: logits, KV cache, and what one layer holds at a time."""
     cfg, moe = model.cfg, next(iter(routing_layers(model).values()))
-    hf_model: Any = model.original_model
+    hf_model = original_model(model)
     dtype = next(hf_model.parameters()).dtype
     d_model, d_mlp = cfg.d_model, getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
     n_run = model.n_experts if moe.row.experts.weights_on_input else model.top_k  # Llama 4 runs all experts

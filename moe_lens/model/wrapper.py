@@ -28,10 +28,6 @@ class Model:
         training: bool
 
         @property
-        def original_model(self) -> Any: ...  # the Hugging Face model
-        @original_model.setter
-        def original_model(self, value: Any) -> None: ...
-        @property
         def tokenizer(self) -> Any: ...
         @tokenizer.setter
         def tokenizer(self, value: Any) -> None: ...

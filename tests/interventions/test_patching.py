@@ -506,7 +506,8 @@ def test_other_arguments_are_refused(hooked: Hooked) -> None:
     with pytest.raises(
         (MoELensError, TypeCheckError), match=r"HookedMoE or RoutedModel is needed|patch_router"
     ):
-        patch_router(plain_bridge(tiny_model("olmoe")), cache, CORRUPTED, metric)
+        plain: Any = plain_bridge(tiny_model("olmoe"))
+        patch_router(plain, cache, CORRUPTED, metric)
 
 
 def test_training_mode_is_refused() -> None:
