@@ -81,7 +81,7 @@ def expert_logit_attribution(
     pieces: dict[str, list[tuple[list[int], Tensor]]] = {name: [] for name in _BATCH_DIM}
     names: tuple[str, ...] = ()
     bar = tqdm(total=len(lengths), desc="logit attribution", unit="prompt", disable=not progress)
-    with model.hooks(list(hooks)), bar:
+    with torch.inference_mode(False), torch.enable_grad(), model.hooks(list(hooks)), bar:
         for rows, tokens in batches:
             with forward_state(model).of_prompts(rows):
                 path = direct_path(model, tokens)
@@ -155,7 +155,7 @@ def expert_logit_lens(
     places = None if pos is None else positions(pos, _lengths(batches))
     n_prompts, pieces = len(_lengths(batches)), []
     bar = tqdm(total=n_prompts, desc="logit lens", unit="prompt", disable=not progress)
-    with model.hooks(list(hooks)), bar:
+    with torch.inference_mode(False), torch.enable_grad(), model.hooks(list(hooks)), bar:
         for rows, tokens in batches:
             with forward_state(model).of_prompts(rows):
                 path = direct_path(model, tokens)

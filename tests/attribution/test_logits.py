@@ -220,3 +220,14 @@ def test_the_table_holds_every_share(specialised) -> None:
     assert set(parts["part"]) == set(found.part_names)
     assert parts[["layer", "expert"]].isna().all(axis=None)
     assert "<td>embed</td>" in found._repr_html_()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_switched_on_where_the_caller_has_them_off(hooked, context) -> None:
+    model, given = hooked("olmoe"), tokens(2, 4)
+    expected = expert_logit_attribution(model, given, 5, progress=False)
+    lens = expert_logit_lens(model, given, 1, progress=False)
+    with context():
+        found = expert_logit_attribution(model, given, 5, progress=False)
+        assert torch.equal(found.experts, expected.experts)
+        assert torch.equal(expert_logit_lens(model, given, 1, progress=False), lens)
