@@ -86,7 +86,8 @@ class AblationBatch:
             ]
         with torch.inference_mode(False), torch.enable_grad(), with_expert_out(self.model):
             with self.model.hooks(points):
-                loss = losses(self.metric, self.model(self.tokens.clone()), self.tokens)
+                tokens = self.tokens.clone()  # they may come from inference mode
+                loss = losses(self.metric, self.model(tokens), tokens)
             if not loss.requires_grad:
                 raise DataError("metric gives numbers without gradient; compute them from the logits.")
             grads = gradients(loss.sum(), [seen.outputs[layer] for layer in self.layers])

@@ -73,6 +73,7 @@ def test_a_difference_of_logits_is_the_difference_of_shares(hooked) -> None:
     torch.testing.assert_close(both.experts, right.experts - wrong.experts, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(both.parts, right.parts - wrong.parts, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(both.logit, right.logit - wrong.logit)
+    assert both.part_names[-1] == "unembed.bias"
 
 
 def test_parts_are_named_and_shared_experts_are_theirs(hooked) -> None:
@@ -81,7 +82,7 @@ def test_parts_are_named_and_shared_experts_are_theirs(hooked) -> None:
     found = expert_logit_attribution(model, given, 9)
     parts = dict(zip(found.part_names, found.parts[:, 0].tolist(), strict=True))
     blocks = [f"blocks.{number}.{name}" for number in range(4) for name in ("attn", "mlp")]
-    assert list(parts) == ["embed", *blocks, "unembed.bias"]
+    assert list(parts) == ["embed", *blocks]  # its unembedding has no bias
     layer = model.blocks[3]
     model.set_use_expert_out(True)
     try:
@@ -231,3 +232,4 @@ def test_gradients_are_switched_on_where_the_caller_has_them_off(hooked, context
         found = expert_logit_attribution(model, given, 5, progress=False)
         assert torch.equal(found.experts, expected.experts)
         assert torch.equal(expert_logit_lens(model, given, 1, progress=False), lens)
+        virtual_ablation(model, given[:, :2].clone(), progress=False)  # of tokens made here
