@@ -273,11 +273,9 @@ class _Freezer:
     def _keep_unembedded(self, module: Any, args: Any, output: Tensor) -> None:
         self.unembedded = output
         inner: Any = unwrap(module)
-        if getattr(inner, "bias", None) is None:
-            return
-        with align_module_device(inner):
-            bias = inner.bias.detach().clone().to(output.device)
-        if bool(bias.any()):  # TransformerLens gives a model without one a bias of zeros
+        if getattr(inner, "bias", None) is not None:  # of zeros in a bridge, where the model has none
+            with align_module_device(inner):
+                bias = inner.bias.detach().clone().to(output.device)
             self.parts.append(Part("unembed.bias", output, bias.expand_as(output)))
 
 

@@ -82,7 +82,7 @@ def test_parts_are_named_and_shared_experts_are_theirs(hooked) -> None:
     found = expert_logit_attribution(model, given, 9)
     parts = dict(zip(found.part_names, found.parts[:, 0].tolist(), strict=True))
     blocks = [f"blocks.{number}.{name}" for number in range(4) for name in ("attn", "mlp")]
-    assert list(parts) == ["embed", *blocks]  # its unembedding has no bias
+    assert list(parts) == ["embed", *blocks, "unembed.bias"]
     layer = model.blocks[3]
     model.set_use_expert_out(True)
     try:
