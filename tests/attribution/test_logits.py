@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lens import organisms, zero_ablate
+from moe_lens import organisms, virtual_ablation, zero_ablate
 from moe_lens.attribution.logits import expert_logit_attribution, expert_logit_lens
 from moe_lens.errors import DataError, MoELensError
 from tests.tiny_models import prompt, tokens
