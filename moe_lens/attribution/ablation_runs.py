@@ -20,9 +20,9 @@ from torch import Tensor
 from moe_lens import hook_names
 from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.errors import DataError, HookError
-from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.metric import TokenMetric
 from moe_lens.model.registration import forward_state, with_expert_out
+from moe_lens.model.wrapper import Model
 
 _MEMORY: Final = 2**30
 """Bytes that stacked forwards may take on a CPU; on a GPU, half of what is free."""
@@ -62,7 +62,7 @@ class AblationBatch:
         loss: of each prompt, [batch].
     """
 
-    model: HookedMoE
+    model: Model
     layers: list[int]
     tokens: Int[Tensor, "batch pos"]
     metric: TokenMetric
@@ -86,7 +86,8 @@ class AblationBatch:
             ]
         with torch.inference_mode(False), torch.enable_grad(), with_expert_out(self.model):
             with self.model.hooks(points):
-                loss = losses(self.metric, self.model(self.tokens.clone()), self.tokens)
+                tokens = self.tokens.clone()  # they may come from inference mode
+                loss = losses(self.metric, self.model(tokens), tokens)
             if not loss.requires_grad:
                 raise DataError("metric gives numbers without gradient; compute them from the logits.")
             grads = gradients(loss.sum(), [seen.outputs[layer] for layer in self.layers])
@@ -237,7 +238,7 @@ def _newcomers(
     return other_indices.gather(-1, best).squeeze(-1)
 
 
-def _rows_that_fit(model: HookedMoE, n_pos: int) -> int:
+def _rows_that_fit(model: Model, n_pos: int) -> int:
     """How many prompts fit into a forward: a few copies of the logits, and one layer's activations."""
     device = torch.device(model.cfg.device or "cpu")
     free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _MEMORY

@@ -20,12 +20,23 @@ from torch import Tensor, nn
 
 from moe_lens import hook_names
 from moe_lens.errors import MoELensError
-from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.hf_models import decoder_of, original_model, text_config
 from moe_lens.model.layers import unwrap
 from moe_lens.model.registration import routing_layers, with_expert_out
+from moe_lens.model.wrapper import Model
 
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest output; half: 5e-2
 _PASSING_ON: Final = (nn.Dropout, nn.Identity)  # modules that change nothing outside training
+_NAMES: Final = {
+    "self_attn": "attn",
+    "self_attention": "attn",
+    "feed_forward": "mlp",
+    "block_sparse_moe": "mlp",
+    "mamba": "mixer",
+    "input_layernorm": "ln1",
+    "post_attention_layernorm": "ln2",
+}
+"""Hugging Face's name of a part of a block -> TransformerLens' name, where no bridge says it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +91,7 @@ class DirectPath:
         return next(stacked), next(stacked)
 
 
-def direct_path(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> DirectPath:
+def direct_path(model: Model, tokens: Int[Tensor, "batch pos"]) -> DirectPath:
     """Run a model on tokens without padding, and keep its direct path. The model is left as it was.
 
     >>> from moe_lens import organisms
@@ -108,10 +119,9 @@ def direct_path(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> DirectPat
     )
 
 
-def logit_cap(model: HookedMoE) -> float | None:
+def logit_cap(model: Model) -> float | None:
     """c if the model returns c · tanh(logits / c), as Gemma 4 does; None if it has no soft cap."""
-    config: Any = model.original_model.config
-    return getattr(config.get_text_config(), "final_logit_softcapping", None)
+    return getattr(text_config(original_model(model)), "final_logit_softcapping", None)
 
 
 def gradients(target: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -132,7 +142,7 @@ def wide(numbers: Tensor) -> Tensor:
 class _Freezer:
     """Torch hooks on the modules of a model that make its logits affine in what its parts write."""
 
-    model: HookedMoE
+    model: Model
     parts: list[Part] = field(default_factory=list)
     expert_out: dict[int, Tensor] = field(default_factory=dict)
     indices: dict[int, Tensor] = field(default_factory=dict)
@@ -142,19 +152,22 @@ class _Freezer:
     handles: list[Any] = field(default_factory=list)
 
     def install(self) -> None:
-        blocks: Any = self.model.blocks
+        trunk, blocks = _decoder(self.model)
         first = unwrap(blocks[0])
         self.handles.append(first.register_forward_pre_hook(self._cut_embedding, with_kwargs=True))
         for number, block in enumerate(blocks):
-            names = {id(child): name for name, child in block.named_children()}  # TransformerLens' names
-            for name, child in unwrap(block).named_children():
-                self._freeze(f"blocks.{number}.{names.get(id(child), name)}", child, number)
-        for name, child in _trunk(self.model).named_children():
-            if _is_norm(child):
-                self._freeze(f"ln_final.{name}" if child is not self._ln_final else "ln_final", child, None)
-            elif _is_hyper(child):
+            inner = unwrap(block)
+            own = {} if inner is block else {id(child): name for name, child in block.named_children()}
+            for name, child in inner.named_children():  # by TransformerLens' names
+                name = own.get(id(child), name if own else _NAMES.get(name, name))
+                self._freeze(f"blocks.{number}.{name}", child, number)
+        norms = [child for child in trunk.children() if _is_norm(child)]
+        for number, norm in enumerate(norms):
+            self._freeze("ln_final" if len(norms) == 1 else f"ln_final.{number}", norm, None)
+        for child in trunk.children():
+            if _is_hyper(child):
                 self._hold_mixing(child)
-        unembed: Any = self.model.unembed
+        unembed = original_model(self.model).get_output_embeddings()
         self.handles.append(unembed.register_forward_hook(self._keep_unembedded))
 
     def remove(self) -> None:
@@ -188,10 +201,6 @@ class _Freezer:
                 Part(name, self.their_outputs[name], _first(name, block(*args, **kwargs)))
                 for name, (block, args, kwargs) in self.blocks_with_experts.items()
             ]
-
-    @property
-    def _ln_final(self) -> Any:
-        return getattr(self.model, "ln_final", None)
 
     def _freeze(self, name: str, module: nn.Module, layer: int | None) -> None:
         """One module of a decoder layer: a norm, a mixing of streams, or a branch off the residual stream."""
@@ -264,7 +273,7 @@ class _Freezer:
     def _keep_unembedded(self, module: Any, args: Any, output: Tensor) -> None:
         self.unembedded = output
         inner: Any = unwrap(module)
-        if getattr(inner, "bias", None) is not None:
+        if getattr(inner, "bias", None) is not None:  # of zeros in a bridge, where the model has none
             with align_module_device(inner):
                 bias = inner.bias.detach().clone().to(output.device)
             self.parts.append(Part("unembed.bias", output, bias.expand_as(output)))
@@ -301,14 +310,15 @@ def _as_linear(name: str, norm: Any, given: Tensor, output: Tensor) -> tuple[Ten
     return x * multiplier, bias
 
 
-def _trunk(model: HookedMoE) -> nn.Module:
-    """The module that holds the decoder layers, and the norm after them."""
-    blocks: Any = model.blocks
-    for module in model.original_model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) and child[0] is blocks[0]:
-                return module
-    raise MoELensError(f"{model.cfg.model_name}: its decoder layers are not where TransformerLens has them.")
+def _decoder(model: Model) -> tuple[nn.Module, list[nn.Module]]:
+    """The module that holds the decoder's blocks, and the norm after them; and the blocks."""
+    trunk, blocks = decoder_of(original_model(model), routing_layers(model))
+    if trunk is None:
+        raise MoELensError(
+            f"{model.cfg.model_name}: its MoE blocks do not stand in one list of decoder blocks, so the "
+            "residual stream between them is not known."
+        )
+    return trunk, blocks
 
 
 def _is_norm(module: nn.Module) -> bool:

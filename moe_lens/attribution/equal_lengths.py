@@ -16,20 +16,19 @@ from torch import Tensor
 
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
-from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.wrapper import check_hooked
+from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import Prompts, token_sequences
 
 Batches = list[tuple[list[int], Int[Tensor, "batch pos"]]]
 
 
-def equal_length_batches(model: HookedMoE, prompts: Prompts, batch_size: int) -> Batches:
+def equal_length_batches(model: Model, prompts: Prompts, batch_size: int) -> Batches:
     """Batches of at most `batch_size` prompts of the same length, shortest first, on the model's device.
 
     Raises:
-        DataError: not a HookedMoE, batch_size below 1, or as in `token_sequences`.
+        DataError: not a model with hook points, batch_size below 1, or as in `token_sequences`.
     """
-    check_hooked(model, HookedMoE, error=DataError)
+    check_hooked(model, error=DataError)
     size = whole_number(batch_size, "batch_size", least=1)
     by_length: dict[int, list[tuple[int, Tensor]]] = {}
     for row, sequence in enumerate(token_sequences(model, prompts)):

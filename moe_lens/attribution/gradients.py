@@ -18,15 +18,15 @@ from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.attribution.results import GradientAttribution
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
-from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import moe_shape, with_expert_out
+from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import Prompts, pad_sequences, padding, token_sequences
 
 
 def gradient_attribution(
-    model: HookedMoE,
+    model: Model,
     prompts: Prompts,
     metric: Metric,
     *,
@@ -55,7 +55,7 @@ def gradient_attribution(
     estimate does not contain the change of route that a patch causes; `virtual_ablation` measures that.
 
     Args:
-        model: a HookedMoE. Hooks that are on it act, too.
+        model: a HookedMoE or RoutedModel. Hooks that are on it act, too.
         prompts: strings, chats or tokens, see `moe_lens.text.Prompts`, all in one forward. Prompts of
             different lengths are padded on the left.
         metric: logits [batch pos d_vocab] -> one number.
@@ -68,8 +68,7 @@ def gradient_attribution(
             router logits or expert outputs, or of another shape; prompts of different lengths in a model that
             cannot run them together.
     """
-    if not isinstance(model, HookedMoE):
-        raise DataError(f"gradient_attribution needs a HookedMoE; got {type(model).__name__}.")
+    check_hooked(model, error=DataError)
     check_metric(metric)
     tokens, mask = pad_sequences(model, list(token_sequences(model, prompts)))
     attention_mask = padding(mask)

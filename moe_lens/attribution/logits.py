@@ -22,8 +22,8 @@ from moe_lens.attribution.results import LogitAttribution
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.hook_names import Hooks
-from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.registration import forward_state, moe_shape
+from moe_lens.model.wrapper import Model
 from moe_lens.text.answers import single_tokens
 from moe_lens.text.batching import Prompts
 
@@ -32,7 +32,7 @@ _BATCH_DIM: Final = {"experts": 1, "indices": 1, "parts": 1, "logit": 0}  # of w
 
 
 def expert_logit_attribution(
-    model: HookedMoE,
+    model: Model,
     prompts: Prompts,
     answer_tokens: Any,
     wrong_tokens: Any = None,
@@ -57,7 +57,8 @@ def expert_logit_attribution(
     with what the rest of the model wrote, the shares add up to the logit.
 
     Args:
-        model: a HookedMoE. Hooks that are on it act, too, but may not edit the residual stream itself.
+        model: a HookedMoE or RoutedModel. Hooks that are on it act, too, but may not edit the residual
+            stream itself.
         prompts: strings, chats or tokens; see `moe_lens.text.Prompts`. They run in batches of equal length.
         answer_tokens: token ids or strings of one token (mind the space before a word); one, or one a prompt.
         wrong_tokens: if given, the difference logit(answer) − logit(wrong) is attributed.
@@ -80,7 +81,7 @@ def expert_logit_attribution(
     pieces: dict[str, list[tuple[list[int], Tensor]]] = {name: [] for name in _BATCH_DIM}
     names: tuple[str, ...] = ()
     bar = tqdm(total=len(lengths), desc="logit attribution", unit="prompt", disable=not progress)
-    with model.hooks(list(hooks)), bar:
+    with torch.inference_mode(False), torch.enable_grad(), model.hooks(list(hooks)), bar:
         for rows, tokens in batches:
             with forward_state(model).of_prompts(rows):
                 path = direct_path(model, tokens)
@@ -111,7 +112,7 @@ def expert_logit_attribution(
 
 
 def expert_logit_lens(
-    model: HookedMoE,
+    model: Model,
     prompts: Prompts,
     layer: int,
     pos: Any = None,
@@ -134,7 +135,7 @@ def expert_logit_lens(
     gives the same numbers for one token. Biases and the other parts are not included.
 
     Args:
-        model: a HookedMoE. Hooks that are on it act, too.
+        model: a HookedMoE or RoutedModel. Hooks that are on it act, too.
         prompts: strings, chats or tokens; see `moe_lens.text.Prompts`. They run in batches of equal length.
         layer: number of a MoE layer.
         pos: one position, or one a prompt, as in `expert_logit_attribution`: "pos" then has length 1. All
@@ -154,7 +155,7 @@ def expert_logit_lens(
     places = None if pos is None else positions(pos, _lengths(batches))
     n_prompts, pieces = len(_lengths(batches)), []
     bar = tqdm(total=n_prompts, desc="logit lens", unit="prompt", disable=not progress)
-    with model.hooks(list(hooks)), bar:
+    with torch.inference_mode(False), torch.enable_grad(), model.hooks(list(hooks)), bar:
         for rows, tokens in batches:
             with forward_state(model).of_prompts(rows):
                 path = direct_path(model, tokens)
@@ -196,7 +197,7 @@ def _place(name: str) -> tuple[int, int]:
     return order, int(rest[0]) if kind == "blocks" else 0
 
 
-def _check(model: HookedMoE, path: DirectPath, logit: Tensor, experts: Tensor, parts: Tensor) -> None:
+def _check(model: Model, path: DirectPath, logit: Tensor, experts: Tensor, parts: Tensor) -> None:
     error = (logit.to(parts.device) - experts.sum((0, 2, 3)) - parts.sum(0)).abs()
     size = experts.abs().sum((0, 2, 3)) + parts.abs().sum(0)
     dtype = next(iter(path.expert_out.values())).dtype  # some models always return float32 logits

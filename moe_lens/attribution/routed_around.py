@@ -21,9 +21,9 @@ from moe_lens.attribution.results import VirtualAblation
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.hook_names import Hooks
-from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.metric import TokenMetric, check_metric
 from moe_lens.model.registration import forward_state
+from moe_lens.model.wrapper import Model
 from moe_lens.shape import MoEShape
 from moe_lens.text.batching import Prompts
 
@@ -34,7 +34,7 @@ _FIELDS: Final = ("exact", "estimate", "indices", "replacement", "loss")
 
 
 def virtual_ablation(
-    model: HookedMoE,
+    model: Model,
     prompts: Prompts,
     metric: TokenMetric | None = None,
     *,
@@ -59,8 +59,8 @@ def virtual_ablation(
     look at `correlation` before trusting it.
 
     Args:
-        model: a HookedMoE. Hooks that are on it act, too (steered logits, for one), but at the ablated token
-            the route is the one that follows from the router logits.
+        model: a HookedMoE or RoutedModel. Hooks that are on it act, too (steered logits, for one), but at
+            the ablated token the route is the one that follows from the router logits.
         prompts: strings, chats or tokens; see `moe_lens.text.Prompts`. They run in batches of equal length,
             so no prompt's numbers depend on another.
         metric: (logits [batch pos d_vocab], tokens [batch pos]) -> [batch], each number from its own row;
@@ -110,7 +110,7 @@ def virtual_ablation(
     )
 
 
-def _ablatable(model: HookedMoE) -> list[int]:
+def _ablatable(model: Model) -> list[int]:
     """The layers whose tokens have a next-best expert."""
     layers = []
     for layer in model.moe_layers:

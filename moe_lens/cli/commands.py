@@ -174,7 +174,8 @@ def demo(options: Options) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MoELensError(f"{options.out} cannot be made a folder ({error}); give another --out.") from error
-    results = [organisms_demo.run_demo(name, seed=options.seed) for name in names]
+    kind = _wrapper(options)
+    results = [organisms_demo.run_demo(name, wrapper=kind, seed=options.seed) for name in names]
     words = f"{organisms_demo.table(results)}\n\n{organisms_demo.LEGEND}\n"
     print(f"\n{words}")
     (options.out / "table.md").write_text(words, encoding="utf-8")
@@ -220,23 +221,40 @@ def _pairs(options: Options) -> Any:
 
 
 def _model(options: Options) -> Any:
-    """The HookedMoE that --model or MODEL names: an organism, a folder or a name on the hub."""
+    """The model that --model or MODEL names, in its wrapper: an organism, a folder or a name on the hub."""
     import torch
 
+    wrapper = _wrapper(options)
     kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
-    if options.device is not None:
-        kwargs["device"] = options.device
     shipped = options.model in organisms.names()
     if shipped:
         _one_thread()
-    load = organisms.load if shipped else moe_lens.HookedMoE.from_pretrained
     try:
-        return load(options.model, **kwargs)
+        if shipped and options.device_map is None:
+            return organisms.load(options.model, wrapper=wrapper, device=options.device, **kwargs)
+        source = organisms.path(options.model) if shipped else options.model
+        return wrapper.from_pretrained(source, **_place(options), **kwargs)
     except MoELensError:
         raise
     except Exception as error:  # transformers, the hub and torch raise all kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"The model {options.model} cannot be loaded: {reason}") from error
+
+
+def _place(options: Options) -> dict[str, Any]:
+    """Where the weights are to lie, as the wrapper's `from_pretrained` takes it."""
+    import torch
+
+    if options.device_map is not None:
+        return {"device_map": options.device_map}
+    if options.wrapper == "bridge":
+        return {} if options.device is None else {"device": options.device}
+    device = options.device or ("cuda" if torch.cuda.is_available() else None)
+    return {} if device is None else {"device_map": device}
+
+
+def _wrapper(options: Options) -> Any:
+    return moe_lens.RoutedModel if options.wrapper == "routed" else moe_lens.HookedMoE
 
 
 def _one_thread() -> None:

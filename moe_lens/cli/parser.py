@@ -110,6 +110,7 @@ def _demo(adder: Any) -> None:
         "--out", type=Path, default=Path("moe-lens-demo"), help="folder (default: %(default)s)"
     )
     command.add_argument("--seed", type=_number, default=0, help="of random sets and bootstrap (default: 0)")
+    _wrapper(command)
 
 
 def _models(adder: Any) -> None:
@@ -212,10 +213,10 @@ def _plan(adder: Any) -> None:
     )
     command.add_argument("--steermoe", action="store_true", help="SCORES is a published ranking")
     command.add_argument("--model", help="with --steermoe: the model that the plan is for")
+    _loading(command)
     command.add_argument(
         "--moe-layers", action="store_true", help="with --steermoe: its layer n is the model's n-th MoE layer"
     )
-    command.set_defaults(dtype=None, device=None)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plan, JSON")
 
 
@@ -289,7 +290,7 @@ def _plot(adder: Any) -> None:
     command.add_argument("--layer", type=_number, help="coactivation: which layer (default: the first)")
     command.add_argument("--prompt", metavar="TEXT", help="tokens: the prompt")
     command.add_argument("--model", help="tokens: the model")
-    command.set_defaults(dtype=None, device=None)
+    _loading(command)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
 
 
@@ -317,10 +318,34 @@ def _command(adder: Any, name: str, short: str, long: str) -> argparse.ArgumentP
 def _model_and(command: argparse.ArgumentParser, name: str, text: str) -> None:
     command.add_argument("model", metavar="MODEL", help="shipped model, folder, or name on the hub")
     command.add_argument(name, type=Path, metavar=name.upper(), help=text)
+    _loading(command)
+
+
+def _loading(command: argparse.ArgumentParser) -> None:
+    """How a model is loaded."""
+    _wrapper(command)
     command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the model's)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: float32; with --wrapper routed, the checkpoint's)",
     )
-    command.add_argument("--device", help='such as "cuda" (default: what TransformerLens chooses)')
+    place = command.add_mutually_exclusive_group()
+    place.add_argument("--device", help='such as "cuda" (default: a GPU if there is one)')
+    place.add_argument(
+        "--device-map", metavar="MAP", help='such as "auto": spread over all devices, and the rest offloaded'
+    )
+
+
+def _wrapper(command: argparse.ArgumentParser) -> None:
+    """Bridge is the default: so the numbers of a command stay those that it has given before."""
+    command.add_argument(
+        "--wrapper",
+        choices=("bridge", "routed"),
+        default="bridge",
+        help="bridge (the default): a HookedMoE, TransformerLens' bridge, which puts a BOS before texts by a "
+        "table of its own; routed: a RoutedModel, the Hugging Face model as it is, with tokens as its "
+        "tokenizer gives them. Where the BOS differs, so do the numbers: use one wrapper for all steps",
+    )
 
 
 def _spans(command: argparse.ArgumentParser) -> None:

@@ -66,7 +66,7 @@ def detect(
     (torch.Size([4, 8]), True)
 
     Args:
-        model: a HookedMoE, or a bridge after `attach`.
+        model: a HookedMoE or RoutedModel.
         pairs: the prompts of both conditions; positive scores go with `pairs.first`.
         score: "risk_difference" (SteerMoE's), "log_odds_ratio", "probability_difference" or "paired_t", or a
             `moe_lens.detection.Score` of your own.

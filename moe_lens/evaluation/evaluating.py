@@ -24,7 +24,7 @@ from moe_lens.evaluation.outcomes import (
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
 from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import SteeringTask
-from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.resampling import clustered_interval, spawned_seeds
 from moe_lens.steering.controls import bottom_set, random_sets
 from moe_lens.steering.hooks import steer_hooks
@@ -34,7 +34,7 @@ Mode = Literal["deactivate", "activate", "both"]
 
 
 def evaluate_steering(
-    model: HookedMoE,
+    model: Model,
     plan: SteeringPlan,
     task: SteeringTask,
     *,
@@ -62,7 +62,7 @@ def evaluate_steering(
     False
 
     Args:
-        model: a HookedMoE.
+        model: a HookedMoE or RoutedModel.
         plan: toward the behaviour that the task measures.
         task: from `answer_task` or `load_task`, or a `SteeringTask` of your own functions.
         reverse: the plan for the opposite direction. By default `opposite_plan` of the scores, and without
@@ -110,7 +110,7 @@ def _limits(task: SteeringTask) -> dict[str, Limit]:
     return {name: Limit(measure.limit, measure.larger_is_worse) for name, measure in task.collateral.items()}
 
 
-def measure_outcome(model: HookedMoE, task: SteeringTask, plan: SteeringPlan) -> Outcome:
+def measure_outcome(model: Model, task: SteeringTask, plan: SteeringPlan) -> Outcome:
     """The task's behaviour and collateral measures under a plan."""
     hooks = steer_hooks(plan)
     values = task.values(model, hooks)
@@ -118,7 +118,7 @@ def measure_outcome(model: HookedMoE, task: SteeringTask, plan: SteeringPlan) ->
 
 
 def run_controls(
-    model: HookedMoE,
+    model: Model,
     plans: dict[str, SteeringPlan],
     measure: Callable[[SteeringPlan], Outcome],
     n_random: int,
@@ -145,7 +145,7 @@ def opposite_plan(scores: ExpertScores, plan: SteeringPlan) -> SteeringPlan:
 
 
 def _reverse(
-    model: HookedMoE, plan: SteeringPlan, reverse: SteeringPlan | None, scores: ExpertScores | None
+    model: Model, plan: SteeringPlan, reverse: SteeringPlan | None, scores: ExpertScores | None
 ) -> SteeringPlan:
     if reverse is not None:
         if not isinstance(reverse, SteeringPlan) or not len(reverse):
@@ -167,18 +167,18 @@ def _reverse(
         ) from error
 
 
-def _check_fits(model: HookedMoE, plan: SteeringPlan) -> None:
+def _check_fits(model: Model, plan: SteeringPlan) -> None:
     plan.check_fits(model.moe_shape)
     for layer in plan.refused_layers(model):
         reason = model.routing_rule(layer).cannot_steer(*plan.in_layer(layer))
         raise PlanError(f"Layer {layer} cannot be steered by this plan: {reason}.")
 
 
-def check_model_and_task(model: HookedMoE, task: SteeringTask, seed: int, level: float) -> None:
+def check_model_and_task(model: Model, task: SteeringTask, seed: int, level: float) -> None:
     """Raise DataError before anything runs, rather than after."""
-    for given, wanted in ((model, HookedMoE), (task, SteeringTask)):
-        if not isinstance(given, wanted):
-            raise DataError(f"A {wanted.__name__} is needed here; got {type(given).__name__}.")
+    check_hooked(model, error=DataError)
+    if not isinstance(task, SteeringTask):
+        raise DataError(f"A SteeringTask is needed here; got {type(task).__name__}.")
     whole_number(seed, "seed")
     share(level, "level")
 
@@ -197,7 +197,7 @@ def _check(plan: SteeringPlan, scores: ExpertScores | None, n_random: int, alpha
 
 
 def sweep(
-    model: HookedMoE,
+    model: Model,
     scores: ExpertScores,
     task: SteeringTask,
     *,
@@ -223,7 +223,7 @@ def sweep(
     ((2, 4), True)
 
     Args:
-        model: a HookedMoE.
+        model: a HookedMoE or RoutedModel.
         scores: the plans take the experts with the most negative and most positive ones.
         task: what to measure, on development prompts.
         sizes: numbers of experts; those that the model has no room for are left out.
@@ -271,7 +271,7 @@ def sweep(
 
 
 def _plans(
-    model: HookedMoE, scores: ExpertScores, sizes: Sequence[int], directions: Sequence[str], mode: str
+    model: Model, scores: ExpertScores, sizes: Sequence[int], directions: Sequence[str], mode: str
 ) -> dict[tuple[int, str], SteeringPlan]:
     """(size, direction) -> plan, of the sizes that are possible in every direction."""
     plans: dict[tuple[int, str], SteeringPlan] = {}

@@ -21,7 +21,7 @@ from moe_lens.text.batching import TextModel, padded_batches, token_sequences
 
 @runtime_checkable
 class MeasuredModel(TextModel, Protocol):
-    """What measuring asks of a model: a `HookedMoE` has it, as any TransformerBridge."""
+    """What measuring asks of a model: `HookedMoE` and `RoutedModel` have it, as any TransformerBridge."""
 
     @property
     def run_with_hooks(self) -> Callable[..., Any]:

@@ -276,7 +276,7 @@ def mean_expert_outputs(
     Summed in float64, one batch at a time. `set_use_expert_out` is left as it was.
 
     Args:
-        model: a HookedMoE, or a bridge after `attach`.
+        model: a HookedMoE or RoutedModel.
         prompts: strings, chats or tokens; see `moe_lens.text.Prompts`.
         span: which tokens count; see `moe_lens.text.Span`. "all": all except special ones.
         batch_size: prompts a forward.

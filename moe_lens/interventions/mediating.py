@@ -74,7 +74,7 @@ def mediation(
     torch.Size([2])
 
     Args:
-        model: a HookedMoE, or a bridge after `attach`.
+        model: a HookedMoE or RoutedModel.
         clean: prompts: strings, chats or tokens; see `moe_lens.text.Prompts`.
         corrupted: as many prompts, in pairs with the clean ones.
         metric: logits [batch pos d_vocab] of all pairs, in their order -> one number a pair [batch], or one.

@@ -24,6 +24,7 @@ from moe_lens.hook_names import HookList, Hooks
 from moe_lens.interventions.stacked_runs import Cell, Places, StackedRuns, by_layer, checked_runs
 from moe_lens.model.points import RoutingPoint
 from moe_lens.model.registration import with_expert_out
+from moe_lens.model.wrapper import Model
 from moe_lens.shape import MoEShape
 
 ROUTER_POINTS: Final = {
@@ -39,7 +40,7 @@ Clean = dict[int, dict[str, Tensor]]
 
 
 def patch_router(
-    model: Any,
+    model: Model,
     clean_cache: Any,
     corrupted_tokens: Any,
     metric: Any,
@@ -69,7 +70,7 @@ def patch_router(
     (attention_mask) is patched, too. Where clean logits are put in, a plan among the hooks does not hold.
 
     Args:
-        model: a `HookedMoE` in eval mode.
+        model: a `HookedMoE` or `RoutedModel` in eval mode.
         clean_cache: from `run_with_cache` on prompts that correspond to the corrupted ones position by
             position; one prompt, or as many as the corrupted. (Logits of a steered run do not always repeat
             its route, see `steer_hooks`: use point="route".)
@@ -90,7 +91,7 @@ def patch_router(
     Raises:
         DataError: an unknown point, a cache that lacks it, has another shape or belongs to another model,
             corrupted prompts of unequal lengths, a metric that gives NaN or anything but one number.
-        MoELensError: not a HookedMoE.
+        MoELensError: not a model with hook points.
         HookError: the model is in training mode, or its router logits are NaN.
     """
     if not isinstance(point, str) or point not in ROUTER_POINTS:
@@ -114,7 +115,7 @@ def patch_router(
 
 
 def patch_expert_outputs(
-    model: Any,
+    model: Model,
     clean_cache: Any,
     corrupted_tokens: Any,
     metric: Any,
@@ -152,7 +153,8 @@ def patch_expert_outputs(
     place.
 
     Args:
-        model: a `HookedMoE` in eval mode. Its expert outputs are switched on for the sweep if they are off.
+        model: a `HookedMoE` or `RoutedModel` in eval mode. Its expert outputs are switched on
+            for the sweep if they are off.
         clean_cache: from `run_with_cache`, after `model.set_use_expert_out(True)`, on prompts that correspond
             to the corrupted ones position by position; one prompt, or as many as the corrupted.
         corrupted_tokens: int tokens [batch pos] or [pos], a string, or strings of equally many tokens.
@@ -168,7 +170,7 @@ def patch_expert_outputs(
 
     Raises:
         DataError: another `by`, a cache without expert outputs, or as in `patch_router`.
-        MoELensError: not a HookedMoE.
+        MoELensError: not a model with hook points.
         HookError: the model is in training mode, or its router logits are NaN.
     """
     if not isinstance(by, str) or by not in ("expert", "pos"):

@@ -31,6 +31,10 @@ class ReplayEdit(ForceEdit):
 
     shape: MoEShape | None = None
 
+    def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
+        _check_long_enough(self, hook)
+        return super().edit(value, hook)
+
     def check_fits(self, shape: MoEShape) -> None:
         """Called by the hook point before the hook is added."""
         if self.shape is not None and (misfits := self.shape.misfits(shape)):
@@ -50,7 +54,23 @@ class WeightsEdit(RoutingEdit):
         return self.weights.shape[1]
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
+        _check_long_enough(self, hook)
         return columns_of(self.weights, value, hook).to(value.dtype)
+
+
+def _check_long_enough(edit: RoutingEdit, hook: RoutingPoint) -> None:
+    """Refuse a record of longer prompts, whose first columns would be taken for these prompts' route.
+
+    A generation, and a forward on top of a cache, may still come to the record's later columns.
+    """
+    state, n_columns = hook.state, edit.n_columns or 0
+    goes_on = state.generating or state.offset
+    if edit.positions is None and not goes_on and 0 < state.n_prompt < n_columns:
+        raise HookError(
+            f"{edit.entry[0]}: the record has {n_columns} columns, and this run has {state.n_prompt}. Give a "
+            "record of these prompts, or say with positions= which of the run's columns follow it "
+            '("prompt" for all).'
+        )
 
 
 def replay_hooks(
@@ -69,9 +89,10 @@ def replay_hooks(
     >>> _ = model.run_with_hooks("Document : the capital", fwd_hooks=hooks)
 
     The route is replayed column by column: the run must have as many prompts as the record (or the record
-    has one, which serves all) and no more columns, unless `positions` leaves the rest free
+    has one, which serves all) and as many columns. It may have more where `positions` leaves the rest free
     (`positions="prompt"` replays a prompt's route and then lets the model route by itself while it
-    generates). A run's own route gives its own logits, bit for bit.
+    generates), and fewer where `positions` says which follow the record. A generation may start from fewer
+    and goes on along the record. A run's own route gives its own logits, bit for bit.
 
     Args:
         record: the route, from `RouteRecord.from_cache`.
@@ -82,7 +103,8 @@ def replay_hooks(
 
     Raises:
         DataError: a layer or weights that the record does not have.
-        HookError: another model, another number of prompts, or a column that the record does not have.
+        HookError: another model, another number of prompts, a column that the record does not have, or a
+            record of longer prompts.
     """
     if not isinstance(record, RouteRecord):
         raise DataError(f"replay_hooks needs a RouteRecord; got {type(record).__name__}.")

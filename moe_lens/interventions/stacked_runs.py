@@ -20,11 +20,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_lens.checks import whole_number
-from moe_lens.errors import DataError, MoELensError
+from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
-from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.hf_models import original_model
 from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import forward_state, routing_layers
+from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import token_sequences
 
 MOST_TOKENS: Final = {"cpu": 2**13, "cuda": 2**16}
@@ -73,7 +74,7 @@ class StackedRuns:
         hooks: forward hooks under which every run takes place.
     """
 
-    model: HookedMoE
+    model: Model
     tokens: Int[Tensor, "batch pos"]
     attention_mask: Tensor | None
     metric: Metric
@@ -136,7 +137,7 @@ class StackedRuns:
         return measured
 
 
-def runs_that_fit(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> int:
+def runs_that_fit(model: Model, tokens: Int[Tensor, "batch pos"]) -> int:
     """How many runs of these tokens one forward can hold, by a cautious estimate: at least 1."""
     free = 0.5 * available_memory(tokens.device)
     n_tokens = min(free / bytes_a_token(model, tokens.shape[1]), MOST_TOKENS.get(tokens.device.type, 2**13))
@@ -151,14 +152,14 @@ def available_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + reserved
 
 
-def bytes_a_token(model: HookedMoE, n_pos: int) -> int:
+def bytes_a_token(model: Model, n_pos: int) -> int:
     """Roughly what a token takes in a forward: logits, KV cache, and what one layer holds at a time."""
     cfg, moe = model.cfg, next(iter(routing_layers(model).values()))
-    dtype = next(model.original_model.parameters()).dtype
+    hf_model = original_model(model)
+    dtype = next(hf_model.parameters()).dtype
     d_model, d_mlp = cfg.d_model, getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
     n_run = model.n_experts if moe.row.experts.weights_on_input else model.top_k  # Llama 4 runs all experts
     experts = n_run * (3 * d_mlp + 4 * d_model)
-    hf_model: Any = model.original_model
     if "batched_mm" in hf_model.get_experts_implementation().values():
         experts += n_run * 3 * d_mlp * d_model  # it copies the weights of every chosen expert
     attention = 3 * (getattr(cfg, "n_heads", None) or 0) * n_pos
@@ -181,13 +182,9 @@ def checked_runs(
     Raises:
         DataError: prompts of unequal lengths, a mask of another shape, a metric that cannot be called, a
             batch_size below 1, or as in `token_sequences`.
-        MoELensError: not a HookedMoE.
+        MoELensError: not a model with hook points.
     """
-    if not isinstance(model, HookedMoE):
-        raise MoELensError(
-            f"Patching needs a HookedMoE, got {type(model).__name__}; use attach(bridge) or "
-            "HookedMoE.from_hf."
-        )
+    check_hooked(model)
     check_metric(metric)
     size = batch_size
     if size is not None:

@@ -34,6 +34,11 @@ def hf_model_of(model: Any) -> PreTrainedModel:
     return inside
 
 
+def original_model(model: Any) -> Any:
+    """What a HookedMoE or RoutedModel is around: a Hugging Face model, or one in adapters (PEFT)."""
+    return model.original_model
+
+
 def numbered_layers(hf_model: nn.Module) -> dict[int, MoELayer]:
     """Layer number -> MoE block and router, also of a model that a bridge wraps.
 

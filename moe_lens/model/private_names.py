@@ -65,12 +65,12 @@ def remove_points(bridge: Any, number: int, points: Iterable[str]) -> None:
 
 
 def supports_padding(bridge: Any) -> bool:
-    """Whether the model inside a bridge can run prompts of different lengths in one batch.
+    """Whether the model inside a wrapper can run prompts of different lengths in one batch.
 
     `adapter.supports_batched_generation`, True by default: TransformerLens' own `generate` refuses lists of
-    prompts by it.
+    prompts by it. A RoutedModel has no adapter, and every architecture that it takes can.
     """
-    return bridge.adapter.supports_batched_generation
+    return getattr(getattr(bridge, "adapter", None), "supports_batched_generation", True)
 
 
 def hf_path(name: str) -> str:

@@ -24,6 +24,7 @@ from moe_lens.evaluation.plan_sizes import SweepResult
 from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, SteeringTask, answer_task
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.wrapper import Model
 from moe_lens.organisms.worlds import World
 from moe_lens.results import Result
 from moe_lens.steering.plan import SteeringPlan
@@ -73,12 +74,18 @@ class DemoResult(Result):
 
 
 def run_demo(
-    name: str = "specialised", *, seed: int = 0, n_random: int = 20, progress: bool = True
+    name: str = "specialised",
+    *,
+    wrapper: type[Model] = HookedMoE,
+    seed: int = 0,
+    n_random: int = 20,
+    progress: bool = True,
 ) -> DemoResult:
     """Detect, choose the plan's size, steer both ways and hold the effect against random sets.
 
     Args:
         name: one of `organisms.names()`.
+        wrapper: `HookedMoE` or `RoutedModel`.
         seed: of the random sets, the bootstrap and the sign flips.
         n_random: random sets of each kind and direction, at least 4.
         progress: print what is done, and show a bar.
@@ -87,12 +94,12 @@ def run_demo(
         MoELensError: no organism of that name.
         DataError: n_random below 4.
     """
-    model, world = organisms.load(name), organisms.world(name)
+    model, world = organisms.load(name, wrapper=wrapper), organisms.world(name)
     return run_on(model, world, name, seed=seed, n_random=n_random, progress=progress)
 
 
 def run_on(
-    model: HookedMoE, world: World, name: str, *, seed: int = 0, n_random: int = 20, progress: bool = True
+    model: Model, world: World, name: str, *, seed: int = 0, n_random: int = 20, progress: bool = True
 ) -> DemoResult:
     """The same for any model that lives in a world of organisms (a freshly trained one, say)."""
     if progress:
@@ -138,12 +145,12 @@ def document_task(world: World, split: str) -> SteeringTask:
     )
 
 
-def detect_document_experts(model: HookedMoE, world: World, seed: int = 0) -> ExpertScores:
+def detect_document_experts(model: Model, world: World, seed: int = 0) -> ExpertScores:
     """Risk difference of document + question against question alone, on the detection split."""
     return detect(model, document_pairs(world, "detection"), seed=seed, batch_size=64, progress=False)
 
 
-def compare_sizes(model: HookedMoE, world: World, scores: ExpertScores) -> SweepResult:
+def compare_sizes(model: Model, world: World, scores: ExpertScores) -> SweepResult:
     """Plans of all `SIZES`, both directions, on the development split."""
     task = document_task(world, "development")
     return sweep(model, scores, task, sizes=SIZES, n_random=0, progress=False)

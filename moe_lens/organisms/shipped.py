@@ -1,19 +1,23 @@
-"""The organisms that ship: their names, folders and worlds, and loading one as a `HookedMoE`."""
+"""The organisms that ship: their names, folders and worlds, and loading one in either wrapper."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 import torch
 from transformers.utils import logging
 
 from moe_lens.errors import MoELensError
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.routed_model import RoutedModel
+from moe_lens.model.wrapper import Model
 from moe_lens.organisms.recipes import RECIPES
 from moe_lens.organisms.worlds import World
 
 WEIGHTS: Final = Path(__file__).parent / "weights"
+
+Wrapper = TypeVar("Wrapper", bound=Model)
 
 
 def names() -> tuple[str, ...]:
@@ -46,24 +50,36 @@ def world(name: str) -> World:
 
 
 def load(
-    name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
-) -> HookedMoE:
-    """An organism as a HookedMoE, ready for hooks; no progress bar for half a million parameters.
+    name: str,
+    *,
+    wrapper: type[Wrapper] = HookedMoE,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> Wrapper:
+    """An organism, ready for hooks; no progress bar for half a million parameters.
 
-    >>> from moe_lens import organisms
+    >>> from moe_lens import RoutedModel, organisms
     >>> organisms.load("null", dtype=torch.bfloat16).moe_shape.n_experts
     8
+    >>> type(organisms.load("null", wrapper=RoutedModel).hf_model).__name__
+    'OlmoeForCausalLM'
 
     Args:
         name: one of `names()`.
+        wrapper: `HookedMoE` or `RoutedModel`.
         dtype: of the weights.
-        device: where the model is to be; by default where TransformerLens puts it.
+        device: where the model is to be; by default where the wrapper's `from_pretrained` puts it.
 
     Raises:
-        MoELensError: for a name that is not in `names()`.
+        MoELensError: for a name that is not in `names()`, or a wrapper that is neither.
     """
+    if wrapper not in (HookedMoE, RoutedModel):
+        raise MoELensError(f"wrapper must be HookedMoE or RoutedModel, the class; got {wrapper!r}.")
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if device is not None:
+        kwargs["device" if wrapper is HookedMoE else "device_map"] = device
     with _without_progress_bar():
-        return HookedMoE.from_pretrained(path(name), dtype=dtype, device=device)
+        return cast(Any, wrapper).from_pretrained(path(name), **kwargs)
 
 
 @contextmanager

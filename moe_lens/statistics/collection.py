@@ -59,7 +59,7 @@ def collect_routing(
     9
 
     Args:
-        model: a HookedMoE, or a bridge after `attach`.
+        model: a HookedMoE or RoutedModel.
         prompts_or_tokens: a string, strings, chats, a token tensor [batch pos], or token sequences of any
             lengths; a generator is read batch by batch, so that memory does not grow with the number of
             prompts (but with per_prompt=True).
@@ -217,7 +217,7 @@ def collect_to_file(
     9
 
     Args:
-        model: a HookedMoE, or a bridge after `attach`.
+        model: a HookedMoE or RoutedModel.
         prompts: a list, or a generator that gives the same prompts again.
         path: of the result, a safetensors file.
         about: everything else that the counts depend on (which model, which prompts). If
@@ -313,7 +313,7 @@ def route_prompt(model: Model, prompt: Any, *, hooks: Hooks = ()) -> PromptRouti
     (('Question', ':', 'what', 'is'), torch.Size([4, 5, 2]))
 
     Args:
-        model: a HookedMoE, or a bridge after `attach`.
+        model: a HookedMoE or RoutedModel.
         prompt: a string, a chat (a list of messages), or token numbers [pos].
         hooks: forward hooks to run under, `steer_hooks(plan)` for example.
 

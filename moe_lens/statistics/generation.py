@@ -71,7 +71,7 @@ def collect_generation(
     (9, 2)
 
     Args:
-        model: a HookedMoE, or a bridge after `attach`.
+        model: a HookedMoE or RoutedModel.
         prompts: as in `collect_routing`.
         max_new_tokens: how many tokens at most follow each prompt.
         batch_size: prompts at a time.

@@ -60,7 +60,7 @@ def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedMode
     tied, and no part of it is moe_lens'. It needs memory of its own, as much as the given one has.
 
     Args:
-        model: a HookedMoE, or a Hugging Face model itself; it stays as it is.
+        model: a HookedMoE, a RoutedModel, or a Hugging Face model itself; it stays as it is.
         plan: which experts to leave out. It activates none: no weights of a router force an expert to run
             at the weight that a plan gives it.
         how: "prune" cuts the experts out of routers, biases and batched experts, and lowers the config's

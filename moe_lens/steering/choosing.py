@@ -29,7 +29,7 @@ _ATTEMPTS: Final = 100
 
 @runtime_checkable
 class SteerableModel(Protocol):
-    """What choosing experts needs to know of a model: a `HookedMoE` has it."""
+    """What choosing experts needs to know of a model: `HookedMoE` and `RoutedModel` have it."""
 
     @property
     def moe_shape(self) -> MoEShape:

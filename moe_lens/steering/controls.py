@@ -23,7 +23,7 @@ def random_sets(
     """`n` random plans of the size of `plan`, all of which the model's routers accept.
 
     Args:
-        model: a HookedMoE.
+        model: a HookedMoE or RoutedModel.
         plan: the plan that the sets are to be compared with.
         n: how many sets; may be 0.
         seed: the same seed gives the same sets, and a larger `n` only adds to them.
@@ -43,8 +43,8 @@ def bottom_set(scores: ExpertScores, plan: SteeringPlan, model: SteerableModel |
     Args:
         scores: that the plan came from.
         plan: the plan that the set is to be compared with.
-        model: a HookedMoE; with it, experts that its routers cannot steer are passed over (those of expert
-            groups or hash layers).
+        model: a HookedMoE or RoutedModel; with it, experts that its routers cannot steer are passed over
+            (those of expert groups or hash layers).
 
     Raises:
         PlanError: more experts than the layers have room for.

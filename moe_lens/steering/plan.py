@@ -153,14 +153,14 @@ class SteeringPlan(Result):
             seed: the same seed gives the same plan.
             layer_matched: keep the numbers in each layer too; otherwise any MoE layer may be drawn.
             shape: the shape of the model to draw from (`model.moe_shape`), if the plan has none.
-            model: a HookedMoE to draw from, instead of a shape.
+            model: a HookedMoE or RoutedModel to draw from, instead of a shape.
 
         Raises:
             PlanError: no shape known, or the model has no room for so many experts.
         """
         if model is not None:
             if not isinstance(model, SteerableModel):
-                raise PlanError(f"random_like needs a HookedMoE as model; got {type(model).__name__}.")
+                raise PlanError(f"random_like needs a model with hook points; got {type(model).__name__}.")
             shape = model.moe_shape
         shape = self.shape if shape is None else _checked_shape(shape)
         if shape is None:
@@ -187,7 +187,7 @@ class SteeringPlan(Result):
         return in_layer(self.activate, self.deactivate, layer)
 
     def refused_layers(self, model: SteerableModel) -> list[int]:
-        """The layers of a HookedMoE whose rule cannot obey the plan (`RoutingRule.cannot_steer`)."""
+        """The layers of a model whose rule cannot obey the plan (`RoutingRule.cannot_steer`)."""
         return refused_layers(self.activate, self.deactivate, model)
 
     def check_fits(self, shape: MoEShape) -> None:

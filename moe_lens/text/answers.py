@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError
-from moe_lens.text.batching import TextModel
+from moe_lens.text.batching import TextModel, without_special
 
 
 def single_token(model: TextModel, answer: Any, name: str = "answer", remedy: str = "give token ids") -> int:
@@ -69,7 +69,7 @@ def single_tokens(
 def _token_of_text(model: TextModel, answer: str, name: str, remedy: str) -> int:
     if model.tokenizer is None:
         raise DataError(f"{name}: {answer!r} is text and the model has no tokenizer; give token ids.")
-    tokens = model.to_tokens(answer, prepend_bos=False)[0].tolist() if answer else []
+    tokens = without_special(model, answer) if answer else []
     if len(tokens) != 1:
         pieces = [model.tokenizer.decode([token]) for token in tokens]
         raise DataError(

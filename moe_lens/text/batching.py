@@ -21,7 +21,7 @@ from moe_lens.text.prompts import Message, Prompt, as_prompt, is_chat, render
 
 @runtime_checkable
 class TextModel(Protocol):
-    """What reading text needs of a model: a `HookedMoE` has it, like every TransformerBridge."""
+    """What reading text needs of a model: `HookedMoE` and `RoutedModel` have it, like every bridge."""
 
     @property
     def tokenizer(self) -> Any:
@@ -29,7 +29,7 @@ class TextModel(Protocol):
 
     @property
     def cfg(self) -> Any:
-        """TransformerLens' config: d_vocab, n_ctx, device."""
+        """Its config: d_vocab, n_ctx, device, by TransformerLens' names."""
 
     @property
     def to_tokens(self) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def _unknown_token(model: TextModel) -> int | None:
 
 def _warn_of_unknown(model: TextModel, index: int, prompt: Prompt, unknown: int, count: int) -> None:
     text = prompt.content if isinstance(prompt.content, str) else " ".join(m.content for m in prompt.content)
-    words = [word for word in dict.fromkeys(text.split()) if unknown in _without_special(model, word)]
+    words = [word for word in dict.fromkeys(text.split()) if unknown in without_special(model, word)]
     named = ", ".join(map(repr, words[:5])) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
     warn(
         f"Prompt {index} has words outside the tokenizer's vocabulary ({named or 'somewhere within words'}): "
@@ -114,7 +114,8 @@ def _warn_of_unknown(model: TextModel, index: int, prompt: Prompt, unknown: int,
     )
 
 
-def _without_special(model: TextModel, text: str) -> list[int]:
+def without_special(model: TextModel, text: str) -> list[int]:
+    """The tokens of a text alone: no BOS before it and no EOS after it."""
     return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -205,7 +206,7 @@ def _tokens_of_prompt(model: TextModel, index: int, prompt: Prompt) -> Any:
         text = render(model.tokenizer, prompt, names=()).text
     except DataError as error:
         raise DataError(f"Prompt {index}: {error}") from error
-    return _without_special(model, text)
+    return without_special(model, text)
 
 
 def _checked_tokens(model: TextModel, index: int, prompt: Any) -> Int[Tensor, "pos"]:

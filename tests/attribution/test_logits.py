@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lens import organisms, zero_ablate
+from moe_lens import organisms, virtual_ablation, zero_ablate
 from moe_lens.attribution.logits import expert_logit_attribution, expert_logit_lens
 from moe_lens.errors import DataError, MoELensError
 from tests.tiny_models import prompt, tokens
@@ -73,6 +73,7 @@ def test_a_difference_of_logits_is_the_difference_of_shares(hooked) -> None:
     torch.testing.assert_close(both.experts, right.experts - wrong.experts, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(both.parts, right.parts - wrong.parts, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(both.logit, right.logit - wrong.logit)
+    assert both.part_names[-1] == "unembed.bias"
 
 
 def test_parts_are_named_and_shared_experts_are_theirs(hooked) -> None:
@@ -220,3 +221,15 @@ def test_the_table_holds_every_share(specialised) -> None:
     assert set(parts["part"]) == set(found.part_names)
     assert parts[["layer", "expert"]].isna().all(axis=None)
     assert "<td>embed</td>" in found._repr_html_()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_switched_on_where_the_caller_has_them_off(hooked, context) -> None:
+    model, given = hooked("olmoe"), tokens(2, 4)
+    expected = expert_logit_attribution(model, given, 5, progress=False)
+    lens = expert_logit_lens(model, given, 1, progress=False)
+    with context():
+        found = expert_logit_attribution(model, given, 5, progress=False)
+        assert torch.equal(found.experts, expected.experts)
+        assert torch.equal(expert_logit_lens(model, given, 1, progress=False), lens)
+        virtual_ablation(model, given[:, :2].clone(), progress=False)  # of tokens made here

@@ -22,6 +22,7 @@ from moe_lens.evaluation.plan_sizes import SweepResult
 from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import load_task
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.routed_model import RoutedModel
 from moe_lens.statistics.collection import collect_routing
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.steering.hooks import steer_hooks
@@ -196,18 +197,20 @@ def test_stats_in_another_precision(tiny: Path, tmp_path: Path) -> None:
     assert content(RoutingStats.load(tmp_path / "s")) == content(expected)
 
 
-def _stopping(monkeypatch: pytest.MonkeyPatch, stop_at: int | None, stop: Callable[[], None]) -> list[int]:
+def _stopping(
+    monkeypatch: pytest.MonkeyPatch, stop_at: int | None, stop: Callable[[], None], wrapper: Any = HookedMoE
+) -> list[int]:
     """Every forward is noted in the list; that of number `stop_at` stops the command instead."""
     ran: list[int] = []
-    forward = vars(HookedMoE).get("forward", HookedMoE.forward)
+    forward = vars(wrapper).get("forward", wrapper.forward)
 
-    def noting(self: HookedMoE, *args: Any, **kwargs: Any) -> Any:
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(ran) == stop_at:
             stop()
         ran.append(1)
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(HookedMoE, "forward", noting)
+    monkeypatch.setattr(wrapper, "forward", noting)
     return ran
 
 
@@ -410,7 +413,7 @@ def test_plan_from_a_published_ranking(reverse: bool, tmp_path: Path) -> None:
     assert read_published_ranking(tmp_path / "r.pkl").plan(n_deactivate=3).shape != plan.shape
 
 
-def _generated(model: HookedMoE, prompt: Any, plan: SteeringPlan | None, n: int) -> str:
+def _generated(model: Any, prompt: Any, plan: SteeringPlan | None, n: int) -> str:
     assert model.tokenizer is not None
     tokens = next(iter(padded_batches(model, [prompt], 1)))[0]
     start = tokens.shape[1]
@@ -522,3 +525,79 @@ def test_plot_writes_an_image(kind: str, work: Path, tmp_path: Path, monkeypatch
 def test_plot_writes_other_formats_into_new_folders(work: Path, tmp_path: Path) -> None:
     assert run("plot", "volcano", work / "scores", "--out", tmp_path / "new" / "f.svg") == 0
     assert b"<svg" in (tmp_path / "new" / "f.svg").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def no_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in bfloat16 whose tokenizer adds no BOS; TransformerLens' table does."""
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None  # type: ignore[assignment]
+    model = tiny_models.tiny_model("olmoe", torch.bfloat16)
+    return tiny_models.save(model, tmp_path_factory.mktemp("no_bos"), tokenizer)
+
+
+@pytest.mark.parametrize("place", [(), ("--device", "cpu"), ("--device-map", "cpu")], ids=str)
+def test_stats_of_a_routed_model(place: tuple[str, ...], no_bos: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("w1 w2 w3\nw4 w5\n")
+    command = ("stats", no_bos, tmp_path / "p.txt", "--special-tokens", *place)
+    assert run(*command, "--wrapper", "routed", "--out", tmp_path / "routed") == 0
+    assert run(*command, "--out", tmp_path / "bridge") == 0
+    model = RoutedModel.from_pretrained(no_bos)
+    expected = collect_routing(model, ["w1 w2 w3", "w4 w5"], span="all", special_tokens=True, progress=False)
+    assert content(RoutingStats.load(tmp_path / "routed")) == content(expected)
+    assert (expected.n_tokens, RoutingStats.load(tmp_path / "bridge").n_tokens) == (5, 7)
+    assert model.cfg.dtype == torch.bfloat16  # the checkpoint's
+
+
+def test_stats_never_continues_a_run_of_the_other_wrapper(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n".join(c.closed_book for c in CONFLICTS[:4]) + "\n")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    command = ("stats", NAME, tmp_path / "p.txt", "--batch-size", 1, "--out", tmp_path / "s")
+    with pytest.MonkeyPatch.context() as patch:
+        _stopping(patch, 2, stop)
+        assert run(*command) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        ran = _stopping(patch, None, stop, RoutedModel)
+        assert run(*command, "--wrapper", "routed") == 0
+    assert len(ran) == 4
+
+
+def test_every_command_takes_a_routed_model(work: Path, tmp_path: Path) -> None:
+    """On an organism, whose tokenizer adds the BOS that TransformerLens does, they find the same."""
+    routed = ("--wrapper", "routed")
+    model, plan = organisms.load(NAME, wrapper=RoutedModel), SteeringPlan.load(work / "plan.json")
+    labels = ("--cluster", "cluster", "--template", "template")
+    assert run("detect", NAME, work / "pairs.jsonl", *labels, *QUICK, "--out", tmp_path / "s", *routed) == 0
+    assert_same_scores(ExpertScores.load(tmp_path / "s"), ExpertScores.load(work / "scores"))
+
+    prompt = HELD_OUT[0].open_book
+    options = ("--prompt", prompt, "--max-new-tokens", 4, "--out", tmp_path / "t")
+    assert run("steer", NAME, work / "plan.json", *options, *routed) == 0
+    row = json.loads((tmp_path / "t").read_text(encoding="utf-8"))
+    assert row["unsteered"] == _generated(model, prompt, None, 4)
+    assert row["steered"] == _generated(model, prompt, plan, 4)
+
+    files, few = (work / "plan.json", work / "task.json"), ("--n-random", 1, "--alpha", 0.3)
+    reverse = ("--reverse", work / "reverse.json", "--out", tmp_path / "r")
+    assert run("evaluate", NAME, *files, *few, *reverse, *routed) == 0
+    expected = evaluate_steering(
+        model, plan, load_task(files[1]), n_random=1, alpha=0.3,
+        reverse=SteeringPlan.load(work / "reverse.json"), progress=False,
+    )  # fmt: skip
+    assert SteeringReport.load(tmp_path / "r").to_json() == expected.to_json()
+
+    sizes = ("--sizes", "2", "--n-random", 1, "--out", tmp_path / "w")
+    assert run("sweep", NAME, work / "scores", work / "task.json", *sizes, *routed) == 0
+    assert SweepResult.load(tmp_path / "w").sizes == (2,)
+    figure = ("--model", NAME, "--prompt", prompt, "--out", tmp_path / "f.png")
+    assert run("plot", "tokens", *figure, *routed) == 0
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_place_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Question :\n")
+    with pytest.raises(SystemExit):
+        run("stats", NAME, tmp_path / "p.txt", "--device", "cpu", "--device-map", "auto", "--out", "s")

@@ -16,6 +16,7 @@ from moe_lens.detection.expert_scores import risk_difference
 from moe_lens.evaluation.evaluating import evaluate_steering, sweep
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, CollateralMeasure, SteeringTask
+from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.organisms import demo
 from moe_lens.organisms.demo import DemoResult
 from moe_lens.routers.models import markdown_table
@@ -45,12 +46,12 @@ def small_demo() -> DemoResult:
 
 
 @pytest.fixture
-def quick_demo(small_demo: DemoResult, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def quick_demo(small_demo: DemoResult, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, type, int]]:
     """The demo answers at once; the list notes what it was asked."""
-    asked: list[tuple[str, int]] = []
+    asked: list[tuple[str, type, int]] = []
 
-    def run_demo(name: str, *, seed: int) -> DemoResult:
-        asked.append((name, seed))
+    def run_demo(name: str, *, wrapper: type, seed: int) -> DemoResult:
+        asked.append((name, wrapper, seed))
         return small_demo
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
@@ -58,11 +59,11 @@ def quick_demo(small_demo: DemoResult, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def test_demo_prints_the_table_and_writes_table_and_figures(
-    quick_demo: list[tuple[str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick_demo: list[tuple[str, type, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "folder"
     assert cli.main(["demo", "--model", "planted", "--out", str(out), "--seed", "3"]) == 0
-    assert quick_demo == [("planted", 3)]
+    assert quick_demo == [("planted", HookedMoE, 3)]
     assert sorted(path.name for path in out.iterdir()) == ["experts-planted.png", "rates.png", "table.md"]
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("experts-planted.png", "rates.png"))
     assert (out / "table.md").read_text(encoding="utf-8") in capsys.readouterr().out
@@ -94,15 +95,15 @@ def test_models_says_what_is_wrong_with_a_readme(
 
 
 def test_demo_runs_the_whole_ladder_unless_told_otherwise(
-    quick_demo: list[tuple[str, int]], tmp_path: Path
+    quick_demo: list[tuple[str, type, int]], tmp_path: Path
 ) -> None:
     cli.main(["demo", "--out", str(tmp_path)])
-    assert [name for name, _ in quick_demo] == list(organisms.names())
+    assert [name for name, *_ in quick_demo] == list(organisms.names())
     assert len(quick_demo) == 5
 
 
 def test_an_unknown_organism_is_refused_before_any_work(
-    quick_demo: list[tuple[str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick_demo: list[tuple[str, type, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["demo", "--model", "planted", "--model", "typo", "--out", str(tmp_path / "out")]) == 1
     assert "typo" in capsys.readouterr().err
@@ -126,7 +127,7 @@ def test_no_command_is_an_error_that_shows_the_usage(capsys: pytest.CaptureFixtu
 
 
 def test_bad_options_are_refused_before_any_work(
-    quick_demo: list[tuple[str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick_demo: list[tuple[str, type, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 1
@@ -137,9 +138,19 @@ def test_bad_options_are_refused_before_any_work(
 
 
 _HELP = {
-    "demo": ("--out", "figures", "--seed"),
+    "demo": ("--out", "figures", "--seed", "--wrapper"),
     "models": ("--readme", "Markdown"),
-    "stats": (".txt", ".jsonl", ".csv", "safetensors", "--span", "interrupted"),
+    "stats": (
+        ".txt",
+        ".jsonl",
+        ".csv",
+        "safetensors",
+        "--span",
+        "interrupted",
+        "--wrapper",
+        "BOS",
+        "--device-map",
+    ),
     "detect": (".jsonl", ".csv", "first", "second", "cluster", "template", "safetensors", "--table"),
     "plan": ("SCORES", "--steermoe", "JSON", "--reverse", "--q"),
     "steer": ("PLAN", "--prompts", "JSON lines", "unsteered"),

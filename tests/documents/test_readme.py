@@ -30,6 +30,15 @@ def test_code_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "stats.safetensors").exists()
 
 
+def test_the_page_on_wrappers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "wrappers.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "wrappers.md", "exec"), names)
+    assert (tmp_path / "smaller" / "config.json").exists()
+
+
 def test_the_worked_example_in_contributing_runs() -> None:
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING, flags=re.DOTALL):
@@ -81,7 +90,9 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tutorials/README.md"], ids=str
+    "document",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tutorials/README.md", "docs/wrappers.md"],
+    ids=str,
 )
 def test_modules_and_names_in_prose_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lens import (
+    RoutedModel,
     RouteRecord,
     SteeringPlan,
     bias_experts,
@@ -24,7 +25,7 @@ from moe_lens import (
 from moe_lens.errors import DataError, HookError
 from moe_lens.shape import MoEShape
 from tests.families import every_family, one_of_each_kind
-from tests.tiny_models import FAMILIES, prompt, tokens
+from tests.tiny_models import FAMILIES, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
 with_and_without_weights = pytest.mark.parametrize("weights", [False, True])
@@ -145,6 +146,32 @@ def test_a_record_of_one_column_is_no_record_of_many(hooked: Hooked, weights: bo
     with pytest.raises(HookError, match="has 1 columns"):
         run(model, replay_hooks(record))
     run(model, replay_hooks(record), tokens(1, 1))
+
+
+@with_and_without_weights
+@pytest.mark.parametrize("wrapper", ["bridge", "routed"])
+def test_a_record_of_longer_prompts_is_refused(hooked: Hooked, weights: bool, wrapper: str) -> None:
+    model: Any = hooked("olmoe") if wrapper == "bridge" else RoutedModel(tiny_model("olmoe"), tokenizer())
+    _, cache = run(model, given=tokens(2, 9))
+    record = RouteRecord.from_cache(cache, weights=weights)
+    for hooks in ([each] for each in replay_hooks(record)):  # each of them says so
+        with pytest.raises(HookError, match=r"has 9 columns, and this run has 5.*positions="):
+            run(model, hooks, tokens(2, 5))
+    for positions in ("prompt", [0, 1, 2, 3, 4], "all"):
+        _, some = run(model, replay_hooks(record, positions=positions), tokens(2, 5, seed=3))
+        for layer in model.moe_layers:
+            assert torch.equal(some["topk_indices", layer], cache["topk_indices", layer][:, :5])
+
+
+@pytest.mark.parametrize("wrapper", ["bridge", "routed"])
+def test_a_generation_goes_on_along_the_record(hooked: Hooked, wrapper: str) -> None:
+    model: Any = hooked("olmoe") if wrapper == "bridge" else RoutedModel(tiny_model("olmoe"), tokenizer())
+    _, cache = run(model, given=tokens(2, 9))
+    ran: list[torch.Tensor] = []
+    note = (hook_names.topk_indices(0), lambda indices, hook: ran.append(indices.clone()))
+    with torch.no_grad(), model.hooks([*replay_hooks(RouteRecord.from_cache(cache)), note]):
+        model.generate(tokens(2, 5), max_new_tokens=4, **WRITE)
+    assert torch.equal(torch.cat(ran, dim=1), cache["topk_indices", 0][:, :8])
 
 
 def test_one_prompts_route_serves_a_batch(hooked: Hooked) -> None:
