@@ -52,15 +52,21 @@ class Owners:
 
     def __init__(self) -> None:
         self._owners: dict[int, list[Owner]] = {}
+        self._tables: Callable[[], Iterable[HookTable]] | None = None
         self.robbed: WeakSet[threading.Thread] = WeakSet()
         """Threads whose hooks another one has taken away; their next forward is refused."""
 
-    def find(self, tables: Iterable[HookTable]) -> None:
-        """Note who set the hooks of these tables."""
-        self._owners = {}
-        for table in tables:
-            for owner in table.owners.values():
-                self._owners.setdefault(owner.ident, []).append(owner)
+    def find(self, tables: Callable[[], Iterable[HookTable]]) -> None:
+        """Note who set the hooks of these tables, when it is asked next."""
+        self._tables = tables
+
+    def _find(self) -> None:
+        if self._tables is not None:
+            self._owners = {}
+            for table in self._tables():
+                for owner in table.owners.values():
+                    self._owners.setdefault(owner.ident, []).append(owner)
+        self._tables = None
 
     def refuse(self, busy: Iterable[int]) -> bool:
         """Whether the current thread must not run the model.
@@ -82,4 +88,5 @@ class Owners:
         return len(running) > 1 and (is_owner or any(owner.ident in running for owner in of_others))
 
     def __bool__(self) -> bool:
+        self._find()
         return len(self._owners) > 0 or len(self.robbed) > 0

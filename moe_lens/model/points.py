@@ -7,6 +7,8 @@ some of them must know which rows and columns run; and "hooks". The last two run
 
 import copy
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -43,6 +45,7 @@ class RoutingPoint(HookPoint):
     def __init__(self, points: "RoutingPoints"):
         super().__init__()
         self.__dict__["points"] = points  # no submodule: points hold modules of the model
+        self._is_changing = False
         for table in HOOK_TABLES:
             setattr(
                 self,
@@ -125,10 +128,8 @@ class RoutingPoint(HookPoint):
             check_fits(self.shape)
         if (check_rule := getattr(hook, "check_rule", None)) is not None:
             check_rule(self.moe.rule)
-        with self.points.running.lock:
-            handle = super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
-            self.hooks_changed()  # torch's table has changed before TransformerLens' own list
-        return handle
+        with self._changing():
+            return super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
 
     def remove_hooks(
         self,
@@ -137,13 +138,25 @@ class RoutingPoint(HookPoint):
         level: int | None = None,
     ) -> None:
         """As in TransformerLens."""
+        if self.is_hooked:
+            with self._changing():
+                super().remove_hooks(dir, including_permanent, level)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """torch's table changes before TransformerLens' own list does: told at the end, once."""
         with self.points.running.lock:
-            super().remove_hooks(dir, including_permanent, level)
-            self.hooks_changed()
+            self._is_changing = True
+            try:
+                yield
+            finally:
+                self._is_changing = False
+                self.hooks_changed()
 
     def hooks_changed(self) -> None:
         """Tell the layer."""
-        self.points.hooks_changed()
+        if not self._is_changing:
+            self.points.hooks_changed()
 
     @property
     def is_hooked(self) -> bool:

@@ -67,7 +67,9 @@ class HookedRouter:
             logits, rule = plan.steer(rule, logits, place)
         indices = rule.select(logits).long()
         weights = rule.weigh(logits, indices).to(layout.weights_dtype(output))
-        flat = RouterOutput(logits.flatten(0, -2), weights.flatten(0, -2), indices.flatten(0, -2))
+        flat = RouterOutput(logits, weights, indices)
+        if points.mode == "placed":
+            flat = RouterOutput(*(part.flatten(0, -2) for part in flat))
         if not torch.compiler.is_compiling():
             points.running.forward.steered.append((self.moe.where, flat.weights))
         return layout.pack(output, flat)

@@ -205,7 +205,7 @@ class Running:
         self._changes += 1
         self.is_hooked = any(points.mode != "off" for points in self.points)
         self.needs_state = any(points.needs_state for points in self.points)
-        self.owners.find(table for points in self.points for table in points.tables)
+        self.owners.find(lambda: (table for points in self.points for table in points.tables))
         ident = threading.get_ident()
         for other, thread in list(self._threads.items()):
             if other != ident and thread.forwards:

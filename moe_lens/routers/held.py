@@ -90,6 +90,8 @@ class HeldRule(RoutingRule):
             watched: keep the logits that come out, so that later hooks about steered experts set them free.
                 Not needed where no hook follows.
         """
+        if self.hold is None and hold.everywhere and not watched:
+            return self._steer_all(logits, hold, epsilon)
         everywhere, hold = hold.everywhere, hold.like(logits)
         scores = torch.log_softmax(logits.float(), dim=-1) if self.by_log_probability else logits.float()
         steered = move(scores, hold.inside, hold.outside, epsilon)
@@ -102,6 +104,15 @@ class HeldRule(RoutingRule):
             scale=self._scale(logits, hold, epsilon),
         )
         return steered, replace(self, hold=hold.after(self.held(logits), self._possible))
+
+    def _steer_all(
+        self: Rule, logits: Float[Tensor, "*batch expert"], hold: Hold, epsilon: float | Tensor
+    ) -> tuple[Float[Tensor, "*batch expert"], Rule]:
+        """The same on every token, with nothing to look at afterwards: as few operations as can be."""
+        scores = torch.log_softmax(logits.float(), dim=-1) if self.by_log_probability else logits.float()
+        scale = self._scale(logits, hold, epsilon)
+        held = Hold(hold.inside, hold.outside, logits.dtype, everywhere=True, scale=scale)
+        return move(scores, hold.inside, hold.outside, epsilon), replace(self, hold=held)
 
     def _scale(
         self, logits: Float[Tensor, "*batch expert"], hold: Hold, epsilon: float | Tensor

@@ -77,11 +77,13 @@ class InOrder:
         return output[self.order.index("weights")].dtype
 
     def pack(self, output: Any, decision: RouterOutput) -> Any:
-        like = dict(zip(self.order, output, strict=True))
-        parts = {name: part.reshape(like[name].shape) for name, part in decision._asdict().items()}
-        for name in ("weights", "indices"):
-            parts[name] = parts[name].to(like[name].dtype)
-        return tuple(parts[name] for name in self.order)
+        parts = []
+        for name, like in zip(self.order, output, strict=True):
+            part: Tensor = getattr(decision, name)
+            if part.shape != like.shape:
+                part = part.reshape(like.shape)
+            parts.append(part if name == "logits" else part.to(like.dtype))
+        return tuple(parts)
 
     def unpack(self, output: Any, logits: Tensor) -> RouterOutput:
         self._check(output)

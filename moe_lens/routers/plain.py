@@ -88,10 +88,14 @@ class SoftmaxTopK(ByOrderOfLogits):
 
         On steered tokens the logits are compared, whose order is the same and does not underflow.
         """
-        choice, held = probabilities(logits), self.held(logits)
-        if held is not None:
-            z = logits.to(choice.dtype)
-            choice = held.scores(z if held.steers_all else torch.where(held.tokens, z, choice))
+        held = self.held(logits)
+        if held is None:
+            choice = probabilities(logits)
+        elif held.steers_all:
+            choice = held.scores(logits)
+        else:
+            p = probabilities(logits)
+            choice = held.scores(torch.where(held.tokens, logits.to(p.dtype), p))
         return torch.topk(choice, self.top_k, dim=-1, sorted=self.in_order).indices
 
     def _weights(

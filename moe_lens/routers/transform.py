@@ -39,7 +39,7 @@ def steer_logits(
     """
     inside, outside = _masks(logits, list(activate), list(deactivate))
     scores = torch.log_softmax(logits.float(), dim=-1)
-    return _keep_apart(move(scores, inside, outside, epsilon), outside)
+    return _keep_apart(move(scores, inside, outside, epsilon, strictly=True), outside)
 
 
 def steer_raw_logits(
@@ -55,7 +55,7 @@ def steer_raw_logits(
     shift of all logits would change weights (sigmoid, sparsemixer).
     """
     inside, outside = _masks(logits, list(activate), list(deactivate))
-    return move(logits.float(), inside, outside, epsilon)
+    return move(logits.float(), inside, outside, epsilon, strictly=True)
 
 
 def move(
@@ -63,14 +63,18 @@ def move(
     inside: Bool[Tensor, "*#batch expert"],
     outside: Bool[Tensor, "*#batch expert"],
     epsilon: float | Float[Tensor, "*#batch 1"],
+    strictly: bool = False,
 ) -> Float[Tensor, "*batch expert"]:
-    """Experts `inside` at the largest score + epsilon, those `outside` at the smallest − epsilon, or at the
-    next number where rounding takes epsilon away. The others keep their scores bit for bit."""
-    highest = scores.amax(dim=-1, keepdim=True)
-    lowest = scores.amin(dim=-1, keepdim=True)
+    """Experts `inside` at the largest score + epsilon, those `outside` at the smallest − epsilon.
+
+    The others keep their scores bit for bit. Where rounding takes epsilon away, `strictly` takes the next
+    number; a rule that holds its experts need not.
+    """
+    lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
     raised, lowered = highest + epsilon, lowest - epsilon
-    raised = torch.where(raised > highest, raised, _next(highest, torch.inf))
-    lowered = torch.where(lowered < lowest, lowered, _next(lowest, -torch.inf))
+    if strictly:
+        raised = torch.where(raised > highest, raised, _next(highest, torch.inf))
+        lowered = torch.where(lowered < lowest, lowered, _next(lowest, -torch.inf))
     return torch.where(outside, lowered, torch.where(inside, raised, scores))
 
 
