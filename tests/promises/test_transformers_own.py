@@ -42,5 +42,5 @@ def test_no_test_of_transformers_fails_only_with_us(suite, family, capsys):
     passed = list(plain.values()).count("passed")
     with capsys.disabled():
         print(f"\ntransformers' tests on {family}: {passed} pass; failed only with us: {len(only_with_us)}")
-    assert passed > 100
+    assert passed > 80
     assert only_with_us == []

@@ -20,8 +20,9 @@ attached = {"models": 0}
 def _attach(model: Any) -> None:
     from moe_lens import attach, hook_names
     from moe_lens.model.attaching import wrapper_of
+    from transformers import PreTrainedModel
 
-    if any(parameter.is_meta for parameter in model.parameters()) or wrapper_of(model) is not None:
+    if isinstance(model, PreTrainedModel) and wrapper_of(model) is not None or not all(map(_is_loaded, model.parameters())):
         return
     wrapper: Any = attach(model)
     attached["models"] += 1
@@ -33,6 +34,11 @@ def _attach(model: Any) -> None:
         for layer in wrapper.moe_layers:
             for point in hook_names.POINTS:
                 wrapper.add_hook(hook_names.name(layer, point), lambda value, hook: value)
+
+
+def _is_loaded(parameter: Any) -> bool:
+    """Some tests build models whose weights are whatever the memory holds; `attach` refuses NaN."""
+    return not parameter.is_meta and bool(parameter.isfinite().all())
 
 
 def attach_all_of(cls: Any) -> None:
@@ -65,8 +71,30 @@ def attach_all_of_classes(*classes: Any) -> None:
             attach_all_of(cls)
 
 
-def attach_bridges() -> None:
-    """Every TransformerBridge around an MoE model is attached once it is built."""
+def attach_all_bridges() -> None:
+    """Every TransformerBridge around an MoE model is attached once its `__init__` is done."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from moe_lens import UnsupportedRouterError
+    from moe_lens.model.registration import find_routing_layers
+
+    init = TransformerBridge.__init__
+
+    @wraps(init)
+    def attached_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        try:
+            find_routing_layers(self)
+        except UnsupportedRouterError:  # dense models, and stand-ins for models
+            return
+        _attach(self)
+
+    TransformerBridge.__init__ = attached_init
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _WAY != "no" and "MOE_LENS_BRIDGES" in os.environ:
+        attach_all_bridges()
 
 
 @pytest.hookimpl
