@@ -263,9 +263,10 @@ class RoutedModel(Model, Generating, HookedRootModule):
         """As in TransformerLens: hooks while the block lasts.
 
         Args:
-            training: allow routing hooks in training mode, where they are refused otherwise: a router's own
-                noise (Jitter) then stays, and gradient checkpointing recomputes blocks under these hooks as
-                long as the block lasts.
+            training: allow routing hooks in training mode, where they are refused otherwise. Noise on what
+                a router reads (`router_jitter_noise`) stays; a router that draws experts at random
+                (Phi-3.5-MoE) chooses as in eval mode, with a warning. Under gradient checkpointing call
+                backward() before the block ends: blocks are computed again, and refuse to be under other hooks.
 
         Raises:
             HookError: a name that the model does not have, or hooks that are no pairs (name, function).

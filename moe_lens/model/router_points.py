@@ -208,11 +208,20 @@ class _EnterBlock:
                 "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
             )
         if points.mode != "plans":
-            _begin(points, args, kwargs)
+            _begin(self.hooked, block, args, kwargs)
 
 
 @uncompiled
-def _begin(points: RoutingPoints, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin(
+    hooked: HookedRouter, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    points = hooked.points
+    if block.training and not points.running.is_running:
+        raise HookError(
+            f"{hooked.moe.where}: the block runs in training mode outside of a forward of the model, so that "
+            "routing hooks do not know its tokens. Is it computed again for backward()? Then use "
+            "model.gradient_checkpointing_enable(), whose blocks know."
+        )
     points.begin(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()))))
 
 
