@@ -212,9 +212,7 @@ class _EnterBlock:
 
 
 @uncompiled
-def _begin(
-    hooked: HookedRouter, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _begin(hooked: HookedRouter, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     points = hooked.points
     if block.training and not points.running.is_running:
         raise HookError(
@@ -253,5 +251,6 @@ def _end(hooked: HookedRouter, block: nn.Module, output: Any) -> None:
 def _refuse(hooked: HookedRouter, block: nn.Module, what: str, hooks: str) -> None:
     raise HookError(
         f"{hooked.moe.where}: {type(block).__name__} ran without calling its {what}, so the {hooks} "
-        "could not fire. Load the model without fused MoE kernels (use_kernels=False)."
+        "could not fire. Load the model without fused MoE kernels (use_kernels=False), and add adapters that "
+        "copy routers (modules_to_save) before the hook points."
     )

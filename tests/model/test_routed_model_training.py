@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_lens import RoutedModel, RouteRecord, SteeringPlan, attach, detach, hook_names, replay_hooks, steer_hooks
+from moe_lens import (
+    RoutedModel,
+    RouteRecord,
+    SteeringPlan,
+    attach,
+    detach,
+    hook_names,
+    replay_hooks,
+    steer_hooks,
+)
 from moe_lens.errors import HookError
 from moe_lens.steering.context import steered
 from tests.families import recipes
@@ -292,7 +301,7 @@ def test_without_training_hooks_are_refused(hooks: str) -> None:
 
 def test_a_router_that_draws_chooses_as_in_eval_mode_and_says_so() -> None:
     model = tiny_model("phimoe", input_jitter_noise=0.0, router_jitter_noise=0.01)
-    plan = SteeringPlan(deactivate=[(0, 0)])
+    plan = SteeringPlan(deactivate=[(0, 0), (1, 0)])
     with steered(model, plan):
         expected = model(tokens()).logits
     model.train()

@@ -57,7 +57,16 @@ def run_tests(
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "--no-header",
+                    "--tb=short",
+                    "-p",
+                    "no:cacheprovider",
+                ),
                 *("-p", PLUGIN, "--rootdir", str(folder), f"--junitxml={report.name}"),
                 *arguments,
                 *tests,
@@ -67,7 +76,9 @@ def run_tests(
                 **os.environ,
                 **env,
                 "MOE_LENS_ATTACHED": attached,
-                "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT), str(Path(__file__).parent / "others")]),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(folder), str(ROOT), str(Path(__file__).parent / "others")]
+                ),
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             },

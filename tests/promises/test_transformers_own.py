@@ -9,7 +9,10 @@ from tests.families import broad
 from tests.promises.sdists import failed_only_with_us, run_tests, source_of
 
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
-_STUBS = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
+_STUBS = {
+    "exporters/test_export.py": "ExportTesterMixin",
+    "generation/test_utils.py": "GenerationTesterMixin",
+}
 
 
 @pytest.fixture(scope="module")

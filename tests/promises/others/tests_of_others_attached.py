@@ -22,7 +22,11 @@ def _attach(model: Any) -> None:
     from moe_lens.model.attaching import wrapper_of
     from transformers import PreTrainedModel
 
-    if isinstance(model, PreTrainedModel) and wrapper_of(model) is not None or not all(map(_is_loaded, model.parameters())):
+    if (
+        isinstance(model, PreTrainedModel)
+        and wrapper_of(model) is not None
+        or not all(map(_is_loaded, model.parameters()))
+    ):
         return
     wrapper: Any = attach(model)
     attached["models"] += 1
