@@ -4,8 +4,8 @@
     checkpointing.begin(), checkpointing.end()         # around each forward
 
 While a forward in training mode runs, what transformers calls to checkpoint a block is wrapped, so that the
-function which backward() calls again knows the forward and the hooks that it ran under, for as long as the graph
-lives. Between forwards nothing is left on the model.
+function which backward() calls again knows the forward and the hooks that it ran under. Between forwards
+nothing is left on the model.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from moe_lens.errors import HookError
 from moe_lens.model.state import ForwardState
 
 _CALLED: Final = "_gradient_checkpointing_func"
-"""What transformers sets on a block when checkpointing is enabled, and calls with a function to compute again."""
+"""What transformers sets on a block when checkpointing is enabled: it takes a function to compute again."""
 
 
 class Checkpointing:

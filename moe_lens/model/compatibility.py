@@ -16,7 +16,7 @@ from moe_lens.model.registration import routing_layers
 from moe_lens.routers.models import supported_models
 
 _WHY: Final = {
-    "fold_ln": "its shared experts are exactly as wide as the model, and their down projections get scaled too",
+    "fold_ln": "its shared experts are as wide as the model, and their down projections get scaled, too",
     "fold_value_biases": "its attention has value biases, which get folded into the wrong places",
 }
 

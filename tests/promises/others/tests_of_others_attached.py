@@ -18,14 +18,13 @@ attached = {"models": 0}
 
 
 def _attach(model: Any) -> None:
-    from moe_lens import attach, hook_names
-    from moe_lens.model.attaching import wrapper_of
     from transformers import PreTrainedModel
 
-    if (
-        isinstance(model, PreTrainedModel)
-        and wrapper_of(model) is not None
-        or not all(map(_is_loaded, model.parameters()))
+    from moe_lens import attach, hook_names
+    from moe_lens.model.attaching import wrapper_of
+
+    if (isinstance(model, PreTrainedModel) and wrapper_of(model) is not None) or not all(
+        map(_is_loaded, model.parameters())
     ):
         return
     wrapper: Any = attach(model)
