@@ -266,7 +266,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
             training: allow routing hooks in training mode, where they are refused otherwise. Noise on what
                 a router reads (`router_jitter_noise`) stays; a router that draws experts at random
                 (Phi-3.5-MoE) chooses as in eval mode, with a warning. Under gradient checkpointing call
-                backward() before the block ends: blocks are computed again, and refuse to be under other hooks.
+                backward() within the context: blocks are computed again, under the same hooks or not at all.
 
         Raises:
             HookError: a name that the model does not have, or hooks that are no pairs (name, function).

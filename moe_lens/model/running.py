@@ -25,6 +25,7 @@ from moe_lens.errors import HookError
 from moe_lens.model.checkpointing import Checkpointing
 from moe_lens.model.owners import Owners
 from moe_lens.model.state import NAN_LOGITS, ForwardState, Generation, as_texts, check_weights, uncompiled
+from moe_lens.model.static_caches import refuse_static_cache
 
 
 @dataclass(eq=False)
@@ -174,6 +175,7 @@ class Running:
             self._checkpointing.begin()
         if self.owners:
             self._check_owners(thread)
+        refuse_static_cache(self.wrapper, kwargs.get("past_key_values"))
 
     def leave(self, of_decoder: bool = False, completed: bool = True) -> None:
         """It ends, or was broken off: what ran around it, if anything, goes on."""
@@ -279,9 +281,13 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
     rows, texts = (
         noted[1] if noted is not None and noted[0] == depth else None for noted in (thread.rows, thread.given)
     )
+    mask: Any = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # with a static cache, transformers' own
+        n_rows = inputs.shape[0] if isinstance(inputs, Tensor) else 0
+        mask = None if generation is None or not needs_state else generation.mask_of(n_rows, offset + n_pos)
     forward = ForwardState(
         tokens=tokens if isinstance(tokens, Tensor) else None,
-        attention_mask=kwargs.get("attention_mask"),
+        attention_mask=mask,
         offset=offset,
         n_prompt=offset or n_pos,
         texts=cast(Any, texts),
@@ -372,6 +378,8 @@ class _Generate:
         generation = Generation()
         if given is not None and given.ndim > 1:
             generation.n_prompts, generation.n_prompt = given.shape[:2]
+        if isinstance(mask := kwargs.get("attention_mask"), Tensor):
+            generation.attention_mask = mask
         with self.running.generation(generation):
             return self.original(inputs, *args, **kwargs)
 

@@ -33,12 +33,22 @@ class Generation:
         n_prompt: columns of the prompt; None until its first forward tells.
         n_prompts: how many prompts, of which beams and samples are copies; None where that is not known.
         depth: how deep in other forwards it runs.
+        attention_mask: that of the prompts [prompt pos], as `generate` was given it; None where it was not.
     """
 
     texts: list[str] | None = None
     n_prompt: int | None = None
     n_prompts: int | None = None
     depth: int = 0
+    attention_mask: Tensor | None = None
+
+    def mask_of(self, n_rows: int, n_columns: int) -> Tensor | None:
+        """That of a step's forward, [row column]: of beams and samples, too, and of what was written."""
+        mask = self.attention_mask
+        if mask is None or mask.ndim != 2 or n_rows % len(mask) or n_columns < mask.shape[1]:
+            return None
+        written = mask.new_ones(n_rows, n_columns - mask.shape[1])
+        return torch.cat([mask.repeat_interleave(n_rows // len(mask), dim=0), written], dim=1)
 
 
 @dataclass(eq=False)
@@ -47,7 +57,8 @@ class ForwardState:
 
     Attributes:
         tokens: its input, int64 [batch pos]; None where it was given embeddings.
-        attention_mask: as it was given, [batch total]; None without one.
+        attention_mask: as it was given, [batch total]; None without one, and where it is given in another
+            form (causal, or one for each kind of layer) outside of a generation.
         offset: how many columns are in the KV cache already; 0 in a plain forward.
         n_prompt: how many columns, cached ones included, are the prompt's. In a generation, those that
             `generate` was given, however its prefill is cut. Elsewhere all columns of a forward without

@@ -305,9 +305,9 @@ def test_a_router_that_draws_chooses_as_in_eval_mode_and_says_so() -> None:
     with steered(model, plan):
         expected = model(tokens()).logits
     model.train()
-    with pytest.warns(UserWarning, match="PhimoeTopKRouter draws experts at random"):
-        with steered(model, plan, training=True):
-            ours = model(tokens()).logits
+    warned = pytest.warns(UserWarning, match="PhimoeTopKRouter draws experts at random")
+    with warned, steered(model, plan, training=True):
+        ours = model(tokens()).logits
     torch.testing.assert_close(ours, expected)
 
 

@@ -53,7 +53,7 @@ def _fetch(requirement: str, folder: Path) -> Path:
 def run_tests(
     folder: Path, *tests: str, attached: str, arguments: tuple[str, ...] = (), timeout: int = 900, **env: str
 ) -> dict[str, str]:
-    """The outcome of each test; `attached` is what the plugin in `others/` does with each model ("no": nothing)."""
+    """The outcome of each test; `attached`: what the plugin in `others/` does with models ("no": nothing)."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         done = subprocess.run(
             [

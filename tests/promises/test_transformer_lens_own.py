@@ -1,7 +1,7 @@
 """TransformerLens' own tests of MoE bridges pass on attached bridges wherever they pass on plain ones.
 
-Its source distribution holds all of its tests; those that load checkpoints from the hub fail either way without one,
-and are left out here.
+Its source distribution holds all of its tests. Those that load checkpoints from the hub fail either way
+without one; files of nothing else are left out here.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """transformers' own tests of a model, on MoE models: copied into their `tests` package, and run there.
 
-Their source distribution holds `tests/test_modeling_common.py`, and neither the testers of single models nor the
-generation tests; so the small models are described here. The environment's MOE_LENS_FAMILY names one.
+Their source distribution holds `tests/test_modeling_common.py`, and neither the testers of single models
+nor the generation tests; so the small models are described here. The environment's MOE_LENS_FAMILY names one.
 """
 
 import os
