@@ -8,6 +8,7 @@ tensors_of(hf_model)                       # parameters and buffers by Hugging F
 import re
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
@@ -54,6 +55,18 @@ def numbered_layers(hf_model: nn.Module) -> dict[int, MoELayer]:
 def text_config(hf_model: nn.Module) -> Any:
     """The config of the language model, the live object."""
     return cast(Any, hf_model).config.get_text_config()
+
+
+def device_of(hf_model: nn.Module) -> torch.device:
+    """Where its inputs go: to its first parameter; where all are offloaded, to where accelerate runs it."""
+    for parameter in hf_model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    for module in hf_model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device("cpu")
 
 
 def decoder_of(hf_model: nn.Module, layers: dict[int, MoELayer]) -> tuple[nn.Module | None, list[nn.Module]]:

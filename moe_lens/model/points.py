@@ -50,6 +50,12 @@ class RoutingPoint(HookPoint):
         copy.deepcopy(self.points, memo)  # all points of the layer, with their hooks
         return memo[id(self)]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle; it holds no hooks, which are functions of some place in a program."""
+        super().__setstate__(state)
+        for table in HOOK_TABLES:
+            vars(self)[table] = HookTable(self.hooks_changed)
+
     @property
     def moe(self) -> MoELayer:
         """The layer."""

@@ -31,7 +31,7 @@ from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model import registration
 from moe_lens.model.expert_points import uninstall_expert_out
 from moe_lens.model.generating import Generating
-from moe_lens.model.hf_models import decoder_of, numbered_layers, text_config
+from moe_lens.model.hf_models import decoder_of, device_of, numbered_layers, text_config
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.residual_points import install_residual, passed_over, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
@@ -156,7 +156,6 @@ class RoutedModel(Model, Generating, HookedRootModule):
     def cfg(self) -> ModelConfig:
         """Sizes, device and dtype, read from the model as it is now."""
         config: Any = text_config(self.hf_model)
-        first = next(p for p in self.hf_model.parameters() if p.device.type != "meta")
         generation = getattr(self.hf_model, "generation_config", None)
         ends = getattr(generation, "eos_token_id", None)
         return ModelConfig(
@@ -169,8 +168,8 @@ class RoutedModel(Model, Generating, HookedRootModule):
             d_mlp=getattr(config, "moe_intermediate_size", None)
             or getattr(config, "intermediate_size", None),
             eos_token_id=getattr(config, "eos_token_id", None) if ends is None else ends,
-            device=first.device,
-            dtype=first.dtype,
+            device=device_of(self.hf_model),
+            dtype=next(self.hf_model.parameters()).dtype,
             hf=config,
         )
 

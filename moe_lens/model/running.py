@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from moe_lens.errors import HookError
 from moe_lens.model.checkpointing import Checkpointing
 from moe_lens.model.owners import Owners
-from moe_lens.model.state import NAN_LOGITS, ForwardState, Generation, as_texts, check_weights, uncompiled
+from moe_lens.model.state import (
+    NAN_LOGITS,
+    Bound,
+    ForwardState,
+    Generation,
+    as_texts,
+    check_weights,
+    uncompiled,
+)
 from moe_lens.model.static_caches import refuse_static_cache
 
 
@@ -371,6 +379,14 @@ class _Generate:
         self.running = running
         self.original = original
         self.was_on_instance = not inspect.ismethod(original)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("running", "was_on_instance")
+        return {**{name: vars(self)[name] for name in own}, "original": Bound.of(self.original)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        update_wrapper(self, self.original)
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
