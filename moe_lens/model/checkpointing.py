@@ -10,16 +10,14 @@ nothing is left on the model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_lens.errors import HookError
+from moe_lens.model.private_names import CHECKPOINT
 from moe_lens.model.state import ForwardState
-
-_CALLED: Final = "_gradient_checkpointing_func"
-"""What transformers sets on a block when checkpointing is enabled: it takes a function to compute again."""
 
 
 class Checkpointing:
@@ -36,15 +34,15 @@ class Checkpointing:
         if self.wrapped or not self.hf_model.training:
             return
         for block in self.blocks:
-            if block.training and block.gradient_checkpointing and _CALLED in vars(block):
-                vars(block)[_CALLED] = _Checkpoint(vars(block)[_CALLED], self.running)
+            if block.training and block.gradient_checkpointing and CHECKPOINT in vars(block):
+                vars(block)[CHECKPOINT] = _Checkpoint(vars(block)[CHECKPOINT], self.running)
                 self.wrapped.append(block)
 
     def end(self) -> None:
         """The last one ends."""
         for block in self.wrapped:
-            if isinstance(wrapper := vars(block).get(_CALLED), _Checkpoint):
-                vars(block)[_CALLED] = wrapper.original
+            if isinstance(wrapper := vars(block).get(CHECKPOINT), _Checkpoint):
+                vars(block)[CHECKPOINT] = wrapper.original
         self.wrapped = []
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_lens.errors import MoELensError
 from moe_lens.model.layers import MoELayer, find_moe_layers, no_moe
-from moe_lens.model.private_names import hf_path
+from moe_lens.model.private_names import execution_device, hf_path
 
 
 def hf_model_of(model: Any) -> PreTrainedModel:
@@ -63,8 +63,7 @@ def device_of(hf_model: nn.Module) -> torch.device:
         if not parameter.is_meta:
             return parameter.device
     for module in hf_model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
+        if (device := execution_device(module)) is not None:
             return torch.device(device)
     return torch.device("cpu")
 

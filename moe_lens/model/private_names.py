@@ -4,6 +4,7 @@
     remove_points(bridge, 0, ("hook_router_logits",))
     has_hooks(point), supports_padding(bridge), hf_path(name), become(bridge, cls)
     stands_on(router, HookedRouter), take_off(router, hooked, original, was_on_instance)
+    execution_device(module), attention_of(config), CHECKPOINT
 
 `tests/model/test_private_names.py` checks that each still exists and does what is said here, and that no
 other file of the package uses such a name.
@@ -123,6 +124,20 @@ def take_off(module: nn.Module, stood: Any, original: Any, was_on_instance: bool
         vars(module)["forward"] = original
     else:
         del vars(module)["forward"]
+
+
+CHECKPOINT: Final = "_gradient_checkpointing_func"
+"""What transformers sets on a block when checkpointing is enabled: it takes a function to compute again."""
+
+
+def execution_device(module: nn.Module) -> Any:
+    """Where accelerate runs a module whose weights are offloaded, by its hook `_hf_hook`; None elsewhere."""
+    return getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+
+
+def attention_of(config: Any) -> str | None:
+    """Which attention a config's model runs ("eager", "sdpa"...): `_attn_implementation`."""
+    return config._attn_implementation
 
 
 HOOK_TABLES: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

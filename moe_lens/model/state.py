@@ -35,9 +35,9 @@ class Bound:
     @staticmethod
     def of(function: Any) -> Any:
         """The function itself where it is no such method."""
-        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        is_method = inspect.ismethod(function) and hasattr(type(owner), name)
-        return Bound(owner, name) if is_method else function
+        if not inspect.ismethod(function) or not hasattr(type(function.__self__), function.__name__):
+            return function
+        return Bound(function.__self__, function.__name__)
 
     def __reduce__(self) -> Any:
         return _bind, (self.owner, self.name)

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformers import StaticCache
 
 from moe_lens.errors import MoELensError
+from moe_lens.model.private_names import attention_of
 
 _COMPUTES_ATTENTION = (MLAAttentionBridge, PositionEmbeddingsAttentionBridge)
 
@@ -27,7 +28,7 @@ def refuse_static_cache(wrapper: Any, past: Any) -> None:
     if not isinstance(past, StaticCache) or not isinstance(wrapper, TransformerBridge):
         return
     config: Any = wrapper.original_model.config
-    attention = config.get_text_config()._attn_implementation
+    attention = attention_of(config.get_text_config())
     blocks: Any = wrapper.blocks
     if attention == "eager" or not any(
         isinstance(part, _COMPUTES_ATTENTION) for block in blocks for part in block.children()

@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
 
 from moe_lens import (
     RoutedModel,
@@ -176,6 +178,41 @@ def on_the_route(model: Any, record: RouteRecord, n_columns: int) -> Iterator[No
     finally:
         for router in routers:
             del router.forward
+
+
+@checkpointing
+def test_a_trainers_step_equals_one_written_by_hand(checkpointing: str, tmp_path: Path) -> None:
+    """One step of plain descent, by transformers' Trainer; its weights afterwards tell the gradient."""
+    inputs, options = tokens(2, 6), CHECKPOINTING[checkpointing]
+
+    def trained(around: Any) -> Any:
+        model = tiny_model("olmoe")
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            max_steps=1,
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            gradient_checkpointing=options is not None,
+            gradient_checkpointing_kwargs=options,
+            disable_tqdm=True,
+        )
+        rows = [{"input_ids": row, "labels": row} for row in inputs]
+        with around(model):
+            Trainer(model, arguments, train_dataset=rows).train()
+        return model
+
+    by_hand = trained(lambda model: without_expert(model, 6, 6))
+    ours = trained(lambda model: steered(model, plan_of(model), training=True))
+    plain = trained(lambda model: nullcontext())
+    pairs = [(ours.get_parameter(name), p) for name, p in by_hand.named_parameters()]
+    assert all(torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6) for mine, theirs in pairs)
+    assert any(not torch.allclose(ours.get_parameter(n), p, atol=1e-5) for n, p in plain.named_parameters())
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "not reentrant"])
