@@ -171,9 +171,8 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
     if how == "disk_offload":
         return disk_offload(model, str(folder), torch.device("cpu"))
     if how == "dispatch_model":
-        placed = {name: "cpu" for name, _ in model.named_children()}
-        placed |= {"model": "disk"}
-        return dispatch_model(model, placed, main_device="cpu", offload_dir=str(folder))
+        placed: dict[str, Any] = {name: "cpu" for name, _ in model.named_children()} | {"model": "disk"}
+        return dispatch_model(model, placed, main_device=torch.device("cpu"), offload_dir=str(folder))
     for part in model.modules():
         add_hook_to_module(part, AlignDevicesHook(io_same_device=True))
     return model
@@ -190,13 +189,10 @@ def test_it_is_dispatched_before_or_after(recipe: str, how: str, order: str, tmp
     plain = oracle(tokens())
     edited = oracle.run_with_hooks(tokens(), fwd_hooks=hooks_of(oracle))
     model = tiny_model(recipe)
-    if order == "points first":
-        routed = RoutedModel(model)
-        model = offloaded(model, how, tmp_path)
-    else:
-        model = offloaded(model, how, tmp_path)
-        before = traces(model)
-        routed = RoutedModel(model)
+    routed = RoutedModel(model) if order == "points first" else None
+    model = offloaded(model, how, tmp_path)
+    before = traces(model)
+    routed = routed or RoutedModel(model)
     assert torch.equal(routed(tokens()), plain)
     assert torch.equal(routed.run_with_hooks(tokens(), fwd_hooks=hooks_of(routed)), edited)
     assert not torch.equal(edited, plain)

@@ -202,7 +202,7 @@ def test_a_trainers_step_equals_one_written_by_hand(checkpointing: str, tmp_path
             gradient_checkpointing_kwargs=options,
             disable_tqdm=True,
         )
-        rows = [{"input_ids": row, "labels": row} for row in inputs]
+        rows: Any = [{"input_ids": row, "labels": row} for row in inputs]
         with around(model):
             Trainer(model, arguments, train_dataset=rows).train()
         return model
@@ -232,7 +232,7 @@ def test_two_forwards_then_their_backwards(checkpointing: str) -> None:
             losses_of([part])[0].backward()
             one_by_one.append(gradients(model))
         model.zero_grad()
-        sum(losses_of(parts)).backward()
+        torch.stack(losses_of(parts)).sum().backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, one_by_one[0][name] + one_by_one[1][name], rtol=1e-3, atol=1e-6)
 
