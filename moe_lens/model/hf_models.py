@@ -8,13 +8,14 @@ tensors_of(hf_model)                       # parameters and buffers by Hugging F
 import re
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from moe_lens.errors import MoELensError
 from moe_lens.model.layers import MoELayer, find_moe_layers, no_moe
-from moe_lens.model.private_names import hf_path
+from moe_lens.model.private_names import execution_device, hf_path
 
 
 def hf_model_of(model: Any) -> PreTrainedModel:
@@ -59,6 +60,17 @@ def numbered_layers(hf_model: nn.Module) -> dict[int, MoELayer]:
 def text_config(hf_model: nn.Module) -> Any:
     """The config of the language model, the live object."""
     return cast(Any, hf_model).config.get_text_config()
+
+
+def device_of(hf_model: nn.Module) -> torch.device:
+    """Where its inputs go: to its first parameter; where all are offloaded, to where accelerate runs it."""
+    for parameter in hf_model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    for module in hf_model.modules():
+        if (device := execution_device(module)) is not None:
+            return torch.device(device)
+    return torch.device("cpu")
 
 
 def decoder_of(hf_model: nn.Module, layers: dict[int, MoELayer]) -> tuple[nn.Module | None, list[nn.Module]]:

@@ -239,9 +239,10 @@ class HookedMoE(Model, TransformerBridge):
 
     @signature_of(TransformerBridge.enable_compatibility_mode)
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
-        """As in TransformerLens, and refused with options that can change what this model computes.
+        """As in TransformerLens, and refused with options that change what this model computes.
 
-        See `wrong_in_compatibility_mode` of `supported_models`.
+        See `wrong_in_compatibility_mode` of `supported_models`: fold_ln where shared experts are exactly as
+        wide as the model, fold_value_biases where attention has value biases.
         """
         options = inspect.signature(super().enable_compatibility_mode).bind(*args, **kwargs)
         options.apply_defaults()

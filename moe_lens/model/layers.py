@@ -54,7 +54,9 @@ def find_moe_layers(root: nn.Module, prefix: str = "") -> Iterator[MoELayer]:
     for name, block in root.named_modules(prefix=prefix):
         if hasattr(block, "original_component"):  # a bridge's wrapper around the actual block or router
             continue
-        if type(block).__name__ in _NOT_FEED_FORWARD:
+        if type(block).__name__ in _NOT_FEED_FORWARD or has_adapters(block):
+            continue
+        if type(block) is nn.ModuleDict:  # an adapter's, with routers of its own
             continue
         where = hf_path(name) or type(block).__name__
         children = [unwrap(child) for child in block.children()]
@@ -108,8 +110,22 @@ def _perhaps_routers(children: list[nn.Module]) -> list[nn.Module]:
     return sorted((child for child in children if rank(child) < 2), key=rank)
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Whether it stands around one module of a model and its adapters (PEFT)."""
+    return any(
+        isinstance(getattr(module, name, None), nn.Module) for name in ("base_layer", "original_module")
+    )
+
+
 def unwrap(module: Any) -> Any:
-    """The Hugging Face module inside a bridge's wrapper or an adapter's (PEFT), or the module itself."""
+    """The Hugging Face module inside a bridge's wrapper or an adapter's (PEFT), or the module itself.
+
+    Of one that is trained whole (`modules_to_save`), the copy that runs.
+    """
+    if isinstance(getattr(module, "original_module", None), nn.Module):
+        copies, active = module.modules_to_save, module.active_adapters
+        runs = bool(active) and active[0] in copies and not module.disable_adapters
+        return unwrap(copies[active[0]] if runs else module.original_module)
     for name in ("original_component", "base_layer"):
         if isinstance(inner := getattr(module, name, None), nn.Module):
             return unwrap(inner)

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_lens.errors import MoELensError
+from moe_lens.model.layers import has_adapters
 
 TRANSFORMER_LENS_NAMES: Final = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 """Architectures that transformers and TransformerLens spell differently: transformers' name -> the other."""
@@ -72,6 +73,11 @@ def check_wrappable(hf_model: Any, tokenizer: Any) -> None:
         raise MoELensError(
             f"{type(hf_model).__name__} is wrapped by a TransformerBridge already. "
             "Use moe_lens.attach(bridge) on that bridge, or wrap a freshly loaded model."
+        )
+    if any(has_adapters(part) for part in hf_model.modules()):
+        raise MoELensError(
+            f"{type(hf_model).__name__} has adapters (PEFT), around which TransformerLens' bridge cannot be "
+            "built. Use moe_lens.RoutedModel(model), or pass what model.merge_and_unload() gives."
         )
     _architecture(hf_model)
 

@@ -46,16 +46,23 @@ class RoutingPoint(HookPoint):
         super().__init__()
         self.__dict__["points"] = points  # no submodule: points hold modules of the model
         self._is_changing = False
-        for table in HOOK_TABLES:
-            setattr(
-                self,
-                table,
-                HookTable(self.hooks_changed, lambda thread: self.points.running.owners.robbed.add(thread)),
-            )
+        self._watch_tables()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingPoint":
         copy.deepcopy(self.points, memo)  # all points of the layer, with their hooks
         return memo[id(self)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle; it holds no hooks, which are functions of some place in a program."""
+        super().__setstate__(state)
+        self._watch_tables()
+
+    def _watch_tables(self) -> None:
+        for table in HOOK_TABLES:
+            vars(self)[table] = HookTable(self.hooks_changed, self._robbed)
+
+    def _robbed(self, thread: threading.Thread) -> None:
+        self.points.running.owners.robbed.add(thread)
 
     @property
     def moe(self) -> MoELayer:

@@ -3,6 +3,8 @@
     add_points(bridge, {0: {"hook_router_logits": point}})     # TransformerLens knows them by both names
     remove_points(bridge, 0, ("hook_router_logits",))
     has_hooks(point), supports_padding(bridge), hf_path(name), become(bridge, cls)
+    stands_on(router, HookedRouter), take_off(router, hooked, original, was_on_instance)
+    execution_device(module), attention_of(config), CHECKPOINT
 
 `tests/model/test_private_names.py` checks that each still exists and does what is said here, and that no
 other file of the package uses such a name.
@@ -102,6 +104,40 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def stands_on(module: nn.Module, kind: type) -> Any:
+    """The object of this kind that stands as the module's `forward`; None where there is none.
+
+    accelerate keeps the forward that it found as `_old_forward` and calls it from its own.
+    """
+    found = (vars(module).get(name) for name in ("forward", "_old_forward"))
+    return next((forward for forward in found if isinstance(forward, kind)), None)
+
+
+def take_off(module: nn.Module, stood: Any, original: Any, was_on_instance: bool) -> None:
+    """Put back the forward that was there before `stood`, also under accelerate's own."""
+    if vars(module).get("forward") is not stood:
+        vars(module)["_old_forward"] = original
+        vars(module)["forward"].__wrapped__ = original
+    elif was_on_instance:
+        vars(module)["forward"] = original
+    else:
+        del vars(module)["forward"]
+
+
+CHECKPOINT: Final = "_gradient_checkpointing_func"
+"""What transformers sets on a block when checkpointing is enabled: it takes a function to compute again."""
+
+
+def execution_device(module: nn.Module) -> Any:
+    """Where accelerate runs a module whose weights are offloaded, by its hook `_hf_hook`; None elsewhere."""
+    return getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+
+
+def attention_of(config: Any) -> str | None:
+    """Which attention a config's model runs ("eager", "sdpa"...): `_attn_implementation`."""
+    return config._attn_implementation
 
 
 HOOK_TABLES: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

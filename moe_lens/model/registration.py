@@ -17,7 +17,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens import hook_names
-from moe_lens.errors import MoELensError, UnsupportedRouterError
+from moe_lens.errors import MoELensError, UnsupportedRouterError, warn
 from moe_lens.model.expert_points import install_expert_out, uninstall_expert_out
 from moe_lens.model.layers import MoELayer, find_moe_layers, no_moe
 from moe_lens.model.private_names import PointsOnly, add_points, remove_points
@@ -30,6 +30,9 @@ LAYERS: Final = "_routing_layers"
 
 RUNNING: Final = "_running"
 """The attribute in which it keeps its `Running`."""
+
+_DRAWING: Final = ("PhimoeTopKRouter",)
+"""Routers whose choice in training mode is not a function of their logits."""
 
 
 def routing_layers(model: Any) -> dict[int, MoELayer]:
@@ -166,7 +169,16 @@ def with_expert_out(model: Any) -> Iterator[None]:
 
 @contextmanager
 def allow_training(model: Any, allow: bool) -> Iterator[None]:
-    """Within the context, routing hooks may act in training mode, if `allow`."""
+    """Within the context, routing hooks may act in training mode, if `allow`.
+
+    Warns of routers that draw experts at random in training: hooks get the decision of eval mode.
+    """
+    drawing = {type(moe.router).__name__ for moe in routing_layers(model).values()} & set(_DRAWING)
+    if allow and drawing:
+        warn(
+            f"In training, {' and '.join(sorted(drawing))} draws experts at random. Under routing hooks that "
+            "is frozen: it chooses as in eval mode. (Noise on what a router reads stays.)"
+        )
     points = [installed_points(moe) for moe in routing_layers(model).values()]
     before = [each.allow_training for each in points]
     for each in points:

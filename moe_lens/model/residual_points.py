@@ -3,12 +3,12 @@
     points = install_residual(block, 3, running)     # points.pre, .post: blocks.3.hook_resid_pre, ..._post
     points.uninstall()
 
-As long as neither has a hook, the block runs as it is. A block that gradient checkpointing computes again
-finds the forward that it belongs to here.
+As long as neither has a hook, the block runs as it is. (Gradient checkpointing computes a block again
+without the hooks around it, so that those on the residual stream act once.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,7 +19,6 @@ from transformer_lens.hook_points import HookPoint
 from moe_lens.errors import HookError
 from moe_lens.model.private_names import has_hooks
 from moe_lens.model.running import Running
-from moe_lens.model.state import uncompiled
 
 RESID_PRE: Final = "hook_resid_pre"
 RESID_POST: Final = "hook_resid_post"
@@ -34,7 +33,6 @@ class ResidualPoints:
     post: HookPoint
     running: Running
     handles: list[Any] = field(default_factory=list)
-    again: list[AbstractContextManager[None]] = field(default_factory=list)
 
     def uninstall(self) -> None:
         """Leave the block as it was."""
@@ -50,7 +48,6 @@ def install_residual(block: nn.Module, layer: int, running: Running) -> Residual
     points.handles = [
         block.register_forward_pre_hook(_Before(points), with_kwargs=True),
         block.register_forward_hook(_After(points)),
-        block.register_forward_hook(_Ended(points), always_call=True),
     ]
     return points
 
@@ -99,12 +96,6 @@ class _Before:
     points: ResidualPoints
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (
-            block.training
-            and self.points.running.is_hooked
-            and getattr(block, "gradient_checkpointing", False)
-        ):
-            _recompute(self.points, args[0] if args else kwargs["hidden_states"])
         point = self.points.pre
         if not has_hooks(point):
             return None
@@ -126,29 +117,6 @@ class _After:
         if isinstance(output, tuple):
             return (_edited(point, output[0]), *output[1:])
         return _edited(point, output)
-
-
-@dataclass(eq=False)
-class _Ended:
-    """Ends a second computation, after an exception, too."""
-
-    points: ResidualPoints
-
-    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        if self.points.again:
-            self.points.again.pop().__exit__(None, None, None)
-
-
-@uncompiled
-def _recompute(points: ResidualPoints, hidden: Tensor) -> None:
-    """Note the forward by what the block reads, or find the one that is noted."""
-    key = (id(points), hidden.data_ptr(), tuple(hidden.shape))
-    if points.running.is_running:
-        points.running.note(key)
-        return
-    again = points.running.again(key)
-    again.__enter__()
-    points.again.append(again)
 
 
 def _edited(point: HookPoint, value: Float[Tensor, "batch pos *d_model"]) -> Tensor:

@@ -31,7 +31,7 @@ from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model import registration
 from moe_lens.model.expert_points import uninstall_expert_out
 from moe_lens.model.generating import Generating
-from moe_lens.model.hf_models import decoder_of, numbered_layers, text_config
+from moe_lens.model.hf_models import decoder_of, device_of, numbered_layers, text_config
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.residual_points import install_residual, passed_over, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
@@ -156,7 +156,6 @@ class RoutedModel(Model, Generating, HookedRootModule):
     def cfg(self) -> ModelConfig:
         """Sizes, device and dtype, read from the model as it is now."""
         config: Any = text_config(self.hf_model)
-        first = next(p for p in self.hf_model.parameters() if p.device.type != "meta")
         generation = getattr(self.hf_model, "generation_config", None)
         ends = getattr(generation, "eos_token_id", None)
         return ModelConfig(
@@ -169,8 +168,8 @@ class RoutedModel(Model, Generating, HookedRootModule):
             d_mlp=getattr(config, "moe_intermediate_size", None)
             or getattr(config, "intermediate_size", None),
             eos_token_id=getattr(config, "eos_token_id", None) if ends is None else ends,
-            device=first.device,
-            dtype=first.dtype,
+            device=device_of(self.hf_model),
+            dtype=next(self.hf_model.parameters()).dtype,
             hf=config,
         )
 
@@ -264,9 +263,10 @@ class RoutedModel(Model, Generating, HookedRootModule):
         """As in TransformerLens: hooks while the block lasts.
 
         Args:
-            training: allow routing hooks in training mode, where they are refused otherwise: a router's own
-                noise (Jitter) then stays, and gradient checkpointing recomputes blocks under these hooks as
-                long as the block lasts.
+            training: allow routing hooks in training mode, where they are refused otherwise. Noise on what
+                a router reads (`router_jitter_noise`) stays; a router that draws experts at random
+                (Phi-3.5-MoE) chooses as in eval mode, with a warning. Under gradient checkpointing call
+                backward() within the context: blocks are computed again, under the same hooks or not at all.
 
         Raises:
             HookError: a name that the model does not have, or hooks that are no pairs (name, function).

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.points import BlockRun, RoutingPoints, fire
+from moe_lens.model.private_names import stands_on, take_off
 from moe_lens.model.running import Running
-from moe_lens.model.state import NAN_LOGITS, check_weights, uncompiled
+from moe_lens.model.state import NAN_LOGITS, Bound, check_weights, uncompiled
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
@@ -44,6 +45,9 @@ class HookedRouter:
         self.original = original
         self.was_on_instance = was_on_instance  # accelerate, for one, puts its own forward there
         self.handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "original": Bound.of(self.original)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.points.mode == "off":
@@ -171,8 +175,8 @@ def install(moe: MoELayer, shape: MoEShape, running: Running) -> RoutingPoints:
 
 def points_of(moe: MoELayer) -> RoutingPoints | None:
     """The hook points that are installed in the router of `moe`; None where there are none."""
-    hooked = vars(moe.router).get("forward")
-    return hooked.points if isinstance(hooked, HookedRouter) else None
+    hooked = stands_on(moe.router, HookedRouter)
+    return None if hooked is None else hooked.points
 
 
 def installed_points(moe: MoELayer) -> RoutingPoints:
@@ -185,16 +189,13 @@ def installed_points(moe: MoELayer) -> RoutingPoints:
 
 def uninstall(moe: MoELayer) -> None:
     """Give the router of `moe` its own forward back. Does nothing where no points are installed."""
-    hooked = moe.router.__dict__.get("forward")
-    if not isinstance(hooked, HookedRouter):
+    hooked = stands_on(moe.router, HookedRouter)
+    if hooked is None:
         return
     for handle in hooked.handles:
         handle.remove()
     hooked.points.running.points.remove(hooked.points)
-    if hooked.was_on_instance:
-        moe.router.forward = hooked.original
-    else:
-        del moe.router.forward
+    take_off(moe.router, hooked, hooked.original, hooked.was_on_instance)
 
 
 @dataclass
@@ -213,11 +214,18 @@ class _EnterBlock:
                 "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
             )
         if points.mode != "plans":
-            _begin(points, args, kwargs)
+            _begin(self.hooked, block, args, kwargs)
 
 
 @uncompiled
-def _begin(points: RoutingPoints, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin(hooked: HookedRouter, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    points = hooked.points
+    if block.training and not points.running.is_running:
+        raise HookError(
+            f"{hooked.moe.where}: the block runs in training mode outside of a forward of the model, so that "
+            "routing hooks do not know its tokens. Is it computed again for backward()? Then use "
+            "model.gradient_checkpointing_enable(), whose blocks know."
+        )
     points.begin(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()))))
 
 
@@ -249,5 +257,6 @@ def _end(hooked: HookedRouter, block: nn.Module, output: Any) -> None:
 def _refuse(hooked: HookedRouter, block: nn.Module, what: str, hooks: str) -> None:
     raise HookError(
         f"{hooked.moe.where}: {type(block).__name__} ran without calling its {what}, so the {hooks} "
-        "could not fire. Load the model without fused MoE kernels (use_kernels=False)."
+        "could not fire. Load the model without fused MoE kernels (use_kernels=False), and add adapters that "
+        "copy routers (modules_to_save) before the hook points."
     )

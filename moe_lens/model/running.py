@@ -22,8 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens.errors import HookError
+from moe_lens.model.checkpointing import Checkpointing
 from moe_lens.model.owners import Owners
-from moe_lens.model.state import NAN_LOGITS, ForwardState, Generation, as_texts, check_weights, uncompiled
+from moe_lens.model.state import (
+    NAN_LOGITS,
+    Bound,
+    ForwardState,
+    Generation,
+    as_texts,
+    check_weights,
+    uncompiled,
+)
+from moe_lens.model.static_caches import refuse_static_cache
 
 
 @dataclass(eq=False)
@@ -62,8 +72,7 @@ class Running:
         self.is_hooked = self.needs_state = False
         self.owners = Owners()
         self.lock = threading.RLock()
-        self._changes = 0
-        self._noted: dict[Any, tuple[ForwardState, int]] = {}
+        self._checkpointing: Checkpointing | None = None
         self._threads: dict[int, _Thread] = {}
         self._handles: list[Any] = []
         self._model: nn.Module | None = None
@@ -71,13 +80,13 @@ class Running:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Running":
         """For a deep copy of the model, which runs nothing yet."""
         twin = memo[id(self)] = Running()
-        for name in ("wrapper", "points", "residual", "_handles", "_model"):
+        for name in ("wrapper", "points", "residual", "_handles", "_model", "_checkpointing"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin.hooks_changed()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_threads": {}, "_noted": {}, "owners": Owners(), "lock": None}
+        return {**vars(self), "_threads": {}, "owners": Owners(), "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "lock": threading.RLock()})
@@ -97,6 +106,11 @@ class Running:
         """Whether a forward runs in this thread."""
         thread = self._threads.get(threading.get_ident())
         return thread is not None and len(thread.forwards) > 0
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a forward runs in some thread."""
+        return any(thread.forwards for thread in list(self._threads.values()))
 
     @property
     def generating(self) -> bool:
@@ -145,29 +159,21 @@ class Running:
             finally:
                 thread.given = before
 
-    def note(self, key: Any) -> None:
-        """A block of the forward that runs will be computed again, by gradient checkpointing."""
-        self._noted[key] = (self.forward, self._changes)
+    @property
+    def hooks_set(self) -> tuple[int, ...]:
+        """Which hooks are set on routing, by torch's numbers."""
+        return tuple(number for points in self.points for table in points.tables for number in table)
 
     @contextmanager
-    def again(self, key: Any) -> Iterator[None]:
-        """Within the context, a block that was noted is computed again.
-
-        Raises:
-            HookError: the hooks are others than they were in the forward.
-        """
-        forward, changes = self._noted.pop(key, (ForwardState(bridge=self.wrapper), self._changes))
-        if changes != self._changes:
-            raise HookError(
-                "Gradient checkpointing computes a block again, and the routing hooks are not those of the "
-                "forward any more. Call backward() within the same context as the forward."
-            )
+    def again(self, forward: ForwardState) -> Iterator[None]:
+        """Within the context, a block of an earlier forward is computed again, by gradient checkpointing."""
         with self._in_thread() as thread:
             thread.forwards.append(forward)
             try:
                 yield
             finally:
                 thread.forwards.remove(forward)
+                forward.steered.clear()
 
     def enter(self, kwargs: dict[str, Any], of_decoder: bool = False) -> None:
         """A forward of the Hugging Face model begins, or of its decoder alone, with these arguments."""
@@ -179,8 +185,11 @@ class Running:
         forward.of_decoder = forward.in_decoder = of_decoder
         with self.lock:
             thread.forwards.append(forward)
+            if self._checkpointing is not None:
+                self._checkpointing.begin()
             if self.owners:
                 self._check_owners(thread)
+        refuse_static_cache(self.wrapper, kwargs.get("past_key_values"))
 
     def leave(self, of_decoder: bool = False, completed: bool = True) -> None:
         """It ends, or was broken off: what ran around it, if anything, goes on."""
@@ -194,15 +203,17 @@ class Running:
         forward = thread.forwards.pop()
         disturbed, thread.disturbed = thread.disturbed, False
         self._forget(ident, thread)
+        if self._checkpointing is not None and self._checkpointing.wrapped and not self._is_busy:
+            self._checkpointing.end()
         if disturbed:
             raise HookError(_TWO_THREADS)
         if completed and forward.steered and _holds_nan(forward.steered[-1][1]):
             for where, weights in forward.steered:
                 check_weights(where, _by_row(weights, forward.tokens), NAN_LOGITS)
+        forward.steered.clear()  # checkpointed blocks keep the forward; these would keep its graph
 
     def hooks_changed(self) -> None:
         """Called by points whenever their hooks change."""
-        self._changes += 1
         self.is_hooked = any(points.mode != "off" for points in self.points)
         self.needs_state = any(points.needs_state for points in self.points)
         self.owners.find(lambda: (table for points in self.points for table in points.tables))
@@ -240,6 +251,7 @@ class Running:
                 model itself (adapters call `model.forward`).
         """
         self._model = hf_model
+        self._checkpointing = Checkpointing(hf_model, self)
         watched = [(hf_model, False)]
         if decoder is not None and decoder is not hf_model:
             watched.append((decoder, True))
@@ -263,7 +275,7 @@ class Running:
                 cast(Any, self._model).generate = generate.original
             else:
                 del cast(Any, self._model).generate
-        self._handles, self._model = [], None
+        self._handles, self._model, self._checkpointing = [], None, None
 
 
 _TWO_THREADS: Final = (
@@ -372,6 +384,14 @@ class _Generate:
         self.running = running
         self.original = original
         self.was_on_instance = not inspect.ismethod(original)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("running", "was_on_instance")
+        return {**{name: vars(self)[name] for name in own}, "original": Bound.of(self.original)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        update_wrapper(self, self.original)
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

@@ -7,6 +7,7 @@ Hooks inside a block see no more than [batch pos ...]; to tell the prompt from w
 and column 5 of a prompt from column 0 of a cached step, they ask here.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
@@ -22,6 +23,28 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def uncompiled(function: Function) -> Function:
     """The function, outside of compiled code: `torch.compiler.disable` with the type that it had."""
     return cast(Function, torch.compiler.disable(function))
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A method of an object's class, in a pickle: it comes back as that, whatever stands in its place."""
+
+    owner: Any
+    name: str
+
+    @staticmethod
+    def of(function: Any) -> Any:
+        """The function itself where it is no such method."""
+        if not inspect.ismethod(function) or not hasattr(type(function.__self__), function.__name__):
+            return function
+        return Bound(function.__self__, function.__name__)
+
+    def __reduce__(self) -> Any:
+        return _bind, (self.owner, self.name)
+
+
+def _bind(owner: Any, name: str) -> Any:
+    return getattr(type(owner), name).__get__(owner)
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from moe_lens.routers.table import PER_TOKEN, RULES, Family
 MARKS: Final = ("<!-- supported models -->", "<!-- /supported models -->")
 
 _CONDITIONS: Final = {
-    "fold_ln": "`fold_ln`",
+    "fold_ln": "`fold_ln`, if a shared expert is exactly as wide as the model",
     "fold_value_biases": "`fold_value_biases`, if there are value biases",
 }
 
@@ -33,9 +33,9 @@ class SupportedModel:
         special: what a user should know about it; may be empty.
         refused: what moe_lens refuses there, and why; may be empty.
         wrong_in_compatibility_mode: options of `enable_compatibility_mode` that can change what the model
-            computes in TransformerLens 4.3, and are refused: "fold_ln" (it scales a shared expert's down
-            projection too where that is as wide as the model), and, where attention has value biases,
-            "fold_value_biases".
+            computes in TransformerLens 4.3, and are refused where they do: "fold_ln", where a shared expert
+            is exactly as wide as the model (its down projection is scaled, too), and "fold_value_biases",
+            where attention has value biases.
     """
 
     architecture: str

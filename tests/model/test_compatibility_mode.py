@@ -53,6 +53,13 @@ WRONG: dict[tuple[str, str], dict[str, Any]] = {
     ("gemma4_vl", "fold_value_biases"): {**SQUARE, "global_head_dim": 8},
 }
 """Recipe and option -> config fields with which that option changes what the model computes."""
+AS_RIGHT: dict[str, list[dict[str, Any]]] = {
+    "qwen2_moe": [{"shared_expert_intermediate_size": 24}, {"shared_expert_intermediate_size": 48}],
+    "glm4_moe": [{"moe_intermediate_size": 24, "attention_bias": False}],
+    "ernie4_5_moe": [{"moe_intermediate_size": 24}, {"moe_intermediate_size": 48}],
+    "llama4": [{"intermediate_size": 24}, {"intermediate_size": 48}],
+}
+"""Recipe -> config fields with which the shared experts are narrower or wider than the model."""
 every_wrong = pytest.mark.parametrize(("recipe", "option"), WRONG, ids=lambda x: x)
 
 BIASED = {
@@ -193,6 +200,15 @@ def test_no_processing_is_never_refused() -> None:
     before = runs(model)
     model.enable_compatibility_mode(True, True)  # disable_warnings, no_processing
     assert_the_same(runs(model), before)
+
+
+@pytest.mark.parametrize("recipe", AS_RIGHT)
+def test_norms_are_folded_where_shared_experts_are_not_as_wide_as_the_model(recipe: str) -> None:
+    for fields in AS_RIGHT[recipe]:
+        model = HookedMoE.from_hf(variant(recipe, fields))
+        before = runs(model)
+        model.enable_compatibility_mode(disable_warnings=True)
+        assert_the_same(runs(model), before)
 
 
 # Options that are wrong

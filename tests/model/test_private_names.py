@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -22,13 +23,18 @@ import moe_lens
 from moe_lens import hook_names
 from moe_lens.model.hooked_moe import HookedMoE, attach, detach
 from moe_lens.model.private_names import (
+    CHECKPOINT,
     PointsOnly,
     add_points,
+    attention_of,
     become,
+    execution_device,
     has_hooks,
     hf_path,
     remove_points,
+    stands_on,
     supports_padding,
+    take_off,
 )
 from tests.tiny_models import plain_bridge, tiny_model, tokens
 
@@ -182,6 +188,47 @@ def test_a_model_says_how_it_runs_its_experts() -> None:
     assert set(hf_model.get_experts_implementation().values()) == {"eager"}
 
 
+# transformers and accelerate
+
+
+def test_a_checkpointed_block_calls_what_transformers_sets_on_it() -> None:
+    model = tiny_model("olmoe").train()
+    model.gradient_checkpointing_enable()
+    block: Any = model.model.layers[0]
+    calls, own = [], vars(block)[CHECKPOINT]
+    vars(block)[CHECKPOINT] = lambda function, *args: calls.append(function) or own(function, *args)
+    model(tokens())
+    assert len(calls) == 1
+
+
+def test_the_attention_of_a_config_is_what_was_asked_for() -> None:
+    model = tiny_model("olmoe")
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert attention_of(model.config) == name
+
+
+def test_accelerate_says_where_it_runs_a_module_and_keeps_the_forward_that_it_found() -> None:
+    class Stood:
+        __name__ = "stood"
+
+        def __call__(self, x: Any) -> Any:
+            return x + 1
+
+    linear: Any = nn.Linear(2, 2)
+    own, stood = linear.forward, Stood()
+    assert execution_device(linear) is None
+    linear.forward = stood
+    assert stands_on(linear, Stood) is stood
+    add_hook_to_module(linear, AlignDevicesHook(execution_device="cpu"))
+    assert execution_device(linear) == "cpu"
+    assert stands_on(linear, Stood) is stood
+    assert torch.equal(linear(torch.zeros(1, 2)), torch.ones(1, 2))
+    take_off(linear, stood, own, False)
+    assert stands_on(linear, Stood) is None
+    assert torch.equal(linear(torch.zeros(1, 2)), linear.bias[None])
+
+
 # The package
 
 
@@ -227,6 +274,7 @@ def test_one_file_uses_private_names_of_other_libraries() -> None:
     assert {path for path, names in used.items() if names} == {"model/private_names.py"}
     assert used["model/private_names.py"] == {
         "_hook_registry", "_hook_alias_registry", "_register_aliases", "__class__", *HOOKS,
+        "_hf_hook", "_attn_implementation",
     }  # fmt: skip
 
 

@@ -189,7 +189,8 @@ def test_a_new_family_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     [line] = [line for line in markdown_table().splitlines() if line not in before]
     assert line == (
         "| `NewMoeForCausalLM` | NewRouter | TopKSoftmax or SoftmaxTopK | `n_active` | a dense first layer | "
-        "steering of even layers: they are odd; compatibility mode with `fold_ln` |"
+        "steering of even layers: they are odd; compatibility mode with `fold_ln`, if a shared expert is "
+        "exactly as wide as the model |"
     )
 
 

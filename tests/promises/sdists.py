@@ -1,0 +1,107 @@
+"""The tests of other packages, from their source distributions, run in processes of their own.
+
+    folder = source_of("transformers")         # the installed version's sdist, unpacked
+    outcomes = run_tests(folder, "tests/x.py", attached="yes")     # test id -> "passed", "failed", "skipped"
+
+Nothing of them is in this repository: pip fetches them into `.sdists/`, once a version.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = "tests_of_others_attached"
+
+
+def source_of(package: str) -> Path:
+    """The folder of the installed version's source distribution; skips the test where pip cannot get it."""
+    wanted = f"{package.replace('-', '_')}-{version(package)}"
+    folder = ROOT / ".sdists" / wanted
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        archive = _fetch(f"{package}=={version(package)}", Path(scratch))
+        with tarfile.open(archive) as packed:
+            packed.extractall(scratch, filter="data")
+        if not folder.exists():
+            (Path(scratch) / wanted).rename(folder)
+    return folder
+
+
+def _fetch(requirement: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest"]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [*command, str(folder), requirement], capture_output=True, text=True, env=environment, timeout=300
+    )
+    archives = list(folder.glob("*.tar.gz"))
+    if done.returncode or not archives:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        pytest.skip(f"pip cannot get the source distribution of {requirement}: {''.join(last)}")
+    return archives[0]
+
+
+def run_tests(
+    folder: Path, *tests: str, attached: str, arguments: tuple[str, ...] = (), timeout: int = 900, **env: str
+) -> dict[str, str]:
+    """The outcome of each test; `attached`: what the plugin in `others/` does with models ("no": nothing)."""
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        done = subprocess.run(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "--no-header",
+                    "--tb=short",
+                    "-p",
+                    "no:cacheprovider",
+                ),
+                *("-p", PLUGIN, "--rootdir", str(folder), f"--junitxml={report.name}"),
+                *arguments,
+                *tests,
+            ],
+            cwd=folder,
+            env={
+                **os.environ,
+                **env,
+                "MOE_LENS_ATTACHED": attached,
+                "PYTHONPATH": os.pathsep.join(
+                    [str(folder), str(ROOT), str(Path(__file__).parent / "others")]
+                ),
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        text = Path(report.name).read_text()
+    if done.returncode not in (0, 1) or not text:
+        raise AssertionError(f"pytest did not run: {done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return _outcomes(text)
+
+
+def _outcomes(report: str) -> dict[str, str]:
+    outcomes = {}
+    for case in ElementTree.fromstring(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        failed = bool(kinds & {"failure", "error"})
+        name = f"{case.get('classname')}::{case.get('name')}"
+        outcomes[name] = "failed" if failed else "skipped" if "skipped" in kinds else "passed"
+    return outcomes
+
+
+def failed_only_with_us(plain: dict[str, str], attached: dict[str, str]) -> list[str]:
+    """Tests that pass without us, and with us do not: failed, skipped or gone."""
+    return sorted(test for test, outcome in plain.items() if outcome == "passed" != attached.get(test))
