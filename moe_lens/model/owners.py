@@ -56,6 +56,9 @@ class Owners:
         self.robbed: WeakSet[threading.Thread] = WeakSet()
         """Threads whose hooks another one has taken away; their next forward is refused."""
 
+    def __reduce__(self) -> Any:
+        return Owners, ()  # threads are no part of a pickle
+
     def find(self, tables: Callable[[], Iterable[HookTable]]) -> None:
         """Note who set the hooks of these tables, when it is asked next."""
         self._tables = tables

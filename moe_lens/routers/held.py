@@ -111,7 +111,8 @@ class HeldRule(RoutingRule):
         """The same on every token, with nothing to look at afterwards: as few operations as can be."""
         scores = torch.log_softmax(logits.float(), dim=-1) if self.by_log_probability else logits.float()
         scale = self._scale(logits, hold, epsilon)
-        held = Hold(hold.inside, hold.outside, logits.dtype, everywhere=True, scale=scale)
+        masks = (mask.expand(logits.shape) for mask in (hold.inside, hold.outside))
+        held = Hold(*masks, logits.dtype, everywhere=True, scale=scale)
         return move(scores, hold.inside, hold.outside, epsilon), replace(self, hold=held)
 
     def _scale(
