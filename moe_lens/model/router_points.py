@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens.errors import HookError
+from moe_lens.model.direct_logits import DirectLogits, direct_logits, in_order
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.points import BlockRun, RoutingPoints, fire
 from moe_lens.model.private_names import stands_on, take_off
@@ -45,6 +46,8 @@ class HookedRouter:
         self.original = original
         self.was_on_instance = was_on_instance  # accelerate, for one, puts its own forward there
         self.handles: list[Any] = []
+        self.layout = moe.row.layout
+        self.direct: DirectLogits | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "original": Bound.of(self.original)}
@@ -58,25 +61,27 @@ class HookedRouter:
 
     def steer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Plans alone: no look at any value, so nothing waits for a GPU and torch.compile takes it whole."""
-        points, layout = self.points, self.moe.row.layout
+        points, layout, router, output = self.points, self.layout, self.moe.router, None
         points.plan_fired = True
-        output, logits = layout.call(self.moe.router, self.original, *args, **kwargs)
+        if self.direct is not None and len(args) == 1 and self.direct.serves(router):
+            logits = self.direct(router, args[0])
+            dtype = self.direct.weights_dtype or logits.dtype
+        else:
+            output, logits = layout.call(router, self.original, *args, **kwargs)
+            dtype = layout.weights_dtype(output)
         rule, place = self.moe.rule.for_call(*args[1:], *kwargs.values()), None
         if points.mode == "placed":
-            place, logits = (
-                points.running.forward,
-                logits.reshape(*self._token_shape(self._run(), logits), -1),
-            )
+            shape = self._token_shape(self._run(), logits)
+            place, logits = points.running.forward, logits.reshape(*shape, -1)
         for plan in points.plans:
             logits, rule = plan.steer(rule, logits, place)
         indices = rule.select(logits).long()
-        weights = rule.weigh(logits, indices).to(layout.weights_dtype(output))
-        flat = RouterOutput(logits, weights, indices)
+        flat = RouterOutput(logits, rule.weigh(logits, indices).to(dtype), indices)
         if points.mode == "placed":
             flat = RouterOutput(*(part.flatten(0, -2) for part in flat))
         if not torch.compiler.is_compiling():
             points.running.forward.steered.append((self.moe.where, flat.weights))
-        return layout.pack(output, flat)
+        return in_order(layout, flat) if output is None else layout.pack(output, flat)
 
     def route(self, rule: RoutingRule, output: Any, logits: Tensor) -> Any:
         """HF's output, with what the hooks make of the decision."""
@@ -169,6 +174,7 @@ def install(moe: MoELayer, shape: MoEShape, running: Running) -> RoutingPoints:
         moe.block.register_forward_pre_hook(_EnterBlock(hooked), with_kwargs=True),
         moe.block.register_forward_hook(_LeaveBlock(hooked), always_call=True),
     ]
+    hooked.direct = None if hooked.was_on_instance else direct_logits(moe)
     moe.router.forward = hooked
     return hooked.points
 

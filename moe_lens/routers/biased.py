@@ -83,7 +83,7 @@ class _ChoiceRule(HeldRule):
         if held is not None:
             choice = torch.where(held.tokens, self._steered_choice(choice, logits), choice)
         if self.groups is not None:
-            left_out = ~self.groups.allowed(choice, self.top_k, held)
+            left_out = ~self.groups.allowed(choice, self.top_k, None if held is None else held.like(logits))
             choice = choice.masked_fill(left_out, self._LEFT_OUT)
             if held is not None:
                 choice = choice.masked_fill(left_out & held.tokens, -torch.inf)

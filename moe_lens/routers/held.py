@@ -111,9 +111,13 @@ class HeldRule(RoutingRule):
         """The same on every token, with nothing to look at afterwards: as few operations as can be."""
         scores = torch.log_softmax(logits.float(), dim=-1) if self.by_log_probability else logits.float()
         scale = self._scale(logits, hold, epsilon)
-        masks = (mask.expand(logits.shape) for mask in (hold.inside, hold.outside))
-        held = Hold(*masks, logits.dtype, everywhere=True, scale=scale)
-        return move(scores, hold.inside, hold.outside, epsilon), replace(self, hold=held)
+        if scale is not None or hold.dtype != logits.dtype:
+            hold = replace(hold, dtype=logits.dtype, scale=scale)
+        if hold.steps is None:
+            return move(scores, hold.inside, hold.outside, epsilon), replace(self, hold=hold)
+        lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
+        moved = torch.where(hold.inside, highest, lowest) + hold.steps
+        return torch.where(hold.inside | hold.outside, moved, scores), replace(self, hold=hold)
 
     def _scale(
         self, logits: Float[Tensor, "*batch expert"], hold: Hold, epsilon: float | Tensor

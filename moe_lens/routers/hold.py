@@ -40,6 +40,8 @@ class Hold:
         everywhere: whether every token is known to be steered.
         given: the logits as steering gave them, to notice later edits by (`upon`); None: nobody looks.
         scale: what undoes, in the choice, how steering scaled the other experts' probabilities.
+        steps, ranks: of a hold that is the same for every token, what steering adds to the largest and the
+            smallest score (± epsilon), and what puts the experts in and keeps them out (±inf, others 0).
     """
 
     inside: Bool[Tensor, "*batch expert"]
@@ -48,6 +50,8 @@ class Hold:
     everywhere: bool = False
     given: Float[Tensor, "*batch expert"] | None = None
     scale: Float[Tensor, "*batch 1"] | None = None
+    steps: Float[Tensor, " expert"] | None = None
+    ranks: Float[Tensor, " expert"] | None = None
 
     @classmethod
     def of_experts(
@@ -63,6 +67,11 @@ class Hold:
             for named in (activate, deactivate)
         )
         return cls(inside, outside, everywhere=bool(activate or deactivate))
+
+    def fixed(self, epsilon: float) -> "Hold":
+        """A hold of `of_experts` that knows its `steps` and `ranks`."""
+        sign = self.inside.float() - self.outside.float()
+        return replace(self, steps=sign * epsilon, ranks=torch.where(sign == 0, 0.0, sign * torch.inf))
 
     @property
     def tokens(self) -> Bool[Tensor, "*batch 1"]:
@@ -80,15 +89,26 @@ class Hold:
             self,
             inside=self.inside.to(logits.device).expand(logits.shape),
             outside=self.outside.to(logits.device).expand(logits.shape),
+            steps=None,
+            ranks=None,
         )
 
     def on(self, tokens: Bool[Tensor, "*batch"]) -> "Hold":
         """The same on these tokens only."""
         chosen = tokens.unsqueeze(-1).to(self.inside.device)
-        return replace(self, inside=self.inside & chosen, outside=self.outside & chosen, everywhere=False)
+        return replace(
+            self,
+            inside=self.inside & chosen,
+            outside=self.outside & chosen,
+            everywhere=False,
+            steps=None,
+            ranks=None,
+        )
 
     def scores(self, choice: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
         """Selection scores with +inf for experts put in, -inf for those kept out."""
+        if self.ranks is not None:
+            return choice + self.ranks
         return choice.masked_fill(self.outside, -torch.inf).masked_fill(self.inside, torch.inf)
 
     def upon(self, logits: Float[Tensor, "*batch expert"]) -> "Hold":

@@ -107,7 +107,7 @@ class SoftmaxTopK(ByOrderOfLogits):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if self.expert_scale is not None:
             weights = weights * self.expert_scale.to(weights.device)[indices]
-        weights = weights * self.scaling
+        weights = weights if self.scaling == 1.0 else weights * self.scaling
         return weights if self.float32_weights else weights.to(logits.dtype)
 
 

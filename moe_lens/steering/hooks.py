@@ -182,7 +182,7 @@ class SteeringHook:
             with torch.inference_mode(False):  # later runs may need gradients
                 holds = [Hold.of_experts(*both, n_experts, device) for both in named]
                 if len(holds) == 1:
-                    wish = Wish(holds[0], epsilons[0])
+                    wish = Wish(holds[0].fixed(epsilons[0]), epsilons[0])
                 else:
                     inside = torch.stack([hold.inside for hold in holds])
                     outside = torch.stack([hold.outside for hold in holds])
