@@ -5,6 +5,7 @@ before it started (a thread that streams a generation, for one). It may not wher
 thread set them, where two threads have set hooks, or at the same time as the thread that set them.
 """
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -42,6 +43,13 @@ class HookTable(OrderedDict[int, Any]):
         if thread is not None and thread is not threading.current_thread():
             self.robbed(thread)  # contexts of two threads, one in the other: TransformerLens counts levels
         self.changed()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HookTable":
+        twin = memo[id(self)] = HookTable(copy.deepcopy(self.changed, memo), self.robbed)
+        for key, hook in self.items():
+            OrderedDict.__setitem__(twin, key, copy.deepcopy(hook, memo))
+            twin.owners[key] = Owner()
+        return twin
 
     def __reduce__(self) -> Any:
         return OrderedDict, (list(self.items()),)

@@ -1,7 +1,7 @@
 """HookPoints on the residual stream at the borders of a Hugging Face model's blocks.
 
-    points = install_residual(block, 3, running)     # points.pre, .post: blocks.3.hook_resid_pre, ..._post
-    points.uninstall()
+    points = install_residual(block, 3)              # points.pre, .post: blocks.3.hook_resid_pre, ..._post
+    points.take_off(block)
 
 As long as neither has a hook, the block runs as it is. (Gradient checkpointing computes a block again
 without the hooks around it, so that those on the residual stream act once.)
@@ -9,7 +9,6 @@ without the hooks around it, so that those on the residual stream act once.)
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from jaxtyping import Float
@@ -17,38 +16,78 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens.errors import HookError
-from moe_lens.model.private_names import has_hooks
-from moe_lens.model.running import Running
+from moe_lens.model.owners import HookTable
+from moe_lens.model.private_names import HOOK_TABLES, has_hooks
+from moe_lens.model.stand_in import StandIn
+from moe_lens.model.state import uncompiled
 
 RESID_PRE: Final = "hook_resid_pre"
 RESID_POST: Final = "hook_resid_post"
 
 
-@dataclass(eq=False)
-class ResidualPoints:
-    """The two points of one block, [batch pos d_model] each; an edit is what the rest of the model reads."""
+class _ResidualPoint(HookPoint):
+    """A HookPoint that says in a plain attribute of its block whether hooks wait on either."""
 
-    block: nn.Module
-    pre: HookPoint
-    post: HookPoint
-    running: Running
-    handles: list[Any] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: list[Any] = []
+        self._watch_tables()
 
-    def uninstall(self) -> None:
-        """Leave the block as it was."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle; it holds no hooks."""
+        super().__setstate__(state)
+        self._watch_tables()
+
+    def _watch_tables(self) -> None:
+        for table in HOOK_TABLES:
+            vars(self)[table] = HookTable(self._tell, lambda thread: None)
+
+    def _tell(self) -> None:
+        for points in self.changed:
+            points.find_out()
 
 
-def install_residual(block: nn.Module, layer: int, running: Running) -> ResidualPoints:
+class ResidualPoints(StandIn):
+    """The two points of one block, [batch pos d_model] each; an edit is what the rest of the model reads.
+
+    It stands in for the block's forward.
+    """
+
+    def __init__(self, block: nn.Module, layer: int):
+        super().__init__(block)
+        self.block = block
+        self.pre, self.post = _ResidualPoint(), _ResidualPoint()
+        self.pre.name, self.post.name = f"blocks.{layer}.{RESID_PRE}", f"blocks.{layer}.{RESID_POST}"
+        self.is_hooked = False
+        for point in (self.pre, self.post):
+            point.changed.append(self)
+
+    def find_out(self) -> None:
+        """Whether a hook waits, a plain attribute on which torch.compile guards."""
+        self.is_hooked = has_hooks(self.pre) or has_hooks(self.post)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_hooked:
+            return self.original(*args, **kwargs)
+        return _hooked(self, args, kwargs)
+
+
+@uncompiled
+def _hooked(points: ResidualPoints, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        args = (_edited(points.pre, args[0]), *args[1:])
+    else:
+        kwargs = {**kwargs, "hidden_states": _edited(points.pre, kwargs["hidden_states"])}
+    output = points.original(*args, **kwargs)
+    if isinstance(output, tuple):
+        return (_edited(points.post, output[0]), *output[1:])
+    return _edited(points.post, output)
+
+
+def install_residual(block: nn.Module, layer: int) -> ResidualPoints:
     """Put points before and after a block of a Hugging Face model."""
-    points = ResidualPoints(block, HookPoint(), HookPoint(), running)
-    points.pre.name, points.post.name = f"blocks.{layer}.{RESID_PRE}", f"blocks.{layer}.{RESID_POST}"
-    points.handles = [
-        block.register_forward_pre_hook(_Before(points), with_kwargs=True),
-        block.register_forward_hook(_After(points)),
-    ]
+    points = ResidualPoints(block, layer)
+    points.put_on(block)
     return points
 
 
@@ -89,37 +128,9 @@ def residual_before(block: nn.Module, run: Callable[[], Any]) -> Tensor:
     raise HookError("The forward did not reach the block at which it was to stop.")
 
 
-@dataclass(eq=False)
-class _Before:
-    """What the block reads. An object, so that a deep copy of the model has points of its own."""
-
-    points: ResidualPoints
-
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        point = self.points.pre
-        if not has_hooks(point):
-            return None
-        if args:
-            return (_edited(point, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _edited(point, kwargs["hidden_states"])}
-
-
-@dataclass(eq=False)
-class _After:
-    """What it gives to the next one."""
-
-    points: ResidualPoints
-
-    def __call__(self, block: nn.Module, args: Any, output: Any) -> Any:
-        point = self.points.post
-        if not has_hooks(point):
-            return None
-        if isinstance(output, tuple):
-            return (_edited(point, output[0]), *output[1:])
-        return _edited(point, output)
-
-
 def _edited(point: HookPoint, value: Float[Tensor, "batch pos *d_model"]) -> Tensor:
+    if not has_hooks(point):
+        return value
     edited = point(value)
     if not isinstance(edited, Tensor) or edited.shape != value.shape:
         given = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__

@@ -116,7 +116,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         running.watch(self.hf_model, decoder)
         for moe in layers.values():
             install(moe, shape, running)
-        running.residual = [install_residual(block, n, running) for n, block in enumerate(blocks)]
+        running.residual = [install_residual(block, n) for n, block in enumerate(blocks)]
         return running
 
     def name_points(self, added: dict[int, dict[str, HookPoint]]) -> None:
@@ -335,7 +335,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
             uninstall_expert_out(moe)
             uninstall(moe)
         for residual in running.residual:
-            residual.uninstall()
+            residual.take_off(residual.block)
         running.unwatch()
         for name in (registration.LAYERS, registration.RUNNING):
             vars(self).pop(name)

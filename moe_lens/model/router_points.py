@@ -11,8 +11,6 @@ experts' outputs.)
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,35 +20,24 @@ from moe_lens.errors import HookError
 from moe_lens.model.direct_logits import DirectLogits, direct_logits, in_order
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.points import BlockRun, RoutingPoints, fire
-from moe_lens.model.private_names import stands_on, take_off
+from moe_lens.model.private_names import stands_on
 from moe_lens.model.running import Running
-from moe_lens.model.state import NAN_LOGITS, Bound, check_weights, uncompiled
+from moe_lens.model.stand_in import StandIn
+from moe_lens.model.state import NAN_LOGITS, check_weights, uncompiled
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
 
 
-class HookedRouter:
-    """Stands in for a router's `forward`. An object, not a closure: `copy.deepcopy` then gives a copy
-    whose points are those of the copied model."""
+class HookedRouter(StandIn):
+    """Stands in for a router's `forward`."""
 
-    def __init__(
-        self,
-        moe: MoELayer,
-        points: RoutingPoints,
-        original: Callable[..., Any],
-        was_on_instance: bool,
-    ):
+    def __init__(self, moe: MoELayer, points: RoutingPoints):
+        super().__init__(moe.router)
         self.moe = moe
         self.points = points
-        self.original = original
-        self.was_on_instance = was_on_instance  # accelerate, for one, puts its own forward there
-        self.handles: list[Any] = []
         self.layout = moe.row.layout
-        self.direct: DirectLogits | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "original": Bound.of(self.original)}
+        self.direct: DirectLogits | None = None if self.was_on_instance else direct_logits(moe)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.points.mode == "off":
@@ -167,16 +154,11 @@ def _hooked(router: HookedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def install(moe: MoELayer, shape: MoEShape, running: Running) -> RoutingPoints:
     """Put hook points into the router of `moe`, a layer of a model of this shape; it must have none yet."""
-    instance_forward = moe.router.__dict__.get("forward")
     points = RoutingPoints(moe, shape, running)
-    hooked = HookedRouter(moe, points, instance_forward or moe.router.forward, instance_forward is not None)
-    hooked.handles = [
-        moe.block.register_forward_pre_hook(_EnterBlock(hooked), with_kwargs=True),
-        moe.block.register_forward_hook(_LeaveBlock(hooked), always_call=True),
-    ]
-    hooked.direct = None if hooked.was_on_instance else direct_logits(moe)
-    moe.router.forward = hooked
-    return hooked.points
+    hooked = HookedRouter(moe, points)
+    HookedBlock(hooked).put_on(moe.block)
+    hooked.put_on(moe.router)
+    return points
 
 
 def points_of(moe: MoELayer) -> RoutingPoints | None:
@@ -198,35 +180,56 @@ def uninstall(moe: MoELayer) -> None:
     hooked = stands_on(moe.router, HookedRouter)
     if hooked is None:
         return
-    for handle in hooked.handles:
-        handle.remove()
     hooked.points.running.points.remove(hooked.points)
-    take_off(moe.router, hooked, hooked.original, hooked.was_on_instance)
+    hooked.take_off(moe.router)
+    if (of_block := stands_on(moe.block, HookedBlock)) is not None:
+        of_block.take_off(moe.block)
 
 
-@dataclass
-class _EnterBlock:
-    """Notes what the block is given: HF routers see it flattened. Refuses hooks in training mode."""
+class HookedBlock(StandIn):
+    """Stands in for the forward of an MoE block: notes what it is given, which HF routers see flattened.
 
-    hooked: HookedRouter
+    Refuses hooks in training mode, and a block that runs without its router, as fused kernels do.
+    """
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, hooked: HookedRouter):
+        super().__init__(hooked.moe.block)
+        self.hooked = hooked
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         points = self.hooked.points
         if points.mode == "off":
-            return
+            return self.original(*args, **kwargs)
+        block = self.hooked.moe.block
         if not points.allow_training and (block.training or self.hooked.moe.router.training):
             raise HookError(
                 f"{self.hooked.moe.where}: routing hooks are set and the model is in training mode, where a "
                 "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
             )
         if points.mode != "plans":
-            _begin(self.hooked, block, args, kwargs)
+            return _with_run(self, args, kwargs)
+        output = self.original(*args, **kwargs)
+        if not points.plan_fired:
+            _refuse(self.hooked, block, "router", "steering plan")
+        return output
+
+
+def _with_run(block: HookedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The block's forward, of which its points know."""
+    _begin(block.hooked, args, kwargs)
+    try:
+        output = block.original(*args, **kwargs)
+    except BaseException:
+        block.hooked.points.end()
+        raise
+    _end(block.hooked)
+    return output
 
 
 @uncompiled
-def _begin(hooked: HookedRouter, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin(hooked: HookedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     points = hooked.points
-    if block.training and not points.running.is_running:
+    if hooked.moe.block.training and not points.running.is_running:
         raise HookError(
             f"{hooked.moe.where}: the block runs in training mode outside of a forward of the model, so that "
             "routing hooks do not know its tokens. Is it computed again for backward()? Then use "
@@ -235,29 +238,15 @@ def _begin(hooked: HookedRouter, block: nn.Module, args: tuple[Any, ...], kwargs
     points.begin(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()))))
 
 
-@dataclass
-class _LeaveBlock:
-    """Notices a block that ran without its router, a fused kernel for one; called after an exception, too."""
-
-    hooked: HookedRouter
-
-    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        points = self.hooked.points
-        if points.mode == "plans" and not points.plan_fired and output is not None:
-            _refuse(self.hooked, block, "router", "steering plan")
-        if points.needs_state or points.has_runs:
-            _end(self.hooked, block, output)
-
-
 @uncompiled
-def _end(hooked: HookedRouter, block: nn.Module, output: Any) -> None:
+def _end(hooked: HookedRouter) -> None:
     run = hooked.points.end()
-    if run is None or output is None or not hooked.points.needs_state:
-        return  # hooks came or went in between, or an exception is on its way
+    if run is None or not hooked.points.needs_state:
+        return  # hooks came or went in between
     if not run.router_fired:
-        _refuse(hooked, block, "router", "routing hooks")
+        _refuse(hooked, hooked.moe.block, "router", "routing hooks")
     if hooked.points.expert_out_is_hooked and not run.experts_fired:
-        _refuse(hooked, block, "experts", "hooks on their outputs")
+        _refuse(hooked, hooked.moe.block, "experts", "hooks on their outputs")
 
 
 def _refuse(hooked: HookedRouter, block: nn.Module, what: str, hooks: str) -> None:

@@ -40,8 +40,8 @@ class Hold:
         everywhere: whether every token is known to be steered.
         given: the logits as steering gave them, to notice later edits by (`upon`); None: nobody looks.
         scale: what undoes, in the choice, how steering scaled the other experts' probabilities.
-        steps, ranks: of a hold that is the same for every token, what steering adds to the largest and the
-            smallest score (± epsilon), and what puts the experts in and keeps them out (±inf, others 0).
+        named, steps, ranks: of a hold that is the same for every token: its experts, what steering adds to
+            the largest and the smallest score (± epsilon), what puts them in and keeps them out (± inf).
     """
 
     inside: Bool[Tensor, "*batch expert"]
@@ -50,6 +50,7 @@ class Hold:
     everywhere: bool = False
     given: Float[Tensor, "*batch expert"] | None = None
     scale: Float[Tensor, "*batch 1"] | None = None
+    named: Bool[Tensor, " expert"] | None = None
     steps: Float[Tensor, " expert"] | None = None
     ranks: Float[Tensor, " expert"] | None = None
 
@@ -69,9 +70,10 @@ class Hold:
         return cls(inside, outside, everywhere=bool(activate or deactivate))
 
     def fixed(self, epsilon: float) -> "Hold":
-        """A hold of `of_experts` that knows its `steps` and `ranks`."""
-        sign = self.inside.float() - self.outside.float()
-        return replace(self, steps=sign * epsilon, ranks=torch.where(sign == 0, 0.0, sign * torch.inf))
+        """A hold of `of_experts` that knows its `named`, `steps` and `ranks`."""
+        sign, named = self.inside.float() - self.outside.float(), self.inside | self.outside
+        ranks = torch.where(named, sign * torch.inf, 0.0)
+        return replace(self, named=named, steps=sign * epsilon, ranks=ranks)
 
     @property
     def tokens(self) -> Bool[Tensor, "*batch 1"]:

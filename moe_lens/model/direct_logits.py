@@ -1,0 +1,92 @@
+"""A router's logits without the rest of what its forward computes, where they are seen to be a product.
+
+    direct = direct_logits(moe)                # None where the router must be run whole
+    logits = direct(moe.router, hidden)        # [token expert], bit for bit those of its forward
+
+A plan needs no more than the logits; choosing and weighing experts twice would cost more than steering does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_lens.model.layers import MoELayer
+from moe_lens.model.probing import evaluating, hidden_states
+from moe_lens.routers.layouts import InOrder, RouterOutput
+
+_N_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class DirectLogits:
+    """The product of hidden states and the router's weight.
+
+    Attributes:
+        in_float32: both are widened first.
+        has_bias: the router's bias is added.
+        weights_dtype: that of the router's weights; None where it is the logits'.
+        dtype: of the weight for which this was seen; in another one it must be seen anew.
+    """
+
+    in_float32: bool
+    has_bias: bool
+    weights_dtype: torch.dtype | None
+    dtype: torch.dtype
+
+    def serves(self, router: Any) -> bool:
+        """Whether the router is as it was when this was seen."""
+        return router.weight.dtype == self.dtype and not router.training
+
+    def __call__(self, router: Any, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "token expert"]:
+        weight, bias = router.weight, router.bias if self.has_bias else None
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        if self.in_float32:
+            hidden, weight = hidden.float(), weight.float()
+        return F.linear(hidden, weight, bias)
+
+
+def direct_logits(moe: MoELayer) -> DirectLogits | None:
+    """How the logits of this router are a product, by trying; None where they are not seen to be one."""
+    router, layout = moe.router, moe.row.layout
+    weight: Any = getattr(router, "weight", None)
+    if type(layout) is not InOrder or not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2:
+        return None
+    with evaluating(router):
+        try:
+            _, hidden = next(iter(hidden_states(router, moe.block)))
+            hidden = hidden[:_N_TOKENS]
+            inputs = moe.row.inputs(moe.block, hidden)
+            output: Any
+            called: tuple[Any, Tensor] = layout.call(router, router.forward, *inputs)
+            output, logits = called
+        except Exception:  # it is the self-check that says what is wrong with a router
+            return None
+        if len(inputs) != 1 or any(part.ndim != 2 for part in output):
+            return None
+        dtype = layout.weights_dtype(output)
+        for in_float32 in (False, True):
+            for has_bias in (False, True):
+                if has_bias and not isinstance(getattr(router, "bias", None), Tensor):
+                    continue
+                like = None if dtype == logits.dtype else dtype
+                direct = DirectLogits(in_float32, has_bias, like, weight.dtype)
+                if _same(direct, router, hidden, logits):
+                    return direct
+    return None
+
+
+def in_order(layout: Any, decision: RouterOutput) -> tuple[Tensor, ...]:
+    """What the forward of a router with `DirectLogits` returns for a decision."""
+    return tuple(getattr(decision, name) for name in layout.order)
+
+
+def _same(direct: DirectLogits, router: Any, hidden: Tensor, logits: Tensor) -> bool:
+    try:
+        product = direct(router, hidden)
+    except RuntimeError:  # of two dtypes
+        return False
+    return product.dtype == logits.dtype and torch.equal(product, logits)
