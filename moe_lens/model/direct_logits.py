@@ -7,7 +7,7 @@ A plan needs no more than the logits; choosing and weighing experts twice would 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,7 @@ class DirectLogits:
 
 def direct_logits(moe: MoELayer) -> DirectLogits | None:
     """How the logits of this router are a product, by trying; None where they are not seen to be one."""
-    router, layout = moe.router, moe.row.layout
+    router, layout = moe.router, cast(Any, moe.row.layout)
     weight: Any = getattr(router, "weight", None)
     if type(layout) is not InOrder or not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2:
         return None
@@ -61,8 +61,7 @@ def direct_logits(moe: MoELayer) -> DirectLogits | None:
             hidden = hidden[:_N_TOKENS]
             inputs = moe.row.inputs(moe.block, hidden)
             output: Any
-            called: tuple[Any, Tensor] = layout.call(router, router.forward, *inputs)
-            output, logits = called
+            output, logits = layout.call(router, router.forward, *inputs)
         except Exception:  # it is the self-check that says what is wrong with a router
             return None
         if len(inputs) != 1 or any(part.ndim != 2 for part in output):
