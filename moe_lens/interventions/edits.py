@@ -93,11 +93,25 @@ class RoutingEdit(ABC):
         return self.edit(value, hook)
 
     def _check_columns(self, chosen: Bool[Tensor, "batch pos"], hook: RoutingPoint) -> None:
-        columns = hook.state.columns(chosen.shape[1]).to(chosen.device)
-        if self.n_columns is not None and bool(chosen[:, columns >= self.n_columns].any()):
+        """Refuse columns that the values lack, and values of longer prompts, whose first columns are others.
+
+        A generation, and a forward on top of a cache, may still come to the later columns.
+        """
+        state, n_columns = hook.state, self.n_columns
+        if n_columns is None:
+            return
+        columns = state.columns(chosen.shape[1]).to(chosen.device)
+        if bool(chosen[:, columns >= n_columns].any()):
             raise HookError(
-                f"{self.entry[0]}: the given route has {self.n_columns} columns, and column "
+                f"{self.entry[0]}: the given route has {n_columns} columns, and column "
                 f'{int(columns[-1])} is running. Give a longer one, or positions= within it ("prompt").'
+            )
+        goes_on = state.generating or state.offset
+        if self.positions is None and not goes_on and n_columns > 1 and 0 < state.n_prompt < n_columns:
+            raise HookError(
+                f"{self.entry[0]}: the given route has {n_columns} columns, and this run has "
+                f"{state.n_prompt}. Give one of these prompts, or say with positions= which of the run's "
+                'columns follow it ("prompt" for all).'
             )
 
     def check_fits(self, shape: MoEShape) -> None:

@@ -31,10 +31,6 @@ class ReplayEdit(ForceEdit):
 
     shape: MoEShape | None = None
 
-    def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
-        _check_long_enough(self, hook)
-        return super().edit(value, hook)
-
     def check_fits(self, shape: MoEShape) -> None:
         """Called by the hook point before the hook is added."""
         if self.shape is not None and (misfits := self.shape.misfits(shape)):
@@ -54,23 +50,7 @@ class WeightsEdit(RoutingEdit):
         return self.weights.shape[1]
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
-        _check_long_enough(self, hook)
         return columns_of(self.weights, value, hook).to(value.dtype)
-
-
-def _check_long_enough(edit: RoutingEdit, hook: RoutingPoint) -> None:
-    """Refuse a record of longer prompts, whose first columns would be taken for these prompts' route.
-
-    A generation, and a forward on top of a cache, may still come to the record's later columns.
-    """
-    state, n_columns = hook.state, edit.n_columns or 0
-    goes_on = state.generating or state.offset
-    if edit.positions is None and not goes_on and 0 < state.n_prompt < n_columns:
-        raise HookError(
-            f"{edit.entry[0]}: the record has {n_columns} columns, and this run has {state.n_prompt}. Give a "
-            "record of these prompts, or say with positions= which of the run's columns follow it "
-            '("prompt" for all).'
-        )
 
 
 def replay_hooks(

@@ -1,11 +1,12 @@
 """A router's logits without the rest of what its forward computes, where they are seen to be a product.
 
-    direct = direct_logits(moe)                # None where the router must be run whole
+    direct = direct_logits(moe, forward)       # None where the router must be run whole
     logits = direct(moe.router, hidden)        # [token expert], bit for bit those of its forward
 
 A plan needs no more than the logits; choosing and weighing experts twice would cost more than steering does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,17 +30,19 @@ class DirectLogits:
         in_float32: both are widened first.
         has_bias: the router's bias is added.
         weights_dtype: that of the router's weights; None where it is the logits'.
-        dtype: of the weight for which this was seen; in another one it must be seen anew.
+        dtype, hidden_dtype: of the weight and of what it was given when this was seen.
     """
 
     in_float32: bool
     has_bias: bool
     weights_dtype: torch.dtype | None
     dtype: torch.dtype
+    hidden_dtype: torch.dtype
 
-    def serves(self, router: Any) -> bool:
-        """Whether the router is as it was when this was seen."""
-        return router.weight.dtype == self.dtype and not router.training
+    def serves(self, router: Any, hidden: Tensor) -> bool:
+        """Whether router and run are of the kind for which this was seen; not under autocast."""
+        same = router.weight.dtype == self.dtype and hidden.dtype == self.hidden_dtype
+        return same and not router.training and not torch.is_autocast_enabled(hidden.device.type)
 
     def __call__(self, router: Any, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "token expert"]:
         weight, bias = router.weight, router.bias if self.has_bias else None
@@ -49,8 +52,8 @@ class DirectLogits:
         return F.linear(hidden, weight, bias)
 
 
-def direct_logits(moe: MoELayer) -> DirectLogits | None:
-    """How the logits of this router are a product, by trying; None where they are not seen to be one."""
+def direct_logits(moe: MoELayer, forward: Callable[..., Any]) -> DirectLogits | None:
+    """How the logits that the router's forward gives are a product, by trying; None if none is seen."""
     router, layout = moe.router, cast(Any, moe.row.layout)
     weight: Any = getattr(router, "weight", None)
     if type(layout) is not InOrder or not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2:
@@ -61,20 +64,20 @@ def direct_logits(moe: MoELayer) -> DirectLogits | None:
             hidden = hidden[:_N_TOKENS]
             inputs = moe.row.inputs(moe.block, hidden)
             output: Any
-            output, logits = layout.call(router, router.forward, *inputs)
+            output, logits = layout.call(router, forward, *inputs)
         except Exception:  # it is the self-check that says what is wrong with a router
             return None
         if len(inputs) != 1 or any(part.ndim != 2 for part in output):
             return None
         dtype = layout.weights_dtype(output)
+        bias: Any = getattr(router, "bias", None)
+        if isinstance(bias, Tensor) and not bool(bias.any()):
+            return None  # that it is added cannot be seen
+        like = None if dtype == logits.dtype else dtype
         for in_float32 in (False, True):
-            for has_bias in (False, True):
-                if has_bias and not isinstance(getattr(router, "bias", None), Tensor):
-                    continue
-                like = None if dtype == logits.dtype else dtype
-                direct = DirectLogits(in_float32, has_bias, like, weight.dtype)
-                if _same(direct, router, hidden, logits):
-                    return direct
+            direct = DirectLogits(in_float32, isinstance(bias, Tensor), like, weight.dtype, hidden.dtype)
+            if _same(direct, router, hidden, logits):
+                return direct
     return None
 
 

@@ -40,10 +40,13 @@ class Generating(Reading):
             stop_at_eos: stop at `eos_token_id`, by default that of the model's generation config.
             return_type: "input" gives text for text and tokens for tokens; "str", "tokens".
             verbose: has no effect; it is there because TransformerLens' tools pass it.
-            **kwargs: passed to Hugging Face's `generate` (num_beams, cache_implementation, a streamer...).
+            **kwargs: passed to Hugging Face's `generate` (num_beams, cache_implementation, a streamer...). A
+                `generation_config` there takes the place of the arguments on length and sampling here.
 
         Returns: prompt and what was written.
         """
+        input = kwargs.pop("input_ids", input)
+        given_config = kwargs.pop("generation_config", None)
         inputs = self._inputs(input, prepend_bos, padding_side, attention_mask)
         inputs.pop("position_ids", None)  # Hugging Face's generate makes its own
         inputs.setdefault(
@@ -57,14 +60,16 @@ class Generating(Reading):
                 "top_p": 1.0 if top_p is None else top_p,
                 "temperature": temperature,
             }
+        if given_config is None:
+            sampling |= {"max_new_tokens": max_new_tokens, "use_cache": use_past_kv_cache}
+            given_config = self._generation_config(stop_at_eos, eos_token_id)
+        else:
+            sampling = {}  # all is said there
         with forward_state(self).reading(input):
             output: Any = cast(Any, self.hf_model).generate(
                 **inputs,
-                generation_config=self._generation_config(stop_at_eos, eos_token_id),
-                max_new_tokens=max_new_tokens,
-                use_cache=use_past_kv_cache,
-                **sampling,
-                **kwargs,
+                generation_config=given_config,
+                **{**sampling, **kwargs},
             )
         if return_type == "tokens" or (return_type == "input" and not is_text(input)):
             return output

@@ -32,6 +32,7 @@ from moe_lens.model.layers import find_moe_layers, no_moe
 from moe_lens.model.loading import boot, check_wrappable, wrap
 from moe_lens.model.private_names import become
 from moe_lens.model.registration import (
+    allow_training,
     common_size,
     find_routing_layers,
     forward_state,
@@ -175,19 +176,20 @@ class HookedMoE(Model, TransformerBridge):
             raise DataError("The list of prompts is empty; give at least one prompt.")
         self._refuse_absent_points(names_filter)
         bridge: Any = super()  # its overloads tell True from False for return_cache_object
-        output, activations = bridge.run_with_cache(
-            *(() if input is None else (input,)),
-            return_cache_object=return_cache_object,
-            remove_batch_dim=remove_batch_dim,
-            names_filter=names_filter,
-            stop_at_layer=stop_at_layer,
-            start_at_layer=start_at_layer,
-            pos_slice=pos_slice,
-            incl_bwd=incl_bwd,
-            reset_hooks_end=reset_hooks_end,
-            clear_contexts=clear_contexts,
-            **kwargs,
-        )
+        with forward_state(self).hooking():
+            output, activations = bridge.run_with_cache(
+                *(() if input is None else (input,)),
+                return_cache_object=return_cache_object,
+                remove_batch_dim=remove_batch_dim,
+                names_filter=names_filter,
+                stop_at_layer=stop_at_layer,
+                start_at_layer=start_at_layer,
+                pos_slice=pos_slice,
+                incl_bwd=incl_bwd,
+                reset_hooks_end=reset_hooks_end,
+                clear_contexts=clear_contexts,
+                **kwargs,
+            )
         if isinstance(activations, ActivationCache):
             mask = self._own_tokens(input, {**kwargs, "pos_slice": pos_slice})
             vars(activations)["attention_mask"] = mask
@@ -207,18 +209,19 @@ class HookedMoE(Model, TransformerBridge):
         **kwargs: Any,
     ) -> Any:
         """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
-        return super().run_with_hooks(
-            input,
-            self._checked_hooks(fwd_hooks),
-            self._checked_hooks(bwd_hooks),
-            reset_hooks_end=reset_hooks_end,
-            clear_contexts=clear_contexts,
-            return_type=return_type,
-            stop_at_layer=stop_at_layer,
-            start_at_layer=start_at_layer,
-            remove_batch_dim=remove_batch_dim,
-            **kwargs,
-        )
+        with forward_state(self).hooking():
+            return super().run_with_hooks(
+                input,
+                self._checked_hooks(fwd_hooks),
+                self._checked_hooks(bwd_hooks),
+                reset_hooks_end=reset_hooks_end,
+                clear_contexts=clear_contexts,
+                return_type=return_type,
+                stop_at_layer=stop_at_layer,
+                start_at_layer=start_at_layer,
+                remove_batch_dim=remove_batch_dim,
+                **kwargs,
+            )
 
     def hooks(
         self,
@@ -229,7 +232,8 @@ class HookedMoE(Model, TransformerBridge):
     ) -> Any:
         """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
         fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
-        return super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
+        hooks = super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
+        return allow_training(self, False, hooks)
 
     @signature_of(TransformerBridge.add_hook)
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:

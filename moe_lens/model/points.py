@@ -135,6 +135,7 @@ class RoutingPoint(HookPoint):
             check_fits(self.shape)
         if (check_rule := getattr(hook, "check_rule", None)) is not None:
             check_rule(self.moe.rule)
+            self.points.top_k = self.moe.rule.top_k
         with self._changing():
             return super().add_hook(hook, dir, is_permanent, level, prepend, alias_names)
 
@@ -222,6 +223,8 @@ class RoutingPoints:
         self.plans: tuple[Any, ...] = ()
         self.plan_fired = False
         self.allow_training = False
+        self.router: Any = None  # what stands in for the router's forward (`router_points.HookedRouter`)
+        self.top_k = shape.top_k  # for which the hooks were asked whether they can be obeyed
         self.expert_out: RoutingPoint | None = None
         self._runs: dict[int, list[BlockRun]] = {}  # thread -> the blocks that run in it, outermost first
         self.router_logits = RoutingPoint(self)
@@ -234,6 +237,7 @@ class RoutingPoints:
         twin = memo[id(self)] = object.__new__(RoutingPoints)
         twin.mode, twin.plans, twin.plan_fired, twin.expert_out, twin._runs = "off", (), False, None, {}
         twin.shape, twin.allow_training = self.shape, self.allow_training
+        twin.router, twin.top_k = None, self.top_k
         twin.running = Running()  # until the copy's own is there
         for name in ("router_logits", "topk_indices", "topk_weights", "expert_out"):
             point: RoutingPoint | None = getattr(self, name)
@@ -289,6 +293,13 @@ class RoutingPoints:
         with self.running.lock:
             self._find_mode()
 
+    def check_rule(self, rule: RoutingRule) -> None:
+        """Ask the hooks on the logits whether this rule can obey them (`check_rule`)."""
+        for handle in self.router_logits.fwd_hooks:
+            if (check := getattr(handle.user_hook, "check_rule", None)) is not None:
+                check(rule)
+        self.top_k = rule.top_k
+
     def _find_mode(self) -> None:
         plans = self.router_logits.plans
         others = any(point.is_hooked for point in self.points if point is not self.router_logits)
@@ -298,6 +309,8 @@ class RoutingPoints:
         else:
             self.mode = "hooks" if others or self.router_logits.is_hooked else "off"
         self.plan_fired = False
+        if self.router is not None:
+            self.router.mode_changed()
         self.running.hooks_changed()
 
     @property

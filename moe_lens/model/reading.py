@@ -156,6 +156,8 @@ class Reading:
     def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
         """Which positions are not padding; None where that is not known or does not matter (one string)."""
         mask = kwargs.get("attention_mask")
+        if isinstance(input, Mapping):
+            mask, input = input.get("attention_mask") if mask is None else mask, input["input_ids"]
         if mask is None and isinstance(input, list) and len(input) > 1 and isinstance(input[0], str):
             side, bos = kwargs.get("padding_side"), kwargs.get("prepend_bos")
             mask = self._own_columns(input, bos, side, max(len(self._ids(text, bos)) for text in input))

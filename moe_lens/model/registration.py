@@ -9,7 +9,7 @@ A wrapper is a TransformerBridge after `attach`, or a RoutedModel, which names i
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -168,8 +168,10 @@ def with_expert_out(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def allow_training(model: Any, allow: bool) -> Iterator[None]:
-    """Within the context, routing hooks may act in training mode, if `allow`.
+def allow_training(
+    model: Any, allow: bool, within: AbstractContextManager[Any] | None = None
+) -> Iterator[Any]:
+    """Within the context (and another one, if given), routing hooks may act in training mode, if `allow`.
 
     Warns of routers that draw experts at random in training: hooks get the decision of eval mode.
     """
@@ -179,12 +181,13 @@ def allow_training(model: Any, allow: bool) -> Iterator[None]:
             f"In training, {' and '.join(sorted(drawing))} draws experts at random. Under routing hooks that "
             "is frozen: it chooses as in eval mode. (Noise on what a router reads stays.)"
         )
-    points = [installed_points(moe) for moe in routing_layers(model).values()]
+    points = [each for moe in routing_layers(model).values() if (each := points_of(moe)) is not None]
     before = [each.allow_training for each in points]
     for each in points:
         each.allow_training |= allow
     try:
-        yield
+        with forward_state(model).hooking(), within or nullcontext() as inside:
+            yield inside
     finally:
         for each, allowed in zip(points, before, strict=True):
             each.allow_training = allowed

@@ -1,6 +1,6 @@
 """HookPoints on the residual stream at the borders of a Hugging Face model's blocks.
 
-    points = install_residual(block, 3)              # points.pre, .post: blocks.3.hook_resid_pre, ..._post
+    points = install_residual(block, 3, running)     # points.pre, .post: blocks.3.hook_resid_pre, ..._post
     points.take_off(block)
 
 As long as neither has a hook, the block runs as it is. (Gradient checkpointing computes a block again
@@ -40,7 +40,16 @@ class _ResidualPoint(HookPoint):
 
     def _watch_tables(self) -> None:
         for table in HOOK_TABLES:
-            vars(self)[table] = HookTable(self._tell, lambda thread: None)
+            vars(self)[table] = HookTable(self._tell, self._robbed)
+
+    def _robbed(self, thread: Any) -> None:
+        for points in self.changed:
+            points.running.owners.robbed.add(thread)
+
+    @property
+    def tables(self) -> list[HookTable]:
+        """torch's tables of its hooks."""
+        return [getattr(self, table) for table in HOOK_TABLES]
 
     def _tell(self) -> None:
         for points in self.changed:
@@ -53,9 +62,10 @@ class ResidualPoints(StandIn):
     It stands in for the block's forward.
     """
 
-    def __init__(self, block: nn.Module, layer: int):
+    def __init__(self, block: nn.Module, layer: int, running: Any):
         super().__init__(block)
         self.block = block
+        self.running = running
         self.pre, self.post = _ResidualPoint(), _ResidualPoint()
         self.pre.name, self.post.name = f"blocks.{layer}.{RESID_PRE}", f"blocks.{layer}.{RESID_POST}"
         self.is_hooked = False
@@ -64,7 +74,14 @@ class ResidualPoints(StandIn):
 
     def find_out(self) -> None:
         """Whether a hook waits, a plain attribute on which torch.compile guards."""
-        self.is_hooked = has_hooks(self.pre) or has_hooks(self.post)
+        with self.running.lock:
+            self.is_hooked = has_hooks(self.pre) or has_hooks(self.post)
+            self.running.hooks_changed()
+
+    @property
+    def tables(self) -> list[HookTable]:
+        """torch's tables of their hooks."""
+        return [*self.pre.tables, *self.post.tables]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_hooked:
@@ -84,9 +101,9 @@ def _hooked(points: ResidualPoints, args: tuple[Any, ...], kwargs: dict[str, Any
     return _edited(points.post, output)
 
 
-def install_residual(block: nn.Module, layer: int) -> ResidualPoints:
+def install_residual(block: nn.Module, layer: int, running: Any) -> ResidualPoints:
     """Put points before and after a block of a Hugging Face model."""
-    points = ResidualPoints(block, layer)
+    points = ResidualPoints(block, layer, running)
     points.put_on(block)
     return points
 

@@ -116,7 +116,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         running.watch(self.hf_model, decoder)
         for moe in layers.values():
             install(moe, shape, running)
-        running.residual = [install_residual(block, n) for n, block in enumerate(blocks)]
+        running.residual = [install_residual(block, n, running) for n, block in enumerate(blocks)]
         return running
 
     def name_points(self, added: dict[int, dict[str, HookPoint]]) -> None:
@@ -213,13 +213,17 @@ class RoutedModel(Model, Generating, HookedRootModule):
         Raises:
             DataError: an input or a return_type that is none of these. HookError: from hooks.
         """
+        self._check_attached()
+        kwargs.pop("return_dict", None)  # its logits are read by name
         if return_type not in _RETURN_TYPES:
             raise DataError(f"return_type must be one of {_RETURN_TYPES}; got {return_type!r}.")
         inputs = self._inputs(input, prepend_bos, padding_side, attention_mask)
         reading = registration.forward_state(self).reading(input)
         with nullcontext() if torch.compiler.is_compiling() else reading:
             if stop_at_layer is not None and (block := self._block(stop_at_layer)) is not None:
-                return residual_before(block, lambda: self.hf_model(**{**inputs, **kwargs}))
+                here = (str(registration.forward_state(self).residual[0].pre.name), lambda value, hook: None)
+                with self.hooks([here]):  # no other thread runs the model meanwhile
+                    return residual_before(block, lambda: self.hf_model(**{**inputs, **kwargs}))
             output = self.hf_model(**{**inputs, **kwargs})
         if return_type is None:
             return None
@@ -353,11 +357,28 @@ class RoutedModel(Model, Generating, HookedRootModule):
 
         The model's own final norm, unembedding and scaling; its blocks are passed over.
         """
-        batch, pos = residual.shape[:2]
+        self._check_attached()
         residuals = registration.forward_state(self).residual
-        tokens = torch.zeros(batch, pos, dtype=torch.long, device=self.cfg.device)
-        with passed_over([points.block for points in residuals], residual):
-            return self.hf_model(input_ids=tokens, use_cache=False).logits
+        if residual.ndim < 3:
+            raise DataError(
+                f"to_logits needs a residual stream [batch pos d_model]; got {tuple(residual.shape)}."
+            )
+        residual = residual.to(self.cfg.dtype)
+        tokens = torch.zeros(residual.shape[:2], dtype=torch.long, device=self.cfg.device)
+        instead = (str(residuals[-1].post.name), lambda value, hook: residual)
+        with self.hooks([instead]):
+            try:
+                with passed_over([points.block for points in residuals], residual):
+                    return self.hf_model(input_ids=tokens, use_cache=False).logits
+            except (ValueError, TypeError):  # blocks that give more than the residual stream
+                return self.hf_model(input_ids=tokens, use_cache=False).logits
+
+    def _check_attached(self) -> None:
+        if not registration.forward_state(self).is_watching:
+            raise HookError(
+                "This RoutedModel has no hook points any more: they were detached, or a `steered` block in "
+                "which it was made has ended. Make another one: attach(hf_model, tokenizer)."
+            )
 
     def _block(self, layer: int) -> nn.Module | None:
         """A block by its number; None for the number after the last one, as in TransformerLens."""
@@ -386,6 +407,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
 
     def _check_name(self, name: Any) -> None:
         """Raise HookError for a name that the model does not have; filters pass."""
+        self._check_attached()
         if not isinstance(name, str) or name in self.mod_dict:
             return
         parsed = hook_names.parse(name)

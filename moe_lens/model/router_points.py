@@ -11,6 +11,7 @@ experts' outputs.)
 """
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +38,38 @@ class HookedRouter(StandIn):
         self.moe = moe
         self.points = points
         self.layout = moe.row.layout
-        self.direct: DirectLogits | None = None if self.was_on_instance else direct_logits(moe)
+        self.direct: DirectLogits | None = None
+        self.tried = False
+        self.handles: list[Any] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.points.router = self
+
+    def mode_changed(self) -> None:
+        """Watch the block while there are hooks. (To a deep copy that is being made, they come along.)"""
+        if "handles" not in vars(self):
+            return
+        self.watch_block(self.points.mode != "off")
+        if self.points.plans and not self.tried and not self.was_on_instance:
+            self.direct, self.tried = direct_logits(self.moe, self.original), True
+        device = next((each.device for each in self.moe.router.parameters() if not each.is_meta), None)
+        for plan in self.points.plans:
+            if device is not None and (prepare := getattr(plan, "prepare", None)) is not None:
+                prepare(self.points.shape.n_experts, device)  # not in compiled code
+
+    def watch_block(self, watch: bool) -> None:
+        """Put torch's hooks on the block, or take them off. (Fused kernels may stand on its forward.)"""
+        block = self.moe.block
+        if watch and not self.handles:
+            self.handles = [
+                block.register_forward_pre_hook(_EnterBlock(self), with_kwargs=True),
+                block.register_forward_hook(_LeaveBlock(self), always_call=True),
+            ]
+        elif not watch:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.points.mode == "off":
@@ -50,13 +82,13 @@ class HookedRouter(StandIn):
         """Plans alone: no look at any value, so nothing waits for a GPU and torch.compile takes it whole."""
         points, layout, router, output = self.points, self.layout, self.moe.router, None
         points.plan_fired = True
-        if self.direct is not None and len(args) == 1 and self.direct.serves(router):
+        if self.direct is not None and len(args) == 1 and self.direct.serves(router, args[0]):
             logits = self.direct(router, args[0])
             dtype = self.direct.weights_dtype or logits.dtype
         else:
             output, logits = layout.call(router, self.original, *args, **kwargs)
             dtype = layout.weights_dtype(output)
-        rule, place = self.moe.rule.for_call(*args[1:], *kwargs.values()), None
+        rule, place = self._rule(args, kwargs), None
         if points.mode == "placed":
             shape = self._token_shape(self._run(), logits)
             place, logits = points.running.forward, logits.reshape(*shape, -1)
@@ -69,6 +101,13 @@ class HookedRouter(StandIn):
         if not torch.compiler.is_compiling():
             points.running.forward.steered.append((self.moe.where, flat.weights))
         return in_order(layout, flat) if output is None else layout.pack(output, flat)
+
+    def _rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutingRule:
+        """The layer's rule for this call. Where k has changed under plans, they are asked again."""
+        rule = self.moe.rule
+        if rule.top_k != self.points.top_k:
+            self.points.check_rule(rule)
+        return rule.for_call(*args[1:], *kwargs.values())
 
     def route(self, rule: RoutingRule, output: Any, logits: Tensor) -> Any:
         """HF's output, with what the hooks make of the decision."""
@@ -148,15 +187,14 @@ def _hooked(router: HookedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
     if router.points.mode in ("plans", "placed"):
         return router.steer(args, kwargs)
     output, logits = router.moe.row.layout.call(router.moe.router, router.original, *args, **kwargs)
-    rule = router.moe.rule.for_call(*args[1:], *kwargs.values())
-    return router.route(rule, output, logits)
+    return router.route(router._rule(args, kwargs), output, logits)
 
 
 def install(moe: MoELayer, shape: MoEShape, running: Running) -> RoutingPoints:
     """Put hook points into the router of `moe`, a layer of a model of this shape; it must have none yet."""
     points = RoutingPoints(moe, shape, running)
     hooked = HookedRouter(moe, points)
-    HookedBlock(hooked).put_on(moe.block)
+    points.router = hooked
     hooked.put_on(moe.router)
     return points
 
@@ -181,49 +219,41 @@ def uninstall(moe: MoELayer) -> None:
     if hooked is None:
         return
     hooked.points.running.points.remove(hooked.points)
+    hooked.watch_block(False)
     hooked.take_off(moe.router)
-    if (of_block := stands_on(moe.block, HookedBlock)) is not None:
-        of_block.take_off(moe.block)
 
 
-class HookedBlock(StandIn):
-    """Stands in for the forward of an MoE block: notes what it is given, which HF routers see flattened.
+@dataclass
+class _EnterBlock:
+    """Notes what the block is given: HF routers see it flattened. Refuses hooks in training mode."""
 
-    Refuses hooks in training mode, and a block that runs without its router, as fused kernels do.
-    """
+    hooked: HookedRouter
 
-    def __init__(self, hooked: HookedRouter):
-        super().__init__(hooked.moe.block)
-        self.hooked = hooked
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         points = self.hooked.points
         if points.mode == "off":
-            return self.original(*args, **kwargs)
-        block = self.hooked.moe.block
+            return
         if not points.allow_training and (block.training or self.hooked.moe.router.training):
             raise HookError(
                 f"{self.hooked.moe.where}: routing hooks are set and the model is in training mode, where a "
                 "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
             )
         if points.mode != "plans":
-            return _with_run(self, args, kwargs)
-        output = self.original(*args, **kwargs)
-        if not points.plan_fired:
+            _begin(self.hooked, args, kwargs)
+
+
+@dataclass
+class _LeaveBlock:
+    """Notices a block that ran without its router, a fused kernel for one; called after an exception, too."""
+
+    hooked: HookedRouter
+
+    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
+        points = self.hooked.points
+        if points.mode == "plans" and not points.plan_fired and output is not None:
             _refuse(self.hooked, block, "router", "steering plan")
-        return output
-
-
-def _with_run(block: HookedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The block's forward, of which its points know."""
-    _begin(block.hooked, args, kwargs)
-    try:
-        output = block.original(*args, **kwargs)
-    except BaseException:
-        block.hooked.points.end()
-        raise
-    _end(block.hooked)
-    return output
+        if points.needs_state or points.has_runs:
+            _end(self.hooked, output)
 
 
 @uncompiled
@@ -239,10 +269,10 @@ def _begin(hooked: HookedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 @uncompiled
-def _end(hooked: HookedRouter) -> None:
+def _end(hooked: HookedRouter, output: Any) -> None:
     run = hooked.points.end()
-    if run is None or not hooked.points.needs_state:
-        return  # hooks came or went in between
+    if run is None or output is None or not hooked.points.needs_state:
+        return  # hooks came or went in between, or an exception is on its way
     if not run.router_fired:
         _refuse(hooked, hooked.moe.block, "router", "routing hooks")
     if hooked.points.expert_out_is_hooked and not run.experts_fired:

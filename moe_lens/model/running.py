@@ -74,6 +74,7 @@ class Running:
         self.lock = threading.RLock()
         self._checkpointing: Checkpointing | None = None
         self._threads: dict[int, _Thread] = {}
+        self._contexts: list[int] = []
         self._handles: list[Any] = []
         self._model: nn.Module | None = None
 
@@ -86,7 +87,7 @@ class Running:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_threads": {}, "owners": Owners(), "lock": None}
+        return {**vars(self), "_threads": {}, "_contexts": [], "owners": Owners(), "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "lock": threading.RLock()})
@@ -100,6 +101,11 @@ class Running:
             if thread is not None and thread.forwards
             else ForwardState(bridge=self.wrapper)
         )
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether the model still has the points."""
+        return self._model is not None
 
     @property
     def is_running(self) -> bool:
@@ -117,6 +123,23 @@ class Running:
         """Whether the next forward of this thread is a step of a generation."""
         thread = self._threads.get(threading.get_ident())
         return thread is not None and _generation(thread) is not None
+
+    @contextmanager
+    def hooking(self) -> Iterator[None]:
+        """A context in which a thread sets hooks, of which there is one thread at a time.
+
+        (TransformerLens counts how deep contexts stand in each other, for all threads together.)
+        """
+        ident = threading.get_ident()
+        with self.lock:
+            if any(other != ident for other in self._contexts):
+                raise HookError(_TWO_THREADS)
+            self._contexts.append(ident)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._contexts.remove(ident)
 
     @contextmanager
     def of_prompts(self, rows: Any) -> Iterator[None]:
@@ -216,7 +239,9 @@ class Running:
         """Called by points whenever their hooks change."""
         self.is_hooked = any(points.mode != "off" for points in self.points)
         self.needs_state = any(points.needs_state for points in self.points)
-        self.owners.find(lambda: (table for points in self.points for table in points.tables))
+        self.owners.find(
+            lambda: (table for points in (*self.points, *self.residual) for table in points.tables)
+        )
         ident = threading.get_ident()
         for other, thread in list(self._threads.items()):
             if other != ident and thread.forwards:

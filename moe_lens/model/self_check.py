@@ -1,9 +1,10 @@
 """The self-check at attach: a rule and the router that it stands for must agree, number by number."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lens.errors import RouterMismatchError, UnsupportedRouterError
 from moe_lens.model.layers import MoELayer
@@ -16,11 +17,15 @@ from moe_lens.routers.table import Family
 def check_router(moe: MoELayer) -> None:
     """Compare the rule with HF's own forward on 3 × 1024 random hidden states of three scales, bit for bit.
 
-    Tokens on which a half-precision router overflows are left out.
+    Tokens on which a half-precision router overflows are left out. A router that has been compared, and still
+    has the same forward, rule and dtype, is not compared again.
 
     Raises:
         RouterMismatchError: logits, indices, weights or a dtype differ; the message says which and where.
     """
+    now = _what_counts(moe)
+    if now is not None and _CHECKED.get(moe.router) == now:
+        return
     with evaluating(moe.router):
         for scale, hidden in hidden_states(moe.router, moe.block):
             try:
@@ -35,6 +40,19 @@ def check_router(moe: MoELayer) -> None:
                     f"says: {difference} (hidden states of scale {scale}). moe_lens leaves the model as it "
                     "was rather than route wrongly; has transformers changed this router?"
                 )
+    if now is not None:
+        _CHECKED[moe.router] = now
+
+
+_CHECKED: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+
+
+def _what_counts(moe: MoELayer) -> tuple[Any, ...] | None:
+    """What the comparison depends on; None where somebody's own forward stands on the router."""
+    if "forward" in vars(moe.router):
+        return None
+    dtypes = tuple(parameter.dtype for parameter in moe.router.parameters())
+    return type(moe.router).forward, moe.row, moe.rule, dtypes
 
 
 def _difference(router: Any, block: Any, rule: RoutingRule, row: Family, hidden: Tensor) -> str | None:

@@ -32,6 +32,9 @@ class StandIn:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "original": Bound.of(self.original)}
 
+    def mode_changed(self) -> None:
+        """Called when hooks come or go."""
+
     def put_on(self, module: Any) -> None:
         """Take the place of the module's forward."""
         module.forward = self

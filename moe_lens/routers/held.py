@@ -111,8 +111,10 @@ class HeldRule(RoutingRule):
         """The same on every token, with nothing to look at afterwards: as few operations as can be."""
         scores = torch.log_softmax(logits.float(), dim=-1) if self.by_log_probability else logits.float()
         scale = self._scale(logits, hold, epsilon)
-        if scale is not None or hold.dtype != logits.dtype:
-            hold = replace(hold, dtype=logits.dtype, scale=scale)
+        if scale is not None:
+            hold = replace(hold.like(logits), dtype=logits.dtype, scale=scale)
+        elif hold.dtype != logits.dtype:
+            hold = replace(hold, dtype=logits.dtype)
         if hold.steps is None or hold.named is None:
             return move(scores, hold.inside, hold.outside, epsilon), self._holding(hold)
         lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)

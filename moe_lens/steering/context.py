@@ -4,9 +4,11 @@ with steered(hf_model, plan):
     hf_model.generate(**inputs)            # pipelines, trainers, evaluators alike
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsFloat
+from weakref import WeakKeyDictionary
 
 from moe_lens.interventions.positions import Positions
 from moe_lens.model.attaching import attach, detach, wrapper_of
@@ -39,7 +41,7 @@ def steered(
 
     Args:
         model: where a Hugging Face model has no hook points, it gets them for the time; then it has no trace
-            of them.
+            of them. (A deep copy made within has them for good: `detach(copy)`.)
         plan, positions, strength: as in `steer_hooks`.
         training: allow it in training mode; see `RoutedModel.hooks`.
 
@@ -49,12 +51,33 @@ def steered(
         as in `steer_hooks` and `attach`.
     """
     hooks = steer_hooks(plan, positions=positions, strength=strength)
-    given: Any = model
-    there = model if isinstance(model, Model) else wrapper_of(model)
-    wrapper: Any = attach(given) if there is None else there
+    with _borrowed(model) as wrapper, allow_training(wrapper, training, wrapper.hooks(hooks)):
+        yield model
+
+
+_LOCK = threading.Lock()
+_USERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""Wrappers that were made for `steered`, and how many contexts use each."""
+
+
+@contextmanager
+def _borrowed(model: Any) -> Iterator[Any]:
+    """The model's wrapper; one of its own while the context lasts where it has none."""
+    with _LOCK:
+        given: Any = model
+        wrapper: Any = model if isinstance(model, Model) else wrapper_of(model)
+        if wrapper is None:
+            wrapper = attach(given)
+            _USERS[wrapper] = 0
+        if wrapper in _USERS:
+            _USERS[wrapper] += 1
     try:
-        with allow_training(wrapper, training), wrapper.hooks(hooks):
-            yield model
+        yield wrapper
     finally:
-        if there is None:
-            detach(wrapper)
+        with _LOCK:
+            if wrapper in _USERS:
+                _USERS[wrapper] -= 1
+                if not _USERS[wrapper]:
+                    del _USERS[wrapper]
+                    if wrapper_of(model) is wrapper:  # and nobody has wrapped it for himself meanwhile
+                        detach(wrapper)

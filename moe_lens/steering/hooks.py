@@ -173,7 +173,8 @@ class SteeringHook:
         key = (n_experts, device)
         if key not in self._tables:
             named = [self._experts(plan) for plan in self.plans]
-            if (highest := max((e for both in named for part in both for e in part), default=0)) >= n_experts:
+            highest = max([0, *(expert for both in named for part in both for expert in part)])
+            if highest >= n_experts:
                 raise HookError(
                     f"The steering plan names expert {highest} of layer {self.layer}, which has experts 0 to "
                     f"{n_experts - 1}: the plan is for another model."
@@ -189,6 +190,10 @@ class SteeringHook:
                     wish = Wish(Hold(inside, outside), torch.tensor(epsilons, device=device)[:, None])
             self._tables[key] = wish
         return self._tables[key]
+
+    def prepare(self, n_experts: int, device: torch.device) -> None:
+        """Make what it needs on this device, before a run that may be compiled."""
+        self._table(n_experts, device)
 
     def _wish(self, logits: Float[Tensor, "*batch expert"], place: Any, batch: Any = None) -> Wish:
         """What is wanted on the tokens of a forward, of [batch pos], whose experts are those of `logits`."""

@@ -31,8 +31,9 @@ def tokens_of(
         HookError: the tokens cannot be told.
     """
     tokens = _by_place(part, batch)
-    if tokens is None and values is not None:
-        tokens = _by_value(part, values)
+    if values is not None and (tokens is None or not torch.equal(_of_tokens(values, tokens), part)):
+        found = _by_value(part, values)  # a copy in another order can lie like a view
+        tokens = tokens if found is None else found
     if tokens is None:
         raise HookError(
             f"A plan was called on logits of shape {tuple(part.shape)}, in a run of [batch pos] = "
@@ -56,6 +57,10 @@ def _by_place(part: Tensor, batch: tuple[int, ...]) -> Tensor | None:
     return numbers.as_strided(
         part.shape[:-1], [step // width for step in strides], part.storage_offset() // width
     )
+
+
+def _of_tokens(values: Tensor, tokens: Tensor) -> Tensor:
+    return values.flatten(0, -2)[tokens.to(values.device)]
 
 
 def _by_value(part: Tensor, values: Tensor) -> Tensor | None:
