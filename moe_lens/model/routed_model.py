@@ -12,7 +12,6 @@ hook_resid_post. For TransformerLens' own points inside attention and experts us
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +30,9 @@ from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model import registration
 from moe_lens.model.expert_points import uninstall_expert_out
 from moe_lens.model.generating import Generating
-from moe_lens.model.hf_models import decoder_of, device_of, numbered_layers, text_config
+from moe_lens.model.hf_models import decoder_of, numbered_layers
 from moe_lens.model.layers import MoELayer
+from moe_lens.model.model_config import ModelConfig, config_of
 from moe_lens.model.residual_points import install_residual, passed_over, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
 from moe_lens.model.running import Running
@@ -40,23 +40,6 @@ from moe_lens.model.self_check import check_router
 from moe_lens.model.wrapper import Model
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What TransformerLens' tools and this library read of a model; `hf` is Hugging Face's own config."""
-
-    model_name: str
-    n_layers: int
-    d_model: int
-    d_vocab: int
-    n_ctx: int
-    n_heads: int | None
-    d_mlp: int | None
-    eos_token_id: int | list[int] | None
-    device: torch.device
-    dtype: torch.dtype
-    hf: Any
 
 
 class RoutedModel(Model, Generating, HookedRootModule):
@@ -155,23 +138,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
     @property
     def cfg(self) -> ModelConfig:
         """Sizes, device and dtype, read from the model as it is now."""
-        config: Any = text_config(self.hf_model)
-        generation = getattr(self.hf_model, "generation_config", None)
-        ends = getattr(generation, "eos_token_id", None)
-        return ModelConfig(
-            model_name=str(getattr(self.hf_model.config, "name_or_path", "") or type(self.hf_model).__name__),
-            n_layers=len(registration.forward_state(self).residual),
-            d_model=config.hidden_size,
-            d_vocab=config.vocab_size,
-            n_ctx=getattr(config, "max_position_embeddings", None) or 2**31 - 1,
-            n_heads=getattr(config, "num_attention_heads", None),
-            d_mlp=getattr(config, "moe_intermediate_size", None)
-            or getattr(config, "intermediate_size", None),
-            eos_token_id=getattr(config, "eos_token_id", None) if ends is None else ends,
-            device=device_of(self.hf_model),
-            dtype=next(self.hf_model.parameters()).dtype,
-            hf=config,
-        )
+        return config_of(self.hf_model, len(registration.forward_state(self).residual))
 
     @property
     def original_model(self) -> nn.Module:

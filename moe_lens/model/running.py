@@ -9,12 +9,10 @@ deep copy of the model and another thread each have their own.
 """
 
 import copy
-import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import update_wrapper
 from typing import Any, Final, cast
 
 import numpy as np
@@ -26,14 +24,13 @@ from moe_lens.model.checkpointing import Checkpointing
 from moe_lens.model.owners import Owners
 from moe_lens.model.state import (
     NAN_LOGITS,
-    Bound,
     ForwardState,
     Generation,
     as_texts,
     check_weights,
-    uncompiled,
 )
 from moe_lens.model.static_caches import refuse_static_cache
+from moe_lens.model.watching import Enter, Generate, Leave, padding_mask
 
 
 @dataclass(eq=False)
@@ -282,19 +279,19 @@ class Running:
             watched.append((decoder, True))
         self._handles = []
         for module, of_decoder in watched:
-            enter, leave = _Enter(self, of_decoder), _Leave(self, of_decoder)
+            enter, leave = Enter(self, of_decoder), Leave(self, of_decoder)
             self._handles += [
                 module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
                 module.register_forward_hook(leave, always_call=True),
             ]
         if callable(getattr(hf_model, "generate", None)):
-            cast(Any, hf_model).generate = _Generate(self, cast(Any, hf_model).generate)
+            cast(Any, hf_model).generate = Generate(self, cast(Any, hf_model).generate)
 
     def unwatch(self) -> None:
         """Note nothing more, and leave no trace on the model."""
         for handle in self._handles:
             handle.remove()
-        if self._model is not None and isinstance(vars(self._model).get("generate"), _Generate):
+        if self._model is not None and isinstance(vars(self._model).get("generate"), Generate):
             generate = vars(self._model)["generate"]
             if generate.was_on_instance:
                 cast(Any, self._model).generate = generate.original
@@ -323,7 +320,7 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
     )
     forward = ForwardState(
         tokens=tokens if isinstance(tokens, Tensor) else None,
-        attention_mask=_padding_mask(kwargs.get("attention_mask")),
+        attention_mask=padding_mask(kwargs.get("attention_mask")),
         offset=offset,
         n_prompt=offset or n_pos,
         texts=cast(Any, texts),
@@ -365,70 +362,6 @@ def _inherit(generation: Generation, thread: _Thread) -> None:
         generation.texts = thread.given[1]
 
 
-class _Enter:
-    """A forward pre-hook. An object, so that a deep copy of the model notes its own forwards."""
-
-    def __init__(self, running: Running, of_decoder: bool):
-        self.running = running
-        self.of_decoder = of_decoder
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() and not self.running.needs_state:
-            return
-        _enter(self.running, {"input_ids": args[0], **kwargs} if args else kwargs, self.of_decoder)
-
-
-class _Leave:
-    """A forward hook that is called after an exception, too."""
-
-    def __init__(self, running: Running, of_decoder: bool):
-        self.running = running
-        self.of_decoder = of_decoder
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() and not self.running.needs_state:
-            return
-        _leave(self.running, self.of_decoder, output is not None)
-
-
-@uncompiled
-def _enter(running: Running, kwargs: dict[str, Any], of_decoder: bool) -> None:
-    running.enter(kwargs, of_decoder)
-
-
-@uncompiled
-def _leave(running: Running, of_decoder: bool, completed: bool) -> None:
-    running.leave(of_decoder, completed)
-
-
-class _Generate:
-    """Stands in for a Hugging Face model's `generate`: the prompt is what it is given."""
-
-    def __init__(self, running: Running, original: Any):
-        update_wrapper(self, original)
-        self.running = running
-        self.original = original
-        self.was_on_instance = not inspect.ismethod(original)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("running", "was_on_instance")
-        return {**{name: vars(self)[name] for name in own}, "original": Bound.of(self.original)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        update_wrapper(self, self.original)
-
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        given = next((tensor for tensor in candidates if isinstance(tensor, Tensor)), None)
-        generation = Generation()
-        if given is not None and given.ndim > 1:
-            generation.n_prompts, generation.n_prompt = given.shape[:2]
-            generation.attention_mask = _padding_mask(kwargs.get("attention_mask"))
-        with self.running.generation(generation):
-            return self.original(inputs, *args, **kwargs)
-
-
 def _holds_nan(weights: Tensor) -> bool:
     """NaN in one layer reaches all later ones. (numpy: for a tensor on the CPU nothing is copied.)"""
     return bool(np.isnan(weights.detach().float().cpu().numpy()).any())
@@ -437,11 +370,6 @@ def _holds_nan(weights: Tensor) -> bool:
 def _by_row(weights: Tensor, tokens: Tensor | None) -> Tensor:
     fits = tokens is not None and tokens.ndim == 2 and tokens.numel() == len(weights)
     return weights.unflatten(0, tuple(tokens.shape)) if tokens is not None and fits else weights
-
-
-def _padding_mask(mask: Any) -> Tensor | None:
-    """A mask [batch total]; those of other forms tell no padding."""
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _cached(kwargs: dict[str, Any]) -> int:

@@ -329,3 +329,60 @@ def test_records_replay_in_chunks_and_beams() -> None:
             outputs.append(output)
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
+
+
+def test_residual_hooks_of_another_thread_are_refused() -> None:
+    model, given = RoutedModel(tiny_model("olmoe")), tokens(2, 5)
+    before = model(given).detach()
+    hooks = [("blocks.0.hook_resid_pre", lambda value, hook: value * 0.3)]
+    expected = model.run_with_hooks(given, fwd_hooks=hooks).detach()
+
+    def loop(hooks: Any, right: Tensor) -> Callable[[], int]:
+        def run() -> int:
+            n_right = 0
+            for _ in range(30):
+                try:
+                    with torch.no_grad():
+                        logits = model.run_with_hooks(given, fwd_hooks=hooks) if hooks else model(given)
+                except HookError:
+                    continue
+                assert torch.equal(logits, right), "a silently wrong result"
+                n_right += 1
+            return n_right
+
+        return run
+
+    results = in_threads(loop(hooks, expected), loop([], before))
+    assert all(isinstance(result, int) for result in results), results
+
+
+def test_steered_blocks_side_by_side_leave_no_trace() -> None:
+    hf_model, given = tiny_model("olmoe"), tokens(2, 5)
+    before = hf_model(given).logits.detach()
+
+    def loop() -> bool:
+        for _ in range(10):
+            try:
+                with steered(hf_model, SteeringPlan([(1, 0)])), torch.no_grad():
+                    hf_model(given)
+            except HookError:
+                continue
+        return True
+
+    assert in_threads(loop, loop) == [True, True]
+    assert torch.equal(hf_model(given).logits, before)
+    assert not any("forward" in vars(module) for module in hf_model.modules())
+    assert "generate" not in vars(hf_model)
+
+
+def test_a_wrapper_without_points_says_so() -> None:
+    hf_model = tiny_model("olmoe")
+    with steered(hf_model, SteeringPlan([(1, 0)])):
+        kept = RoutedModel(hf_model)
+    kept.add_hook("blocks.0.hook_resid_pre", lambda value, hook: value * 0)
+    assert not torch.equal(kept(tokens(1, 3)), tiny_model("olmoe")(tokens(1, 3)).logits)
+    other = RoutedModel(hf_model)
+    kept.detach()
+    for use in (lambda: other(tokens(1, 3)), lambda: other.add_hook("blocks.0.hook_resid_pre", print)):
+        with pytest.raises(HookError, match="no hook points any more"):
+            use()
