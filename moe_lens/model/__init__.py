@@ -1,5 +1,5 @@
-"""`HookedMoE`: hook points on routing, inside a Hugging Face model and the TransformerLens bridge
-around it.
+"""Hook points on routing: `RoutedModel` on a Hugging Face model as it is, `HookedMoE` in the TransformerLens
+bridge around one.
 """
 
 import lazy_loader

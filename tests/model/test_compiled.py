@@ -57,7 +57,7 @@ def broad(*values: Any) -> list[Any]:
 @pytest.mark.parametrize("build", [RoutedModel, *broad(HookedMoE.from_hf)])
 @pytest.mark.parametrize("how", ["model.compile()", *broad("each layer", "torch.compile(f)", "its forward")])
 @pytest.mark.parametrize("order", [ORDERS[0], *broad(*ORDERS[1:])])
-@pytest.mark.parametrize("recipe", ["olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("recipe", ["olmoe", *broad("deepseek_v3")])
 def test_hooks_act_in_any_order(recipe: str, order: str, how: str, build: Callable[..., Any]) -> None:
     plain, given = build(tiny_model(recipe)), tokens(2, 5)
     kinds = [*order.split(", "), "weights", "indices"]
@@ -88,6 +88,7 @@ def test_hooks_on_expert_outputs_act_too() -> None:
         assert torch.equal(model(given), before)
 
 
+@pytest.mark.broad
 def test_hooks_act_in_a_compiled_generation_with_a_static_cache() -> None:
     model, given = RoutedModel(tiny_model("olmoe")), tokens(2, 5)
     hf_model: Any = model.hf_model
@@ -112,3 +113,16 @@ def test_a_model_steered_by_a_plan_compiles_whole(recipes: list[str]) -> None:
     command = [sys.executable, "-m", "tests.model.compiled_whole", *recipes]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.stdout == "".join(f"{recipe} compiles whole\n" for recipe in recipes), run.stderr[-3000:]
+
+
+@torch.no_grad()
+def test_residual_hooks_act_too() -> None:
+    model, given = RoutedModel(tiny_model("olmoe")), tokens(2, 5)
+    hooks: HookList = [("blocks.1.hook_resid_pre", lambda value, hook: value * 0.5)]
+    before, expected = model(given), model.run_with_hooks(given, fwd_hooks=hooks)
+    run = compiled(model, "model.compile()")
+    for _ in range(2):
+        assert torch.equal(run(given), before)
+        with model.hooks(hooks):
+            assert torch.equal(run(given), expected)
+    assert not torch.equal(before, expected)
