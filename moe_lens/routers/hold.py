@@ -40,8 +40,9 @@ class Hold:
         everywhere: whether every token is known to be steered.
         given: the logits as steering gave them, to notice later edits by (`upon`); None: nobody looks.
         scale: what undoes, in the choice, how steering scaled the other experts' probabilities.
-        named, steps, ranks: of a hold that is the same for every token: its experts, what steering adds to
-            the largest and the smallest score (± epsilon), what puts them in and keeps them out (± inf).
+        named, steps, ranks: of a hold that is the same for all tokens, or those of a row: its experts, what
+            steering adds to the largest and the smallest score (± epsilon), what puts them in and keeps them
+            out (± inf).
     """
 
     inside: Bool[Tensor, "*batch expert"]
@@ -50,9 +51,9 @@ class Hold:
     everywhere: bool = False
     given: Float[Tensor, "*batch expert"] | None = None
     scale: Float[Tensor, "*batch 1"] | None = None
-    named: Bool[Tensor, " expert"] | None = None
-    steps: Float[Tensor, " expert"] | None = None
-    ranks: Float[Tensor, " expert"] | None = None
+    named: Bool[Tensor, "*batch expert"] | None = None
+    steps: Float[Tensor, "*batch expert"] | None = None
+    ranks: Float[Tensor, "*batch expert"] | None = None
 
     @classmethod
     def of_experts(
@@ -69,7 +70,7 @@ class Hold:
         )
         return cls(inside, outside, everywhere=bool(activate or deactivate))
 
-    def fixed(self, epsilon: float) -> "Hold":
+    def fixed(self, epsilon: float | Float[Tensor, "*batch 1"]) -> "Hold":
         """A hold of `of_experts` that knows its `named`, `steps` and `ranks`."""
         sign, named = self.inside.float() - self.outside.float(), self.inside | self.outside
         ranks = torch.where(named, sign * torch.inf, 0.0)
@@ -91,6 +92,7 @@ class Hold:
             self,
             inside=self.inside.to(logits.device).expand(logits.shape),
             outside=self.outside.to(logits.device).expand(logits.shape),
+            named=None,
             steps=None,
             ranks=None,
         )
@@ -103,6 +105,7 @@ class Hold:
             inside=self.inside & chosen,
             outside=self.outside & chosen,
             everywhere=False,
+            named=None,
             steps=None,
             ranks=None,
         )
@@ -126,6 +129,8 @@ class Hold:
         Raises:
             HookError: logits of other tokens than those that were steered.
         """
+        if self.ranks is not None:  # the same for every token, or row
+            return self
         self._check_shape(logits)
         if self.given is None:
             return self

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat, cast
 
 import torch
 from jaxtyping import Float
@@ -187,7 +187,9 @@ class SteeringHook:
                 else:
                     inside = torch.stack([hold.inside for hold in holds])
                     outside = torch.stack([hold.outside for hold in holds])
-                    wish = Wish(Hold(inside, outside), torch.tensor(epsilons, device=device)[:, None])
+                    epsilon = torch.tensor(epsilons, device=device)[:, None]
+                    everywhere = all(activate or deactivate for activate, deactivate in named)
+                    wish = Wish(Hold(inside, outside, everywhere=everywhere).fixed(epsilon), epsilon)
             self._tables[key] = wish
         return self._tables[key]
 
@@ -203,7 +205,9 @@ class SteeringHook:
         n_rows, n_pos = batch or logits.shape[:-1]
         if len(self.plans) > 1:
             rows = plans_by_row(len(self.plans), place, n_rows, logits.device)
-            hold = Hold(hold.inside[rows].unsqueeze(1), hold.outside[rows].unsqueeze(1))
+            masks = (hold.inside, hold.outside, hold.named, hold.steps, hold.ranks)
+            inside, outside, named, steps, ranks = (cast(Tensor, mask)[rows].unsqueeze(1) for mask in masks)
+            hold = replace(hold, inside=inside, outside=outside, named=named, steps=steps, ranks=ranks)
             epsilon = torch.as_tensor(epsilon)[rows].unsqueeze(1)  # [batch 1 1]
         if self.positions is not None:
             hold = hold.on(self._selected(place, n_rows, n_pos, logits.device))
