@@ -54,10 +54,26 @@ def broad(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.broad) for value in values]
 
 
-@pytest.mark.parametrize("build", [RoutedModel, *broad(HookedMoE.from_hf)])
-@pytest.mark.parametrize("how", ["model.compile()", *broad("each layer", "torch.compile(f)", "its forward")])
-@pytest.mark.parametrize("order", [ORDERS[0], *broad(*ORDERS[1:])])
-@pytest.mark.parametrize("recipe", ["olmoe", *broad("deepseek_v3")])
+def broad_case(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.broad)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "order", "how", "build"),
+    [
+        ("olmoe", ORDERS[0], "model.compile()", RoutedModel),
+        broad_case("deepseek_v3", ORDERS[0], "model.compile()", RoutedModel),
+        *(broad_case("olmoe", order, "model.compile()", RoutedModel) for order in ORDERS[1:]),
+        *(
+            broad_case("olmoe", ORDERS[0], how, RoutedModel)
+            for how in ("each layer", "torch.compile(f)", "its forward")
+        ),
+        *(
+            broad_case(recipe, ORDERS[0], how, HookedMoE.from_hf)
+            for recipe, how in (("olmoe", "model.compile()"), ("deepseek_v3", "torch.compile(f)"))
+        ),
+    ],
+)
 def test_hooks_act_in_any_order(recipe: str, order: str, how: str, build: Callable[..., Any]) -> None:
     plain, given = build(tiny_model(recipe)), tokens(2, 5)
     kinds = [*order.split(", "), "weights", "indices"]
