@@ -45,7 +45,7 @@ class HookTable(OrderedDict[int, Any]):
         self.changed()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HookTable":
-        twin = memo[id(self)] = HookTable(copy.deepcopy(self.changed, memo), self.robbed)
+        twin = memo[id(self)] = HookTable(copy.deepcopy(self.changed, memo), copy.deepcopy(self.robbed, memo))
         for key, hook in self.items():
             OrderedDict.__setitem__(twin, key, copy.deepcopy(hook, memo))
             twin.owners[key] = Owner()

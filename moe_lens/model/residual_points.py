@@ -7,8 +7,7 @@ As long as neither has a hook, the block runs as it is. (Gradient checkpointing 
 without the hooks around it, so that those on the residual stream act once.)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 from jaxtyping import Float
@@ -106,21 +105,6 @@ def install_residual(block: nn.Module, layer: int, running: Any) -> ResidualPoin
     points = ResidualPoints(block, layer, running)
     points.put_on(block)
     return points
-
-
-@contextmanager
-def passed_over(blocks: Sequence[nn.Module], residual: Tensor) -> Iterator[None]:
-    """Within the context, each of these blocks gives `residual`, whatever it reads, and computes nothing."""
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            vars(block)["forward"] = lambda *args, **kwargs: residual
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            vars(block).pop("forward")
-            if forward is not None:
-                vars(block)["forward"] = forward
 
 
 class _Reached(Exception):

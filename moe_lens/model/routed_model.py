@@ -33,7 +33,7 @@ from moe_lens.model.generating import Generating
 from moe_lens.model.hf_models import decoder_of, numbered_layers
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.model_config import ModelConfig, config_of
-from moe_lens.model.residual_points import install_residual, passed_over, residual_before
+from moe_lens.model.residual_points import install_residual, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
 from moe_lens.model.running import Running
 from moe_lens.model.self_check import check_router
@@ -322,7 +322,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         >>> torch.equal(model.to_logits(cache["resid_post", -1]), logits)
         True
 
-        The model's own final norm, unembedding and scaling; its blocks are passed over.
+        The model's own final norm, unembedding and scaling, on every family, at the cost of a forward.
         """
         self._check_attached()
         residuals = registration.forward_state(self).residual
@@ -334,11 +334,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         tokens = torch.zeros(residual.shape[:2], dtype=torch.long, device=self.cfg.device)
         instead = (str(residuals[-1].post.name), lambda value, hook: residual)
         with self.hooks([instead]):
-            try:
-                with passed_over([points.block for points in residuals], residual):
-                    return self.hf_model(input_ids=tokens, use_cache=False).logits
-            except (ValueError, TypeError):  # blocks that give more than the residual stream
-                return self.hf_model(input_ids=tokens, use_cache=False).logits
+            return self.hf_model(input_ids=tokens, use_cache=False).logits
 
     def _check_attached(self) -> None:
         if not registration.forward_state(self).is_watching:
