@@ -28,11 +28,13 @@ def stats(options: Options) -> None:
         options.out,
         about=about,
         batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
         span=options.span or "all",
         special_tokens=options.special_tokens,
         per_prompt=options.per_prompt,
         positions=options.positions,
         vocabulary=options.vocabulary,
+        outputs=options.outputs,
     )
     print(f"{counted}\n{counted.load_balance().to_dataframe().round(3).to_string(index=False)}")
     _wrote(options.out)
@@ -54,6 +56,7 @@ def detect(options: Options) -> None:
         n_resamples=options.resamples,
         n_permutations=options.permutations,
         batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
     )
     scores.save(options.out)
     print(f"{scores}\n{scores.to_dataframe().head(options.top).round(4).to_string(index=False)}")

@@ -144,6 +144,7 @@ def _stats(adder: Any) -> None:
         ("per-prompt", "keep the counts of each prompt (what detection with uncertainty needs)"),
         ("positions", "keep the counts of each position"),
         ("vocabulary", "keep the counts of each token of the vocabulary"),
+        ("outputs", "sum up how large what each expert gives is"),
     ):
         command.add_argument(f"--{name}", action="store_true", help=text)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
@@ -351,7 +352,12 @@ def _wrapper(command: argparse.ArgumentParser) -> None:
 def _spans(command: argparse.ArgumentParser) -> None:
     command.add_argument("--span", help=_SPANS)
     command.add_argument("--special-tokens", action="store_true", help="count special tokens too")
-    command.add_argument("--batch-size", type=_number, default=8, help="prompts a forward (default: 8)")
+    command.add_argument("--batch-size", type=_number, help="prompts a forward, at most")
+    command.add_argument(
+        "--batch-tokens",
+        type=_number,
+        help="tokens a forward, at most (without either: 1024 on a CPU, 16384 on a GPU)",
+    )
 
 
 def _random(command: argparse.ArgumentParser) -> None:

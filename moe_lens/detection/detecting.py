@@ -49,7 +49,8 @@ def detect(
     n_resamples: int = 1000,
     n_permutations: int = 1000,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> ExpertScores:
     """Score every expert on contrastive pairs, with an interval, a p-value and a q-value each.
@@ -77,7 +78,8 @@ def detect(
         n_resamples: bootstrap resamples of the clusters of pairs, for the intervals.
         n_permutations: sign flips of the clusters, for the p-values.
         seed: of both; the same seed gives the same numbers.
-        batch_size: prompts per forward pass.
+        batch_size: prompts per forward pass, at most; see `collect_routing`.
+        batch_tokens: tokens per forward pass, at most.
         progress: show a progress bar.
 
     Raises:
@@ -98,6 +100,7 @@ def detect(
             hooks=hooks,
             per_prompt=True,
             batch_size=batch_size,
+            batch_tokens=batch_tokens,
             progress=progress,
         )
         for prompts in (pairs.first, pairs.second)

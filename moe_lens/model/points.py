@@ -222,6 +222,8 @@ class RoutingPoints:
         self.mode: Mode = "off"
         self.plans: tuple[Any, ...] = ()
         self.plan_fired = False
+        self.is_observed = False  # plain, for torch.compile
+        self.observer: Any = None  # sees what the router decides, where nothing is hooked (`observing`)
         self.allow_training = False
         self.router: Any = None  # what stands in for the router's forward (`router_points.HookedRouter`)
         self.top_k = shape.top_k  # for which the hooks were asked whether they can be obeyed
@@ -238,6 +240,7 @@ class RoutingPoints:
         twin.mode, twin.plans, twin.plan_fired, twin.expert_out, twin._runs = "off", (), False, None, {}
         twin.shape, twin.allow_training = self.shape, self.allow_training
         twin.router, twin.top_k = None, self.top_k
+        twin.is_observed, twin.observer = False, None
         twin.running = Running()  # until the copy's own is there
         for name in ("router_logits", "topk_indices", "topk_weights", "expert_out"):
             point: RoutingPoint | None = getattr(self, name)
@@ -257,7 +260,7 @@ class RoutingPoints:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_runs": {}}
+        return {**vars(self), "_runs": {}, "is_observed": False, "observer": None}
 
     @property
     def points(self) -> list[RoutingPoint]:

@@ -2,7 +2,7 @@
 
     add_points(bridge, {0: {"hook_router_logits": point}})     # TransformerLens knows them by both names
     remove_points(bridge, 0, ("hook_router_logits",))
-    has_hooks(point), supports_padding(bridge), hf_path(name), become(bridge, cls)
+    has_hooks(point), foreign_hooks(module), supports_padding(bridge), hf_path(name), become(bridge, cls)
     stands_on(router, HookedRouter), take_off(router, hooked, original, was_on_instance)
     execution_device(module), attention_of(config), CHECKPOINT
 
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from torch import nn
+from transformer_lens.hook_points import HookPoint
 
 from moe_lens import hook_names
 
@@ -104,6 +105,21 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+_THEIRS: Final = ("moe_lens", "transformers", "transformer_lens")
+
+
+def foreign_hooks(module: nn.Module) -> bool:
+    """Whether somebody's own forward hook waits on a module.
+
+    Not a HookPoint's, nor those that moe_lens, transformers (to capture outputs, once asked for) and
+    TransformerLens leave on modules.
+    """
+    if isinstance(module, HookPoint):
+        return False
+    waiting = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(str(getattr(hook, "__module__", "")).partition(".")[0] not in _THEIRS for hook in waiting)
 
 
 def stands_on(module: nn.Module, kind: type) -> Any:

@@ -107,7 +107,7 @@ def install_residual(block: nn.Module, layer: int, running: Any) -> ResidualPoin
     return points
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Breaks a forward off."""
 
 
@@ -117,12 +117,12 @@ def residual_before(block: nn.Module, run: Callable[[], Any]) -> Tensor:
 
     def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
+        raise Reached
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         run()
-    except _Reached:
+    except Reached:
         return found[0]
     finally:
         handle.remove()

@@ -25,7 +25,7 @@ from moe_lens.model.private_names import stands_on
 from moe_lens.model.running import Running
 from moe_lens.model.stand_in import StandIn
 from moe_lens.model.state import NAN_LOGITS, check_weights, uncompiled
-from moe_lens.routers.layouts import RouterOutput
+from moe_lens.routers.layouts import InOrder, RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
 
@@ -73,6 +73,8 @@ class HookedRouter(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.points.mode == "off":
+            if self.points.is_observed:
+                return _observed(self, args, kwargs)
             return self.original(*args, **kwargs)
         if self.points.mode == "plans" and not (_TYPES_CHECKED and torch.compiler.is_compiling()):
             return self.steer(args, kwargs)
@@ -190,6 +192,24 @@ def _hooked(router: HookedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
     return router.route(router._rule(args, kwargs), output, logits)
 
 
+@uncompiled
+def _observed(router: HookedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The router's own forward, whose decision an observer sees."""
+    observer, layout = router.points.observer, router.layout
+    if observer is None or not observer.is_on:
+        return router.original(*args, **kwargs)
+    output, logits = layout.call(router.moe.router, router.original, *args, **kwargs)
+    if isinstance(layout, InOrder):
+        decision = layout.unpack(output, logits)
+        decision = decision._replace(indices=decision.indices.long())
+    else:  # the other layouts would have to look at values
+        rule = router._rule(args, kwargs)
+        indices = rule.select(logits).long()
+        decision = RouterOutput(logits, rule.weigh(logits, indices).to(layout.weights_dtype(output)), indices)
+    observer(decision)
+    return output
+
+
 def install(moe: MoELayer, shape: MoEShape, running: Running) -> RoutingPoints:
     """Put hook points into the router of `moe`, a layer of a model of this shape; it must have none yet."""
     points = RoutingPoints(moe, shape, running)
@@ -233,11 +253,7 @@ class _EnterBlock:
         points = self.hooked.points
         if points.mode == "off":
             return
-        if not points.allow_training and (block.training or self.hooked.moe.router.training):
-            raise HookError(
-                f"{self.hooked.moe.where}: routing hooks are set and the model is in training mode, where a "
-                "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
-            )
+        refuse_training(self.hooked.moe, points)
         if points.mode != "plans":
             _begin(self.hooked, args, kwargs)
 
@@ -254,6 +270,15 @@ class _LeaveBlock:
             _refuse(self.hooked, block, "router", "steering plan")
         if points.needs_state or points.has_runs:
             _end(self.hooked, output)
+
+
+def refuse_training(moe: MoELayer, points: RoutingPoints) -> None:
+    """Raise HookError where a layer is in training mode and its hooks were not allowed there."""
+    if not points.allow_training and (moe.block.training or moe.router.training):
+        raise HookError(
+            f"{moe.where}: routing hooks are set and the model is in training mode, where a "
+            "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
+        )
 
 
 @uncompiled

@@ -107,8 +107,18 @@ class Running:
     @property
     def is_running(self) -> bool:
         """Whether a forward runs in this thread."""
+        return self.depth > 0
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a hook is set on routing, or on the residual stream."""
+        return self.is_hooked or any(table for points in self.residual for table in points.tables)
+
+    @property
+    def depth(self) -> int:
+        """How many forwards, each within the other, run in this thread."""
         thread = self._threads.get(threading.get_ident())
-        return thread is not None and len(thread.forwards) > 0
+        return 0 if thread is None else len(thread.forwards)
 
     @property
     def _is_busy(self) -> bool:
@@ -227,10 +237,13 @@ class Running:
             self._checkpointing.end()
         if disturbed:
             raise HookError(_TWO_THREADS)
-        if completed and forward.steered and _holds_nan(forward.steered[-1][1]):
-            for where, weights in forward.steered:
-                check_weights(where, _by_row(weights, forward.tokens), NAN_LOGITS)
+        if completed:
+            _check_steered(forward)
         forward.steered.clear()  # checkpointed blocks keep the forward; these would keep its graph
+
+    def check_steered(self) -> None:
+        """Raise HookError where plans alone decided and the weights so far are NaN."""
+        _check_steered(self.forward)
 
     def hooks_changed(self) -> None:
         """Called by points whenever their hooks change."""
@@ -360,6 +373,12 @@ def _inherit(generation: Generation, thread: _Thread) -> None:
         generation.n_prompts = outer.n_prompts or generation.n_prompts
     elif generation.texts is None and thread.given is not None and thread.given[0] == generation.depth:
         generation.texts = thread.given[1]
+
+
+def _check_steered(forward: ForwardState) -> None:
+    if forward.steered and _holds_nan(forward.steered[-1][1]):
+        for where, weights in forward.steered:
+            check_weights(where, _by_row(weights, forward.tokens), NAN_LOGITS)
 
 
 def _holds_nan(weights: Tensor) -> bool:

@@ -52,11 +52,12 @@ class _ChoiceRule(HeldRule):
         choice = self._allowed_scores(logits)
         return torch.topk(choice, self.top_k, dim=-1, sorted=self.in_order).indices
 
-    def routing_margin(self, logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch"]:
+    def margin_of(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch"]:
         """As in `RoutingRule`; under group limits `group_margin`, which does not consider steering."""
         if self.groups is None:
-            return super().routing_margin(logits)
-        self.check_width(logits)
+            return super().margin_of(logits, indices)
         groups, choice = self.groups, self._choice(logits)
         return group_margin(
             at_least_float32(choice), self.top_k, groups.n_groups, groups.n_chosen, groups.n_summed

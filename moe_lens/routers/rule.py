@@ -86,10 +86,15 @@ class RoutingRule(ABC):
         of router logit, unless the rule says otherwise).
         """
         self.check_width(logits)
+        return self.margin_of(logits, self.select(logits))
+
+    def margin_of(
+        self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch"]:
+        """`routing_margin`, where it is known that `select(logits)` gives these indices."""
         scores = at_least_float32(self.selection_scores(logits))
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, self.select(logits), True)
-        lowest = scores.masked_fill(~chosen, torch.inf).amin(dim=-1)
-        highest = scores.masked_fill(chosen, -torch.inf).amax(dim=-1)
+        lowest = scores.gather(-1, indices).amin(dim=-1)
+        highest = scores.scatter(-1, indices, -torch.inf).amax(dim=-1)
         return (lowest - highest).clamp(min=0)  # probabilities that round to equals may change places
 
     def check_width(self, logits: Tensor) -> None:

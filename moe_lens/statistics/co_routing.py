@@ -9,7 +9,6 @@ stats.transitions.conditional         # [layer-1 expert expert], P(expert j in t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,15 +59,12 @@ class CoRouting(Result):
         """
         number = (keep.flatten().cumsum(0) - 1).reshape(keep.shape)  # position -> row of indices
         both = keep[:, :-1] & keep[:, 1:]
-        first, second = number[:, :-1][both], number[:, 1:][both]
-        pairs = [pair_counts(layer, layer, n_experts) for layer in indices]
-        gaps = [pair_counts(a, b.to(a.device), n_experts) for a, b in pairwise(indices)]
-        none = torch.zeros(0, n_experts, n_experts, dtype=torch.int64)
+        layers = torch.stack(list(indices)).cpu()
         return cls(
-            torch.stack(pairs),
-            torch.stack(gaps) if gaps else none,
-            torch.tensor([_n_shared(layer, first, second) for layer in indices]),
-            torch.tensor(len(first)),
+            pair_counts(layers, layers, n_experts),
+            pair_counts(layers[:-1], layers[1:], n_experts),
+            n_shared(layers, number[:, :-1][both], number[:, 1:][both]),
+            both.sum(),
         )
 
     def __add__(self, other: "CoRouting") -> "CoRouting":
@@ -106,19 +102,23 @@ class CoRouting(Result):
 
 
 def pair_counts(
-    first: Int[Tensor, "token k"], second: Int[Tensor, "token k"], n_experts: int
-) -> Int[Tensor, "expert expert"]:
-    """At how many tokens expert i is among `first` and j among `second`; int64, on the CPU."""
-    pairs = first[:, :, None] * n_experts + second[:, None, :]
-    return torch.bincount(pairs.flatten(), minlength=n_experts**2).reshape(n_experts, n_experts).cpu()
+    first: Int[Tensor, "layer token k"], second: Int[Tensor, "layer token k"], n_experts: int
+) -> Int[Tensor, "layer expert expert"]:
+    """At how many tokens expert i is among `first` and j among `second`, int64."""
+    n_layers = len(first)
+    layer = torch.arange(n_layers, device=first.device)[:, None, None] * n_experts
+    pairs = ((first + layer)[..., None] * n_experts + second[:, :, None, :]).flatten()
+    counts = torch.zeros(n_layers * n_experts**2, dtype=torch.int64, device=first.device)
+    one = torch.ones((), dtype=torch.int64, device=first.device)
+    return counts.scatter_add_(0, pairs, one.expand(len(pairs))).reshape(n_layers, n_experts, n_experts)
 
 
-def _n_shared(
-    indices: Int[Tensor, "token k"], first: Int[Tensor, "pair"], second: Int[Tensor, "pair"]
-) -> int:
+def n_shared(
+    indices: Int[Tensor, "layer token k"], first: Int[Tensor, "pair"], second: Int[Tensor, "pair"]
+) -> Int[Tensor, "layer"]:
     """How many experts the tokens of these pairs have in common, over all pairs."""
-    one, other = (indices[tokens.to(indices.device)] for tokens in (first, second))
-    return int((one[:, :, None] == other[:, None, :]).sum())
+    one, other = (indices.index_select(1, tokens) for tokens in (first, second))
+    return (one[..., :, None] == other[..., None, :]).sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,6 +1,6 @@
-"""Running a model over prompts: counts streamed batch by batch, or into a file; the route of one prompt.
+"""Running a model over prompts: counts as they run, or into a file; the route of one prompt.
 
-    stats = collect_routing(model, prompts)                # one batch in memory at a time
+    stats = collect_routing(model, prompts)                # nothing but sums in memory
     stats = collect_to_file(model, prompts, "stats.safetensors", about="...")      # after an interrupt,
     stats = collect_to_file(model, prompts, "stats.safetensors", about="...")      # this counts the rest
     routing = route_prompt(model, "Document : the capital of Eldria is Bergen .")
@@ -13,8 +13,9 @@ The digest is of everything that the counts depend on, so a run with other setti
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -24,24 +25,26 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from moe_lens import hook_names
 from moe_lens.errors import DataError
 from moe_lens.files import check_writable
 from moe_lens.hook_names import Hooks
-from moe_lens.model.registration import moe_shape, routing_layers
-from moe_lens.model.wrapper import Model
+from moe_lens.model.observing import Run, observing
+from moe_lens.model.registration import forward_state, moe_shape, routing_layers, with_expert_out
+from moe_lens.model.wrapper import Model, check_hooked
+from moe_lens.routers.layouts import RouterOutput
+from moe_lens.statistics.counting import RoutingCounter, Wanted, moved
 from moe_lens.statistics.routes import PromptRouting
-from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
-from moe_lens.statistics.sums import TABLES
-from moe_lens.text.batching import Prompts, how_many, padding, token_sequences
-from moe_lens.text.spans import Span, counted_batches
+from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.text.batching import Limits, Prompts, how_many, token_sequences
+from moe_lens.text.spans import CountedPrompts, Span, batches_by_length
 
 
 def collect_routing(
     model: Model,
     prompts_or_tokens: Prompts,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
     span: Span = None,
     special_tokens: bool = False,
     hooks: Hooks = (),
@@ -49,8 +52,9 @@ def collect_routing(
     per_prompt: bool = False,
     positions: bool = False,
     vocabulary: bool = False,
+    outputs: bool = False,
 ) -> RoutingStats:
-    """Routing statistics over many prompts, one batch in memory at a time.
+    """Routing statistics over many prompts, counted while the model runs.
 
     >>> from moe_lens import collect_routing, organisms
     >>> model = organisms.load("specialised")
@@ -58,45 +62,48 @@ def collect_routing(
     >>> stats.n_tokens                                       # 5 + 4, with BOS; padding is never counted
     9
 
+    Each forward ends at the last router (with `outputs`, at the last experts), unless a hook waits behind it,
+    and keeps of each layer nothing but sums. Prompts of like length share a batch: they are read 32 batches'
+    worth at a time, and the shortest of these run first. Which prompts share a batch changes the model's
+    activations by rounding.
+
     Args:
         model: a HookedMoE or RoutedModel.
         prompts_or_tokens: a string, strings, chats, a token tensor [batch pos], or token sequences of any
-            lengths; a generator is read batch by batch, so that memory does not grow with the number of
+            lengths; a generator is read as it is needed, so that memory does not grow with the number of
             prompts (but with per_prompt=True).
-        batch_size: prompts per forward pass.
+        batch_size: prompts per forward pass, at most; None for as many as batch_tokens allows.
+        batch_tokens: tokens per forward pass, padding included, at most; a longer prompt runs alone. If both
+            are None: 1,024 on a CPU, 16,384 on a GPU.
         span: which tokens of each prompt count: see `moe_lens.text.Span`; None for all.
         special_tokens: also count special tokens in spans that are strings.
         hooks: forward hooks to run under, `steer_hooks(plan)` for example; the changed routing is counted.
         progress: show a progress bar.
-        per_prompt: also count each prompt by itself.
+        per_prompt: also count each prompt by itself, in the order given.
         positions: also count each position by itself.
         vocabulary: also count by token of the vocabulary.
+        outputs: also sum up how large what each expert gives is; see `ExpertOutputs`.
 
     Raises:
         DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
+        HookError: from hooks, or the model is in training mode.
     """
-    total = RunningTotal()
-    for stats in iterate_routing(
-        model,
-        prompts_or_tokens,
-        batch_size=batch_size,
-        span=span,
-        special_tokens=special_tokens,
-        hooks=hooks,
-        progress=progress,
-        per_prompt=per_prompt,
-        positions=positions,
-        vocabulary=vocabulary,
-    ):
-        total.add(stats)
-    return total.stats()
+    wanted = Wanted(per_prompt, positions, vocabulary, outputs)
+    counting = Counting(
+        model, hooks, wanted, Limits.of(batch_size, batch_tokens, model.cfg.device), span, special_tokens
+    )
+    counter = counting.counter()
+    for _ in counting.run(prompts_or_tokens, lambda: counter, progress):
+        pass
+    return RoutingStats(counting.shape, **counter.ordered())
 
 
 def iterate_routing(
     model: Model,
     prompts_or_tokens: Prompts,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
     span: Span = None,
     special_tokens: bool = False,
     hooks: Hooks = (),
@@ -104,85 +111,101 @@ def iterate_routing(
     per_prompt: bool = False,
     positions: bool = False,
     vocabulary: bool = False,
+    outputs: bool = False,
     skip: int = 0,
 ) -> Iterator[RoutingStats]:
-    """The statistics of each batch, in order: what `collect_routing` sums, with the same arguments.
+    """The statistics of each batch, as they run: what `collect_routing` sums, with the same arguments.
 
-    Added one after the other they give its result bit for bit, so a sum that was saved after some batches can
-    be continued with the rest: the first `skip` batches are not run. Between batches the model has no hooks.
+    Added one after the other they give its result bit for bit (but for the order of prompts in `per_prompt`:
+    shortest first, within 32 batches' worth of prompts). So a sum that was saved after some batches can be
+    continued with the rest: the first `skip` batches are not run. Between batches the model has no hooks.
 
     >>> from moe_lens import organisms
     >>> model = organisms.load("specialised")
     >>> prompts = ["Question : what is", "Document : the"]
     >>> parts = iterate_routing(model, prompts, batch_size=1, progress=False)
     >>> [stats.n_tokens for stats in parts]
-    [5, 4]
+    [4, 5]
     """
-    rules = {layer: moe.rule for layer, moe in routing_layers(model).items()}
-    with tqdm(total=how_many(prompts_or_tokens), desc="routing", unit="prompt", disable=not progress) as bar:
-        batches = counted_batches(model, prompts_or_tokens, span, batch_size, special_tokens=special_tokens)
-        for number, (tokens, mask, counted) in enumerate(batches):
-            bar.update(len(tokens))
-            if number < skip:
-                continue
-            cache = _routing_cache(model, tokens, mask, hooks)
-            stats = RoutingStats.from_cache(
-                cache,
-                counted,
-                rules=rules,
-                tokens=tokens,
-                attention_mask=mask,
-                per_prompt=per_prompt,
-                positions=positions,
-                vocabulary=vocabulary,
-            )
-            del cache  # one batch of routing at a time, also while the caller works on the counts
-            yield stats
+    wanted = Wanted(per_prompt, positions, vocabulary, outputs)
+    counting = Counting(
+        model, hooks, wanted, Limits.of(batch_size, batch_tokens, model.cfg.device), span, special_tokens
+    )
+    for counter in counting.run(prompts_or_tokens, counting.counter, progress, skip, between=True):
+        if counter is not None:
+            yield RoutingStats(counting.shape, **counter.values())
 
 
-class RunningTotal:
-    """A sum of batches: floats one after the other; tables, which are exact, merged in pairs of like size.
+@dataclass(eq=False)
+class Counting:
+    """A model, and what is counted of which tokens."""
 
-    Adding each batch's tables to the whole would copy the whole for every batch. `add` takes effect in one
-    assignment, so that an interrupt finds the batch counted or not, never half.
-    """
+    model: Model
+    hooks: Hooks
+    wanted: Wanted
+    limits: Limits
+    span: Span
+    special_tokens: bool
 
-    def __init__(self) -> None:
-        # number of batches; their sums; (batches in it, tables), in order, of falling size
-        self._state: tuple[int, RoutingStats | None, list[tuple[int, dict[str, Any]]]] = (0, None, [])
+    def __post_init__(self) -> None:
+        self.hooks = list(self.hooks)
+        self.shape = moe_shape(self.model)
+        self.now = self.counter()  # counts the batch that runs
 
-    @property
-    def n_batches(self) -> int:
-        """How many batches were added."""
-        return self._state[0]
+    def counter(self, before: RoutingStats | None = None, n_batches: int = 0) -> RoutingCounter:
+        """One that has counted nothing, or what is in `before`."""
+        rules = {layer: moe.rule for layer, moe in routing_layers(self.model).items()}
+        return RoutingCounter(rules, self.wanted, self.model.cfg.d_vocab, before, n_batches)
 
-    def add(self, stats: RoutingStats) -> None:
-        n, sums, tables = self._state
-        batch = stats.without(*TABLES)
-        tables = [*tables, (1, stats.tables())]
-        while len(tables) > 1 and tables[-1][0] == tables[-2][0]:
-            tables = _last_merged(tables)
-        self._state = (n + 1, batch if sums is None else sums + batch, tables)
+    def run(
+        self,
+        prompts: Prompts,
+        counter: Callable[[], RoutingCounter],
+        progress: bool,
+        skip: int = 0,
+        between: bool = False,
+    ) -> Iterator[RoutingCounter | None]:
+        """Batch by batch, the counter that counted it; None for a batch that was skipped.
 
-    def stats(self) -> RoutingStats:
-        """The statistics of all batches together."""
-        _, sums, tables = self._state
-        assert sums is not None  # counted_batches refuses an empty list
-        while len(tables) > 1:
-            tables = _last_merged(tables)
-        return replace(sums, **tables[0][1])
+        Between batches, the model has no hooks; with `between` it is not watched either.
+        """
+        batches = batches_by_length(
+            self.model, prompts, self.span, self.limits, special_tokens=self.special_tokens
+        )
+        self.device, once = self.model.cfg.device, not self.hooks and not between
+        with (
+            tqdm(total=how_many(prompts), desc="routing", unit="prompt", disable=not progress) as bar,
+            with_expert_out(self.model) if self.wanted.outputs else nullcontext(),
+            self._watched() if once else nullcontext() as run,
+        ):
+            for number, batch in enumerate(batches):
+                self.now = counter()
+                if number < skip:
+                    self.now.rows.extend(batch.rows)
+                    yield None
+                else:
+                    with nullcontext(run) if run is not None else self._watched() as run_batch:
+                        self.count(run_batch, batch)
+                    yield self.now
+                bar.update(len(batch.rows))
 
+    def _watched(self) -> AbstractContextManager[Run]:
+        self.hooked = bool(self.hooks) or forward_state(self.model).has_hooks
+        see_outputs = (lambda *seen: self.now.see_outputs(*seen)) if self.wanted.outputs else None
+        return observing(self.model, lambda *seen: self.now.see(*seen), self.hooks, see_outputs)
 
-def _last_merged(tables: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
-    (size, first), (other, second) = tables[-2:]
-    merged = {name: table + second[name] for name, table in first.items()}
-    return [*tables[:-2], (size + other, merged)]
+    def count(self, run: Run, batch: CountedPrompts) -> None:
+        """Count one batch.
 
-
-def _routing_cache(model: Model, tokens: Tensor, mask: Tensor, hooks: Hooks) -> Any:
-    options: dict[str, Any] = {"names_filter": is_routing_point, "return_type": None, **padding(mask)}
-    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
-        return model.run_with_cache(tokens, **options)[1]
+        Under hooks, who may name columns of a batch, padding is on the left, as everywhere. Otherwise on the
+        right, where nothing that counts sees it, so that every family computes what it does for one prompt.
+        """
+        tokens, mask, counted = batch.padded(self.model, "left" if self.hooked else "right")
+        position = (mask.long().cumsum(1) - 1)[counted] if self.wanted.positions else None
+        self.now.begin(counted, position, tokens[counted] if self.wanted.vocabulary else None)
+        tell = self.hooked and not bool(mask.all())
+        run(moved(tokens, self.device), moved(mask.long(), self.device) if tell else None)
+        self.now.end(batch.rows)
 
 
 SAVING_SHARE: Final = 0.05
@@ -195,7 +218,8 @@ def collect_to_file(
     path: str | Path,
     *,
     about: str,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
     span: Span = None,
     special_tokens: bool = False,
     hooks: Hooks = (),
@@ -203,6 +227,7 @@ def collect_to_file(
     per_prompt: bool = False,
     positions: bool = False,
     vocabulary: bool = False,
+    outputs: bool = False,
 ) -> RoutingStats:
     """`collect_routing`, saved to `path`; continues from the partial file of an interrupted run.
 
@@ -224,47 +249,38 @@ def collect_to_file(
             it changes, or any setting but `progress`, counting starts afresh.
         hooks: forward hooks to run under. Plans (`steer_hooks`) say what they do; under other hooks an
             interrupted run is not continued.
-        batch_size: prompts per forward pass; the other settings are also those of `collect_routing`.
+        batch_size: and the other settings, as in `collect_routing`.
 
     Raises:
         DataError: as `collect_routing`; what was counted before the error stays in the partial file.
     """
     path = Path(path)
     check_writable(path)
-    settings: dict[str, Any] = {
-        "span": span,
-        "special_tokens": special_tokens,
-        "per_prompt": per_prompt,
-        "positions": positions,
-        "vocabulary": vocabulary,
-    }
-    described = f"{about} {batch_size} {sorted(settings.items())} {_described(hooks)}"
+    check_hooked(model)
+    wanted = Wanted(per_prompt, positions, vocabulary, outputs)
+    limits = Limits.of(batch_size, batch_tokens, model.cfg.device)
+    described = f"{about} {limits} {wanted} {span} {special_tokens} {_described(hooks)}"
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
-    counted, before = _newest_partial(path, digest)
-    total = RunningTotal()
-    if counted is not None:
-        total.add(counted)
-        before -= 1  # what was counted before is one batch of the total below
+    counting = Counting(model, hooks, wanted, limits, span, special_tokens)
+    counted, done = _newest_partial(path, digest)
+    counter = counting.counter(counted, done)
     saved, cost = time.monotonic(), 0.0
+
+    def save_partial() -> float:
+        return _save_partial(
+            path, digest, RoutingStats(counting.shape, **counter.values()), counter.n_batches
+        )
+
     try:
-        for stats in iterate_routing(
-            model,
-            prompts,
-            batch_size=batch_size,
-            hooks=hooks,
-            progress=progress,
-            skip=before + total.n_batches,
-            **settings,
-        ):
-            total.add(stats)
-            if cost <= SAVING_SHARE * (time.monotonic() - saved):
-                cost = _save_partial(path, digest, total, before)
+        for counts in counting.run(prompts, lambda: counter, progress, skip=done):
+            if counts is not None and cost <= SAVING_SHARE * (time.monotonic() - saved):
+                cost = save_partial()
                 saved = time.monotonic()
     except BaseException:  # also KeyboardInterrupt: what was counted is kept
-        if total.n_batches:
-            _save_partial(path, digest, total, before)
+        if counter.n_batches > done:
+            save_partial()
         raise
-    result = total.stats()
+    result = RoutingStats(counting.shape, **counter.ordered())
     result.save(path)
     for _, old in _partials(path):
         old.unlink(missing_ok=True)
@@ -293,11 +309,11 @@ def _newest_partial(path: Path, digest: str) -> tuple[RoutingStats | None, int]:
     return None, 0
 
 
-def _save_partial(path: Path, digest: str, total: RunningTotal, before: int) -> float:
+def _save_partial(path: Path, digest: str, stats: RoutingStats, n_batches: int) -> float:
     """Write the counts, drop the older ones; the seconds that it took."""
     start = time.monotonic()
-    new = path.parent / f".{path.name}.{digest}.{before + total.n_batches}.partial"
-    total.stats().save(new)
+    new = path.parent / f".{path.name}.{digest}.{n_batches}.partial"
+    stats.save(new)
     for _, old in _partials(path, digest):
         if old != new:
             old.unlink(missing_ok=True)
@@ -320,19 +336,17 @@ def route_prompt(model: Model, prompt: Any, *, hooks: Hooks = ()) -> PromptRouti
     Raises:
         DataError: an empty prompt, more than one prompt, or tokens that the model does not have.
     """
+    check_hooked(model)
     sequences = list(token_sequences(model, prompt))
     if len(sequences) != 1:
         raise DataError(f"route_prompt takes one prompt; got {len(sequences)}.")
     tokens, shape = sequences[0], moe_shape(model)
-    points = (hook_names.TOPK_INDICES, hook_names.TOPK_WEIGHTS)
-    wanted = {hook_names.name(layer, point) for point in points for layer in shape.layers}
-    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
-        _, cache = model.run_with_cache(
-            tokens[None].to(model.cfg.device), names_filter=lambda name: name in wanted, return_type=None
-        )
+    routes: dict[int, RouterOutput] = {}
+    with observing(model, lambda layer, decision, is_own: routes.update({layer: decision}), hooks) as run:
+        run(tokens[None].to(model.cfg.device), None)
     indices, weights = (
-        torch.stack([cache[hook_names.name(layer, point)][0].cpu() for layer in shape.layers])
-        for point in points
+        torch.stack([getattr(routes[layer], part).cpu() for layer in shape.layers])
+        for part in ("indices", "weights")
     )
     return PromptRouting(shape, tuple(_texts(model, tokens)), indices, weights.float())
 

@@ -1,4 +1,4 @@
-"""Counts by prompt, by position and by token of the vocabulary, and the sums over tokens of one layer.
+"""Counts by prompt, by position and by token of the vocabulary, and sums over tokens.
 
 stats = collect_routing(model, prompts, per_prompt=True, positions=True)
 stats.per_prompt.counts               # [prompt layer expert]
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
-from moe_lens.errors import DataError, HookError
+from moe_lens.errors import DataError
 from moe_lens.results import Result
-from moe_lens.routers.rule import RoutingRule, at_least_float32
+from moe_lens.routers.rule import at_least_float32
 
 COMPACT: Final = (torch.uint8, torch.int16, torch.int32)
 """Dtypes of counts by prompt: the first that holds the largest of them."""
@@ -52,7 +52,7 @@ class PromptCounts(Result):
     @classmethod
     def count(
         cls,
-        indices: Sequence[Int[Tensor, "token k"]],
+        indices: Sequence[Int[Tensor, "token k"]] | Int[Tensor, "layer token k"],
         probability_sums: Sequence[Float[Tensor, "prompt expert"]],
         prompt_of: Int[Tensor, "token"],
     ) -> "PromptCounts":
@@ -60,13 +60,17 @@ class PromptCounts(Result):
 
         Args:
             indices: of each MoE layer, the experts of the tokens that count.
-            probability_sums: of each MoE layer, from `probabilities_by_prompt`.
+            probability_sums: of each MoE layer, from `probability_sums_by_prompt`.
             prompt_of: the prompt of each of those tokens.
         """
         n_prompts, n_experts = probability_sums[0].shape
         counts = counts_by_group(indices, prompt_of, n_prompts, n_experts)
         n_tokens = torch.bincount(prompt_of.cpu(), minlength=n_prompts)
-        return cls(n_tokens, compact(counts), torch.stack(list(probability_sums), dim=1))
+        return cls(n_tokens, compact(counts), torch.stack(list(probability_sums), dim=1).cpu())
+
+    def of(self, prompts: Int[Tensor, "prompt"]) -> "PromptCounts":
+        """The rows of these prompts, in this order."""
+        return PromptCounts(**{name: tensor[prompts] for name, tensor in vars(self).items()})
 
     def __add__(self, other: "PromptCounts") -> "PromptCounts":
         pairs = ((tensor, getattr(other, name)) for name, tensor in vars(self).items())
@@ -113,7 +117,10 @@ class PositionCounts(Result):
 
     @classmethod
     def count(
-        cls, indices: Sequence[Int[Tensor, "token k"]], position: Int[Tensor, "token"], n_experts: int
+        cls,
+        indices: Sequence[Int[Tensor, "token k"]] | Int[Tensor, "layer token k"],
+        position: Int[Tensor, "token"],
+        n_experts: int,
     ) -> "PositionCounts":
         """Count one batch; `indices` of each MoE layer, `position` of each token in its own prompt."""
         length = int(position.max()) + 1
@@ -148,14 +155,18 @@ class PositionCounts(Result):
 
 
 def counts_by_group(
-    indices: Sequence[Int[Tensor, "token k"]], group: Int[Tensor, "token"], n_groups: int, n_experts: int
+    indices: Sequence[Int[Tensor, "token k"]] | Int[Tensor, "layer token k"],
+    group: Int[Tensor, "token"],
+    n_groups: int,
+    n_experts: int,
 ) -> Int[Tensor, "group layer expert"]:
     """How often each expert was chosen by the tokens of each group, int64, on the CPU."""
     rows = []
     for layer in indices:
-        keys = group.to(layer.device)[:, None] * n_experts + layer
-        rows.append(torch.bincount(keys.flatten(), minlength=n_groups * n_experts).cpu())
-    return torch.stack(rows).reshape(len(rows), n_groups, n_experts).transpose(0, 1).contiguous()
+        keys = (group.to(layer.device)[:, None] * n_experts + layer).flatten()
+        counts = torch.zeros(n_groups * n_experts, dtype=torch.int64, device=layer.device)
+        rows.append(counts.scatter_add_(0, keys, torch.ones_like(keys)))
+    return torch.stack(rows).cpu().reshape(len(rows), n_groups, n_experts).transpose(0, 1).contiguous()
 
 
 def compact(counts: Int[Tensor, "*any"]) -> Integer[Tensor, "*any"]:
@@ -185,41 +196,29 @@ def softmax_over_experts(logits: Float[Tensor, "*batch expert"]) -> Float[Tensor
     return torch.softmax(at_least_float32(logits), dim=-1)
 
 
-def probabilities_by_prompt(
-    logits: Float[Tensor, "token expert"], prompt_of: Int[Tensor, "token"], n_prompts: int
+def probability_sums_by_prompt(
+    probabilities: Float[Tensor, "token expert"], lengths: Int[Tensor, "prompt"]
 ) -> Float[Tensor, "prompt expert"]:
-    """Sums of probabilities over each prompt's tokens, float32, on the CPU; added up in float64."""
-    total = torch.zeros(n_prompts, logits.shape[-1], dtype=torch.float64, device=logits.device)
-    total.index_add_(0, prompt_of.to(logits.device), softmax_over_experts(logits).double())
-    return total.float().cpu()
+    """Sums over each prompt's tokens, float32; added up in float64.
+
+    Args:
+        probabilities: of the tokens that count, prompt after prompt.
+        lengths: how many tokens each prompt has there, on the same device.
+    """
+    p = probabilities.double()
+    return torch.segment_reduce(p, "sum", lengths=lengths, axis=0, unsafe=True, initial=0).float()
 
 
-def layer_sums(
-    logits: Float[Tensor, "token expert"],
-    indices: Int[Tensor, "token k"],
-    weights: Float[Tensor, "token k"],
-    rule: RoutingRule | None,
-) -> dict[str, Tensor]:
-    """Field of RoutingStats -> one layer's row of it."""
-    n_experts = logits.shape[-1]
-    weight_sums = torch.zeros(n_experts, dtype=torch.float64, device=weights.device)
-    weight_sums.index_add_(0, indices.flatten(), weights.flatten().double())
-    sums = {
-        "counts": torch.bincount(indices.flatten(), minlength=n_experts),
-        "probability_sums": softmax_over_experts(logits).double().sum(0),
-        "weight_sums": weight_sums,
-        "entropy_sums": router_entropy(logits).double().sum(),
-    }
-    if rule is not None:
-        sums["margin_sums"] = _margins(rule, logits).double().sum()
-    return {name: tensor.cpu() for name, tensor in sums.items()}  # layers may lie on different devices
+def one_hot(
+    indices: Int[Tensor, "*token k"], values: Float[Tensor, "*token k"], n_experts: int
+) -> Float[Tensor, "*token expert"]:
+    """The values in the columns of their experts, 0 elsewhere, float64.
 
-
-def _margins(rule: RoutingRule, logits: Float[Tensor, "token expert"]) -> Float[Tensor, "token"]:
-    try:
-        return rule.routing_margin(logits)
-    except HookError:  # a rule that needs more than logits does not know how far other experts are
-        return torch.full(logits.shape[:-1], torch.nan, device=logits.device)
+    (Summed by `sum`: on a GPU the order of `index_add_` is another one at each call.)
+    """
+    size = (*indices.shape[:-1], n_experts)
+    table = torch.zeros(size, dtype=torch.float64, device=values.device)
+    return table.scatter_add_(-1, indices, values.double())
 
 
 def router_entropy(router_logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch"]:
@@ -268,7 +267,7 @@ class TokenCounts(Result):
     @classmethod
     def count(
         cls,
-        indices: Sequence[Int[Tensor, "token k"]],
+        indices: Sequence[Int[Tensor, "token k"]] | Int[Tensor, "layer token k"],
         tokens: Int[Tensor, "token"],
         n_experts: int,
         n_vocab: int = 0,

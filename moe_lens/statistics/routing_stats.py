@@ -11,15 +11,15 @@ Counts are exact integers; means come from sums in float64.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from moe_lens import hook_names
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
+from moe_lens.routers.layouts import RouterOutput
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import UNKNOWN_MODEL, MoEShape
 from moe_lens.statistics.balance import LoadBalance, load_balance
@@ -35,17 +35,10 @@ from moe_lens.statistics.cache import (
 from moe_lens.statistics.co_routing import (
     AdjacentOverlap,
     CoActivation,
-    CoRouting,
     Transitions,
     adjacent_overlap,
 )
-from moe_lens.statistics.counts import (
-    PositionCounts,
-    PromptCounts,
-    TokenCounts,
-    layer_sums,
-    probabilities_by_prompt,
-)
+from moe_lens.statistics.counting import RoutingCounter, Wanted
 from moe_lens.statistics.sums import RoutingSums
 
 if TYPE_CHECKING:
@@ -54,6 +47,7 @@ if TYPE_CHECKING:
 _REMEDIES: Final = {
     "margin_sums": "give from_cache the rules of the layers, or use collect_routing.",
     "by_position": "collect them with positions=True.",
+    "outputs": "collect them with outputs=True.",
 }
 
 
@@ -87,6 +81,7 @@ class RoutingStats(RoutingSums):
         per_prompt: counts of each prompt; None unless requested.
         by_position: counts at each position; None unless requested.
         vocabulary: counts by token of the vocabulary; None unless requested.
+        outputs: how large what each expert gave is; None unless requested.
     """
 
     @classmethod
@@ -129,25 +124,27 @@ class RoutingStats(RoutingSums):
         batch = next(iter(points.values()))[hook_names.TOPK_INDICES].shape[:-1]
         real = known_padding(cache, attention_mask, batch)
         keep = checked_mask(every_token(real, batch) if mask is None else mask, batch)
-        rows = as_prompts(keep)
-        prompt_of = rows.nonzero()[:, 0]
         known = known_model(cache)
         if rules is None and known is not None:
             rules = known.rules
-        layers = _count_layers(points, keep, rules, (prompt_of, len(rows)) if per_prompt else None)
+        rows = as_prompts(keep)
+        masked = mask is not None
+        counter = RoutingCounter(
+            rules, Wanted(per_prompt, positions, vocabulary), known.n_vocab if known else 0
+        )
+        counter.begin(
+            rows,
+            position=positions_in_prompts(rows, real, masked) if positions else None,
+            tokens=counted_tokens(tokens, keep) if vocabulary else None,
+        )
+        if rules is not None and (missing := sorted(set(points) - set(rules))):
+            raise DataError(f"rules lacks layer {missing[0]}; it has {sorted(rules)}.")
+        for layer, tensors in points.items():
+            logits, indices, weights = (tensors[point].flatten(0, -2) for point in hook_names.POINTS)
+            counter.see(layer, RouterOutput(logits, weights, indices))
+        counter.end()
         name = UNKNOWN_MODEL if known is None else known.shape.model
-        shape = MoEShape(name, tuple(points), layers.n_experts, layers.top_k)
-        tables: dict[str, Any] = {"co_routing": CoRouting.count(layers.indices, rows, shape.n_experts)}
-        if per_prompt:
-            tables["per_prompt"] = PromptCounts.count(layers.indices, layers.by_prompt, prompt_of)
-        if positions:
-            position = positions_in_prompts(rows, real, mask is not None)
-            tables["by_position"] = PositionCounts.count(layers.indices, position, shape.n_experts)
-        if vocabulary:
-            n_vocab = 0 if known is None else known.n_vocab
-            token_ids = counted_tokens(tokens, keep)
-            tables["vocabulary"] = TokenCounts.count(layers.indices, token_ids, shape.n_experts, n_vocab)
-        return cls(shape, len(prompt_of), **layers.sums, **tables)
+        return cls(MoEShape(name, tuple(points), *counter.sizes()), **counter.values())
 
     @property
     def rates(self) -> Float[Tensor, "layer expert"]:
@@ -254,38 +251,6 @@ class RoutingStats(RoutingSums):
                 f"These RoutingStats hold no {name}; {_REMEDIES.get(name, 'collect them again.')}"
             )
         return value
-
-
-class _CountedLayers(NamedTuple):
-    sums: dict[str, Tensor]  # field of RoutingStats -> [layer ...]
-    indices: list[Int[Tensor, "token k"]]  # of each layer, the experts of the tokens that count
-    by_prompt: list[Float[Tensor, "prompt expert"]]  # of each layer, sums of probabilities
-    n_experts: int
-    top_k: int
-
-
-def _count_layers(
-    points: dict[int, dict[str, Tensor]],
-    keep: Bool[Tensor, "*batch"],
-    rules: Mapping[int, RoutingRule] | None,
-    prompts: tuple[Int[Tensor, "token"], int] | None,
-) -> _CountedLayers:
-    """Count layer by layer; `prompts`: the prompt of each token that counts, and the number of prompts."""
-    if rules is not None and (missing := sorted(set(points) - set(rules))):
-        raise DataError(f"rules lacks layer {missing[0]}; it has {sorted(rules)}.")
-    sums, chosen, by_prompt, sizes = [], [], [], set()
-    for layer, tensors in points.items():
-        mask = keep.to(tensors[hook_names.TOPK_INDICES].device)
-        logits, indices, weights = (tensors[point][mask] for point in hook_names.POINTS)
-        sizes.add((logits.shape[-1], indices.shape[-1]))
-        chosen.append(indices)
-        sums.append(layer_sums(logits, indices, weights, None if rules is None else rules[layer]))
-        if prompts is not None:
-            by_prompt.append(probabilities_by_prompt(logits, *prompts))
-    if len(sizes) > 1:
-        raise DataError(f"The layers differ in (number of experts, k): {sorted(sizes)}.")
-    stacked = {name: torch.stack([layer[name] for layer in sums]) for name in sums[0]}
-    return _CountedLayers(stacked, chosen, by_prompt, *sizes.pop())
 
 
 def is_routing_point(name: str) -> bool:

@@ -18,9 +18,10 @@ from moe_lens.results import Result
 from moe_lens.shape import MoEShape, shape_from_json
 from moe_lens.statistics.co_routing import CoRouting
 from moe_lens.statistics.counts import PositionCounts, PromptCounts, TokenCounts
+from moe_lens.statistics.expert_outputs import ExpertOutputs
 
-_KIND: Final = FileKind("moe_lens.RoutingStats", schema=3, reads=(1, 2, 3), words="routing statistics")
-"""Files of schema 1 have counts, probability_sums and weight_sums only."""
+_KIND: Final = FileKind("moe_lens.RoutingStats", schema=4, reads=(1, 2, 3, 4), words="routing statistics")
+"""Files of schema 1 have counts, probability_sums and weight_sums only; up to 3, no `outputs`."""
 
 _MATRICES: Final = ("counts", "probability_sums", "weight_sums")
 _VECTORS: Final = ("entropy_sums", "margin_sums")
@@ -29,6 +30,7 @@ TABLES: Final[dict[str, Any]] = {
     "per_prompt": PromptCounts,
     "by_position": PositionCounts,
     "vocabulary": TokenCounts,
+    "outputs": ExpertOutputs,
 }
 OPTIONAL: Final = (*_VECTORS, *TABLES)
 """Fields of RoutingSums that may be None."""
@@ -60,6 +62,7 @@ class RoutingSums(Result):
     per_prompt: PromptCounts | None = None
     by_position: PositionCounts | None = None
     vocabulary: TokenCounts | None = None
+    outputs: ExpertOutputs | None = None
 
     def __post_init__(self) -> None:
         for name in (*_MATRICES, *_VECTORS):

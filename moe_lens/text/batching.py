@@ -3,12 +3,14 @@
     for tokens, mask in padded_batches(model, ["a prompt", "another, longer prompt"], batch_size=8):
         model(tokens, **padding(mask))          # [batch pos], [batch pos]; padding is on the left
 
-Prompts are read one at a time, so that a generator of any length will do.
+Prompts are read one at a time, so that a generator of any length will do. Where no order of batches is
+promised (`Limits`), prompts of like length share one, within a window of the stream.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -150,10 +152,89 @@ def chunks(items: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
+DEFAULT_TOKENS: Final = {"cpu": 1024, "cuda": 16384}
+"""Tokens a batch: more do not fit a CPU's caches, fewer do not fill a GPU."""
+
+WINDOW: Final = 32
+"""How many batches' worth of prompts are read before the first of them runs."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a batch of prompts of like length may be.
+
+    >>> limits = Limits.of(batch_size=2, batch_tokens=None)
+    >>> limits.batches([9, 3, 8, 4])                         # the prompts of each batch, shortest first
+    [[1, 3], [2, 0]]
+    >>> Limits.of(None, batch_tokens=16).batches([9, 3, 8, 4])
+    [[1, 3], [2], [0]]
+
+    Attributes:
+        prompts: at most so many; None without limit.
+        tokens: at most so many, padding included, unless one prompt is longer; None without limit.
+    """
+
+    prompts: int | None
+    tokens: int | None
+
+    @classmethod
+    def of(cls, batch_size: Any, batch_tokens: Any, device: Any = "cpu") -> "Limits":
+        """Of what a user gives; where that is nothing, `DEFAULT_TOKENS` for the device.
+
+        Raises DataError for anything but whole numbers.
+        """
+        if batch_size is None and batch_tokens is None:
+            kind = torch.device(device).type
+            return cls(None, DEFAULT_TOKENS.get(kind, DEFAULT_TOKENS["cuda"]))
+        numbers = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        return cls(
+            *(
+                None if number is None else whole_number(number, name, least=1)
+                for name, number in numbers.items()
+            )
+        )
+
+    def windows(self, items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
+        """The items in order, `WINDOW` full batches' worth at a time."""
+        window: list[Item] = []
+        n_tokens = 0
+        for item in items:
+            window.append(item)
+            n_tokens += length(item)
+            if (self.prompts is not None and len(window) >= WINDOW * self.prompts) or (
+                self.tokens is not None and n_tokens >= WINDOW * self.tokens
+            ):
+                yield window
+                window, n_tokens = [], 0
+        if window:
+            yield window
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which of these prompts share a batch: by length, equal ones in the order given."""
+        batches: list[list[int]] = []
+        for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+            size = len(batches[-1]) + 1 if batches else 1
+            too_many = self.prompts is not None and size > self.prompts
+            too_long = self.tokens is not None and size * lengths[number] > self.tokens
+            if batches and not too_many and not too_long:
+                batches[-1].append(number)
+            else:
+                batches.append([number])
+        return batches
+
+
 def pad_sequences(
     model: TextModel, sequences: Sequence[Int[Tensor, "_"]], side: str = "left"
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """(tokens, mask of the real ones) as long as the longest sequence, on the model's device."""
+    tokens, mask = padded(model, sequences, side)
+    return tokens.to(model.cfg.device), mask.to(model.cfg.device)
+
+
+def padded(
+    model: TextModel, sequences: Sequence[Int[Tensor, "_"]], side: str
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """`pad_sequences`, on the CPU."""
     pad = getattr(model.tokenizer, "pad_token_id", None) or 0  # it is masked out, so any token will do
     longest = max(len(sequence) for sequence in sequences)
     tokens = torch.full((len(sequences), longest), pad, dtype=torch.int64)
@@ -162,7 +243,7 @@ def pad_sequences(
         start = longest - len(sequence) if side == "left" else 0
         tokens[row, start : start + len(sequence)] = sequence
         mask[row, start : start + len(sequence)] = True
-    return tokens.to(model.cfg.device), mask.to(model.cfg.device)
+    return tokens, mask
 
 
 def padding(mask: Bool[Tensor, "batch pos"]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Masks are aligned with the tokens that the model gets.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,7 +19,15 @@ from torch import Tensor
 
 from moe_lens.checks import short
 from moe_lens.errors import DataError
-from moe_lens.text.batching import Prompts, TextModel, chunks, pad_sequences, prompts_with_tokens
+from moe_lens.text.batching import (
+    Limits,
+    Prompts,
+    TextModel,
+    chunks,
+    pad_sequences,
+    padded,
+    prompts_with_tokens,
+)
 from moe_lens.text.prompts import Prompt, Rendered, render
 
 PARTS: Final = (
@@ -142,6 +150,50 @@ def counted_batches(
         counted = torch.zeros_like(mask)
         counted[mask] = torch.cat([chosen for _, chosen in chunk]).to(mask.device)  # row after row
         yield tokens, mask, counted
+
+
+class CountedPrompts(NamedTuple):
+    """Prompts of like length, not padded yet, on the CPU."""
+
+    rows: list[int]
+    """Which prompts they are, in the order in which they were given."""
+    sequences: list[Int[Tensor, "_"]]
+    chosen: list[Bool[Tensor, "_"]]
+    """Of each, which of its tokens count."""
+
+    def padded(
+        self, model: TextModel, side: str
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """Tokens, which of them are not padding, which of those count."""
+        tokens, mask = padded(model, self.sequences, side)
+        counted = torch.zeros_like(mask)
+        counted[mask] = torch.cat(self.chosen)
+        return tokens, mask, counted
+
+
+def batches_by_length(
+    model: TextModel, prompts: Prompts, span: Span, limits: Limits, *, special_tokens: bool = False
+) -> Iterator[CountedPrompts]:
+    """Like `counted_batches`, prompts of like length together: the shortest of each window first.
+
+    >>> from moe_lens import organisms
+    >>> from moe_lens.text.batching import Limits
+    >>> model = organisms.load("specialised")
+    >>> prompts = ["Question : what is", "Document", "the"]
+    >>> for batch in batches_by_length(model, prompts, "last", Limits.of(2, None)):
+    ...     print(batch.rows, batch.padded(model, "right")[2].long().tolist())
+    [1, 2] [[0, 1], [0, 1]]
+    [0] [[0, 0, 0, 0, 1]]
+
+    Raises:
+        DataError: as in `span_mask`. Raised when that prompt's window is read.
+    """
+    first = 0
+    for window in limits.windows(_counted(model, prompts, span, special_tokens), lambda item: len(item[0])):
+        for numbers in limits.batches([len(sequence) for sequence, _ in window]):
+            sequences, chosen = zip(*(window[number] for number in numbers), strict=True)
+            yield CountedPrompts([first + number for number in numbers], list(sequences), list(chosen))
+        first += len(window)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import OlmoeForCausalLM
 
 from moe_lens import organisms
 from moe_lens.cli import commands
@@ -66,7 +67,7 @@ def library_scores(**options: Any) -> ExpertScores:
         *([row[side] for row in rows] for side in ("first", "second")),
         clusters=[row["cluster"] for row in rows], templates=[row["template"] for row in rows],
     )  # fmt: skip
-    given = {"n_resamples": 200, "n_permutations": 200, "batch_size": 8, "progress": False, **options}
+    given = {"n_resamples": 200, "n_permutations": 200, "progress": False, **options}
     return detect(organisms.load(NAME), pairs, **given)
 
 
@@ -119,7 +120,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stats_of_a_text_file(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("stats", NAME, work / "prompts.txt", "--out", tmp_path / "s") == 0
     prompts = [c.open_book for c in CONFLICTS[:13]]  # the empty lines between are none
-    expected = collect_routing(organisms.load(NAME), prompts, batch_size=8, span="all", progress=False)
+    expected = collect_routing(organisms.load(NAME), prompts, span="all", progress=False)
     found = RoutingStats.load(tmp_path / "s")
     assert content(found) == content(expected)
     printed = capsys.readouterr().out
@@ -197,12 +198,10 @@ def test_stats_in_another_precision(tiny: Path, tmp_path: Path) -> None:
     assert content(RoutingStats.load(tmp_path / "s")) == content(expected)
 
 
-def _stopping(
-    monkeypatch: pytest.MonkeyPatch, stop_at: int | None, stop: Callable[[], None], wrapper: Any = HookedMoE
-) -> list[int]:
+def _stopping(monkeypatch: pytest.MonkeyPatch, stop_at: int | None, stop: Callable[[], None]) -> list[int]:
     """Every forward is noted in the list; that of number `stop_at` stops the command instead."""
     ran: list[int] = []
-    forward = vars(wrapper).get("forward", wrapper.forward)
+    forward = OlmoeForCausalLM.forward
 
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(ran) == stop_at:
@@ -210,7 +209,7 @@ def _stopping(
         ran.append(1)
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(wrapper, "forward", noting)
+    monkeypatch.setattr(OlmoeForCausalLM, "forward", noting)
     return ran
 
 
@@ -560,7 +559,7 @@ def test_stats_never_continues_a_run_of_the_other_wrapper(tmp_path: Path) -> Non
         _stopping(patch, 2, stop)
         assert run(*command) == 130
     with pytest.MonkeyPatch.context() as patch:
-        ran = _stopping(patch, None, stop, RoutedModel)
+        ran = _stopping(patch, None, stop)
         assert run(*command, "--wrapper", "routed") == 0
     assert len(ran) == 4
 

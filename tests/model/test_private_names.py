@@ -29,6 +29,7 @@ from moe_lens.model.private_names import (
     attention_of,
     become,
     execution_device,
+    foreign_hooks,
     has_hooks,
     hf_path,
     remove_points,
@@ -122,6 +123,16 @@ def test_wrapped_modules_are_named_after_their_wrapper() -> None:
     assert "._original_component" in name
     assert hf_path(name) == "blocks.0.mlp"
     assert hf_path("blocks.0.mlp._original_component.gate") == "blocks.0.mlp.gate"
+
+
+def test_hooks_that_libraries_leave_on_modules_are_nobodys_own() -> None:
+    bridge: Any = plain_bridge(tiny_model("olmoe"))
+    bridge.run_with_cache(torch.tensor([[1, 2]]))  # transformers captures outputs from now on
+    modules = list(bridge.original_model.modules())
+    assert any(module._forward_hooks for module in modules)
+    assert not any(foreign_hooks(module) for module in modules)
+    modules[-1].register_forward_hook(lambda *_: None)
+    assert foreign_hooks(modules[-1])
 
 
 def test_adapters_say_whether_they_take_padding() -> None:
@@ -273,7 +284,7 @@ def test_one_file_uses_private_names_of_other_libraries() -> None:
     used = {path: foreign_private_names(tree, ours) for path, tree in files()}
     assert {path for path, names in used.items() if names} == {"model/private_names.py"}
     assert used["model/private_names.py"] == {
-        "_hook_registry", "_hook_alias_registry", "_register_aliases", "__class__", *HOOKS,
+        "_hook_registry", "_hook_alias_registry", "_register_aliases", "__class__", "__module__", *HOOKS,
         "_hf_hook", "_attn_implementation",
     }  # fmt: skip
 

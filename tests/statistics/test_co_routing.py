@@ -127,8 +127,5 @@ def test_a_table_of_other_tokens_is_refused() -> None:
 
 
 def test_pair_counts_of_known_tokens() -> None:
-    assert pair_counts(torch.tensor([[0, 1]]), torch.tensor([[2, 0]]), 3).tolist() == [
-        [1, 0, 1],
-        [1, 0, 1],
-        [0, 0, 0],
-    ]
+    (counts,) = pair_counts(torch.tensor([[[0, 1]]]), torch.tensor([[[2, 0]]]), 3).tolist()
+    assert counts == [[1, 0, 1], [1, 0, 1], [0, 0, 0]]

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor
+from transformers import OlmoeForCausalLM
 
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import attach
 from moe_lens.statistics.collection import collect_routing
-from moe_lens.statistics.routing_stats import RoutingStats
+from moe_lens.statistics.counting import RoutingCounter
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
+from moe_lens.text import batching
 from tests.families import core_family
 from tests.statistics.sums import Hooked, add_up, agrees, one_by_one, run_hf, same
 from tests.tiny_models import (
@@ -92,35 +94,19 @@ def test_a_span_of_another_length_is_refused(hooked: Hooked) -> None:
         collect_routing(hooked("olmoe"), [[4, 5, 6]], span=span, progress=False)
 
 
-def test_no_more_than_one_batch_of_routing_is_alive(hooked: Hooked, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, alive, most = RoutingStats.from_cache, [], []
+def test_no_layers_logits_outlive_the_layer(hooked: Hooked, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, alive, most = RoutingCounter.see, [], []
 
-    def counting(cache: Any, mask: Any = None, **kwargs: Any) -> RoutingStats:
+    def counting(self: RoutingCounter, layer: int, decision: Any, is_own: bool = False) -> None:
         gc.collect()
-        alive.append(weakref.ref(cache["blocks.0.mlp.hook_router_logits"]))
         most.append(sum(reference() is not None for reference in alive))
-        return original(cache, mask, **kwargs)
+        alive.append(weakref.ref(decision.logits))
+        original(self, layer, decision, is_own)
 
-    monkeypatch.setattr(RoutingStats, "from_cache", counting)
+    monkeypatch.setattr(RoutingCounter, "see", counting)
     collect_routing(hooked("olmoe"), tokens(10, 3), batch_size=2, progress=False)
-    assert most == [1] * 5
-
-
-def test_only_routing_points_are_cached(hooked: Hooked, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    original = RoutingStats.from_cache
-
-    def spying(cache: Any, mask: Any = None, **kwargs: Any) -> RoutingStats:
-        seen.extend(cache.keys())
-        return original(cache, mask, **kwargs)
-
-    monkeypatch.setattr(RoutingStats, "from_cache", spying)
-    collect_routing(hooked("olmoe"), tokens(), progress=False)
-    assert {name.split(".")[-1] for name in seen} == {
-        "hook_router_logits",
-        "hook_topk_indices",
-        "hook_topk_weights",
-    }
+    assert len(most) == 5 * len(MOE_LAYERS["olmoe"])
+    assert set(most) == {0}
 
 
 def test_no_gradient_graph_is_built(hooked: Hooked) -> None:
@@ -154,21 +140,24 @@ def test_without_prompts_nothing_is_collected(hooked: Hooked) -> None:
         collect_routing(hooked("olmoe"), [])
 
 
-def test_a_generator_of_prompts_is_read_batch_by_batch(hooked: Hooked) -> None:
+def test_a_generator_of_prompts_is_read_window_by_window(
+    hooked: Hooked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, read = hooked("olmoe"), []
     seen: list[int] = []
-    original = model.run_with_cache
+    original = OlmoeForCausalLM.forward
 
     def prompts():
         for index in range(6):
             read.append(index)
             yield [4, 5 + index]
 
-    def run_with_cache(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         seen.append(len(read))
         return original(*args, **kwargs)
 
-    with mock.patch.object(model, "run_with_cache", run_with_cache):
+    monkeypatch.setattr(batching, "WINDOW", 1)
+    with mock.patch.object(OlmoeForCausalLM, "forward", forward):
         stats = collect_routing(model, prompts(), batch_size=2, progress=False)
     assert seen == [2, 4, 6]
     assert stats.n_tokens == 12

@@ -9,11 +9,12 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from transformers import OlmoeForCausalLM
 
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.statistics import collection
 from moe_lens.statistics import collection as resumable
+from moe_lens.statistics import counting
 from moe_lens.statistics.collection import collect_routing, collect_to_file
 from moe_lens.statistics.routing_stats import RoutingStats
 from tests.tiny_models import tokens
@@ -37,15 +38,15 @@ class Forwards:
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
-    found, forward = Forwards(), HookedMoE.forward
+    found, forward = Forwards(), OlmoeForCausalLM.forward
 
-    def counting(self: HookedMoE, *args: Any, **kwargs: Any) -> Any:
+    def counting(self: OlmoeForCausalLM, *args: Any, **kwargs: Any) -> Any:
         if found.number == found.stop_at:
             raise found.error
         found.number += 1
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(HookedMoE, "forward", counting)
+    monkeypatch.setattr(OlmoeForCausalLM, "forward", counting)
     return found
 
 
@@ -157,7 +158,11 @@ def _interrupting(at: int, seen: list[int]) -> Callable[..., Any]:
 
     def call(frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
-        places = {("collect_to_file", resumable.__file__), ("add", collection.__file__)}
+        places = {
+            ("collect_to_file", resumable.__file__),
+            ("run", resumable.__file__),
+            ("end", counting.__file__),
+        }
         return line if (code.co_name, code.co_filename) in places else None
 
     return call
@@ -270,12 +275,12 @@ def test_an_error_in_a_late_prompt_names_it_also_after_a_resume(
     model: HookedMoE, forwards: Forwards, tmp_path: Path
 ) -> None:
     bad = [*PROMPTS[:17], "", *PROMPTS[18:]]
-    for forwards_run in (4, 0):
+    for forwards_run in (0, 0):  # its window of 32 batches is read before any of it runs
         forwards.restart()
         with pytest.raises(DataError, match=r"[Pp]rompt 17\b"):
             count(model, tmp_path / "s", prompts=bad)
         assert forwards.number == forwards_run
-    assert len(partials(tmp_path)) == 1
+    assert partials(tmp_path) == []
 
 
 def test_a_span_missing_in_a_late_prompt_names_it_also_after_a_resume(
@@ -333,20 +338,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from transformers import OlmoeForCausalLM
 from moe_lens.statistics import collection as resumable
 from moe_lens.model import HookedMoE
 from tests.statistics.test_resumable import PROMPTS, EVERYTHING
 from tests.tiny_models import tiny_model, tokenizer
 
 resumable.SAVING_SHARE = float("inf")
-forward, number = HookedMoE.forward, 0
+forward, number = OlmoeForCausalLM.forward, 0
 def dying(self, *args, **kwargs):
     global number
     number += 1
     if number == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return forward(self, *args, **kwargs)
-HookedMoE.forward = dying
+OlmoeForCausalLM.forward = dying
 model = HookedMoE.from_hf(tiny_model("olmoe"), tokenizer())
 settings = {"about": "test", "batch_size": 4, "progress": False, **EVERYTHING}
 resumable.collect_to_file(model, PROMPTS, sys.argv[1], **settings)

@@ -37,7 +37,7 @@ def test_the_metadata_say_which_model_it_was(tmp_path: Path) -> None:
     raw = (tmp_path / "s").read_bytes()  # safetensors: u64 length of the header, JSON header, data
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     about = json.loads(header["__metadata__"]["moe_lens"])
-    assert (about["kind"], about["schema"]) == ("moe_lens.RoutingStats", 3)
+    assert (about["kind"], about["schema"]) == ("moe_lens.RoutingStats", 4)
     assert about["shape"] == {"model": "m", "layers": [0, 2], "n_experts": 4, "top_k": 2}
     assert about["n_tokens"] == 5
     assert header["counts"]["dtype"] == "I64"
@@ -93,7 +93,7 @@ def test_the_file_that_is_altered_below_can_be_read(tmp_path: Path) -> None:
     [
         {"kind": "moe_lens.SteeringPlan"},
         {"kind": None},
-        {"schema": 4},
+        {"schema": 5},
         {"schema": 0},
         {"schema": True},
         {"n_tokens": 4},

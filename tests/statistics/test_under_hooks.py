@@ -63,18 +63,18 @@ def test_a_file_is_counted_under_hooks_and_its_partial_file_belongs_to_them(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    original = collection_file._routing_cache
+    original = collection_file.Counting.count
     runs: list[int] = []
 
     def counting(*args: Any) -> Any:
         runs.append(1)
         return original(*args) if len(runs) < 3 else stop()
 
-    monkeypatch.setattr(collection_file, "_routing_cache", counting)
+    monkeypatch.setattr(collection_file.Counting, "count", counting)
     with pytest.raises(KeyboardInterrupt):
         collect_to_file(model, PROMPTS, path, hooks=steer_hooks(PLAN), **options)
     runs.clear()
-    monkeypatch.setattr(collection_file, "_routing_cache", lambda *args: runs.append(1) or original(*args))
+    monkeypatch.setattr(collection_file.Counting, "count", lambda *args: runs.append(1) or original(*args))
     (partial,) = tmp_path.iterdir()
     unhooked = collect_to_file(model, PROMPTS, tmp_path / "other", **options)
     assert len(runs) == 3

@@ -1,0 +1,353 @@
+"""Counting as the model runs: what routers chose, on every family, and nothing after the last one."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.olmoe import modeling_olmoe
+
+from moe_lens import RoutedModel, attach, hook_names
+from moe_lens.errors import DataError, HookError
+from moe_lens.statistics import RoutingStats, collect_routing, iterate_routing
+from moe_lens.steering import SteeringPlan, steer_hooks
+from moe_lens.text.batching import WINDOW, Limits
+from tests.families import every_family, one_of_each_kind
+from tests.statistics.sums import Hooked
+from tests.tiny_models import MOE_LAYERS, tiny_model, tokens
+
+LENGTHS = (5, 9, 3, 7, 9, 2)
+SEQUENCES = [tokens(1, length, seed)[0] for seed, length in enumerate(LENGTHS)]
+
+
+def by_hand(model: Any, sequences: list[Tensor]) -> dict[str, Tensor]:
+    """Counts, weights and per-prompt counts from caches of single prompts, by loops."""
+    layers, n_experts = model.moe_layers, model.n_experts
+    counts = torch.zeros(len(sequences), len(layers), n_experts, dtype=torch.int64)
+    weights = torch.zeros(len(layers), n_experts, dtype=torch.float64)
+    for number, sequence in enumerate(sequences):
+        _, cache = model.run_with_cache(sequence[None])
+        for row, layer in enumerate(layers):
+            chosen = cache["topk_indices", layer][0].tolist()
+            given = cache["topk_weights", layer][0].tolist()
+            for experts, shares in zip(chosen, given, strict=True):
+                for expert, share in zip(experts, shares, strict=True):
+                    counts[number, row, expert] += 1
+                    weights[row, expert] += share
+    return {"per_prompt": counts, "counts": counts.sum(0), "weights": weights}
+
+
+@every_family
+def test_counts_are_those_of_single_prompts(recipe: str) -> None:
+    """Prompts of like length share a batch, padded on the right, and are given back in their order."""
+    model = RoutedModel(tiny_model(recipe))
+    try:
+        expected = by_hand(model, SEQUENCES)
+        choices: list[dict[str, Any]] = [{"batch_size": 2}, {"batch_tokens": 20}, {}]
+        for options in choices:
+            stats = collect_routing(model, SEQUENCES, per_prompt=True, progress=False, **options)
+            assert torch.equal(stats.counts, expected["counts"])
+            assert stats.per_prompt is not None
+            assert torch.equal(stats.per_prompt.counts.long(), expected["per_prompt"])
+            torch.testing.assert_close(stats.weight_sums, expected["weights"], rtol=1e-4, atol=1e-4)
+            assert stats.per_prompt.n_tokens.tolist() == list(LENGTHS)
+    finally:
+        model.detach()
+
+
+@one_of_each_kind
+def test_a_cache_says_the_same_of_every_sum(recipe: str) -> None:
+    model = RoutedModel(tiny_model(recipe))
+    try:
+        _, cache = model.run_with_cache(SEQUENCES[1][None])
+        whole: dict[str, Any] = {"per_prompt": True, "positions": True, "vocabulary": True}
+        expected = RoutingStats.from_cache(cache, tokens=SEQUENCES[1][None], **whole).tensors()
+        found = collect_routing(model, SEQUENCES[1], progress=False, **whole).tensors()
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, equal_nan=True)
+    finally:
+        model.detach()
+
+
+@pytest.mark.parametrize("wrapper", ["routed", "bridge"])
+def test_a_forward_ends_at_the_last_router(
+    wrapper: str, hooked: Hooked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hooked("olmoe") if wrapper == "bridge" else RoutedModel(tiny_model("olmoe"))
+    ran: list[str] = []
+    for part in ("OlmoeExperts", "OlmoeForCausalLM"):
+        cls = getattr(modeling_olmoe, part)
+
+        def counted(self: Any, *args: Any, _forward: Any = cls.forward, _part: str = part, **kw: Any) -> Any:
+            output = _forward(self, *args, **kw)
+            ran.append(_part)
+            return output
+
+        monkeypatch.setattr(cls, "forward", counted)
+    n_layers = len(MOE_LAYERS["olmoe"])
+    collect_routing(model, tokens(), progress=False)
+    assert ran == ["OlmoeExperts"] * (n_layers - 1)
+    ran.clear()
+    collect_routing(model, tokens(), progress=False, hooks=steer_hooks(SteeringPlan(deactivate=[(0, 1)])))
+    assert ran == ["OlmoeExperts"] * (n_layers - 1)
+    ran.clear()
+    collect_routing(model, tokens(), progress=False, outputs=True)
+    assert set(ran) == {"OlmoeExperts"}
+    ran.clear()
+    model(tokens())
+    assert ran[-1] == "OlmoeForCausalLM"  # the spy sees it
+
+
+def test_a_hook_behind_the_last_router_still_fires() -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+    last = max(MOE_LAYERS["olmoe"])
+    seen: list[torch.Size] = []
+    record: Any = (f"blocks.{last}.hook_resid_post", lambda value, hook: seen.append(value.shape))
+    collect_routing(model, tokens(2, 4), hooks=[record], progress=False)
+    assert [shape[:2] for shape in seen] == [(2, 4)]
+    fired: list[int] = []
+    head: Any = model.hf_model.lm_head
+    handle = head.register_forward_hook(lambda *_: fired.append(1))
+    collect_routing(model, tokens(), progress=False)
+    handle.remove()
+    assert fired == [1]
+    model.add_hook(f"blocks.{last}.hook_resid_post", lambda value, hook: fired.append(2), is_permanent=True)
+    collect_routing(model, tokens(), progress=False)
+    assert fired == [1, 2]
+
+
+def test_another_forward_inside_is_not_counted() -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+    plain = collect_routing(model, tokens(2, 5), progress=False)
+
+    def run_again(value: Tensor, hook: Any) -> None:
+        with model.hooks([]):
+            model.hf_model(tokens(3, 4, 7))
+
+    name = "blocks.0.hook_resid_pre"
+    again = collect_routing(model, tokens(2, 5), hooks=[(name, _once(run_again))], progress=False)
+    assert torch.equal(again.counts, plain.counts)
+    assert again.n_tokens == plain.n_tokens
+
+
+def _once(function: Any) -> Any:
+    ran: list[bool] = []
+
+    def hook(value: Tensor, hook: Any) -> None:
+        if not ran:
+            ran.append(True)
+            function(value, hook)
+
+    return hook
+
+
+def test_training_mode_is_refused() -> None:
+    model = RoutedModel(tiny_model("olmoe").train())
+    with pytest.raises(HookError, match="training mode"):
+        collect_routing(model, tokens(), progress=False)
+    model.eval()
+    assert collect_routing(model, tokens(), progress=False).n_tokens == tokens().numel()
+
+
+def test_after_an_error_nothing_is_left_watching() -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+
+    def fail(value: Tensor, hook: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        collect_routing(model, tokens(), hooks=[("blocks.0.hook_resid_pre", fail)], progress=False)
+    with pytest.raises(DataError):
+        collect_routing(model, [[4, 5], [10**9]], progress=False)
+    assert not any(points.is_observed for points in vars(model)["_running"].points)
+
+
+@pytest.mark.parametrize("order", ["compiled first", "counted first"])
+def test_a_compiled_model_is_counted(order: str) -> None:
+    hf = tiny_model("olmoe")
+    model = RoutedModel(hf)
+    expected = collect_routing(model, SEQUENCES, progress=False)
+    torch._dynamo.reset()
+    hf.compile(backend="eager")
+    if order == "compiled first":
+        hf(input_ids=SEQUENCES[0][None])
+    counted = collect_routing(model, SEQUENCES, progress=False)
+    assert torch.equal(counted.counts, expected.counts)
+    steered = steer_hooks(SteeringPlan(deactivate=[(1, 2)]))
+    assert int(collect_routing(model, SEQUENCES, hooks=steered, progress=False).counts[1, 2]) == 0
+    torch.testing.assert_close(hf(input_ids=tokens()).logits, tiny_model("olmoe")(input_ids=tokens()).logits)
+
+
+class Waits(TorchDispatchMode):
+    """Operations that would wait for a value, if the tensors were on a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        boolean = name in ("index", "index_put_") and any(
+            isinstance(part, Tensor) and part.dtype == torch.bool for part in args[1] or ()
+        )
+        if name in self.NAMES or boolean:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@one_of_each_kind
+def test_counting_adds_no_wait_to_a_forward(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_lens.statistics.counting import RoutingCounter
+
+    model = RoutedModel(tiny_model(recipe))
+    original, seen = RoutingCounter.see, []
+
+    def watched(self: RoutingCounter, *args: Any, **kwargs: Any) -> None:
+        with Waits() as waits:
+            original(self, *args, **kwargs)
+        seen.append(waits.seen)
+
+    monkeypatch.setattr(RoutingCounter, "see", watched)
+    try:
+        collect_routing(model, SEQUENCES, per_prompt=True, progress=False)
+    finally:
+        model.detach()
+    assert seen
+    assert all(not waits for waits in seen)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    batch_size=st.one_of(st.none(), st.integers(1, 9)),
+    batch_tokens=st.one_of(st.none(), st.integers(1, 90)),
+)
+def test_batches_hold_every_prompt_once_within_their_limits(
+    lengths: list[int], batch_size: int | None, batch_tokens: int | None
+) -> None:
+    limits = Limits.of(batch_size, batch_tokens)
+    batches = limits.batches(lengths)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[number] for number in batch)
+        assert batch_size is None or len(batch) <= batch_size
+        assert batch_tokens is None or len(batch) * longest <= batch_tokens or len(batch) == 1
+    ordered = [lengths[number] for batch in batches for number in batch]
+    assert ordered == sorted(lengths)
+    windows = list(limits.windows(lengths, int))
+    assert [length for window in windows for length in window] == lengths
+    assert batch_size is None or all(len(window) <= WINDOW * batch_size for window in windows)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "batch_tokens"])
+@pytest.mark.parametrize("bad", [0, -3, 2.5, "many", True])
+def test_limits_must_be_whole_numbers(name: str, bad: Any) -> None:
+    with pytest.raises(DataError, match=name):
+        Limits.of(**{"batch_size": None, "batch_tokens": None, name: bad})
+
+
+def test_memory_does_not_grow_with_the_prompts() -> None:
+    """Of a stream, one window of prompts is alive at a time."""
+    model, read = RoutedModel(tiny_model("olmoe")), []
+
+    def stream() -> Any:
+        for number in range(WINDOW * 3):
+            read.append(number)
+            yield tokens(1, 2 + number % 3, number)[0]
+
+    parts = iterate_routing(model, stream(), batch_size=1, progress=False)
+    for number, _ in enumerate(parts):
+        assert len(read) <= WINDOW * (number // WINDOW + 1)
+
+
+def expert_norms(model: Any, sequence: Tensor) -> dict[str, Tensor]:
+    """The fields of ExpertOutputs by a loop over a cache."""
+    model.set_use_expert_out(True)
+    _, cache = model.run_with_cache(sequence[None])
+    model.set_use_expert_out(False)
+    size = (len(model.moe_layers), model.n_experts)
+    found = {
+        name: torch.zeros(size, dtype=torch.float64)
+        for name in ("chosen", "norm_sums", "weighted_norm_sums", "max_norm", "max_abs")
+    }
+    for row, layer in enumerate(model.moe_layers):
+        outputs, weights = cache["expert_out", layer][0], cache["topk_weights", layer][0]
+        for pos, experts in enumerate(cache["topk_indices", layer][0].tolist()):
+            for slot, expert in enumerate(experts):
+                vector = outputs[pos, slot].double()
+                norm, cell = float((vector**2).sum().sqrt()), (row, expert)
+                found["chosen"][cell] += 1
+                found["norm_sums"][cell] += norm
+                found["weighted_norm_sums"][cell] += norm * float(weights[pos, slot])
+                found["max_norm"][cell] = max(float(found["max_norm"][cell]), norm)
+                found["max_abs"][cell] = max(float(found["max_abs"][cell]), float(vector.abs().max()))
+    return found
+
+
+@one_of_each_kind
+def test_outputs_are_summed_up_as_by_a_loop(recipe: str, tmp_path: Any) -> None:
+    model = RoutedModel(tiny_model(recipe))
+    try:
+        parts = [expert_norms(model, sequence) for sequence in SEQUENCES]
+        stats = collect_routing(model, SEQUENCES, batch_size=2, outputs=True, progress=False)
+        assert not model.use_expert_out
+        assert stats.outputs is not None
+        for name, tensor in vars(stats.outputs).items():
+            stacked = torch.stack([part[name] for part in parts])
+            expected = stacked.amax(0) if name.startswith("max") else stacked.sum(0)
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-4, atol=1e-5)
+        assert stats.n_tokens * model.top_k == int(stats.outputs.chosen.sum(-1)[0])
+        stats.save(tmp_path / "stats")
+        loaded = RoutingStats.load(tmp_path / "stats")
+        assert loaded.outputs is not None
+        assert torch.equal(loaded.outputs.max_abs, stats.outputs.max_abs)
+        double = (stats + loaded).outputs
+        assert double is not None
+        assert torch.equal(double.max_norm, stats.outputs.max_norm)
+        assert torch.equal(double.norm_sums, 2 * stats.outputs.norm_sums)
+    finally:
+        model.detach()
+
+
+def test_outputs_of_other_counts_are_refused() -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+    one = collect_routing(model, SEQUENCES[0], outputs=True, progress=False)
+    other = collect_routing(model, SEQUENCES[1], outputs=True, progress=False)
+    with pytest.raises(DataError, match="does not belong"):
+        RoutingStats(one.shape, one.n_tokens, **{**vars_of(one), "outputs": other.outputs})
+    plain = collect_routing(model, SEQUENCES[0], progress=False)
+    with pytest.raises(DataError, match="outputs=True"):
+        plain._have("outputs")
+
+
+def vars_of(stats: RoutingStats) -> dict[str, Any]:
+    return {name: value for name, value in vars(stats).items() if name not in ("shape", "n_tokens")}
+
+
+def test_counting_a_bridge_and_the_model_itself_is_the_same(hooked: Hooked) -> None:
+    on_bridge = collect_routing(hooked("olmoe"), SEQUENCES, progress=False)
+    alone = collect_routing(attach(tiny_model("olmoe")), SEQUENCES, progress=False)
+    for name, tensor in on_bridge.tensors().items():
+        torch.testing.assert_close(tensor, alone.tensors()[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_hooks_made_of_the_route_is_counted() -> None:
+    """Logits, indices and weights edited at once: each is counted as the last hook left it."""
+    model = RoutedModel(tiny_model("olmoe"))
+    hooks: Any = [
+        (hook_names.router_logits(0), lambda value, hook: value.roll(1, -1)),
+        (hook_names.topk_indices(1), lambda value, hook: value.flip(-1)),
+        (hook_names.topk_weights(1), lambda value, hook: value * 3),
+    ]
+    with model.hooks(hooks):
+        _, cache = model.run_with_cache(tokens(2, 5))
+    expected = RoutingStats.from_cache(cache)
+    found = collect_routing(model, tokens(2, 5), hooks=hooks, progress=False)
+    for name, tensor in found.tensors().items():
+        torch.testing.assert_close(tensor, expected.tensors()[name])
