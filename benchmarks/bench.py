@@ -5,24 +5,21 @@ this file says what each number is. What needs 16 GB stands by itself: `make ben
 """
 
 import platform
+from importlib.metadata import version
 
 import counting_growth
 import counting_speed
 import patching_speed
 import steering_speed
 import torch
-import transformer_lens
-import transformers
 from measuring import one_thread
 
 
 def main() -> None:
     """Every part, in one process."""
     one_thread()
-    libraries = {"torch": torch, "transformers": transformers, "transformer_lens": transformer_lens}
-    versions = ", ".join(
-        f"{name} {getattr(module, '__version__', '')}".strip() for name, module in libraries.items()
-    )
+    packages = ("torch", "transformers", "transformer-lens", "moe-lens")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     print(f"{platform.machine()}, {torch.get_num_threads()} thread(s); {versions}\n")
     print("## Counting\n")
     counting_speed.main(list(counting_speed.ROUNDS))

@@ -45,6 +45,7 @@ def main(sizes: Sequence[int]) -> None:
             memory[setting] = {name: memory_and_waits(way, prompts[:8]) for name, way in ways.items()}
             equal[setting] = timed(ways, prompts, rounds, BARE)
             natural[setting] = timed(ways, clear_prompts(model, NATURAL), rounds, HEADLESS)
+            print(f"measured: hidden, vocabulary {setting}", file=sys.stderr)
     print(f"Equal lengths ({len(EQUAL)} prompts of {EQUAL[0]}): CPU time ÷ bare forward; hidden, vocabulary")
     _print_ratios(equal)
     print(f"Natural lengths ({len(NATURAL)} prompts, {sum(NATURAL)} tokens): CPU time ÷ {HEADLESS}")
