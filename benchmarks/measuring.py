@@ -49,13 +49,20 @@ class Timed:
 
 
 def alternately(
-    ways: Mapping[str, Callable[[], Any]], repeats: int, reference: str | None = None
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    reference: str | None = None,
+    *,
+    warm: bool = False,
 ) -> dict[str, Timed]:
-    """Time each way `repeats` times, in turn; the reference is the first, unless named."""
+    """Time each way once a round, in turn; the reference is the first, unless named.
+
+    Unless they are `warm`, the first run of each is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for run in ways.values():
-        run()  # not timed: the first run of each
-    for number in range(repeats):
+    for run in () if warm else ways.values():
+        run()
+    for number in range(rounds):
         for name in list(ways) if number % 2 == 0 else reversed(list(ways)):
             start = time.process_time()
             ways[name]()
