@@ -4,7 +4,7 @@ BIN := .venv/bin
 # By file, so that models which a file's tests share are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: env demo test test-all lint tutorials
+.PHONY: env demo test test-all bench bench-real lint tutorials
 
 env: .venv/installed  ## create .venv with the tested versions
 
@@ -22,6 +22,12 @@ test: env  ## the first tier, in less than 8 minutes on 2 cores
 
 test-all: env  ## every family, dtype and promise, and ten times the examples of each property; within 40 minutes
 	$(PYTEST) --examples=10
+
+bench: env  ## what counting, steering and patching cost: one table, in about a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
+
+bench-real: env  ## the same at the size of OLMoE-1B-7B; needs 16 GB of memory
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real_size.py
 
 tutorials: env  ## run the tutorials again, from clean, and write their outputs
 	$(BIN)/python -m tests.notebooks

@@ -1,21 +1,23 @@
-"""Speed of patching sweeps: `python benchmarks/patching_speed.py [organism [prompts [repeats]]]`
+"""Speed of patching sweeps: `python benchmarks/patching_speed.py [organism [prompts [rounds]]]`
 
-Default: the specialised organism, 1 prompt with a document, 5 repeats. Times three ways to fill a map in
+Default: the specialised organism, 1 prompt with a document, 5 rounds. Times three ways to fill a map in
 turn, in one process: stacked (as many patches a forward as memory allows), one patch a forward, and
-TransformerLens' `generic_activation_patch`. Prints medians, ratios and the largest difference; asserts
-nothing, since machines differ. Set OMP_NUM_THREADS to fix the number of threads.
+TransformerLens' `generic_activation_patch`; then a sweep over 30 layers of an OLMoE of random weights, beside
+as many forwards of the bare model. Prints medians of the ratio of CPU times and the largest difference from
+the first map; asserts nothing, since machines differ. OMP_NUM_THREADS gives it more threads than one.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from measuring import alternately, one_thread, print_table
+from models import olmoe, sharing
 from torch import Tensor
 from transformer_lens import patching
 
-from moe_lens import organisms
+from moe_lens import HookedMoE, organisms
 from moe_lens.interventions import patch_expert_outputs, patch_router
 
 
@@ -28,66 +30,96 @@ def prompts(organism: str, n_prompts: int) -> tuple[list[str], list[str]]:
     return same_length[:n_prompts], same_length[n_prompts : 2 * n_prompts]
 
 
-def alternately(ways: dict[str, Callable[[], Tensor]], repeats: int) -> None:
-    """Time each way in turn, so that a change of the machine's load meets all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    maps = {name: run() for name, run in ways.items()}  # not timed: the first run of each
-    for _ in range(repeats):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    stacked = next(iter(ways))
-    for name, values in seconds.items():
-        ratios = [slow / fast for slow, fast in zip(values, seconds[stacked], strict=True)]
-        apart = float((maps[name] - maps[stacked]).abs().max())
-        print(
-            f"  {name:36} {statistics.median(values):7.3f} s, {statistics.median(ratios):6.1f} × the first "
-            f"(from {min(ratios):.1f} to {max(ratios):.1f}); largest difference {apart:.1e}"
-        )
+def report(what: str, ways: dict[str, Callable[[], Any]], rounds: int) -> None:
+    """Times, ratios to the first way, and how far maps are from the first way's."""
+    maps = {name: run() for name, run in ways.items()}
+    first = maps[next(iter(ways))]
+    rows = [
+        [name, f"{timed.median:.3f}", str(timed), _apart(maps[name], first)]
+        for name, timed in alternately(ways, rounds).items()
+    ]
+    print_table([what, "CPU time, s", "× the first", "largest difference"], rows)
 
 
-def main(organism: str = "specialised", n_prompts: int = 1, repeats: int = 5) -> None:
-    """Time both sweeps."""
+def _apart(found: Any, first: Tensor) -> str:
+    return f"{float((found - first).abs().max()):.1e}" if isinstance(found, Tensor) else ""
+
+
+def by_transformer_lens(model: Any, corrupted: Tensor, cache: Any, metric: Any) -> Tensor:
+    """The map of `patch_router`, by TransformerLens' own sweep."""
+    setter = patching.layer_pos_patch_setter
+    found = patching.generic_activation_patch(
+        model, corrupted, cache, metric, setter, "router_logits", ["layer", "pos"]
+    )
+    assert isinstance(found, Tensor)
+    return found.cpu()
+
+
+def metric(logits: Tensor) -> Tensor:
+    return logits[:, -1].log_softmax(-1)[:, 7].mean()
+
+
+def organism_sweeps(organism: str = "specialised", n_prompts: int = 1, rounds: int = 5) -> None:
+    """Time both sweeps on a shipped model."""
     model = organisms.load(organism)
     clean, corrupted = (model.to_tokens(texts) for texts in prompts(organism, n_prompts))
     model.set_use_expert_out(True)
     _, cache = model.run_with_cache(clean)
     model.set_use_expert_out(False)
+    given = (model, cache, corrupted, metric)
+    print(f"{organism}: {list(corrupted.shape)} tokens [batch pos]")
+    report(
+        f"patch_router, {len(model.moe_layers) * corrupted.shape[1]} patches",
+        {
+            "stacked": lambda: patch_router(*given, progress=False),
+            "batch_size=1": lambda: patch_router(*given, batch_size=1, progress=False),
+            "generic_activation_patch": lambda: by_transformer_lens(model, corrupted, cache, metric),
+        },
+        rounds,
+    )
+    report(
+        f"patch_expert_outputs, up to {len(model.moe_layers) * model.n_experts} patches",
+        {
+            "stacked": lambda: patch_expert_outputs(*given, progress=False),
+            "batch_size=1": lambda: patch_expert_outputs(*given, batch_size=1, progress=False),
+        },
+        rounds,
+    )
+
+
+def deep_sweep(layers: int = 30, length: int = 8, rounds: int = 3) -> None:
+    """Time a sweep over many layers."""
+    bare = olmoe(64, layers=layers)
+    model = HookedMoE.from_hf(sharing(bare))
+    draw = torch.Generator().manual_seed(0)
+    clean, corrupted = torch.randint(bare.config.vocab_size, (2, 1, length), generator=draw)
+    _, cache = model.run_with_cache(clean)
+    given = (model, cache, corrupted, metric)
+
+    def forwards() -> None:
+        for _ in range(layers * length):
+            metric(bare(corrupted).logits)
+
+    report(
+        f"patch_router, {layers} layers, {layers * length} patches",
+        {
+            "stacked": lambda: patch_router(*given, progress=False),
+            "batch_size=1": lambda: patch_router(*given, batch_size=1, progress=False),
+            "generic_activation_patch": lambda: by_transformer_lens(model, corrupted, cache, metric),
+            "as many bare forwards": forwards,
+        },
+        rounds,
+    )
+
+
+def main(*organism: Any) -> None:
     patching.__dict__["tqdm"] = lambda rows: rows  # no bar
-
-    def metric(logits: Tensor) -> Tensor:
-        return logits[:, -1].log_softmax(-1)[:, 7].mean()
-
-    def by_transformer_lens() -> Tensor:
-        setter = patching.layer_pos_patch_setter
-        found = patching.generic_activation_patch(
-            model, corrupted, cache, metric, setter, "router_logits", ["layer", "pos"]
-        )
-        assert isinstance(found, Tensor)
-        return found.cpu()
-
-    print(f"{organism}: {list(corrupted.shape)} tokens [batch pos], {torch.get_num_threads()} thread(s)")
-    with torch.no_grad():
-        print(f"patch_router: {len(model.moe_layers) * corrupted.shape[1]} patches")
-        alternately(
-            {
-                "stacked": lambda: patch_router(model, cache, corrupted, metric),
-                "batch_size=1": lambda: patch_router(model, cache, corrupted, metric, batch_size=1),
-                "generic_activation_patch": by_transformer_lens,
-            },
-            repeats,
-        )
-        print(f"patch_expert_outputs: up to {len(model.moe_layers) * model.n_experts} patches")
-        alternately(
-            {
-                "stacked": lambda: patch_expert_outputs(model, cache, corrupted, metric),
-                "batch_size=1": lambda: patch_expert_outputs(model, cache, corrupted, metric, batch_size=1),
-            },
-            repeats,
-        )
+    organism_sweeps(*organism)
+    deep_sweep()
 
 
 if __name__ == "__main__":
+    one_thread()
     organism, *numbers = sys.argv[1:4] or ["specialised"]
-    main(organism, *(int(number) for number in numbers))
+    with torch.no_grad():
+        main(organism, *(int(number) for number in numbers))
