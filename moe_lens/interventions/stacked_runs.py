@@ -4,12 +4,14 @@
     values = runs.sweep(cells, hooks_for)      # one number a cell, in the cells' order
 
 Run i of a forward has the rows i * batch to (i + 1) * batch. Nothing in a causal language model mixes rows,
-so a run gives what it would give alone, up to rounding in larger matrix products.
+so a run gives what it would give alone, up to rounding in larger matrix products. Nor does an edit change
+what is below its layer or before its position, so with reuse that is not computed again
+(`model.edited_runs`).
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import psutil
@@ -22,6 +24,7 @@ from tqdm.auto import tqdm
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
+from moe_lens.model.edited_runs import EditedRuns
 from moe_lens.model.hf_models import original_model
 from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import forward_state, routing_layers
@@ -38,6 +41,8 @@ class Cell(NamedTuple):
     layer: int
     entry: int
     """The position or expert."""
+    start: int = 0
+    """The first position that the edit can change."""
 
 
 class Places(NamedTuple):
@@ -72,6 +77,8 @@ class StackedRuns:
         axis: "position" or "expert", for messages.
         batch_size: runs in one forward; None for as many as memory allows.
         hooks: forward hooks under which every run takes place.
+        progress: show a progress bar, whose unit is a run.
+        reuse: repeat nothing below an edit's layer and before its position.
     """
 
     model: Model
@@ -80,18 +87,40 @@ class StackedRuns:
     metric: Metric
     axis: str
     batch_size: int | None = None
-    hooks: Hooks = ()
+    hooks: HookList = field(default_factory=list)
     progress: bool = False
+    reuse: bool = True
 
-    def sweep(self, cells: Sequence[Cell], hooks_for: Callable[[Sequence[Cell]], HookList]) -> list[float]:
-        """The metric of every cell's run; `hooks_for` makes the hooks of a forward that stacks some cells."""
-        size = self.batch_size or min(len(cells), runs_that_fit(self.model, self.tokens))
-        values: list[float] = []
+    def sweep(
+        self, cells: Sequence[Cell], hooks_for: Callable[[Sequence[Cell], int], HookList]
+    ) -> list[float]:
+        """The metric of every cell's run.
+
+        Args:
+            hooks_for: gives the hooks of a forward that stacks some cells and begins at a column.
+        """
+        if not cells:
+            return []
+        batch = torch.arange(len(self.tokens))
+        runs = EditedRuns(
+            self.model,
+            self.tokens,
+            self.attention_mask,
+            lambda some: batch.repeat(len(some)),
+            hooks_for,
+            reuse=self.reuse,
+            hooks=self.hooks,
+        )
+        values: list[float] = [math.nan] * len(cells)
+        order, done = runs.order(cells), 0
+        size = self.batch_size or min(len(cells), self._runs_together(runs, len(cells)))
         with tqdm(total=len(cells), desc="patching", unit="patch", disable=not self.progress) as bar:
-            while len(values) < len(cells):
-                chunk = cells[len(values) : len(values) + size]
+            while done < len(cells):
+                numbers = sorted(order[done : done + size], key=lambda number: cells[number].layer)
                 try:
-                    measured = self.run(chunk, hooks_for(chunk))
+                    measured = self._measured(
+                        runs.logits([cells[n] for n in numbers]), [cells[n] for n in numbers]
+                    )
                 except RuntimeError as error:
                     if self.batch_size is not None or size == 1 or not should_reduce_batch_size(error):
                         raise
@@ -99,20 +128,31 @@ class StackedRuns:
                 if not measured:  # out of memory; only out here is what the error held free
                     clear_device_cache(garbage_collection=True)
                     size //= 2
-                values += measured
+                for number, value in zip(numbers, measured, strict=False):
+                    values[number] = value
+                done += len(measured)
                 bar.update(len(measured))
         return values
 
+    def _runs_together(self, runs: EditedRuns, n_cells: int) -> int:
+        """How many runs a forward stacks: what memory allows; fewer where late ones are shorter."""
+        fit = runs_that_fit(self.model, self.tokens)
+        if runs.skips != "columns":
+            return fit
+        most = MOST_TOKENS.get(self.tokens.device.type, 2**13)
+        n_forwards = max(1, 2 * n_cells * self.tokens.numel() // most)
+        return min(fit, math.ceil(n_cells / n_forwards))
+
     @torch.no_grad()
-    def run(self, cells: Sequence[Cell | None], hooks: HookList) -> list[float]:
-        """The metric of each of these runs, in one forward under `hooks`; None is a run without a patch."""
-        n_runs, kwargs = len(cells), {}
-        if self.attention_mask is not None:
-            kwargs["attention_mask"] = self.attention_mask.repeat(n_runs, 1)
-        rows = torch.arange(len(self.tokens)).repeat(n_runs)
+    def unpatched(self, hooks: HookList) -> float:
+        """The metric of a run without a patch, under `hooks`."""
+        kwargs = {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
+        rows = torch.arange(len(self.tokens))
         with forward_state(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *hooks]):
-            logits = self.model(self.tokens.repeat(n_runs, 1), **kwargs)
-        by_run = logits.unflatten(0, (n_runs, -1)).unbind(0)
+            return self._measure(self.model(self.tokens, **kwargs), None)
+
+    def _measured(self, logits: Float[Tensor, "row pos d_vocab"], cells: Sequence[Cell]) -> list[float]:
+        by_run = logits.unflatten(0, (len(cells), -1)).unbind(0)
         return [self._measure(logits, cell) for logits, cell in zip(by_run, cells, strict=True)]
 
     def _measure(self, logits: Float[Tensor, "batch pos d_vocab"], cell: Cell | None) -> float:
@@ -176,6 +216,7 @@ def checked_runs(
     batch_size: Any,
     hooks: Hooks,
     progress: bool,
+    reuse: Any = True,
 ) -> StackedRuns:
     """A user's arguments, checked; strings become tokens.
 
@@ -200,7 +241,7 @@ def checked_runs(
         )
     stacked = torch.stack(sequences).to(model.cfg.device)
     mask = _checked_mask(attention_mask, stacked)
-    return StackedRuns(model, stacked, mask, metric, axis, size, hooks, progress)
+    return StackedRuns(model, stacked, mask, metric, axis, size, list(hooks), progress, bool(reuse))
 
 
 def _checked_mask(given: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"] | None:

@@ -107,7 +107,7 @@ def test_router_patches_are_transformer_lens_own(hooked: Hooked, recipe: str) ->
     cache = cached(model)
     for point in SINGLE_POINTS:
         expected = by_transformer_lens(model, cache, point)
-        one_by_one = patch_router(model, cache, CORRUPTED, metric, point=point, batch_size=1)
+        one_by_one = patch_router(model, cache, CORRUPTED, metric, point=point, batch_size=1, reuse=False)
         assert torch.equal(one_by_one, expected)
         stacked = patch_router(model, cache, CORRUPTED, metric, point=point)
         torch.testing.assert_close(stacked, expected, **TOLERANCE)
@@ -120,8 +120,9 @@ def test_router_patches_are_transformer_lens_own(hooked: Hooked, recipe: str) ->
 def test_in_bfloat16_one_by_one_is_bit_for_bit(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe, torch.bfloat16)
     cache = cached(model)
-    found = patch_router(model, cache, CORRUPTED, metric, batch_size=1)
-    assert torch.equal(found, by_transformer_lens(model, cache, "router_logits"))
+    for reuse in (True, False):  # skipped layers change no bit
+        found = patch_router(model, cache, CORRUPTED, metric, batch_size=1, reuse=reuse)
+        assert torch.equal(found, by_transformer_lens(model, cache, "router_logits"))
 
 
 @one_of_each_kind

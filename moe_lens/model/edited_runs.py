@@ -1,0 +1,135 @@
+"""Many edited runs of the same prompts in one forward, which repeats nothing that they share.
+
+    runs = EditedRuns(model, tokens, attention_mask, rows_of, hooks_for, reuse=True)
+    order = runs.order(cells)                  # which cells to run together
+    logits = runs.logits(cells)                # [row pos d_vocab], the rows of each cell one after the other
+
+A cell is one edited run: `cell.layer` is the block of its edit, `cell.start` the first column. Where runs can
+be resumed (`resuming`), a forward computes each from there on. What it gives is compared with whole runs of
+some cells, once; where it differs, only blocks are skipped, or nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens.hook_names import HookList
+from moe_lens.model.registration import forward_state
+from moe_lens.model.resuming import Recorded, is_bare, record
+from moe_lens.model.wrapper import Model
+
+_CLOSE: Final = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""How far resumed logits may be from those of a whole run, as a share of the largest; by dtype."""
+
+_CLOSE_IN_HALF: Final = 5e-2
+"""The same in half precision, where the rows of a forward change a sum's rounding more."""
+
+
+class EditedRuns:
+    """Runs of the same prompts, each with an edit of its own.
+
+    Attributes:
+        skips: what a forward leaves out now: "columns" (and blocks), "blocks", or "nothing".
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None,
+        rows_of: Callable[[Sequence[Any]], Int[Tensor, "row"]],
+        hooks_for: Callable[[Sequence[Any], int], HookList],
+        *,
+        reuse: bool,
+        hooks: HookList | None = None,
+    ):
+        self.model, self.tokens, self.attention_mask = model, tokens, attention_mask
+        self.rows_of, self.hooks_for, self.hooks = rows_of, hooks_for, hooks or []
+        self._recorded: Recorded | None = None
+        self._is_checked = False
+        if reuse and not self.hooks and not model.training and is_bare(model):
+            self._record()
+
+    @property
+    def skips(self) -> str:
+        if self._recorded is None:
+            return "nothing"
+        return "blocks" if self._recorded.keys_values is None else "columns"
+
+    def order(self, cells: Sequence[Any]) -> list[int]:
+        """The cells' numbers in the order in which to run them: those that share most stand together."""
+        keys = {
+            "columns": lambda number: (-cells[number].start, cells[number].layer),
+            "blocks": lambda number: cells[number].layer,
+            "nothing": lambda number: 0,
+        }
+        return sorted(range(len(cells)), key=keys[self.skips])
+
+    @torch.no_grad()
+    def logits(self, cells: Sequence[Any]) -> Float[Tensor, "row pos d_vocab"]:
+        """The logits of some cells, which must be in ascending order of layers where blocks are skipped."""
+        while self._recorded is not None:
+            try:
+                logits = self._resumed(self._recorded, cells)
+            except Exception as error:
+                if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+                    raise
+                self._skip_less()  # if the cells are at fault, whole runs say so
+                continue
+            if self._is_checked or self._agrees(self._recorded, cells, logits):
+                self._is_checked = True
+                return logits
+            self._skip_less()
+        return self._whole(cells)
+
+    def _record(self) -> None:
+        dtype = self.model.cfg.dtype
+        device = torch.device(self.tokens.device)
+        # a flip of a close choice of experts may follow from rounding in half precision; blocks keep bits
+        columns = dtype in _CLOSE and not torch.is_autocast_enabled(device.type)
+        for with_columns in (True, False) if columns else (False,):
+            try:
+                self._recorded = record(self.model, self.tokens, self.attention_mask, columns=with_columns)
+            except Exception:  # a cache of another kind, no memory, anything: whole runs need no record
+                continue
+            if self._recorded is not None:
+                return
+
+    def _skip_less(self) -> None:
+        if self._recorded is not None and self._recorded.keys_values is not None:
+            self._recorded.keys_values = None
+        else:
+            self._recorded = None
+        self._is_checked = False
+
+    def _resumed(self, recorded: Recorded, cells: Sequence[Any]) -> Tensor:
+        start = min(cell.start for cell in cells) if recorded.keys_values is not None else 0
+        layers = [cell.layer for cell in cells for _ in range(len(self.rows_of([cell])))]
+        with self.model.hooks(self.hooks_for(cells, start)):
+            return recorded.resume(self.rows_of(cells), layers, start)
+
+    def _whole(self, cells: Sequence[Any]) -> Tensor:
+        rows, kwargs = self.rows_of(cells), {}
+        if self.attention_mask is not None:
+            kwargs["attention_mask"] = self.attention_mask[rows]
+        edits = self.hooks_for(cells, 0)
+        with forward_state(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *edits]):
+            return self.model(self.tokens[rows], **kwargs)
+
+    def _agrees(self, recorded: Recorded, cells: Sequence[Any], logits: Tensor) -> bool:
+        """Whether some of the cells have the logits of whole runs."""
+        some = sorted({0, len(cells) // 2, len(cells) - 1})
+        whole = self._whole([cells[number] for number in some])
+        n_rows = len(logits) // len(cells)
+        resumed = torch.cat([logits[number * n_rows : (number + 1) * n_rows] for number in some])
+        close = _CLOSE.get(logits.dtype, _CLOSE_IN_HALF) * float(whole[torch.isfinite(whole)].abs().max())
+        if not torch.allclose(resumed, whole, rtol=0, atol=close, equal_nan=True):
+            return False
+        if logits.dtype in _CLOSE:
+            return True
+        one = [cells[some[-1] // 2]]
+        return torch.equal(self._resumed(recorded, one), self._whole(one))
