@@ -335,7 +335,7 @@ def _in_common(
     entries = chosen[same].tolist() if by == "expert" else positions
     first: dict[int, int] = {}
     for entry, pos in zip(entries, positions, strict=True):
-        first[entry] = min(pos, first.get(entry, pos))
+        first[entry] = min(pos, first[entry]) if entry in first else pos
     return dict(sorted(first.items()))
 
 

@@ -12,11 +12,10 @@ what is below its layer or before its position, so with reuse that is not comput
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,15 +23,12 @@ from tqdm.auto import tqdm
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
-from moe_lens.model.edited_runs import EditedRuns
+from moe_lens.model.edited_runs import MOST_TOKENS, EditedRuns
 from moe_lens.model.hf_models import original_model
 from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import forward_state, routing_layers
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import token_sequences
-
-MOST_TOKENS: Final = {"cpu": 2**13, "cuda": 2**16}
-"""The most tokens of one forward, by device; more are no faster, even if memory allows them."""
 
 
 class Cell(NamedTuple):
@@ -111,37 +107,11 @@ class StackedRuns:
             reuse=self.reuse,
             hooks=self.hooks,
         )
-        values: list[float] = [math.nan] * len(cells)
-        order, done = runs.order(cells), 0
-        size = self.batch_size or min(len(cells), self._runs_together(runs, len(cells)))
+        size = self.batch_size or runs.together(
+            len(cells), len(batch), runs_that_fit(self.model, self.tokens)
+        )
         with tqdm(total=len(cells), desc="patching", unit="patch", disable=not self.progress) as bar:
-            while done < len(cells):
-                numbers = sorted(order[done : done + size], key=lambda number: cells[number].layer)
-                try:
-                    measured = self._measured(
-                        runs.logits([cells[n] for n in numbers]), [cells[n] for n in numbers]
-                    )
-                except RuntimeError as error:
-                    if self.batch_size is not None or size == 1 or not should_reduce_batch_size(error):
-                        raise
-                    measured = []
-                if not measured:  # out of memory; only out here is what the error held free
-                    clear_device_cache(garbage_collection=True)
-                    size //= 2
-                for number, value in zip(numbers, measured, strict=False):
-                    values[number] = value
-                done += len(measured)
-                bar.update(len(measured))
-        return values
-
-    def _runs_together(self, runs: EditedRuns, n_cells: int) -> int:
-        """How many runs a forward stacks: what memory allows; fewer where late ones are shorter."""
-        fit = runs_that_fit(self.model, self.tokens)
-        if runs.skips != "columns":
-            return fit
-        most = MOST_TOKENS.get(self.tokens.device.type, 2**13)
-        n_forwards = max(1, 2 * n_cells * self.tokens.numel() // most)
-        return min(fit, math.ceil(n_cells / n_forwards))
+            return runs.sweep(cells, size, self._measured, shrinks=self.batch_size is None, bar=bar)
 
     @torch.no_grad()
     def unpatched(self, hooks: HookList) -> float:

@@ -1,19 +1,19 @@
 """Many edited runs of the same prompts in one forward, which repeats nothing that they share.
 
     runs = EditedRuns(model, tokens, attention_mask, rows_of, hooks_for, reuse=True)
-    order = runs.order(cells)                  # which cells to run together
-    logits = runs.logits(cells)                # [row pos d_vocab], the rows of each cell one after the other
+    values = runs.sweep(cells, size, measure)  # measure(logits [row pos d_vocab], cells) -> a value a cell
 
 A cell is one edited run: `cell.layer` is the block of its edit, `cell.start` the first column. Where runs can
 be resumed (`resuming`), a forward computes each from there on. What it gives is compared with whole runs of
 some cells, once; where it differs, only blocks are skipped, or nothing.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from moe_lens.hook_names import HookList
 from moe_lens.model.registration import forward_state
 from moe_lens.model.resuming import Recorded, is_bare, record
 from moe_lens.model.wrapper import Model
+
+MOST_TOKENS: Final = {"cpu": 2**13, "cuda": 2**16}
+"""The most tokens of one forward, by device; more are no faster, even if memory allows them."""
 
 _CLOSE: Final = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far resumed logits may be from those of a whole run, as a share of the largest; by dtype."""
@@ -60,7 +63,51 @@ class EditedRuns:
             return "nothing"
         return "blocks" if self._recorded.keys_values is None else "columns"
 
-    def order(self, cells: Sequence[Any]) -> list[int]:
+    def together(self, n_cells: int, rows_a_cell: int, fit: int) -> int:
+        """How many cells a forward stacks, of those that fit: fewer where late ones are shorter."""
+        if self.skips == "columns":
+            most = MOST_TOKENS.get(self.tokens.device.type, 2**13) // 2
+            n_tokens = n_cells * rows_a_cell * self.tokens.shape[1]
+            fit = min(fit, math.ceil(n_cells / max(1, n_tokens // most)))
+        return min(fit, n_cells)
+
+    def sweep(
+        self,
+        cells: Sequence[Any],
+        size: int,
+        measure: Callable[[Tensor, Sequence[Any]], Sequence[float]],
+        *,
+        shrinks: bool,
+        bar: Any,
+    ) -> list[float]:
+        """A value a cell, in the cells' order.
+
+        Args:
+            size: cells a forward.
+            measure: gives the values of some cells from their logits, the rows of each one after the other.
+            shrinks: halve the size where memory runs out.
+            bar: a progress bar that counts cells.
+        """
+        values, order, done = [math.nan] * len(cells), self._order(cells), 0
+        while done < len(cells):
+            numbers = sorted(order[done : done + size], key=lambda number: cells[number].layer)
+            some, measured = [cells[number] for number in numbers], None
+            try:
+                measured = measure(self.logits(some), some)
+            except RuntimeError as error:
+                if not shrinks or size == 1 or not should_reduce_batch_size(error):
+                    raise
+            if measured is None:  # out of memory; only out here is what the error held free
+                clear_device_cache(garbage_collection=True)
+                size //= 2
+                continue
+            for number, value in zip(numbers, measured, strict=True):
+                values[number] = value
+            done += len(numbers)
+            bar.update(len(numbers))
+        return values
+
+    def _order(self, cells: Sequence[Any]) -> list[int]:
         """The cells' numbers in the order in which to run them: those that share most stand together."""
         keys = {
             "columns": lambda number: (-cells[number].start, cells[number].layer),

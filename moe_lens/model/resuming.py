@@ -245,8 +245,10 @@ def _whole(cache: DynamicCache, tokens: Tensor) -> list[tuple[Tensor, Tensor] | 
         if not getattr(layer, "is_initialized", False):
             found.append(None)
             continue
+        if type(layer) is not DynamicLayer:
+            return None
         keys, values = layer.keys, layer.values
-        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or type(layer) is not DynamicLayer:
+        if keys is None or values is None:
             return None
         if any(
             part.ndim != 4 or (len(part), part.shape[2]) != tuple(tokens.shape) for part in (keys, values)

@@ -20,6 +20,7 @@ from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.interventions import stacked_runs
 from moe_lens.interventions.patching import ROUTER_POINTS, patch_expert_outputs, patch_router
 from moe_lens.interventions.stacked_runs import Cell, bytes_a_token, runs_that_fit
+from moe_lens.model import edited_runs
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
@@ -92,7 +93,7 @@ def outputs_by_hand(
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(transformer_lens_patching, "tqdm", lambda rows: rows)
     monkeypatch.setattr(
-        stacked_runs, "clear_device_cache", lambda garbage_collection: None
+        edited_runs, "clear_device_cache", lambda garbage_collection: None
     )  # collecting is slow
     with torch.no_grad():
         yield
