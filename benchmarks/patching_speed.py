@@ -1,8 +1,9 @@
 """Speed of patching sweeps: `python benchmarks/patching_speed.py [organism [prompts [repeats]]]`
 
-Default: the specialised organism, 1 prompt with a document, 5 repeats. Times three ways to fill a map in
-turn, in one process: stacked (as many patches a forward as memory allows), one patch a forward, and
-TransformerLens' `generic_activation_patch`. Prints medians, ratios and the largest difference; asserts
+Default: the specialised organism, 1 prompt with a document, 5 repeats. Times ways to fill a map in turn, in
+one process: resumed at layer and position, whole runs (as many patches a forward as memory allows), one whole
+run a forward, and TransformerLens' `generic_activation_patch`. `deep [tokens [repeats]]` times the first two
+on a random OLMoE of 30 layers, in both wrappers. Prints medians, ratios and the largest difference; asserts
 nothing, since machines differ. Set OMP_NUM_THREADS to fix the number of threads.
 """
 
@@ -10,12 +11,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens import patching
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from moe_lens import organisms
+from moe_lens import HookedMoE, RoutedModel, organisms
 from moe_lens.interventions import patch_expert_outputs, patch_router
 
 
@@ -67,13 +70,17 @@ def main(organism: str = "specialised", n_prompts: int = 1, repeats: int = 5) ->
         assert isinstance(found, Tensor)
         return found.cpu()
 
+    whole: Any = {"reuse": False, "progress": False}
     print(f"{organism}: {list(corrupted.shape)} tokens [batch pos], {torch.get_num_threads()} thread(s)")
     with torch.no_grad():
         print(f"patch_router: {len(model.moe_layers) * corrupted.shape[1]} patches")
         alternately(
             {
-                "stacked": lambda: patch_router(model, cache, corrupted, metric),
-                "batch_size=1": lambda: patch_router(model, cache, corrupted, metric, batch_size=1),
+                "resumed": lambda: patch_router(model, cache, corrupted, metric, progress=False),
+                "reuse=False": lambda: patch_router(model, cache, corrupted, metric, **whole),
+                "reuse=False, batch_size=1": lambda: patch_router(
+                    model, cache, corrupted, metric, batch_size=1, **whole
+                ),
                 "generic_activation_patch": by_transformer_lens,
             },
             repeats,
@@ -81,13 +88,50 @@ def main(organism: str = "specialised", n_prompts: int = 1, repeats: int = 5) ->
         print(f"patch_expert_outputs: up to {len(model.moe_layers) * model.n_experts} patches")
         alternately(
             {
-                "stacked": lambda: patch_expert_outputs(model, cache, corrupted, metric),
-                "batch_size=1": lambda: patch_expert_outputs(model, cache, corrupted, metric, batch_size=1),
+                "resumed": lambda: patch_expert_outputs(model, cache, corrupted, metric, progress=False),
+                "reuse=False": lambda: patch_expert_outputs(model, cache, corrupted, metric, **whole),
+            },
+            repeats,
+        )
+
+
+def deep(n_tokens: int = 24, repeats: int = 5) -> None:
+    """Time resumed and whole runs on 30 layers."""
+    config = OlmoeConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=30,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    clean, corrupted = torch.randint(3, 256, (2, 1, n_tokens), generator=torch.Generator().manual_seed(0))
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, -1].log_softmax(-1)[:, 7].mean()
+
+    for wrap in (RoutedModel, HookedMoE.from_hf):
+        torch.manual_seed(0)
+        model = wrap(OlmoeForCausalLM(config).eval())
+        _, cache = model.run_with_cache(clean)
+        print(f"{type(model).__name__}, 30 layers, {n_tokens} tokens, {torch.get_num_threads()} thread(s)")
+        alternately(
+            {
+                "resumed": lambda m=model, c=cache: patch_router(m, c, corrupted, metric, progress=False),
+                "reuse=False": lambda m=model, c=cache: patch_router(
+                    m, c, corrupted, metric, reuse=False, progress=False
+                ),
             },
             repeats,
         )
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["deep"]:
+        deep(*(int(number) for number in sys.argv[2:4]))
+        sys.exit()
     organism, *numbers = sys.argv[1:4] or ["specialised"]
     main(organism, *(int(number) for number in numbers))

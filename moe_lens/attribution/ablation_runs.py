@@ -111,12 +111,13 @@ class AblationBatch:
             self.model,
             self.tokens,
             None,
+            cells,
             lambda some: torch.tensor([cell.row for cell in some], device=self.tokens.device),
             self._instead,
             reuse=self.reuse,
         )
-        size = batch_size or runs.together(len(cells), 1, _rows_that_fit(self.model, self.tokens.shape[1]))
-        changes = runs.sweep(cells, size, self._changes, shrinks=batch_size is None, bar=bar)
+        size = batch_size or runs.together(_rows_that_fit(self.model, self.tokens.shape[1]))
+        changes = runs.sweep(size, self._changes, shrinks=batch_size is None, bar=bar)
         self.exact[where] = torch.tensor(changes, dtype=self.loss.dtype)
 
     def _changes(self, logits: Tensor, cells: Sequence["Cell"]) -> list[float]:

@@ -201,8 +201,8 @@ class Change(NamedTuple):
     def __str__(self) -> str:
         known = "" if self.is_exact else " by estimate"
         return (
-            f"{self.change:+.3g}{known} at layer {self.layer}, prompt {self.prompt}, position {self.pos} "
-            f"(expert {self.expert})"
+            f"{self.change:+.3g}{known} at layer {self.layer}, prompt {self.prompt}, pos {self.pos}, "
+            f"expert {self.expert}"
         )
 
 
@@ -317,28 +317,27 @@ class VirtualAblation(Result):
         return sums / _counts(self.indices, self.shape.n_experts)
 
     def summary(self) -> str:
-        size = "×".join(map(str, self.estimate.shape))
-        start = f"{self.shape.model}, layer×prompt×pos×k {size}: loss {self.loss.mean():.4g}"
+        start = f"{self.shape.model}: loss {self.loss.mean():.4g}"
         if self.exact is None:
             return f"{start}; estimate only; largest {self.largest}"
         n_exact, n_cells = int(self.is_exact.sum()), int((self.indices >= 0).sum())
-        known = "" if n_exact == n_cells else f"; exact on {n_exact} of {n_cells}, estimated elsewhere"
-        changes = self.exact[self.is_exact].abs()
-        rest = ", ".join(
-            f"{value:.2f}" for value in (self.correlate(without=[0]), self.correlate(ranks=True, without=[0]))
-        )
+        known = "" if n_exact == n_cells else f" (exact on {n_exact} of {n_cells})"
         return (
-            f"{start}{known}; mean |change| {changes.mean():.3g}, largest {self.largest}; "
-            f"correlation of estimate and exact {self.correlation:.2f}, by rank {self.rank_correlation:.2f} "
-            f"(without position 0: {rest})"
+            f"{start}{known}; correlation of estimate and exact {self.correlation:.2f}, by rank "
+            f"{self.rank_correlation:.2f}; largest {self.largest}"
         )
 
     def __str__(self) -> str:
-        """The summary, and the correlation of estimate and exact change within each layer."""
-        if self.correlation_by_layer is None:
+        """The summary, and the correlation by layer and without the first token."""
+        if self.correlation_by_layer is None or self.exact is None:
             return repr(self)
         layers = zip(self.layers, self.correlation_by_layer, strict=True)
-        return f"{self!r}\n  by layer {', '.join(f'{layer}: {r:.2f}' for layer, r in layers)}"
+        return (
+            f"{self!r}\n  by layer {', '.join(f'{layer}: {r:.2f}' for layer, r in layers)}\n"
+            f"  without position 0 {self.correlate(without=[0]):.2f}, by rank "
+            f"{self.correlate(ranks=True, without=[0]):.2f}; mean |change| "
+            f"{self.exact[self.is_exact].abs().mean():.3g}"
+        )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row an expert that was chosen, largest mean change first.

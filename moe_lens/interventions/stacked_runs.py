@@ -102,16 +102,15 @@ class StackedRuns:
             self.model,
             self.tokens,
             self.attention_mask,
+            cells,
             lambda some: batch.repeat(len(some)),
             hooks_for,
             reuse=self.reuse,
             hooks=self.hooks,
         )
-        size = self.batch_size or runs.together(
-            len(cells), len(batch), runs_that_fit(self.model, self.tokens)
-        )
+        size = self.batch_size or runs.together(runs_that_fit(self.model, self.tokens))
         with tqdm(total=len(cells), desc="patching", unit="patch", disable=not self.progress) as bar:
-            return runs.sweep(cells, size, self._measured, shrinks=self.batch_size is None, bar=bar)
+            return runs.sweep(size, self._measured, shrinks=self.batch_size is None, bar=bar)
 
     @torch.no_grad()
     def unpatched(self, hooks: HookList) -> float:

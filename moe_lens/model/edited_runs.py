@@ -1,7 +1,7 @@
 """Many edited runs of the same prompts in one forward, which repeats nothing that they share.
 
-    runs = EditedRuns(model, tokens, attention_mask, rows_of, hooks_for, reuse=True)
-    values = runs.sweep(cells, size, measure)  # measure(logits [row pos d_vocab], cells) -> a value a cell
+    runs = EditedRuns(model, tokens, attention_mask, cells, rows_of, hooks_for, reuse=True)
+    values = runs.sweep(size, measure, ...)    # measure(logits [row pos d_vocab], cells) -> a value a cell
 
 A cell is one edited run: `cell.layer` is the block of its edit, `cell.start` the first column. Where runs can
 be resumed (`resuming`), a forward computes each from there on. What it gives is compared with whole runs of
@@ -10,6 +10,7 @@ some cells, once; where it differs, only blocks are skipped, or nothing.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -44,6 +45,7 @@ class EditedRuns:
         model: Model,
         tokens: Int[Tensor, "batch pos"],
         attention_mask: Tensor | None,
+        cells: Sequence[Any],
         rows_of: Callable[[Sequence[Any]], Int[Tensor, "row"]],
         hooks_for: Callable[[Sequence[Any], int], HookList],
         *,
@@ -51,11 +53,12 @@ class EditedRuns:
         hooks: HookList | None = None,
     ):
         self.model, self.tokens, self.attention_mask = model, tokens, attention_mask
+        self.cells = cells
         self.rows_of, self.hooks_for, self.hooks = rows_of, hooks_for, hooks or []
         self._recorded: Recorded | None = None
-        self._is_checked = False
         if reuse and not self.hooks and not model.training and is_bare(model):
             self._record()
+            self._check()
 
     @property
     def skips(self) -> str:
@@ -63,17 +66,16 @@ class EditedRuns:
             return "nothing"
         return "blocks" if self._recorded.keys_values is None else "columns"
 
-    def together(self, n_cells: int, rows_a_cell: int, fit: int) -> int:
+    def together(self, fit: int) -> int:
         """How many cells a forward stacks, of those that fit: fewer where late ones are shorter."""
         if self.skips == "columns":
             most = MOST_TOKENS.get(self.tokens.device.type, 2**13) // 2
-            n_tokens = n_cells * rows_a_cell * self.tokens.shape[1]
-            fit = min(fit, math.ceil(n_cells / max(1, n_tokens // most)))
-        return min(fit, n_cells)
+            n_tokens = len(self.rows_of(self.cells)) * self.tokens.shape[1]
+            fit = min(fit, math.ceil(len(self.cells) / max(1, n_tokens // most)))
+        return min(fit, len(self.cells))
 
     def sweep(
         self,
-        cells: Sequence[Any],
         size: int,
         measure: Callable[[Tensor, Sequence[Any]], Sequence[float]],
         *,
@@ -88,6 +90,7 @@ class EditedRuns:
             shrinks: halve the size where memory runs out.
             bar: a progress bar that counts cells.
         """
+        cells = self.cells
         values, order, done = [math.nan] * len(cells), self._order(cells), 0
         while done < len(cells):
             numbers = sorted(order[done : done + size], key=lambda number: cells[number].layer)
@@ -119,19 +122,25 @@ class EditedRuns:
     @torch.no_grad()
     def logits(self, cells: Sequence[Any]) -> Float[Tensor, "row pos d_vocab"]:
         """The logits of some cells, which must be in ascending order of layers where blocks are skipped."""
-        while self._recorded is not None:
+        if self._recorded is not None:
             try:
-                logits = self._resumed(self._recorded, cells)
+                return self._resumed(self._recorded, cells)
             except Exception as error:
                 if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
                     raise
-                self._skip_less()  # if the cells are at fault, whole runs say so
-                continue
-            if self._is_checked or self._agrees(self._recorded, cells, logits):
-                self._is_checked = True
-                return logits
-            self._skip_less()
+                self._recorded = None  # if the cells are at fault, whole runs say so
         return self._whole(cells)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Skip less until some of the cells have the logits of whole runs."""
+        while self._recorded is not None:
+            try:
+                if self._agrees(self._recorded):
+                    return
+            except Exception:  # of whatever a block lacks; if the cells are at fault, whole runs say so
+                pass
+            self._skip_less()
 
     def _record(self) -> None:
         dtype = self.model.cfg.dtype
@@ -151,7 +160,6 @@ class EditedRuns:
             self._recorded.keys_values = None
         else:
             self._recorded = None
-        self._is_checked = False
 
     def _resumed(self, recorded: Recorded, cells: Sequence[Any]) -> Tensor:
         start = min(cell.start for cell in cells) if recorded.keys_values is not None else 0
@@ -167,16 +175,22 @@ class EditedRuns:
         with forward_state(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *edits]):
             return self.model(self.tokens[rows], **kwargs)
 
-    def _agrees(self, recorded: Recorded, cells: Sequence[Any], logits: Tensor) -> bool:
-        """Whether some of the cells have the logits of whole runs."""
-        some = sorted({0, len(cells) // 2, len(cells) - 1})
-        whole = self._whole([cells[number] for number in some])
-        n_rows = len(logits) // len(cells)
-        resumed = torch.cat([logits[number * n_rows : (number + 1) * n_rows] for number in some])
-        close = _CLOSE.get(logits.dtype, _CLOSE_IN_HALF) * float(whole[torch.isfinite(whole)].abs().max())
-        if not torch.allclose(resumed, whole, rtol=0, atol=close, equal_nan=True):
+    def _agrees(self, recorded: Recorded) -> bool:
+        """Whether cells of the lowest, a middle and the highest layer have the logits of whole runs.
+
+        Stacked, so that rows join at several blocks; and the highest by itself, which skips most.
+        """
+        layers = sorted({cell.layer for cell in self.cells})
+        some = []
+        for layer in dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])):
+            there = sorted((cell for cell in self.cells if cell.layer == layer), key=lambda cell: cell.start)
+            some.append(there[-1] if layer in (layers[0], layers[-1]) else there[len(there) // 2])
+        whole, stacked = self._whole(some), self._resumed(recorded, some)
+        highest = self._resumed(recorded, some[-1:])
+        largest = float(whole[torch.isfinite(whole)].abs().max())
+        close = partial(
+            torch.allclose, rtol=0, atol=_CLOSE.get(whole.dtype, _CLOSE_IN_HALF) * largest, equal_nan=True
+        )
+        if not close(stacked, whole) or not close(highest, whole[-len(highest) :]):
             return False
-        if logits.dtype in _CLOSE:
-            return True
-        one = [cells[some[-1] // 2]]
-        return torch.equal(self._resumed(recorded, one), self._whole(one))
+        return whole.dtype in _CLOSE or torch.equal(highest, self._whole(some[-1:]))
