@@ -1,9 +1,9 @@
 """Speed of patching sweeps: `python benchmarks/patching_speed.py [organism [prompts [rounds]]]`
 
-Default: the specialised organism, 1 prompt with a document, 5 rounds. Times three ways to fill a map in
-turn, in one process: stacked (as many patches a forward as memory allows), one patch a forward, and
-TransformerLens' `generic_activation_patch`; then a sweep over 30 layers of an OLMoE of random weights, beside
-as many forwards of the bare model. Prints medians of the ratio of CPU times and the largest difference from
+Default: the specialised organism, 1 prompt with a document, 5 rounds. Times ways to fill a map in turn, in
+one process: resumed at layer and position, whole runs (as many patches a forward as memory allows), one whole
+run a forward, and TransformerLens' `generic_activation_patch`; then sweeps over 30 layers of an OLMoE of
+random weights, in both wrappers. Prints medians of the ratio of CPU times and the largest difference from
 the first map; asserts nothing, since machines differ. OMP_NUM_THREADS gives it more threads than one.
 """
 
@@ -17,7 +17,7 @@ from models import olmoe, sharing
 from torch import Tensor
 from transformer_lens import patching
 
-from moe_lens import HookedMoE, organisms
+from moe_lens import HookedMoE, RoutedModel, organisms
 from moe_lens.interventions import patch_expert_outputs, patch_router
 
 
@@ -71,8 +71,11 @@ def organism_sweeps(organism: str = "specialised", n_prompts: int = 1, rounds: i
     report(
         f"patch_router, {len(model.moe_layers) * corrupted.shape[1]} patches",
         {
-            "stacked": lambda: patch_router(*given, progress=False),
-            "batch_size=1": lambda: patch_router(*given, batch_size=1, progress=False),
+            "resumed": lambda: patch_router(*given, progress=False),
+            "reuse=False": lambda: patch_router(*given, reuse=False, progress=False),
+            "reuse=False, batch_size=1": lambda: patch_router(
+                *given, batch_size=1, reuse=False, progress=False
+            ),
             "generic_activation_patch": lambda: by_transformer_lens(model, corrupted, cache, metric),
         },
         rounds,
@@ -80,36 +83,29 @@ def organism_sweeps(organism: str = "specialised", n_prompts: int = 1, rounds: i
     report(
         f"patch_expert_outputs, up to {len(model.moe_layers) * model.n_experts} patches",
         {
-            "stacked": lambda: patch_expert_outputs(*given, progress=False),
-            "batch_size=1": lambda: patch_expert_outputs(*given, batch_size=1, progress=False),
+            "resumed": lambda: patch_expert_outputs(*given, progress=False),
+            "reuse=False": lambda: patch_expert_outputs(*given, reuse=False, progress=False),
         },
         rounds,
     )
 
 
-def deep_sweep(layers: int = 30, length: int = 8, rounds: int = 3) -> None:
-    """Time a sweep over many layers."""
-    bare = olmoe(64, layers=layers)
-    model = HookedMoE.from_hf(sharing(bare))
+def deep_sweep(layers: int = 30, length: int = 24, rounds: int = 3) -> None:
+    """Time sweeps over many layers."""
+    bare = olmoe(64, layers=layers, experts=8, top_k=2)
     draw = torch.Generator().manual_seed(0)
     clean, corrupted = torch.randint(bare.config.vocab_size, (2, 1, length), generator=draw)
-    _, cache = model.run_with_cache(clean)
-    given = (model, cache, corrupted, metric)
-
-    def forwards() -> None:
-        for _ in range(layers * length):
-            metric(bare(corrupted).logits)
-
-    report(
-        f"patch_router, {layers} layers, {layers * length} patches",
-        {
-            "stacked": lambda: patch_router(*given, progress=False),
-            "batch_size=1": lambda: patch_router(*given, batch_size=1, progress=False),
-            "generic_activation_patch": lambda: by_transformer_lens(model, corrupted, cache, metric),
-            "as many bare forwards": forwards,
-        },
-        rounds,
-    )
+    for wrap in (RoutedModel, HookedMoE.from_hf):
+        model = wrap(sharing(bare))
+        given = (model, model.run_with_cache(clean)[1], corrupted, metric)
+        report(
+            f"patch_router, {type(model).__name__}, {layers} layers, {layers * length} patches",
+            {
+                "resumed": lambda given=given: patch_router(*given, progress=False),
+                "reuse=False": lambda given=given: patch_router(*given, reuse=False, progress=False),
+            },
+            rounds,
+        )
 
 
 def main(*organism: Any) -> None:

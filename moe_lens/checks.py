@@ -1,6 +1,7 @@
 """What arguments are asked: a whole number, padded tokens; and how a long one is shown in an error."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,76 @@ def numbers_of(given: Any, what: str) -> list[int]:
     if not found or len(numbers) < len(found):
         raise DataError(f"{what} must be numbers from 0 on, at least one; got {given!r}.")
     return numbers
+
+
+def chosen_layers(layers: Any, among: Sequence[int]) -> list[int]:
+    """Layers that somebody names, in that order; None: all.
+
+    >>> chosen_layers(slice(2, None), [1, 2, 5]), chosen_layers([5, 1], [1, 2, 5])
+    ([2, 5], [5, 1])
+
+    Args:
+        layers: a number, several (a list, range, tensor or array), or a slice of numbers.
+        among: those that can be named.
+
+    Raises:
+        DataError: none, one named twice, or one that is not there.
+    """
+    if isinstance(layers, slice):
+        wanted = range(*layers.indices(max(among) + 1))
+        layers = [layer for layer in wanted if layer in among]
+    found = list(among) if layers is None else [as_index(layer) for layer in _several(layers, "layers")]
+    known = [layer for layer in found if layer is not None and layer in among]
+    if not found or len(set(known)) < len(found):
+        raise DataError(f"layers must name some of the layers {list(among)}, each once; got {short(layers)}.")
+    return known
+
+
+def chosen_positions(positions: Any, n_pos: int) -> list[int]:
+    """Positions that somebody names, as places from the start, in that order; None: all.
+
+    >>> chosen_positions([0, -1], 5), chosen_positions(slice(3, None), 5)
+    ([0, 4], [3, 4])
+
+    Args:
+        positions: a number, several (a list, range, tensor or array), or a slice; negative ones count
+            from the end.
+        n_pos: of the prompt.
+
+    Raises:
+        DataError: none, one named twice, or one outside the prompt.
+    """
+    if positions is None or isinstance(positions, slice):
+        found: list[int | None] = list(range(n_pos)[positions or slice(None)])
+    else:
+        found = [_place(position, n_pos) for position in _several(positions, "positions")]
+    places = [place for place in found if place is not None]
+    if not found or len(set(places)) < len(found):
+        raise DataError(
+            f"positions must be whole numbers from {-n_pos} to {n_pos - 1}, each position once, for a prompt "
+            f"of {n_pos} tokens; got {short(positions)}."
+        )
+    return places
+
+
+def _several(given: Any, name: str) -> list[Any]:
+    """What may be one number, as a list."""
+    if isinstance(given, str):
+        raise DataError(f"{name} must be numbers; got {short(given)}.")
+    try:
+        return [given] if getattr(given, "ndim", None) == 0 else list(given)
+    except TypeError:
+        return [given]
+
+
+def _place(position: Any, n_pos: int) -> int | None:
+    if isinstance(position, bool):
+        return None
+    try:
+        number = operator.index(position)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return number % n_pos if -n_pos <= number < n_pos else None
 
 
 def looks_padded(tokenizer: Any, tokens: Any) -> bool:

@@ -2,26 +2,27 @@
 
     batch = AblationBatch(model, layers, tokens, metric)
     batch.run_estimate()                   # batch.estimate, .indices, .replacement, .loss
-    batch.run_exact(batch_size, bar)       # batch.exact
+    batch.run_exact(where, batch_size, bar)    # batch.exact
 
 All runs take place under the hooks that are on the model.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
-from accelerate.utils import find_executable_batch_size
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import hook_names
 from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.errors import DataError, HookError
+from moe_lens.hook_names import HookList
+from moe_lens.model.edited_runs import EditedRuns
 from moe_lens.model.metric import TokenMetric
-from moe_lens.model.registration import forward_state, with_expert_out
+from moe_lens.model.registration import with_expert_out
 from moe_lens.model.wrapper import Model
 
 _MEMORY: Final = 2**30
@@ -54,9 +55,10 @@ class AblationBatch:
         layers: numbers of the layers whose experts are routed around.
         tokens: the prompts, without padding.
         metric: the loss of each prompt.
+        reuse: repeat nothing below a run's layer and before its token.
         others: layer -> indices and weights [batch pos slot k] of the route without the expert of each slot.
         estimate: loss changes to first order, [layer batch pos k] on the CPU; None until they were run.
-        exact: exact loss changes, likewise.
+        exact: exact loss changes, likewise; NaN where they were not run.
         indices: the expert of each slot, likewise.
         replacement: the expert that comes in for it, likewise.
         loss: of each prompt, [batch].
@@ -66,6 +68,7 @@ class AblationBatch:
     layers: list[int]
     tokens: Int[Tensor, "batch pos"]
     metric: TokenMetric
+    reuse: bool = True
     others: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     estimate: Any = None
     exact: Any = None
@@ -97,50 +100,68 @@ class AblationBatch:
         self.replacement = _stack(_newcomers(seen.indices[n], *self.others[n]) for n in self.layers)
         self.loss = self._loss(self.tokens).cpu()  # under the same hooks as the exact runs, and no more
 
-    def run_exact(self, batch_size: int | None, bar: Any) -> None:
-        """The exact changes: each row of a batch has one token of one layer routed around one expert."""
-        self.exact = torch.zeros(self.indices.shape, dtype=self.loss.dtype)
-        for layer in range(len(self.layers)):
-            run: Callable[..., None] = partial(self._run_layer, layer, bar)
-            rows = batch_size or _rows_that_fit(self.model, self.tokens.shape[1])
-            if batch_size is None and self.tokens.is_cuda:  # fewer rows if memory runs out
-                find_executable_batch_size(lambda batch_size, run=run: run(batch_size), rows)()
-            else:
-                run(rows)
-
-    def _run_layer(self, layer: int, bar: Any, batch_size: int) -> None:
-        n_batch, n_pos, n_slots = self.indices.shape[1:]
-        todo = torch.cartesian_prod(*map(torch.arange, (n_batch, n_pos, n_slots)))
-        for cells in todo.reshape(-1, 3).split(batch_size):
-            row, pos, slot = cells.to(self.tokens.device).unbind(1)
-            hooks = self._instead(self.layers[layer], row, pos, slot)
-            with forward_state(self.model).of_prompts(cells[:, 0]):
-                loss = self._loss(self.tokens[row], hooks).cpu()
-            row, pos, slot = cells.unbind(1)
-            self.exact[layer, row, pos, slot] = loss - self.loss[row]
-            bar.update(len(cells))
-
-    def _instead(self, layer: int, row: Tensor, pos: Tensor, slot: Tensor) -> list[Any]:
-        """Hooks that put the other route in, at one token of each row."""
-        indices, weights = (
-            other[row.to(other.device), pos.to(other.device), slot.to(other.device)]
-            for other in self.others[layer]
+    def run_exact(self, where: Bool[Tensor, "layer batch pos k"], batch_size: int | None, bar: Any) -> None:
+        """The exact changes there, NaN elsewhere: a run has one token of one layer routed otherwise."""
+        self.exact = torch.full(self.indices.shape, torch.nan, dtype=self.loss.dtype)
+        places = where.nonzero().tolist()
+        if not places:
+            return
+        cells = [Cell(self.layers[place], *others) for place, *others in places]
+        runs = EditedRuns(
+            self.model,
+            self.tokens,
+            None,
+            cells,
+            lambda some: torch.tensor([cell.row for cell in some], device=self.tokens.device),
+            self._instead,
+            reuse=self.reuse,
         )
+        size = batch_size or runs.together(_rows_that_fit(self.model, self.tokens.shape[1]))
+        changes = runs.sweep(size, self._changes, shrinks=batch_size is None, bar=bar)
+        self.exact[where] = torch.tensor(changes, dtype=self.loss.dtype)
 
-        def put(other: Tensor, value: Tensor, hook: Any) -> Tensor:
-            value = value.clone()
-            value[torch.arange(len(value)), pos.to(value.device)] = other.to(value)
-            return value
+    def _changes(self, logits: Tensor, cells: Sequence["Cell"]) -> list[float]:
+        rows = torch.tensor([cell.row for cell in cells])
+        loss = losses(self.metric, logits, self.tokens[rows.to(self.tokens.device)]).cpu()
+        return (loss - self.loss[rows]).tolist()
 
-        return [
-            (hook_names.topk_indices(layer), partial(put, indices)),
-            (hook_names.topk_weights(layer), partial(put, weights)),
-        ]
+    def _instead(self, cells: Sequence["Cell"], start: int) -> HookList:
+        """Hooks that put the other route in, at one token of each run; the forward begins at a column."""
+        hooks: HookList = []
+        for layer in dict.fromkeys(cell.layer for cell in cells):
+            mine = [(run, *cell[1:]) for run, cell in enumerate(cells) if cell.layer == layer]
+            run, row, pos, slot = torch.tensor(mine).unbind(1)
+            for name, other in zip(
+                (hook_names.TOPK_INDICES, hook_names.TOPK_WEIGHTS), self.others[layer], strict=True
+            ):
+                instead = other[row.to(other.device), pos.to(other.device), slot.to(other.device)]
+                hooks.append((hook_names.name(layer, name), partial(_put, instead, run, pos - start)))
+        return hooks
 
     @torch.no_grad()
     def _loss(self, tokens: Tensor, hooks: Any = ()) -> Tensor:
         with self.model.hooks(list(hooks)):
             return losses(self.metric, self.model(tokens), tokens)
+
+
+class Cell(NamedTuple):
+    """One run: the expert in a slot of a token's route is routed around in one layer."""
+
+    layer: int
+    row: int
+    pos: int
+    slot: int
+
+    @property
+    def start(self) -> int:
+        """The first column that it can change."""
+        return self.pos
+
+
+def _put(instead: Tensor, run: Tensor, pos: Tensor, value: Tensor, hook: Any) -> Tensor:
+    value = value.clone()
+    value[run.to(value.device), pos.to(value.device)] = instead.to(value)
+    return value
 
 
 @dataclass

@@ -7,8 +7,9 @@
 All hold tensors on the CPU and give a table (`to_dataframe`); none needs a model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -187,6 +188,24 @@ class GradientAttribution(Result):
         return pandas.DataFrame(rows, columns=["layer", "expert", "router_logit", "expert_out"])
 
 
+class Change(NamedTuple):
+    """One loss change: where, of which expert, how much, and whether it is exact or an estimate."""
+
+    layer: int
+    prompt: int
+    pos: int
+    expert: int
+    change: float
+    is_exact: bool
+
+    def __str__(self) -> str:
+        known = "" if self.is_exact else " by estimate"
+        return (
+            f"{self.change:+.3g}{known} at layer {self.layer}, prompt {self.prompt}, pos {self.pos}, "
+            f"expert {self.expert}"
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class VirtualAblation(Result):
     """Loss changes for every layer, token and chosen expert, on the CPU; positive means a higher loss.
@@ -204,7 +223,8 @@ class VirtualAblation(Result):
     Attributes:
         shape: the model and the layers of the axis "layer". Layers whose experts come from a table by token
             id (the first ones of DeepSeek-V4) have no next-best expert and are left out.
-        exact: loss with the expert routed around − loss; None if only the estimate was made.
+        exact: loss with the expert routed around − loss; NaN where it was not run, None if only the estimate
+            was made.
         estimate: the same to first order in the change of the layer's output at that token.
         indices: the expert that was routed around, int64.
         replacement: the expert that took its place. Under group limits a whole group may change; then it is
@@ -225,57 +245,122 @@ class VirtualAblation(Result):
         return self.shape.layers
 
     @property
+    def is_exact(self) -> Bool[Tensor, "layer batch pos k"]:
+        """Where the exact change is known; elsewhere there is the estimate."""
+        if self.exact is None:
+            return torch.zeros_like(self.indices, dtype=torch.bool)
+        return ~torch.isnan(self.exact)
+
+    @property
+    def changes(self) -> Float[Tensor, "layer batch pos k"]:
+        """The exact change where it is known, the estimate elsewhere."""
+        return self.estimate if self.exact is None else torch.where(self.is_exact, self.exact, self.estimate)
+
+    @property
+    def positions(self) -> Int[Tensor, "batch pos"]:
+        """The place of each token in its prompt, from 0; -1 before a shorter prompt."""
+        return (self.indices[0, :, :, 0] >= 0).long().cumsum(-1) - 1
+
+    @property
+    def largest(self) -> Change:
+        """Where the change (`changes`) is largest, up or down."""
+        sizes = self.changes.abs().masked_fill(self.indices < 0, -1)
+        layer, prompt, column, slot = np.unravel_index(int(sizes.argmax()), sizes.shape)
+        place = (layer, prompt, column, slot)
+        return Change(
+            self.layers[layer],
+            int(prompt),
+            int(self.positions[prompt, column]),
+            int(self.indices[place]),
+            float(self.changes[place]),
+            bool(self.is_exact[place]),
+        )
+
+    @property
     def correlation(self) -> float | None:
-        """Pearson correlation of estimate and exact change over all tokens; NaN if either is constant."""
-        return None if self.exact is None else _pearson(self.estimate, self.exact)
+        """Pearson correlation of estimate and exact change, where both are; NaN if either is constant."""
+        return self.correlate()
+
+    @property
+    def rank_correlation(self) -> float | None:
+        """Spearman correlation, which a few large changes do not rule."""
+        return self.correlate(ranks=True)
+
+    def correlate(self, *, ranks: bool = False, without: Sequence[int] = ()) -> float | None:
+        """How estimate and exact change go together; None if only the estimate was made.
+
+        Args:
+            ranks: Spearman's correlation instead of Pearson's.
+            without: positions that do not count, from each prompt's start: [0] leaves out the first token,
+                often an attention sink.
+        """
+        if self.exact is None:
+            return None
+        left_out = torch.isin(self.positions, torch.tensor(list(without), dtype=torch.int64))
+        return _correlation(
+            self.estimate, self.exact.masked_fill(left_out[None, :, :, None], torch.nan), ranks
+        )
 
     @property
     def correlation_by_layer(self) -> tuple[float, ...] | None:
         """`correlation` within each layer."""
         if self.exact is None:
             return None
-        return tuple(_pearson(a, b) for a, b in zip(self.estimate, self.exact, strict=True))
+        return tuple(_correlation(a, b, ranks=False) for a, b in zip(self.estimate, self.exact, strict=True))
 
     def by_expert(self) -> Float[Tensor, "layer expert"]:
-        """Mean change over the tokens that chose the expert, exact if known; NaN if no token did."""
-        changes = (self.estimate if self.exact is None else self.exact).flatten(1)
+        """Mean of `changes` over the tokens that chose the expert; NaN if no token did."""
+        changes = self.changes.flatten(1)
         chosen, real = self.indices.flatten(1).clamp(min=0), self.indices.flatten(1) >= 0
         sums = torch.zeros(len(self.layers), self.shape.n_experts, dtype=changes.dtype)
         sums.scatter_add_(-1, chosen, changes.where(real, 0))
         return sums / _counts(self.indices, self.shape.n_experts)
 
     def summary(self) -> str:
-        size = "×".join(map(str, self.estimate.shape))
-        start = f"{self.shape.model}, layer×prompt×pos×k {size}: loss {self.loss.mean():.4g}"
+        start = f"{self.shape.model}: loss {self.loss.mean():.4g}"
         if self.exact is None:
-            return f"{start}; estimate only"
-        changes = self.exact[self.indices >= 0].abs()
+            return f"{start}; estimate only; largest {self.largest}"
+        n_exact, n_cells = int(self.is_exact.sum()), int((self.indices >= 0).sum())
+        known = "" if n_exact == n_cells else f" (exact on {n_exact} of {n_cells})"
         return (
-            f"{start}; mean |change| {changes.mean():.3g}, largest {changes.max():.3g}; "
-            f"correlation of estimate and exact {self.correlation:.2f}"
+            f"{start}{known}; correlation of estimate and exact {self.correlation:.2f}, by rank "
+            f"{self.rank_correlation:.2f}; largest {self.largest}"
         )
 
     def __str__(self) -> str:
-        """The summary, and the correlation of estimate and exact change within each layer."""
-        if self.correlation_by_layer is None:
+        """The summary, and the correlation by layer and without the first token."""
+        if self.correlation_by_layer is None or self.exact is None:
             return repr(self)
         layers = zip(self.layers, self.correlation_by_layer, strict=True)
-        return f"{self!r}\n  by layer {', '.join(f'{layer}: {r:.2f}' for layer, r in layers)}"
+        return (
+            f"{self!r}\n  by layer {', '.join(f'{layer}: {r:.2f}' for layer, r in layers)}\n"
+            f"  without position 0 {self.correlate(without=[0]):.2f}, by rank "
+            f"{self.correlate(ranks=True, without=[0]):.2f}; mean |change| "
+            f"{self.exact[self.is_exact].abs().mean():.3g}"
+        )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row an expert that was chosen, largest mean change first.
 
-        Columns: layer, expert, n_tokens (that chose it), change (`by_expert`: mean over those tokens).
+        Columns: layer, expert, n_tokens (that chose it), n_exact (of its changes, those run exactly),
+        change (`by_expert`: mean over those tokens).
         """
         import pandas
 
         changes, chosen = self.by_expert(), _counts(self.indices, self.shape.n_experts)
+        exact = _counts(self.indices.where(self.is_exact, -1), self.shape.n_experts)
         rows = [
-            (self.layers[row], expert, int(chosen[row, expert]), float(changes[row, expert]))
+            (
+                self.layers[row],
+                expert,
+                int(chosen[row, expert]),
+                int(exact[row, expert]),
+                float(changes[row, expert]),
+            )
             for row, expert in chosen.nonzero().tolist()
         ]
         rows.sort(key=lambda row: -abs(row[-1]))
-        return pandas.DataFrame(rows, columns=["layer", "expert", "n_tokens", "change"])
+        return pandas.DataFrame(rows, columns=["layer", "expert", "n_tokens", "n_exact", "change"])
 
 
 def _counts(indices: Int[Tensor, "layer *rest"], n_experts: int) -> Int[Tensor, "layer expert"]:
@@ -285,9 +370,16 @@ def _counts(indices: Int[Tensor, "layer *rest"], n_experts: int) -> Int[Tensor, 
     return counts.scatter_add_(1, flat + 1, torch.ones_like(flat))[:, 1:]
 
 
-def _pearson(a: Tensor, b: Tensor) -> float:
+def _correlation(a: Tensor, b: Tensor, ranks: bool) -> float:
+    """Pearson's or Spearman's, where b is known; NaN where either is constant."""
     known = ~torch.isnan(b)
     x, y = a[known].double().numpy(), b[known].double().numpy()
     if len(x) < 2 or not x.std() or not y.std():
         return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1] if ranks else np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(values: Float[np.ndarray, "value"]) -> Float[np.ndarray, "value"]:
+    """From 1 on; equal values share the mean of their ranks."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[which]

@@ -15,10 +15,11 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import hook_names
+from moe_lens.checks import chosen_layers, chosen_positions
 from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
 from moe_lens.interventions.stacked_runs import Cell, Places, StackedRuns, by_layer, checked_runs
@@ -46,8 +47,11 @@ def patch_router(
     metric: Any,
     *,
     point: str = "router_logits",
+    layers: Any = None,
+    positions: Any = None,
     attention_mask: Any = None,
     batch_size: int | None = None,
+    reuse: bool = True,
     hooks: Hooks = (),
     progress: bool = True,
 ) -> Float[Tensor, "layer pos"]:
@@ -63,11 +67,22 @@ def patch_router(
     >>> corrupted = "Question : what is the capital of Norland ? Answer :"
     >>> patch_router(model, clean_cache, corrupted, metric, progress=False).shape      # [layer pos]
     torch.Size([4, 12])
+    >>> patch_router(model, clean_cache, corrupted, metric, layers=[1, 3], positions=[8, -1],
+    ...              progress=False).shape                   # layers 1 and 3, the country and the last token
+    torch.Size([2, 2])
 
     The entries are those of TransformerLens' `generic_activation_patch(model, corrupted_tokens, clean_cache,
-    metric, layer_pos_patch_setter, point, ["layer", "pos"])`, bit for bit with batch_size=1. In a larger
-    stack they may differ by rounding; in half precision that can flip a close choice of experts. Padding
-    (attention_mask) is patched, too. Where clean logits are put in, a plan among the hooks does not hold.
+    metric, layer_pos_patch_setter, point, ["layer", "pos"])`, bit for bit with batch_size=1 and reuse=False.
+    In a larger stack they may differ by rounding; in half precision that can flip a close choice of experts.
+    Padding (attention_mask) is patched, too. Where clean logits are put in, a plan among the hooks does not
+    hold.
+
+    A patch changes nothing below its layer and nothing before its position. With `reuse`, a patched run goes
+    on from the corrupted run's residual stream there, with its keys and values; the metric sees all logits.
+    That changes sums by rounding (about 1e-6 of the logits in float32). In half precision, where rounding may
+    flip a close choice of experts, columns are computed again and only layers are skipped, which keeps every
+    bit with batch_size=1. The first forward is compared with whole runs; where they differ (a state that
+    blocks share, say), and under any hooks, which would miss what is skipped, runs are whole.
 
     Args:
         model: a `HookedMoE` or `RoutedModel` in eval mode.
@@ -79,39 +94,47 @@ def patch_router(
         point: "router_logits", from which the model's rule makes indices and weights; "topk_indices", whose
             weights follow from the corrupted run's logits; "topk_weights", slot by slot, for the experts that
             the corrupted run chose; "route", indices and weights together.
+        layers: numbers of the MoE layers to patch, in the order of the rows: a number, several, a range or a
+            slice of numbers. None: all.
+        positions: the positions to patch, in the order of the columns; negative ones count from the end.
+            None: all.
         attention_mask: [batch pos], 0 on padding.
         batch_size: patches a forward; None for as many as memory allows (fewer after an out-of-memory error).
+        reuse: repeat nothing below a patch's layer and before its position, where that is sound. False: whole
+            runs.
         hooks: forward hooks to run under; like hooks that are on the model already, they act in every patched
             run, before the patch. They see the rows of several runs, each a copy of the corrupted batch.
-        progress: show a progress bar.
+        progress: show a progress bar, which counts patches and tells the time left.
 
     Returns:
-        float32, on the CPU; layers in the order of `model.moe_layers`.
+        float32, on the CPU; rows and columns as `layers` and `positions` name them (all: in ascending order).
 
     Raises:
-        DataError: an unknown point, a cache that lacks it, has another shape or belongs to another model,
-            corrupted prompts of unequal lengths, a metric that gives NaN or anything but one number.
+        DataError: an unknown point, layers or positions that are not there or named twice, a cache that lacks
+            the point, has another shape or belongs to another model, corrupted prompts of unequal lengths, a
+            metric that gives NaN or anything but one number.
         MoELensError: not a model with hook points.
         HookError: the model is in training mode, or its router logits are NaN.
     """
     if not isinstance(point, str) or point not in ROUTER_POINTS:
         raise DataError(f"point must be one of {', '.join(map(repr, ROUTER_POINTS))}; got {point!r}.")
     runs = checked_runs(
-        model, corrupted_tokens, attention_mask, metric, "position", batch_size, hooks, progress
+        model, corrupted_tokens, attention_mask, metric, "position", batch_size, hooks, progress, reuse
     )
-    points = ROUTER_POINTS[point]
+    points, batch = ROUTER_POINTS[point], len(runs.tokens)
     clean = _clean(runs, clean_cache, points)
 
-    def hooks_for(cells: Sequence[Cell]) -> HookList:
+    def hooks_for(cells: Sequence[Cell], start: int) -> HookList:
         return [
-            (hook_names.name(layer, name), PutClean(clean[layer][name], places, len(cells)))
+            (hook_names.name(layer, name), PutClean(clean[layer][name], places, batch, start))
             for layer, places in by_layer(cells).items()
             for name in points
         ]
 
-    n_pos = runs.tokens.shape[1]
-    cells = [Cell(layer, pos) for layer in runs.model.moe_layers for pos in range(n_pos)]
-    return torch.tensor(runs.sweep(cells, hooks_for), dtype=torch.float32).reshape(-1, n_pos)
+    rows = chosen_layers(layers, runs.model.moe_layers)
+    columns = chosen_positions(positions, runs.tokens.shape[1])
+    cells = [Cell(layer, pos, pos) for layer in rows for pos in columns]
+    return torch.tensor(runs.sweep(cells, hooks_for), dtype=torch.float32).reshape(len(rows), -1)
 
 
 def patch_expert_outputs(
@@ -121,8 +144,11 @@ def patch_expert_outputs(
     metric: Any,
     *,
     by: str = "expert",
+    layers: Any = None,
+    positions: Any = None,
     attention_mask: Any = None,
     batch_size: int | None = None,
+    reuse: bool = True,
     hooks: Hooks = (),
     progress: bool = True,
 ) -> Float[Tensor, "layer entry"]:
@@ -160,13 +186,19 @@ def patch_expert_outputs(
         corrupted_tokens: int tokens [batch pos] or [pos], a string, or strings of equally many tokens.
         metric: function of one patched run's logits [batch pos d_vocab] that gives a number.
         by: "expert", one expert at all positions; or "pos", all experts at one position.
+        layers: numbers of the MoE layers to patch, in the order of the rows: a number, several, a range or a
+            slice of numbers. None: all.
+        positions: by="pos": those to patch, in the order of the columns; by="expert": those where outputs may
+            be replaced. Negative ones count from the end. None: all.
         attention_mask: [batch pos], 0 on padding.
         batch_size: patches a forward; None for as many as memory allows.
+        reuse: as in `patch_router`.
         hooks: forward hooks to run under, as in `patch_router`.
         progress: show a progress bar.
 
     Returns:
-        float32 [layer expert] or [layer pos], on the CPU; layers in the order of `model.moe_layers`.
+        float32 [layer expert] or [layer pos], on the CPU; rows and positions as `layers` and `positions` name
+            them.
 
     Raises:
         DataError: another `by`, a cache without expert outputs, or as in `patch_router`.
@@ -176,32 +208,41 @@ def patch_expert_outputs(
     if not isinstance(by, str) or by not in ("expert", "pos"):
         raise DataError(f"by must be 'expert' or 'pos'; got {by!r}.")
     axis = "expert" if by == "expert" else "position"
-    runs = checked_runs(model, corrupted_tokens, attention_mask, metric, axis, batch_size, hooks, progress)
+    runs = checked_runs(
+        model, corrupted_tokens, attention_mask, metric, axis, batch_size, hooks, progress, reuse
+    )
     clean = _clean(runs, clean_cache, (hook_names.TOPK_INDICES, hook_names.EXPERT_OUT))
+    rows = chosen_layers(layers, runs.model.moe_layers)
+    batch, n_pos = runs.tokens.shape
+    columns = chosen_positions(positions, n_pos)
+    entries = columns if by == "pos" else list(range(runs.model.n_experts))
+    allowed = torch.zeros(n_pos, dtype=torch.bool)
+    allowed[columns] = True
 
-    def hooks_for(cells: Sequence[Cell]) -> HookList:
+    def hooks_for(cells: Sequence[Cell], start: int) -> HookList:
         hooks: HookList = []
         for layer, places in by_layer(cells).items():
             indices, outputs = (
                 clean[layer][name] for name in (hook_names.TOPK_INDICES, hook_names.EXPERT_OUT)
             )
-            edit = PutCleanOutputs(outputs, places, len(cells), indices, by_expert=by == "expert")
+            edit = PutCleanOutputs(outputs, places, batch, start, indices, allowed, by == "expert")
             hooks.append((hook_names.expert_out(layer), edit))
         return hooks
 
     chosen, unpatched = _corrupted_run(runs)
-    length = runs.model.n_experts if by == "expert" else runs.tokens.shape[1]
     cells = [
-        Cell(layer, entry)
-        for layer in runs.model.moe_layers
-        for entry in _in_common(chosen[layer], clean[layer][hook_names.TOPK_INDICES], by)
+        Cell(layer, entry, start)
+        for layer in rows
+        for entry, start in _in_common(
+            chosen[layer], clean[layer][hook_names.TOPK_INDICES], allowed, by
+        ).items()
     ]
     # Most experts of a large model do not run in both; their entries need no run.
-    patched = torch.full((len(chosen), length), unpatched, dtype=torch.float32)
+    patched = torch.full((len(rows), len(entries)), unpatched, dtype=torch.float32)
     with with_expert_out(runs.model):
         values = runs.sweep(cells, hooks_for)
     for cell, value in zip(cells, values, strict=True):
-        patched[runs.model.moe_layers.index(cell.layer), cell.entry] = value
+        patched[rows.index(cell.layer), entries.index(cell.entry)] = value
     return patched
 
 
@@ -211,12 +252,14 @@ class PutClean:
 
     clean: Tensor  # [batch or 1, pos, ...]
     places: Places
-    n_runs: int
+    batch: int  # rows of one run
+    start: int  # the column at which the forward begins
 
     def __call__(self, value: Tensor, hook: Any) -> Tensor:
-        stacked = value.clone().unflatten(0, (self.n_runs, -1))  # [run batch pos ...]
+        stacked = value.clone().unflatten(0, (-1, self.batch))  # [run batch pos ...]
         clean = self.clean[:, self.places.entries.to(self.clean.device)].to(value)  # [batch cell ...]
         runs, positions = (numbers.to(value.device) for numbers in self.places)
+        positions = positions - self.start
         stacked[runs, :, positions] = clean.transpose(0, 1)  # both [cell batch ...]
         point = hook_names.parse(str(hook.name))
         if (
@@ -234,26 +277,31 @@ class PutCleanOutputs:
 
     clean: Float[Tensor, "rows pos k d_model"]
     places: Places
-    n_runs: int
+    batch: int  # rows of one run
+    start: int  # the column at which the forward begins
     clean_indices: Int[Tensor, "rows pos k"]
+    columns: Bool[Tensor, "pos"]  # where outputs may be replaced
     by_expert: bool
 
     def __call__(self, value: Tensor, hook: RoutingPoint) -> Tensor:
-        if value.shape[1:] != self.clean.shape[1:]:
+        clean, clean_indices = self.clean[:, self.start :], self.clean_indices[:, self.start :]
+        if value.shape[1:] != clean.shape[1:]:
             raise DataError(
                 f"{hook.name}: the clean cache's expert outputs have shape {tuple(self.clean.shape)}, this "
                 f"model's {tuple(value.shape)}; give a cache of this model."
             )
-        stacked = value.clone().unflatten(0, (self.n_runs, -1))  # [run batch pos k d_model]
+        stacked = value.clone().unflatten(0, (-1, self.batch))  # [run batch pos k d_model]
         runs, wanted = (numbers.to(value.device) for numbers in self.places)
-        chosen = hook.chosen.unflatten(0, (self.n_runs, -1))[runs]  # [cell batch pos k]
-        in_clean = self.clean_indices.to(chosen).unsqueeze(-2)  # [rows pos 1 k]
+        chosen = hook.chosen.unflatten(0, (-1, self.batch))[runs]  # [cell batch pos k]
+        in_clean = clean_indices.to(chosen).unsqueeze(-2)  # [rows pos 1 k]
         same = chosen.unsqueeze(-1) == in_clean  # [cell batch pos k, k of the clean run]
         slot = same.int().argmax(-1)  # where the clean run has this expert, if it does
-        clean = self.clean.to(value).expand(*slot.shape, -1)
+        clean = clean.to(value).expand(*slot.shape, -1)
         clean = clean.gather(-2, slot.unsqueeze(-1).expand_as(clean))
-        along = chosen if self.by_expert else torch.arange(chosen.shape[2], device=value.device)[:, None]
+        positions = torch.arange(self.start, self.start + value.shape[1], device=value.device)
+        along = chosen if self.by_expert else positions[:, None]
         replace = same.any(-1) & (along == wanted[:, None, None, None])
+        replace &= self.columns.to(value.device)[self.start :, None]
         stacked[runs] = torch.where(replace.unsqueeze(-1), clean, stacked[runs])
         return stacked.flatten(0, 1)
 
@@ -268,13 +316,27 @@ def _corrupted_run(runs: StackedRuns) -> tuple[dict[int, Int[Tensor, "batch pos 
     hooks: HookList = [
         (hook_names.topk_indices(layer), partial(note, layer=layer)) for layer in runs.model.moe_layers
     ]
-    return chosen, runs.run([None], hooks)[0]
+    return chosen, runs.unpatched(hooks)
 
 
-def _in_common(chosen: Int[Tensor, "batch pos k"], clean: Int[Tensor, "rows pos k"], by: str) -> list[int]:
-    """The experts that run at the same place in both runs, or the positions of such experts, ascending."""
+def _in_common(
+    chosen: Int[Tensor, "batch pos k"],
+    clean: Int[Tensor, "rows pos k"],
+    allowed: Bool[Tensor, "pos"],
+    by: str,
+) -> dict[int, int]:
+    """The experts that run at the same place in both runs, or the positions of such experts, ascending.
+
+    Of each the first position.
+    """
     same = (chosen.unsqueeze(-1) == clean.to(chosen).unsqueeze(-2)).any(-1)
-    return (chosen[same] if by == "expert" else same.nonzero()[:, 1]).unique().tolist()
+    same &= allowed.to(same.device)[:, None]
+    positions = same.nonzero()[:, 1].tolist()
+    entries = chosen[same].tolist() if by == "expert" else positions
+    first: dict[int, int] = {}
+    for entry, pos in zip(entries, positions, strict=True):
+        first[entry] = min(pos, first[entry]) if entry in first else pos
+    return dict(sorted(first.items()))
 
 
 def _clean(runs: StackedRuns, cache: Any, points: tuple[str, ...]) -> Clean:

@@ -4,17 +4,18 @@
     values = runs.sweep(cells, hooks_for)      # one number a cell, in the cells' order
 
 Run i of a forward has the rows i * batch to (i + 1) * batch. Nothing in a causal language model mixes rows,
-so a run gives what it would give alone, up to rounding in larger matrix products.
+so a run gives what it would give alone, up to rounding in larger matrix products. Nor does an edit change
+what is below its layer or before its position, so with reuse that is not computed again
+(`model.edited_runs`).
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import psutil
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,14 +23,12 @@ from tqdm.auto import tqdm
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
+from moe_lens.model.edited_runs import MOST_TOKENS, EditedRuns
 from moe_lens.model.hf_models import original_model
 from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import forward_state, routing_layers
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import token_sequences
-
-MOST_TOKENS: Final = {"cpu": 2**13, "cuda": 2**16}
-"""The most tokens of one forward, by device; more are no faster, even if memory allows them."""
 
 
 class Cell(NamedTuple):
@@ -38,6 +37,8 @@ class Cell(NamedTuple):
     layer: int
     entry: int
     """The position or expert."""
+    start: int = 0
+    """The first position that the edit can change."""
 
 
 class Places(NamedTuple):
@@ -72,6 +73,8 @@ class StackedRuns:
         axis: "position" or "expert", for messages.
         batch_size: runs in one forward; None for as many as memory allows.
         hooks: forward hooks under which every run takes place.
+        progress: show a progress bar, whose unit is a run.
+        reuse: repeat nothing below an edit's layer and before its position.
     """
 
     model: Model
@@ -80,39 +83,45 @@ class StackedRuns:
     metric: Metric
     axis: str
     batch_size: int | None = None
-    hooks: Hooks = ()
+    hooks: HookList = field(default_factory=list)
     progress: bool = False
+    reuse: bool = True
 
-    def sweep(self, cells: Sequence[Cell], hooks_for: Callable[[Sequence[Cell]], HookList]) -> list[float]:
-        """The metric of every cell's run; `hooks_for` makes the hooks of a forward that stacks some cells."""
-        size = self.batch_size or min(len(cells), runs_that_fit(self.model, self.tokens))
-        values: list[float] = []
+    def sweep(
+        self, cells: Sequence[Cell], hooks_for: Callable[[Sequence[Cell], int], HookList]
+    ) -> list[float]:
+        """The metric of every cell's run.
+
+        Args:
+            hooks_for: gives the hooks of a forward that stacks some cells and begins at a column.
+        """
+        if not cells:
+            return []
+        batch = torch.arange(len(self.tokens))
+        runs = EditedRuns(
+            self.model,
+            self.tokens,
+            self.attention_mask,
+            cells,
+            lambda some: batch.repeat(len(some)),
+            hooks_for,
+            reuse=self.reuse,
+            hooks=self.hooks,
+        )
+        size = self.batch_size or runs.together(runs_that_fit(self.model, self.tokens))
         with tqdm(total=len(cells), desc="patching", unit="patch", disable=not self.progress) as bar:
-            while len(values) < len(cells):
-                chunk = cells[len(values) : len(values) + size]
-                try:
-                    measured = self.run(chunk, hooks_for(chunk))
-                except RuntimeError as error:
-                    if self.batch_size is not None or size == 1 or not should_reduce_batch_size(error):
-                        raise
-                    measured = []
-                if not measured:  # out of memory; only out here is what the error held free
-                    clear_device_cache(garbage_collection=True)
-                    size //= 2
-                values += measured
-                bar.update(len(measured))
-        return values
+            return runs.sweep(size, self._measured, shrinks=self.batch_size is None, bar=bar)
 
     @torch.no_grad()
-    def run(self, cells: Sequence[Cell | None], hooks: HookList) -> list[float]:
-        """The metric of each of these runs, in one forward under `hooks`; None is a run without a patch."""
-        n_runs, kwargs = len(cells), {}
-        if self.attention_mask is not None:
-            kwargs["attention_mask"] = self.attention_mask.repeat(n_runs, 1)
-        rows = torch.arange(len(self.tokens)).repeat(n_runs)
+    def unpatched(self, hooks: HookList) -> float:
+        """The metric of a run without a patch, under `hooks`."""
+        kwargs = {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
+        rows = torch.arange(len(self.tokens))
         with forward_state(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *hooks]):
-            logits = self.model(self.tokens.repeat(n_runs, 1), **kwargs)
-        by_run = logits.unflatten(0, (n_runs, -1)).unbind(0)
+            return self._measure(self.model(self.tokens, **kwargs), None)
+
+    def _measured(self, logits: Float[Tensor, "row pos d_vocab"], cells: Sequence[Cell]) -> list[float]:
+        by_run = logits.unflatten(0, (len(cells), -1)).unbind(0)
         return [self._measure(logits, cell) for logits, cell in zip(by_run, cells, strict=True)]
 
     def _measure(self, logits: Float[Tensor, "batch pos d_vocab"], cell: Cell | None) -> float:
@@ -176,6 +185,7 @@ def checked_runs(
     batch_size: Any,
     hooks: Hooks,
     progress: bool,
+    reuse: Any = True,
 ) -> StackedRuns:
     """A user's arguments, checked; strings become tokens.
 
@@ -200,7 +210,7 @@ def checked_runs(
         )
     stacked = torch.stack(sequences).to(model.cfg.device)
     mask = _checked_mask(attention_mask, stacked)
-    return StackedRuns(model, stacked, mask, metric, axis, size, hooks, progress)
+    return StackedRuns(model, stacked, mask, metric, axis, size, list(hooks), progress, bool(reuse))
 
 
 def _checked_mask(given: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"] | None:

@@ -19,7 +19,7 @@ from moe_lens.attribution.results import LogitAttribution
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.interventions.results import Mediation
-from moe_lens.plots.style import COLORS, count_axis, layers_below, layers_beside, new_axes, signed_map
+from moe_lens.plots.style import COLORS, count_ticks, layers_below, layers_beside, new_axes, signed_map
 
 _MANY: Final = 40  # more labels than that cannot be read
 
@@ -31,6 +31,7 @@ def patching_map(
     clean: float | None = None,
     layers: Sequence[int] | None = None,
     columns: Sequence[str] | str = "position",
+    positions: Sequence[int] | None = None,
     what: str = "router logits",
     ax: Axes | None = None,
 ) -> Axes:
@@ -47,6 +48,7 @@ def patching_map(
             the metric.
         layers: numbers of the rows; None: 0, 1, ...
         columns: labels of the columns (a prompt's tokens), or what they are ("position", "expert").
+        positions: numbers of the columns, of a sweep over some positions; None: 0, 1, ...
         what: what was patched, for the title.
         ax: where to draw; a new figure if None.
 
@@ -55,7 +57,10 @@ def patching_map(
     """
     n_rows, n_columns = values.shape
     rows = list(range(n_rows)) if layers is None else list(layers)
-    if len(rows) != n_rows or (not isinstance(columns, str) and len(columns) != n_columns):
+    labels = columns if not isinstance(columns, str) else positions
+    if len(rows) != n_rows or any(
+        len(given) != n_columns for given in (labels, positions) if given is not None
+    ):
         raise DataError(f"The map has {n_rows} layers and {n_columns} columns; give one label each.")
     if clean == corrupted:
         raise DataError("The clean and the corrupted metric are equal, so no share can be drawn.")
@@ -64,7 +69,8 @@ def patching_map(
     image = signed_map(ax, change.numpy())
     layers_beside(ax, rows)
     if isinstance(columns, str) or n_columns > _MANY:
-        count_axis(ax, n_columns)
+        shown = count_ticks(n_columns)
+        ax.set_xticks(shown, [str(n if positions is None else positions[n]) for n in shown])
     else:
         ax.set_xticks(range(n_columns), list(columns), rotation=60, ha="right", rotation_mode="anchor")
     ax.set_xlabel(columns if isinstance(columns, str) else "token")

@@ -20,6 +20,7 @@ from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.interventions import stacked_runs
 from moe_lens.interventions.patching import ROUTER_POINTS, patch_expert_outputs, patch_router
 from moe_lens.interventions.stacked_runs import Cell, bytes_a_token, runs_that_fit
+from moe_lens.model import edited_runs
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
@@ -92,7 +93,7 @@ def outputs_by_hand(
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(transformer_lens_patching, "tqdm", lambda rows: rows)
     monkeypatch.setattr(
-        stacked_runs, "clear_device_cache", lambda garbage_collection: None
+        edited_runs, "clear_device_cache", lambda garbage_collection: None
     )  # collecting is slow
     with torch.no_grad():
         yield
@@ -107,7 +108,7 @@ def test_router_patches_are_transformer_lens_own(hooked: Hooked, recipe: str) ->
     cache = cached(model)
     for point in SINGLE_POINTS:
         expected = by_transformer_lens(model, cache, point)
-        one_by_one = patch_router(model, cache, CORRUPTED, metric, point=point, batch_size=1)
+        one_by_one = patch_router(model, cache, CORRUPTED, metric, point=point, batch_size=1, reuse=False)
         assert torch.equal(one_by_one, expected)
         stacked = patch_router(model, cache, CORRUPTED, metric, point=point)
         torch.testing.assert_close(stacked, expected, **TOLERANCE)
@@ -120,8 +121,9 @@ def test_router_patches_are_transformer_lens_own(hooked: Hooked, recipe: str) ->
 def test_in_bfloat16_one_by_one_is_bit_for_bit(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe, torch.bfloat16)
     cache = cached(model)
-    found = patch_router(model, cache, CORRUPTED, metric, batch_size=1)
-    assert torch.equal(found, by_transformer_lens(model, cache, "router_logits"))
+    for reuse in (True, False):  # skipped layers change no bit
+        found = patch_router(model, cache, CORRUPTED, metric, batch_size=1, reuse=reuse)
+        assert torch.equal(found, by_transformer_lens(model, cache, "router_logits"))
 
 
 @one_of_each_kind

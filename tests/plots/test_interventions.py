@@ -40,6 +40,13 @@ def test_a_patching_map_is_normalised_and_centred_on_zero() -> None:
     assert raw.get_xlabel() == "expert"
 
 
+def test_a_map_of_some_layers_and_positions_has_their_numbers() -> None:
+    ax = patching_map(torch.rand(2, 3), corrupted=0.0, layers=[3, 5], positions=[0, 7, 11])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["3", "5"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "7", "11"]
+    assert ax.get_xlabel() == "position"
+
+
 def test_a_map_of_a_long_prompt_keeps_its_ticks_readable() -> None:
     ax = patching_map(torch.rand(2, 100), corrupted=0.0, columns=[str(n) for n in range(100)])
     assert len(ax.get_xticks()) <= 20
@@ -47,7 +54,7 @@ def test_a_map_of_a_long_prompt_keeps_its_ticks_readable() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"layers": [1]}, {"columns": ["a", "b"]}, {"clean": 0.0}],
+    [{"layers": [1]}, {"columns": ["a", "b"]}, {"clean": 0.0}, {"positions": [1]}],
 )
 def test_maps_that_do_not_fit_are_refused(arguments: Any) -> None:
     with pytest.raises(DataError):
