@@ -149,7 +149,8 @@ def test_a_model_whose_blocks_share_more_is_run_whole() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = RoutedModel(tiny_model("olmoe"), tokenizer())
     cache, before = cached(model), model(CORRUPTED)
-    forwards = [vars(block).get("forward") for block in model.hf_model.model.layers]
+    hf: Any = model.hf_model
+    forwards = [vars(block).get("forward") for block in hf.model.layers]
 
     def fails(logits: Tensor) -> Tensor:
         raise ZeroDivisionError
@@ -157,7 +158,7 @@ def test_the_model_is_left_as_it_was() -> None:
     patch_router(model, cache, CORRUPTED, metric, progress=False)
     with pytest.raises(ZeroDivisionError):
         patch_router(model, cache, CORRUPTED, fails, progress=False)
-    assert [vars(block).get("forward") for block in model.hf_model.model.layers] == forwards
+    assert [vars(block).get("forward") for block in hf.model.layers] == forwards
     assert torch.equal(model(CORRUPTED), before)
 
 
@@ -188,6 +189,7 @@ def test_a_part_of_a_sweep_is_that_part(
     expected = torch.zeros_like(found.is_exact)
     expected[torch.tensor(rows)[:, None], :, torch.tensor(columns)] = True
     assert torch.equal(found.is_exact, expected)
+    assert every.exact is not None
     torch.testing.assert_close(found.changes[expected], every.exact[expected], **CLOSE)
     torch.testing.assert_close(found.changes[~expected], every.estimate[~expected])
 
@@ -242,7 +244,8 @@ def test_the_largest_estimates_are_run(hooked: Any) -> None:
     torch.testing.assert_close(found.exact[found.is_exact], every.exact[found.is_exact], **CLOSE)
     assert "exact on 7 of" in repr(found)
     assert found.to_dataframe()["n_exact"].sum() == 7
-    for wrong in ({"exact": 0}, {"exact": False, "layers": [0]}):
+    refused: list[dict[str, Any]] = [{"exact": 0}, {"exact": False, "layers": [0]}]
+    for wrong in refused:
         with pytest.raises(DataError):
             virtual_ablation(model, CORRUPTED, **wrong)
 
@@ -262,6 +265,6 @@ def test_the_summary_says_where_the_largest_is_and_correlates_by_rank(hooked: An
     known = known.clone()
     known[:, 0, 0] = known[:, 1, 3] = False
     for ranks, formula in ((True, spearmanr), (False, pearsonr)):
-        expected = formula(found.estimate[known].double(), found.exact[known].double())[0]
+        expected: Any = formula(found.estimate[known].double(), found.exact[known].double())[0]
         assert found.correlate(ranks=ranks, without=[0]) == pytest.approx(float(expected))
     assert f"layer {layer}, prompt {prompt}, pos {pos}" in repr(found)
