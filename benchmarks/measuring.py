@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITING = ("_local_scalar_dense", "nonzero", "equal")
+WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2")
 """Operations that wait for a value of the device; `.item()` and branches are the first of them."""
 
 
@@ -101,7 +101,10 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in WAITING:
+        by_mask = name in ("index", "index_put_") and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in args[1]
+        )
+        if name in WAITING or by_mask:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 

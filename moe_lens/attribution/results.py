@@ -85,6 +85,7 @@ class LogitAttribution(Result):
         return shares.scatter_add(-1, self.indices, self.experts)
 
     def summary(self) -> str:
+        """Model, prompts, and the mean logit as experts + rest + error, in logits."""
         n_prompts = len(self.logit)
         return (
             f"{self.shape.model}, {n_prompts} prompt{'s' * (n_prompts != 1)}: {self._logit_name} "
@@ -163,6 +164,7 @@ class GradientAttribution(Result):
         return torch.zeros_like(self.router_logits).scatter_add(-1, self.indices, self.expert_out)
 
     def summary(self) -> str:
+        """Model, prompts, the metric, and the summed effects at both points, in its unit."""
         n_prompts = self.indices.shape[1]
         return (
             f"{self.shape.model}, {n_prompts} prompt{'s' * (n_prompts != 1)}: metric {self.metric:.4g}; "
@@ -317,6 +319,7 @@ class VirtualAblation(Result):
         return sums / _counts(self.indices, self.shape.n_experts)
 
     def summary(self) -> str:
+        """Mean loss in nats, how many changes are exact, correlations, and where the largest is."""
         start = f"{self.shape.model}: loss {self.loss.mean():.4g}"
         if self.exact is None:
             return f"{start}; estimate only; largest {self.largest}"

@@ -110,15 +110,19 @@ def virtual_ablation(
     n_runs = n_runs if n_exact is None else min(n_runs, n_exact)
     bar = tqdm(total=n_runs, desc="routing around", unit="run", disable=not (progress and n_runs))
     with model.hooks(list(hooks)), bar:
-        for (rows, _), batch in zip(batches, runs, strict=True):
+        for (rows, _), batch, cells in zip(batches, runs, selected, strict=True):
             with forward_state(model).of_prompts(rows):
                 batch.run_estimate()
-        if n_exact:
+                if n_exact is None:
+                    batch.run_exact(cells, batch_size, bar)
+            if not n_exact:
+                batch.others.clear()  # k times as large as what is kept
+        if n_exact:  # which are the largest is known when all prompts have been estimated
             selected = _largest(selected, [batch.estimate for batch in runs], n_runs)
-        for (rows, _), batch, cells in zip(batches, runs, selected, strict=True):
-            if n_exact != 0:
+            for (rows, _), batch, cells in zip(batches, runs, selected, strict=True):
                 with forward_state(model).of_prompts(rows):
                     batch.run_exact(cells, batch_size, bar)
+        for (rows, _), batch in zip(batches, runs, strict=True):
             for name in _FIELDS:
                 if (value := getattr(batch, name)) is not None:
                     pieces[name].append((rows, value))

@@ -19,6 +19,7 @@ Options = argparse.Namespace
 
 
 def stats(options: Options) -> None:
+    """Count the routing of a file of prompts into a file; goes on where it was interrupted."""
     model = _model(options)
     prompts = text.read_prompts(options.prompts, column=options.column)
     about = f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column}"
@@ -41,6 +42,7 @@ def stats(options: Options) -> None:
 
 
 def detect(options: Options) -> None:
+    """Score every expert on a file of pairs."""
     pairs = _pairs(options)
     if not options.top:
         raise DataError("--top must be at least 1.")
@@ -73,6 +75,7 @@ def detect(options: Options) -> None:
 
 
 def plan(options: Options) -> None:
+    """Choose a plan from scores or from a published ranking."""
     numbers = {"n_activate": options.activate, "n_deactivate": options.deactivate}
     common = {"epsilon": options.epsilon, "on_excess": options.on_excess}
     if options.steermoe:
@@ -99,6 +102,7 @@ def plan(options: Options) -> None:
 
 
 def steer(options: Options) -> None:
+    """Continue a prompt with and without a plan."""
     import torch
     from tqdm.auto import tqdm
 
@@ -128,6 +132,7 @@ def steer(options: Options) -> None:
 
 
 def evaluate(options: Options) -> None:
+    """Hold a plan against random experts."""
     load = steering.SteeringPlan.load
     reverse = None if options.reverse is None else load(options.reverse)
     scores = None if options.scores is None else detection.ExpertScores.load(options.scores)
@@ -149,6 +154,7 @@ def evaluate(options: Options) -> None:
 
 
 def sweep(options: Options) -> None:
+    """Evaluate plans of several sizes."""
     scores, task = detection.ExpertScores.load(options.scores), evaluation.load_task(options.task)
     result = evaluation.sweep(
         _model(options), scores, task, sizes=options.sizes, n_random=options.n_random, seed=options.seed
@@ -160,6 +166,7 @@ def sweep(options: Options) -> None:
 
 
 def plot(options: Options) -> None:
+    """Draw a result."""
     _draw_into_files()
     plots.save(PLOTS[options.kind](options), options.out)
     _wrote(options.out)

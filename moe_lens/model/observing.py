@@ -140,8 +140,12 @@ class _Seeing:
                 recorders.append((hook_names.expert_out(layer), _OutputRecorder(layer, self)))
         return recorders
 
+    def sees(self, hook: Any) -> bool:
+        """Whether a point's hooks are asked in that forward: copies of the model have the hooks, too."""
+        return self.is_on and hook.points.running is self.running
+
     def _note_logits(self, value: Tensor, hook: Any) -> None:
-        if self.is_on:
+        if self.sees(hook):
             self.logits = value
 
 
@@ -168,7 +172,7 @@ class _Recorder:
     seeing: _Seeing
 
     def __call__(self, value: Tensor, hook: Any) -> None:
-        if not self.seeing.is_on or self.seeing.logits is None:
+        if not self.seeing.sees(hook) or self.seeing.logits is None:
             return
         parts = (part.flatten(0, -2) for part in (self.seeing.logits, value, hook.chosen))
         self.seeing.decision = RouterOutput(*parts)
@@ -184,7 +188,7 @@ class _OutputRecorder:
 
     def __call__(self, value: Tensor, hook: Any) -> None:
         seeing = self.seeing
-        if not seeing.is_on or seeing.decision is None or seeing.see_outputs is None:
+        if not seeing.sees(hook) or seeing.decision is None or seeing.see_outputs is None:
             return
         seeing.see_outputs(self.layer, seeing.decision, value.flatten(0, -3))
         seeing.stop_after(self.layer)

@@ -110,11 +110,6 @@ class Running:
         return self.depth > 0
 
     @property
-    def has_hooks(self) -> bool:
-        """Whether a hook is set on routing, or on the residual stream."""
-        return self.is_hooked or any(table for points in self.residual for table in points.tables)
-
-    @property
     def depth(self) -> int:
         """How many forwards, each within the other, run in this thread."""
         thread = self._threads.get(threading.get_ident())

@@ -29,7 +29,8 @@ from moe_lens.errors import DataError
 from moe_lens.files import check_writable
 from moe_lens.hook_names import Hooks
 from moe_lens.model.observing import Run, observing
-from moe_lens.model.registration import forward_state, moe_shape, routing_layers, with_expert_out
+from moe_lens.model.registration import moe_shape, routing_layers, with_expert_out
+from moe_lens.model.resuming import is_bare
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.statistics.counting import RoutingCounter, Wanted, moved
@@ -86,12 +87,11 @@ def collect_routing(
 
     Raises:
         DataError: no prompts, an empty prompt, or a span that selects no token of some prompt.
+        DataError: NaN router logits; what was counted before that batch is kept by `collect_to_file`.
         HookError: from hooks, or the model is in training mode.
     """
     wanted = Wanted(per_prompt, positions, vocabulary, outputs)
-    counting = Counting(
-        model, hooks, wanted, Limits.of(batch_size, batch_tokens, model.cfg.device), span, special_tokens
-    )
+    counting = Counting(model, hooks, wanted, span, special_tokens, batch_size, batch_tokens)
     counter = counting.counter()
     for _ in counting.run(prompts_or_tokens, lambda: counter, progress):
         pass
@@ -128,9 +128,7 @@ def iterate_routing(
     [4, 5]
     """
     wanted = Wanted(per_prompt, positions, vocabulary, outputs)
-    counting = Counting(
-        model, hooks, wanted, Limits.of(batch_size, batch_tokens, model.cfg.device), span, special_tokens
-    )
+    counting = Counting(model, hooks, wanted, span, special_tokens, batch_size, batch_tokens)
     for counter in counting.run(prompts_or_tokens, counting.counter, progress, skip, between=True):
         if counter is not None:
             yield RoutingStats(counting.shape, **counter.values())
@@ -143,11 +141,17 @@ class Counting:
     model: Model
     hooks: Hooks
     wanted: Wanted
-    limits: Limits
     span: Span
     special_tokens: bool
+    batch_size: int | None
+    batch_tokens: int | None
+    hooked: bool = False
+    """Whether other hooks than ours act on the batch."""
 
     def __post_init__(self) -> None:
+        check_hooked(self.model)
+        self.device = self.model.cfg.device
+        self.limits = Limits.of(self.batch_size, self.batch_tokens, self.device)
         self.hooks = list(self.hooks)
         self.shape = moe_shape(self.model)
         self.now = self.counter()  # counts the batch that runs
@@ -172,7 +176,7 @@ class Counting:
         batches = batches_by_length(
             self.model, prompts, self.span, self.limits, special_tokens=self.special_tokens
         )
-        self.device, once = self.model.cfg.device, not self.hooks and not between
+        once = not self.hooks and not between
         with (
             tqdm(total=how_many(prompts), desc="routing", unit="prompt", disable=not progress) as bar,
             with_expert_out(self.model) if self.wanted.outputs else nullcontext(),
@@ -190,7 +194,7 @@ class Counting:
                 bar.update(len(batch.rows))
 
     def _watched(self) -> AbstractContextManager[Run]:
-        self.hooked = bool(self.hooks) or forward_state(self.model).has_hooks
+        self.hooked = bool(self.hooks) or not is_bare(self.model)
         see_outputs = (lambda *seen: self.now.see_outputs(*seen)) if self.wanted.outputs else None
         return observing(self.model, lambda *seen: self.now.see(*seen), self.hooks, see_outputs)
 
@@ -256,12 +260,10 @@ def collect_to_file(
     """
     path = Path(path)
     check_writable(path)
-    check_hooked(model)
     wanted = Wanted(per_prompt, positions, vocabulary, outputs)
-    limits = Limits.of(batch_size, batch_tokens, model.cfg.device)
-    described = f"{about} {limits} {wanted} {span} {special_tokens} {_described(hooks)}"
+    counting = Counting(model, hooks, wanted, span, special_tokens, batch_size, batch_tokens)
+    described = f"{about} {counting.limits} {wanted} {span} {special_tokens} {_described(hooks)}"
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
-    counting = Counting(model, hooks, wanted, limits, span, special_tokens)
     counted, done = _newest_partial(path, digest)
     counter = counting.counter(counted, done)
     saved, cost = time.monotonic(), 0.0

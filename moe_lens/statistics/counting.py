@@ -4,10 +4,11 @@
     counter.begin(counted)                             # bool [prompt pos]: which tokens count
     counter.see(layer, decision)                       # for every MoE layer, as it runs
     counter.end()
-    counter.stats(shape)                               # RoutingStats
+    RoutingStats(shape, **counter.values())
 
 Of a layer's router logits only sums are kept; of a batch, the numbers of the chosen experts, until its end.
-Nothing here waits for a value on another device but the tables by prompt, position and token, once a batch.
+Nothing here waits for a value on another device while the model runs; at the end of a batch it is asked once
+whether all is finite, and the tables by prompt, position and token are fetched.
 
 Integers are exact. Floats are float64 sums: over the tokens of a batch in the order of torch's `sum`, then
 over batches, one after the other. So a sum that was saved after some batches goes on bit for bit.
@@ -164,7 +165,11 @@ class RoutingCounter:
         batch.layers[layer].outputs = output_sums(batch.of_counted(outputs), weights, indices, n_experts)
 
     def end(self, rows: Sequence[int] = ()) -> None:
-        """The batch's forward is over: from now on it counts. Its prompts have the numbers `rows`."""
+        """The batch's forward is over: from now on it counts. Its prompts have the numbers `rows`.
+
+        Raises:
+            DataError: NaN or infinite router logits or weights in a layer; then nothing of the batch counts.
+        """
         batch, self._batch = self._batch, None
         assert batch is not None
         layers = [batch.layers[number] for number in sorted(batch.layers)]
@@ -177,6 +182,7 @@ class RoutingCounter:
         indices = _stacked([layer.indices for layer in layers], home).long()
         weights = _stacked([layer.weights for layer in layers], home)
         sums |= _sums(indices, weights, batch.on("first", home), batch.on("second", home), n_experts)
+        _refuse_nan(sorted(batch.layers), sums)
         if layers[0].outputs is not None:
             parts = [layer.outputs or {} for layer in layers]
             sums |= {f"outputs.{name}": _stacked([part[name] for part in parts], home) for name in parts[0]}
@@ -193,8 +199,10 @@ class RoutingCounter:
     ) -> dict[str, Any]:
         tables: dict[str, Any] = {}
         if self.wanted.per_prompt:
-            sums = [layer.by_prompt for layer in layers if layer.by_prompt is not None]
-            tables["per_prompt"] = PromptCounts.count(indices, sums, batch.prompt_of)
+            sums = _stacked(
+                [layer.by_prompt for layer in layers if layer.by_prompt is not None], indices.device
+            )
+            tables["per_prompt"] = PromptCounts.count(indices, list(sums), batch.prompt_of)
         if self.wanted.positions:
             assert batch.position is not None
             tables["by_position"] = PositionCounts.count(indices, batch.position, n_experts)
@@ -298,9 +306,8 @@ def _last_merged(tables: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int
     return [*tables[:-2], (size + other, merged)]
 
 
-def _stacked(rows: Sequence[Tensor], home: torch.device | None) -> Tensor:
+def _stacked(rows: Sequence[Tensor], home: torch.device) -> Tensor:
     """Of each layer, [layer ...]; layers may lie on different devices."""
-    home = rows[0].device if home is None else home
     return torch.stack([row.to(home, non_blocking=True) for row in rows])
 
 
@@ -341,6 +348,17 @@ def _sums(
         "co_routing.transitions": gaps,
         "co_routing.overlaps": shared,
     }
+
+
+def _refuse_nan(layers: Sequence[int], sums: Mapping[str, Tensor]) -> None:
+    """One wait a batch: a sum that holds NaN would take all batches with it."""
+    finite = torch.stack([sums[name].isfinite().all(dim=-1) for name in ("probability_sums", "weight_sums")])
+    if not bool(finite.all()):
+        layer = layers[finite.all(dim=0).tolist().index(False)]
+        raise DataError(
+            f"Layer {layer}: its router logits or routing weights are NaN or infinite on some token, so this "
+            "batch is not counted. Check hooks and, in half precision, the model's own activations."
+        )
 
 
 def _margins(

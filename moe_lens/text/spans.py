@@ -145,11 +145,11 @@ def counted_batches(
     Raises:
         DataError: as in `span_mask`, or a batch_size below 1. Raised when that prompt's turn comes.
     """
+    device = model.cfg.device
     for chunk in chunks(_counted(model, prompts, span, special_tokens), batch_size):
-        tokens, mask = pad_sequences(model, [sequence for sequence, _ in chunk])
-        counted = torch.zeros_like(mask)
-        counted[mask] = torch.cat([chosen for _, chosen in chunk]).to(mask.device)  # row after row
-        yield tokens, mask, counted
+        sequences, chosen = zip(*chunk, strict=True)
+        tokens, mask, counted = CountedPrompts([], list(sequences), list(chosen)).padded(model, "left")
+        yield tokens.to(device), mask.to(device), counted.to(device)
 
 
 class CountedPrompts(NamedTuple):

@@ -1,23 +1,27 @@
 """Counting as the model runs: what routers chose, on every family, and nothing after the last one."""
 
+import copy
+import threading
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.olmoe import modeling_olmoe
 
-from moe_lens import RoutedModel, attach, hook_names
-from moe_lens.errors import DataError, HookError
-from moe_lens.statistics import RoutingStats, collect_routing, iterate_routing
+from benchmarks.measuring import Waits
+from moe_lens import HookedMoE, RoutedModel, attach, hook_names
+from moe_lens.errors import DataError, HookError, MoELensError
+from moe_lens.statistics import RoutingStats, collect_routing, collect_to_file, iterate_routing, route_prompt
+from moe_lens.statistics.counting import RoutingCounter
 from moe_lens.steering import SteeringPlan, steer_hooks
 from moe_lens.text.batching import WINDOW, Limits
 from tests.families import every_family, one_of_each_kind
 from tests.statistics.sums import Hooked
-from tests.tiny_models import MOE_LAYERS, tiny_model, tokens
+from tests.tiny_models import MOE_LAYERS, prompt, tiny_model, tokenizer, tokens
 
 LENGTHS = (5, 9, 3, 7, 9, 2)
 SEQUENCES = [tokens(1, length, seed)[0] for seed, length in enumerate(LENGTHS)]
@@ -182,36 +186,15 @@ def test_a_compiled_model_is_counted(order: str) -> None:
     torch.testing.assert_close(hf(input_ids=tokens()).logits, tiny_model("olmoe")(input_ids=tokens()).logits)
 
 
-class Waits(TorchDispatchMode):
-    """Operations that would wait for a value, if the tensors were on a GPU."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2", "is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        boolean = name in ("index", "index_put_") and any(
-            isinstance(part, Tensor) and part.dtype == torch.bool for part in args[1] or ()
-        )
-        if name in self.NAMES or boolean:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @one_of_each_kind
 def test_counting_adds_no_wait_to_a_forward(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_lens.statistics.counting import RoutingCounter
-
     model = RoutedModel(tiny_model(recipe))
     original, seen = RoutingCounter.see, []
 
     def watched(self: RoutingCounter, *args: Any, **kwargs: Any) -> None:
         with Waits() as waits:
             original(self, *args, **kwargs)
-        seen.append(waits.seen)
+        seen.append(dict(waits.counts))
 
     monkeypatch.setattr(RoutingCounter, "see", watched)
     try:
@@ -351,3 +334,121 @@ def test_what_hooks_made_of_the_route_is_counted() -> None:
     found = collect_routing(model, tokens(2, 5), hooks=hooks, progress=False)
     for name, tensor in found.tensors().items():
         torch.testing.assert_close(tensor, expected.tensors()[name])
+
+
+@pytest.mark.parametrize("wrap", [RoutedModel, HookedMoE.from_hf])
+@pytest.mark.parametrize("how", ["given", "on the model"])
+def test_a_hook_that_names_columns_finds_the_prompts_ends_there(wrap: Any, how: str) -> None:
+    """Under anybody's hook padding is on the left, as elsewhere: the last column holds last tokens."""
+    model = wrap(tiny_model("olmoe"))
+    point = "blocks.0.hook_resid_pre" if wrap is RoutedModel else "blocks.0.attn.hook_out"
+
+    def silence(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[:, -1] = 0
+        return value
+
+    with model.hooks([(point, silence)]):
+        expected = [collect_routing(model, sequence, progress=False).counts for sequence in SEQUENCES]
+    if how == "given":
+        found = collect_routing(model, SEQUENCES, hooks=[(point, silence)], progress=False)
+    else:
+        with model.hooks([(point, silence)]):
+            found = collect_routing(model, SEQUENCES, progress=False)
+    assert torch.equal(found.counts, torch.stack(expected).sum(0))
+    assert not torch.equal(found.counts, collect_routing(model, SEQUENCES, progress=False).counts)
+
+
+def test_one_batch_of_nan_is_refused_by_its_layer_and_takes_nothing_with_it(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_layers, path = len(MOE_LAYERS["olmoe"]), tmp_path / "stats"
+    original, ran, fails = modeling_olmoe.OlmoeTopKRouter.forward, [], [3 * n_layers + 2]
+
+    def forward(self: Any, hidden: Tensor) -> Any:
+        ran.append(1)
+        logits, *others = original(self, hidden)
+        if len(ran) in fails:  # layer 1 of the fourth batch
+            logits = logits.index_fill(0, torch.tensor([1]), torch.nan)
+        return logits, *others
+
+    monkeypatch.setattr(modeling_olmoe.OlmoeTopKRouter, "forward", forward)
+    model = RoutedModel(tiny_model("olmoe"))
+    options: dict[str, Any] = {"batch_size": 1, "progress": False}
+    ran.clear()
+    with pytest.raises(DataError, match=r"Layer 1: .*NaN"):
+        collect_to_file(model, SEQUENCES, path, about="test", **options)
+    fails.clear()
+    ran.clear()
+    found = collect_to_file(model, SEQUENCES, path, about="test", **options)
+    assert len(ran) == 3 * n_layers  # the three batches before it were kept
+    expected = collect_routing(model, SEQUENCES, **options)
+    for name, tensor in found.tensors().items():
+        assert torch.equal(tensor, expected.tensors()[name])
+
+
+@pytest.mark.parametrize("run", [collect_routing, route_prompt, lambda m, p: list(iterate_routing(m, p))])
+def test_other_models_are_refused_with_the_remedy(run: Any) -> None:
+    for other in (tiny_model("olmoe"), None, "allenai/OLMoE-1B-7B-0125"):
+        with pytest.raises((MoELensError, TypeCheckError), match=r"attach|type-check|Type-check"):
+            run(other, SEQUENCES[0])
+
+
+def test_other_threads_and_copies_are_not_counted() -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+    expected = collect_routing(model, SEQUENCES, progress=False)
+    errors: list[BaseException] = []
+
+    def in_thread() -> None:
+        try:
+            model.hf_model(tokens(3, 4, 7))
+        except BaseException as error:
+            errors.append(error)
+
+    def meanwhile(value: Tensor, hook: Any) -> None:
+        copy.deepcopy(model).hf_model(tokens(3, 4, 7))
+
+    def stream() -> Any:
+        for sequence in SEQUENCES:
+            thread = threading.Thread(target=in_thread)
+            thread.start()
+            thread.join()
+            twin = copy.deepcopy(model)
+            assert collect_routing(twin, sequence, progress=False).n_tokens == len(sequence)
+            yield sequence
+
+    found = collect_routing(model, stream(), progress=False)
+    assert torch.equal(found.counts, expected.counts)
+    hooked = collect_routing(
+        model, SEQUENCES, hooks=[("blocks.0.hook_resid_pre", meanwhile)], batch_size=3, progress=False
+    )
+    assert torch.equal(hooked.counts, expected.counts)
+    assert not errors
+
+
+def test_a_thread_that_runs_the_model_within_a_forward_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+    expected = collect_routing(model, SEQUENCES, progress=False)
+    original = RoutingCounter.see
+
+    def see(self: RoutingCounter, *args: Any, **kwargs: Any) -> None:
+        thread = threading.Thread(target=lambda: model.hf_model(tokens(2, 3)))
+        thread.start()
+        thread.join()
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RoutingCounter, "see", see)
+    assert torch.equal(collect_routing(model, SEQUENCES, progress=False).counts, expected.counts)
+
+
+def test_padding_that_is_the_end_of_text_is_never_counted() -> None:
+    own = tokenizer()
+    own.pad_token = own.eos_token
+    model = RoutedModel(tiny_model("olmoe"), own)
+    texts = [prompt(length, seed) for seed, length in enumerate((4, 9, 2))]
+    singles = [collect_routing(model, text, progress=False) for text in texts]
+    together = collect_routing(model, texts, progress=False)
+    assert together.n_tokens == sum(single.n_tokens for single in singles)
+    assert torch.equal(together.counts, torch.stack([single.counts for single in singles]).sum(0))
