@@ -1,7 +1,6 @@
 """collect_routing: streamed over many prompts, whatever the batches, the padding and the span."""
 
 import dataclasses
-import gc
 import weakref
 from typing import Any
 from unittest import mock
@@ -98,7 +97,6 @@ def test_no_layers_logits_outlive_the_layer(hooked: Hooked, monkeypatch: pytest.
     original, alive, most = RoutingCounter.see, [], []
 
     def counting(self: RoutingCounter, layer: int, decision: Any, is_own: bool = False) -> None:
-        gc.collect()
         most.append(sum(reference() is not None for reference in alive))
         alive.append(weakref.ref(decision.logits))
         original(self, layer, decision, is_own)
