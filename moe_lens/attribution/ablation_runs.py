@@ -21,7 +21,7 @@ from moe_lens import hook_names
 from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.metric import TokenMetric
-from moe_lens.model.registration import forward_state, with_expert_out
+from moe_lens.model.registration import running_of, with_expert_out
 from moe_lens.model.wrapper import Model
 
 _MEMORY: Final = 2**30
@@ -114,7 +114,7 @@ class AblationBatch:
         for cells in todo.reshape(-1, 3).split(batch_size):
             row, pos, slot = cells.to(self.tokens.device).unbind(1)
             hooks = self._instead(self.layers[layer], row, pos, slot)
-            with forward_state(self.model).of_prompts(cells[:, 0]):
+            with running_of(self.model).of_prompts(cells[:, 0]):
                 loss = self._loss(self.tokens[row], hooks).cpu()
             row, pos, slot = cells.unbind(1)
             self.exact[layer, row, pos, slot] = loss - self.loss[row]

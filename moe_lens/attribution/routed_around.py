@@ -22,7 +22,7 @@ from moe_lens.checks import whole_number
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.hook_names import Hooks
 from moe_lens.model.metric import TokenMetric, check_metric
-from moe_lens.model.registration import forward_state
+from moe_lens.model.registration import running_of
 from moe_lens.model.wrapper import Model
 from moe_lens.shape import MoEShape
 from moe_lens.text.batching import Prompts
@@ -94,7 +94,7 @@ def virtual_ablation(
     with model.hooks(list(hooks)), bar:
         for rows, tokens in batches:
             batch = AblationBatch(model, layers, tokens, metric)
-            with forward_state(model).of_prompts(rows):
+            with running_of(model).of_prompts(rows):
                 batch.run_estimate()
                 if exact:
                     batch.run_exact(batch_size, bar)

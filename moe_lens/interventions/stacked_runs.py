@@ -24,7 +24,7 @@ from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
 from moe_lens.model.hf_models import original_model
 from moe_lens.model.metric import Metric, check_metric
-from moe_lens.model.registration import forward_state, routing_layers
+from moe_lens.model.registration import routing_layers, running_of
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import token_sequences
 
@@ -110,7 +110,7 @@ class StackedRuns:
         if self.attention_mask is not None:
             kwargs["attention_mask"] = self.attention_mask.repeat(n_runs, 1)
         rows = torch.arange(len(self.tokens)).repeat(n_runs)
-        with forward_state(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *hooks]):
+        with running_of(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *hooks]):
             logits = self.model(self.tokens.repeat(n_runs, 1), **kwargs)
         by_run = logits.unflatten(0, (n_runs, -1)).unbind(0)
         return [self._measure(logits, cell) for logits, cell in zip(by_run, cells, strict=True)]
