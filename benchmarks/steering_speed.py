@@ -5,7 +5,8 @@ each token) writes 32 tokens after four prompts of 32. In turn, in one process: 
 RoutedModel without hooks, with a plan, with one plan a prompt, and with a hook that is no plan, and the
 TransformerLens bridge without and with the plan. Then 64 prompts of 32 tokens, under one plan and under 64.
 Prints medians of the ratio of CPU times, and how many operations of a steered forward wait for a value
-(one: whether the last layer's weights are NaN); asserts nothing, since machines differ. Set OMP_NUM_THREADS to fix the number of threads.
+(one: whether the last layer's weights are NaN); asserts nothing, since machines differ. Set OMP_NUM_THREADS
+to fix the number of threads.
 """
 
 import statistics

@@ -4,8 +4,8 @@ bitsandbytes and torchao quantise linear layers as they load; routers and batche
 FP8 (DeepSeek-V3's layout) and MXFP4 (GPT-OSS's) the checkpoint itself is quantised, written here by formulas
 of our own, and dequantised on loading, which a CPU can do.
 
-torchao is no part of the dev extra, for transformers imports it with every model, which takes half a second and is
-not quiet: install it by hand (`pip install torchao`) to run its tests.
+torchao is no part of the dev extra, for transformers imports it with every model, which takes half a second
+and is not quiet: install it by hand (`pip install torchao`) to run its tests.
 """
 
 import json
