@@ -4,8 +4,9 @@ Default: hidden sizes 64 and 512, 12 rounds. An OLMoE of random weights (8 layer
 each token) writes 32 tokens after four prompts of 32. In turn, in one process: the bare Hugging Face model, a
 RoutedModel without hooks, with a plan, with one plan a prompt, and with a hook that is no plan, and the
 TransformerLens bridge without and with the plan. Then 64 prompts of 32 tokens, under one plan and under 64.
-Prints medians of the ratio of CPU times, and how many operations of a steered forward wait for a value;
-asserts nothing, since machines differ. OMP_NUM_THREADS gives it more threads than one.
+Prints medians of the ratio of CPU times, and how many operations of a steered forward wait for a value
+(one: whether the last layer's weights are NaN); asserts nothing, since machines differ. OMP_NUM_THREADS gives
+it more threads than one.
 """
 
 import sys

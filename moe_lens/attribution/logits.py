@@ -22,7 +22,7 @@ from moe_lens.attribution.results import LogitAttribution
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.hook_names import Hooks
-from moe_lens.model.registration import forward_state, moe_shape
+from moe_lens.model.registration import moe_shape, running_of
 from moe_lens.model.wrapper import Model
 from moe_lens.text.answers import single_tokens
 from moe_lens.text.batching import Prompts
@@ -83,7 +83,7 @@ def expert_logit_attribution(
     bar = tqdm(total=len(lengths), desc="logit attribution", unit="prompt", disable=not progress)
     with torch.inference_mode(False), torch.enable_grad(), model.hooks(list(hooks)), bar:
         for rows, tokens in batches:
-            with forward_state(model).of_prompts(rows):
+            with running_of(model).of_prompts(rows):
                 path = direct_path(model, tokens)
             row, at = torch.arange(len(rows)), torch.tensor([places[prompt] for prompt in rows])
             logits = wide(path.logits[row, at])
@@ -157,7 +157,7 @@ def expert_logit_lens(
     bar = tqdm(total=n_prompts, desc="logit lens", unit="prompt", disable=not progress)
     with torch.inference_mode(False), torch.enable_grad(), model.hooks(list(hooks)), bar:
         for rows, tokens in batches:
-            with forward_state(model).of_prompts(rows):
+            with running_of(model).of_prompts(rows):
                 path = direct_path(model, tokens)
             at = None if places is None else torch.tensor([places[prompt] for prompt in rows])
             pieces.append((rows, _lens(path, int(layer), at)))

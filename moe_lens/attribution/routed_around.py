@@ -23,7 +23,7 @@ from moe_lens.checks import chosen_layers, chosen_positions, whole_number
 from moe_lens.errors import DataError, HookError, MoELensError
 from moe_lens.hook_names import Hooks
 from moe_lens.model.metric import TokenMetric, check_metric
-from moe_lens.model.registration import forward_state
+from moe_lens.model.registration import running_of
 from moe_lens.model.wrapper import Model
 from moe_lens.shape import MoEShape
 from moe_lens.text.batching import Prompts
@@ -111,7 +111,7 @@ def virtual_ablation(
     bar = tqdm(total=n_runs, desc="routing around", unit="run", disable=not (progress and n_runs))
     with model.hooks(list(hooks)), bar:
         for (rows, _), batch, cells in zip(batches, runs, selected, strict=True):
-            with forward_state(model).of_prompts(rows):
+            with running_of(model).of_prompts(rows):
                 batch.run_estimate()
                 if n_exact is None:
                     batch.run_exact(cells, batch_size, bar)
@@ -120,7 +120,7 @@ def virtual_ablation(
         if n_exact:  # which are the largest is known when all prompts have been estimated
             selected = _largest(selected, [batch.estimate for batch in runs], n_runs)
             for (rows, _), batch, cells in zip(batches, runs, selected, strict=True):
-                with forward_state(model).of_prompts(rows):
+                with running_of(model).of_prompts(rows):
                     batch.run_exact(cells, batch_size, bar)
         for (rows, _), batch in zip(batches, runs, strict=True):
             for name in _FIELDS:

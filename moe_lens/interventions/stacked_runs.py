@@ -26,7 +26,7 @@ from moe_lens.hook_names import HookList, Hooks
 from moe_lens.model.edited_runs import MOST_TOKENS, EditedRuns
 from moe_lens.model.hf_models import original_model
 from moe_lens.model.metric import Metric, check_metric
-from moe_lens.model.registration import forward_state, routing_layers
+from moe_lens.model.registration import routing_layers, running_of
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import token_sequences
 
@@ -117,7 +117,7 @@ class StackedRuns:
         """The metric of a run without a patch, under `hooks`."""
         kwargs = {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
         rows = torch.arange(len(self.tokens))
-        with forward_state(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *hooks]):
+        with running_of(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *hooks]):
             return self._measure(self.model(self.tokens, **kwargs), None)
 
     def _measured(self, logits: Float[Tensor, "row pos d_vocab"], cells: Sequence[Cell]) -> list[float]:

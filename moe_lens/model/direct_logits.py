@@ -1,7 +1,7 @@
 """A router's logits without the rest of what its forward computes, where they are seen to be a product.
 
     direct = direct_logits(moe, forward)       # None where the router must be run whole
-    logits = direct(moe.router, hidden)        # [token expert], bit for bit those of its forward
+    logits = direct(moe.router, hidden)        # [token expert], bit for bit those of its forward; or None
 
 A plan needs no more than the logits; choosing and weighing experts twice would cost more than steering does.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.probing import evaluating, hidden_states
-from moe_lens.routers.layouts import InOrder, RouterOutput
+from moe_lens.routers.layouts import ORDER, InOrder, RouterOutput
 
 _N_TOKENS = 16
 
@@ -39,13 +39,16 @@ class DirectLogits:
     dtype: torch.dtype
     hidden_dtype: torch.dtype
 
-    def serves(self, router: Any, hidden: Tensor) -> bool:
-        """Whether router and run are of the kind for which this was seen; not under autocast."""
-        same = router.weight.dtype == self.dtype and hidden.dtype == self.hidden_dtype
-        return same and not router.training and not torch.is_autocast_enabled(hidden.device.type)
-
-    def __call__(self, router: Any, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "token expert"]:
-        weight, bias = router.weight, router.bias if self.has_bias else None
+    def __call__(
+        self, router: Any, hidden: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "token expert"] | None:
+        """None where router or run are not of the kind for which this was seen, and under autocast."""
+        weight = router.weight
+        if weight.dtype != self.dtype or hidden.dtype != self.hidden_dtype or router.training:
+            return None
+        if torch.is_autocast_enabled(hidden.device.type):
+            return None
+        bias = router.bias if self.has_bias else None
         hidden = hidden.reshape(-1, hidden.shape[-1])
         if self.in_float32:
             hidden, weight = hidden.float(), weight.float()
@@ -83,6 +86,8 @@ def direct_logits(moe: MoELayer, forward: Callable[..., Any]) -> DirectLogits | 
 
 def in_order(layout: Any, decision: RouterOutput) -> tuple[Tensor, ...]:
     """What the forward of a router with `DirectLogits` returns for a decision."""
+    if layout.order == ORDER:
+        return decision.logits, decision.weights, decision.indices
     return tuple(getattr(decision, name) for name in layout.order)
 
 
@@ -91,4 +96,4 @@ def _same(direct: DirectLogits, router: Any, hidden: Tensor, logits: Tensor) -> 
         product = direct(router, hidden)
     except RuntimeError:  # of two dtypes
         return False
-    return product.dtype == logits.dtype and torch.equal(product, logits)
+    return product is not None and product.dtype == logits.dtype and torch.equal(product, logits)

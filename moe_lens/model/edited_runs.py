@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.hook_names import HookList
-from moe_lens.model.registration import forward_state
+from moe_lens.model.registration import running_of
 from moe_lens.model.resuming import Recorded, is_bare, record
 from moe_lens.model.wrapper import Model
 
@@ -172,7 +172,7 @@ class EditedRuns:
         if self.attention_mask is not None:
             kwargs["attention_mask"] = self.attention_mask[rows]
         edits = self.hooks_for(cells, 0)
-        with forward_state(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *edits]):
+        with running_of(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *edits]):
             return self.model(self.tokens[rows], **kwargs)
 
     def _agrees(self, recorded: Recorded) -> bool:

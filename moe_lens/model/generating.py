@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from moe_lens.model.reading import Reading, is_text
-from moe_lens.model.registration import forward_state
+from moe_lens.model.registration import running_of
 
 
 class Generating(Reading):
@@ -65,7 +65,7 @@ class Generating(Reading):
             given_config = self._generation_config(stop_at_eos, eos_token_id)
         else:
             sampling = {}  # all is said there
-        with forward_state(self).reading(input):
+        with running_of(self).reading(input):
             output: Any = cast(Any, self.hf_model).generate(
                 **inputs,
                 generation_config=given_config,

@@ -35,8 +35,8 @@ from moe_lens.model.registration import (
     allow_training,
     common_size,
     find_routing_layers,
-    forward_state,
     register,
+    running_of,
     shape_of,
     unregister,
 )
@@ -118,7 +118,7 @@ class HookedMoE(Model, TransformerBridge):
 
         Warns of a token tensor with padding but without `attention_mask`, where every number would be wrong.
         """
-        state = forward_state(self)
+        state = running_of(self)
         unmasked = kwargs.get("attention_mask") is None and not state.generating
         if unmasked and looks_padded(self.tokenizer, input):
             warn(
@@ -131,19 +131,19 @@ class HookedMoE(Model, TransformerBridge):
     @signature_of(TransformerBridge.generate)
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's."""
-        with forward_state(self).generation(input):
+        with running_of(self).generation(input):
             return super().generate(input, *args, **kwargs)
 
     @signature_of(TransformerBridge.hf_generate)
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's."""
-        with forward_state(self).generation(input):
+        with running_of(self).generation(input):
             return super().hf_generate(input, *args, **kwargs)
 
     @signature_of(TransformerBridge.generate_stream)
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's."""
-        state, generation = forward_state(self), Generation(as_texts(input))
+        state, generation = running_of(self), Generation(as_texts(input))
         stream = iter(super().generate_stream(input, *args, **kwargs))
         while True:
             with state.generation(generation):  # between two steps, other runs are not this generation's
@@ -176,7 +176,7 @@ class HookedMoE(Model, TransformerBridge):
             raise DataError("The list of prompts is empty; give at least one prompt.")
         self._refuse_absent_points(names_filter)
         bridge: Any = super()  # its overloads tell True from False for return_cache_object
-        with forward_state(self).hooking():
+        with running_of(self).hooking():
             output, activations = bridge.run_with_cache(
                 *(() if input is None else (input,)),
                 return_cache_object=return_cache_object,
@@ -209,7 +209,7 @@ class HookedMoE(Model, TransformerBridge):
         **kwargs: Any,
     ) -> Any:
         """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
-        with forward_state(self).hooking():
+        with running_of(self).hooking():
             return super().run_with_hooks(
                 input,
                 self._checked_hooks(fwd_hooks),

@@ -23,9 +23,9 @@ from moe_lens.hook_names import HookList, Hooks
 from moe_lens.model.hf_models import original_model
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.private_names import foreign_hooks, has_hooks
-from moe_lens.model.registration import forward_state, routing_layers
+from moe_lens.model.registration import routing_layers, running_of
 from moe_lens.model.residual_points import Reached
-from moe_lens.model.router_points import installed_points, refuse_training
+from moe_lens.model.router_points import installed_points
 from moe_lens.model.running import Running
 from moe_lens.model.wrapper import Model
 from moe_lens.routers.layouts import RouterOutput
@@ -55,7 +55,7 @@ def observing(
             a forward; another thread that sets hooks.
     """
     layers = routing_layers(model)
-    seeing = _Seeing(see, see_outputs, forward_state(model), last=max(layers))
+    seeing = _Seeing(see, see_outputs, running_of(model), last=max(layers))
     recorders = seeing.recorders(list(layers)) if see_outputs is not None else []
     if not recorders and (hooks or seeing.running.is_hooked):
         recorders = seeing.recorders(list(layers))
@@ -64,7 +64,7 @@ def observing(
         seeing.may_stop = not _hooks_behind(model, layers, see_outputs is not None)
         for layer, moe in layers.items() if not recorders else ():
             points = installed_points(moe)
-            refuse_training(moe, points)
+            points.router.check_training()
             points.observer, points.is_observed = _Observer(layer, seeing), True
         try:
             yield lambda tokens, mask: seeing.run(model, list(layers), tokens, mask)
@@ -202,7 +202,7 @@ def _hooks_behind(model: Model, layers: dict[int, MoELayer], with_outputs: bool)
     for name, point in cast(Any, model).hook_dict.items():
         if has_hooks(point) and not _stands_before(name, last) and not any(point is p for p in in_time):
             return True
-    blocks = [residual.block for residual in forward_state(model).residual[:last]]
+    blocks = [residual.block for residual in running_of(model).residual[:last]]
     passed = {id(module) for block in blocks for module in block.modules()}
     return any(
         id(module) not in passed and foreign_hooks(module) for module in original_model(model).modules()

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakSet, ref
 
+from transformer_lens.hook_points import HookPoint
+
+from moe_lens.model.private_names import HOOK_TABLES
+
 
 class Owner:
     """A thread that set a hook, and those that were there at the time."""
@@ -55,6 +59,34 @@ class HookTable(OrderedDict[int, Any]):
         return OrderedDict, (list(self.items()),)
 
 
+class WatchedPoint(HookPoint):
+    """A HookPoint that tells when its hooks change, by whatever way, and when another thread takes some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watch_tables()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle; it holds no hooks, which are functions of some place in a program."""
+        super().__setstate__(state)
+        self._watch_tables()
+
+    def _watch_tables(self) -> None:
+        for table in HOOK_TABLES:
+            vars(self)[table] = HookTable(self.hooks_changed, self.robbed)
+
+    @property
+    def tables(self) -> list[HookTable]:
+        """torch's tables of its hooks."""
+        return [getattr(self, table) for table in HOOK_TABLES]
+
+    def hooks_changed(self) -> None:
+        """Called whenever hooks come or go."""
+
+    def robbed(self, thread: threading.Thread) -> None:
+        """Called when a hook of this thread was taken away by another one."""
+
+
 class Owners:
     """Those of all hooks of a model; false where there are none."""
 
@@ -85,18 +117,18 @@ class Owners:
         Args:
             busy: idents of the threads that run it, the current one among them.
         """
+        busy, ident = set(busy), threading.get_ident()
+        if not self.robbed and busy <= {ident} and self._owners.keys() <= {ident}:
+            return False  # one thread does all
         current = threading.current_thread()
         if current in self.robbed:
             self.robbed.discard(current)
             return True
-        of_others = [
-            owner for ident, owners in self._owners.items() if ident != current.ident for owner in owners
-        ]
+        of_others = [owner for other, owners in self._owners.items() if other != ident for owner in owners]
         if len(self._owners) > 1 or any(current in owner.others for owner in of_others):
             return True
-        running = set(busy)
-        is_owner = current.ident in self._owners
-        return len(running) > 1 and (is_owner or any(owner.ident in running for owner in of_others))
+        is_owner = ident in self._owners
+        return len(busy) > 1 and (is_owner or any(owner.ident in busy for owner in of_others))
 
     def __bool__(self) -> bool:
         self._find()

@@ -19,8 +19,7 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
-from moe_lens.model.owners import HookTable
-from moe_lens.model.private_names import HOOK_TABLES
+from moe_lens.model.owners import HookTable, WatchedPoint
 from moe_lens.model.running import Running
 from moe_lens.model.state import ForwardState
 from moe_lens.routers.layouts import ExpertsCall, RouterOutput
@@ -32,7 +31,7 @@ Mode = Literal["off", "plans", "placed", "hooks"]
 _NOT_REAL: Final = (torch.bool, torch.complex64, torch.complex128)
 
 
-class RoutingPoint(HookPoint):
+class RoutingPoint(WatchedPoint):
     """A HookPoint that lets a hook see the model's shape, the routing rule and the forward that is running.
 
     A hook object with a method `check_fits(shape)` or `check_rule(rule)` is asked at every way of adding it,
@@ -46,22 +45,13 @@ class RoutingPoint(HookPoint):
         super().__init__()
         self.__dict__["points"] = points  # no submodule: points hold modules of the model
         self._is_changing = False
-        self._watch_tables()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingPoint":
         copy.deepcopy(self.points, memo)  # all points of the layer, with their hooks
         return memo[id(self)]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a pickle; it holds no hooks, which are functions of some place in a program."""
-        super().__setstate__(state)
-        self._watch_tables()
-
-    def _watch_tables(self) -> None:
-        for table in HOOK_TABLES:
-            vars(self)[table] = HookTable(self.hooks_changed, self._robbed)
-
-    def _robbed(self, thread: threading.Thread) -> None:
+    def robbed(self, thread: threading.Thread) -> None:
+        """Tell the model."""
         self.points.running.owners.robbed.add(thread)
 
     @property
@@ -172,16 +162,11 @@ class RoutingPoint(HookPoint):
         return any(map(len, self.tables))
 
     @property
-    def tables(self) -> list[HookTable]:
-        """torch's tables of its hooks."""
-        return [getattr(self, table) for table in HOOK_TABLES]
-
-    @property
     def plans(self) -> list[Any] | None:
         """Its hooks, if all of them are steering plans for it, set by `add_hook`; None otherwise.
 
         A plan says so by a method `is_fixed_plan(name of the point)`. It has `steer(rule, logits, place)`,
-        and `needs_place` where it must know which tokens the logits are of.
+        `decide(rule, logits, place)`, and `needs_place`: it must know which tokens the logits are of.
         """
         hooks: list[Any] = [handle.user_hook for handle in self.fwd_hooks]
         if sum(map(len, self.tables)) != len(hooks):

@@ -16,7 +16,7 @@ from transformer_lens.utilities.slice import Slice
 
 from moe_lens.checks import looks_padded
 from moe_lens.errors import DataError, warn
-from moe_lens.model.registration import forward_state
+from moe_lens.model.registration import running_of
 from moe_lens.model.state import as_texts
 
 
@@ -119,7 +119,7 @@ class Reading:
             inputs: dict[str, Any] = {"inputs_embeds": tokens}
         else:
             tokens = tokens[None] if tokens.ndim == 1 else tokens
-            if attention_mask is None and not forward_state(self).generating:
+            if attention_mask is None and not running_of(self).generating:
                 _warn_of_padding(self.tokenizer, tokens)
             inputs = {"input_ids": tokens}
         if attention_mask is not None:

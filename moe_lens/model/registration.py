@@ -186,14 +186,14 @@ def allow_training(
     for each in points:
         each.allow_training |= allow
     try:
-        with forward_state(model).hooking(), within or nullcontext() as inside:
+        with running_of(model).hooking(), within or nullcontext() as inside:
             yield inside
     finally:
         for each, allowed in zip(points, before, strict=True):
             each.allow_training = allowed
 
 
-def forward_state(model: Any) -> Running:
+def running_of(model: Any) -> Running:
     """The forwards of a wrapper; of one that knows nothing for a bridge without points."""
     return vars(model).get(RUNNING) or Running(model)
 

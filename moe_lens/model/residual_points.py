@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens.errors import HookError
-from moe_lens.model.owners import HookTable
-from moe_lens.model.private_names import HOOK_TABLES, has_hooks
+from moe_lens.model.owners import HookTable, WatchedPoint
+from moe_lens.model.private_names import has_hooks
 from moe_lens.model.stand_in import StandIn
 from moe_lens.model.state import uncompiled
 
@@ -24,33 +24,20 @@ RESID_PRE: Final = "hook_resid_pre"
 RESID_POST: Final = "hook_resid_post"
 
 
-class _ResidualPoint(HookPoint):
+class _ResidualPoint(WatchedPoint):
     """A HookPoint that says in a plain attribute of its block whether hooks wait on either."""
 
     def __init__(self) -> None:
         super().__init__()
         self.changed: list[Any] = []
-        self._watch_tables()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a pickle; it holds no hooks."""
-        super().__setstate__(state)
-        self._watch_tables()
-
-    def _watch_tables(self) -> None:
-        for table in HOOK_TABLES:
-            vars(self)[table] = HookTable(self._tell, self._robbed)
-
-    def _robbed(self, thread: Any) -> None:
+    def robbed(self, thread: Any) -> None:
+        """Tell the model."""
         for points in self.changed:
             points.running.owners.robbed.add(thread)
 
-    @property
-    def tables(self) -> list[HookTable]:
-        """torch's tables of its hooks."""
-        return [getattr(self, table) for table in HOOK_TABLES]
-
-    def _tell(self) -> None:
+    def hooks_changed(self) -> None:
+        """Tell the block."""
         for points in self.changed:
             points.find_out()
 

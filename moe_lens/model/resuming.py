@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from moe_lens.errors import MoELensError
 from moe_lens.model.hf_models import decoder_of, hf_model_of, numbered_layers, text_config
 from moe_lens.model.private_names import has_hooks
-from moe_lens.model.registration import forward_state
+from moe_lens.model.registration import running_of
 from moe_lens.model.stand_in import StandIn
 from moe_lens.model.state import Generation
 from moe_lens.model.wrapper import Model
@@ -89,7 +89,7 @@ class Recorded:
         if start:
             kwargs["past_key_values"] = self._cache(rows, joined, start)
         generation = Generation(n_prompt=n_pos)  # so that hooks know the columns
-        state = forward_state(self.model)
+        state = running_of(self.model)
         with state.of_prompts(rows), state.generation(generation), self._joining(rows, joined, start):
             logits = self.model(self.tokens[rows][:, start:], **kwargs)[:n_rows]
         if not start:

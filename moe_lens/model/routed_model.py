@@ -138,7 +138,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
     @property
     def cfg(self) -> ModelConfig:
         """Sizes, device and dtype, read from the model as it is now."""
-        return config_of(self.hf_model, len(registration.forward_state(self).residual))
+        return config_of(self.hf_model, len(registration.running_of(self).residual))
 
     @property
     def original_model(self) -> nn.Module:
@@ -185,10 +185,10 @@ class RoutedModel(Model, Generating, HookedRootModule):
         if return_type not in _RETURN_TYPES:
             raise DataError(f"return_type must be one of {_RETURN_TYPES}; got {return_type!r}.")
         inputs = self._inputs(input, prepend_bos, padding_side, attention_mask)
-        reading = registration.forward_state(self).reading(input)
+        reading = registration.running_of(self).reading(input)
         with nullcontext() if torch.compiler.is_compiling() else reading:
             if stop_at_layer is not None and (block := self._block(stop_at_layer)) is not None:
-                here = (str(registration.forward_state(self).residual[0].pre.name), lambda value, hook: None)
+                here = (str(registration.running_of(self).residual[0].pre.name), lambda value, hook: None)
                 with self.hooks([here]):  # no other thread runs the model meanwhile
                     return residual_before(block, lambda: self.hf_model(**{**inputs, **kwargs}))
             output = self.hf_model(**{**inputs, **kwargs})
@@ -301,7 +301,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
 
     def detach(self) -> nn.Module:
         """Take everything out again: gives the Hugging Face model, without a trace of the points."""
-        running = registration.forward_state(self)
+        running = registration.running_of(self)
         for moe in registration.routing_layers(self).values():
             uninstall_expert_out(moe)
             uninstall(moe)
@@ -325,7 +325,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         The model's own final norm, unembedding and scaling, on every family, at the cost of a forward.
         """
         self._check_attached()
-        residuals = registration.forward_state(self).residual
+        residuals = registration.running_of(self).residual
         if residual.ndim < 3:
             raise DataError(
                 f"to_logits needs a residual stream [batch pos d_model]; got {tuple(residual.shape)}."
@@ -337,7 +337,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
             return self.hf_model(input_ids=tokens, use_cache=False).logits
 
     def _check_attached(self) -> None:
-        if not registration.forward_state(self).is_watching:
+        if not registration.running_of(self).is_watching:
             raise HookError(
                 "This RoutedModel has no hook points any more: they were detached, or a `steered` block in "
                 "which it was made has ended. Make another one: attach(hf_model, tokenizer)."
@@ -345,7 +345,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
 
     def _block(self, layer: int) -> nn.Module | None:
         """A block by its number; None for the number after the last one, as in TransformerLens."""
-        blocks = [points.block for points in registration.forward_state(self).residual]
+        blocks = [points.block for points in registration.running_of(self).residual]
         if not -len(blocks) <= layer <= len(blocks):
             raise DataError(f"stop_at_layer={layer}: this model has blocks 0 to {len(blocks) - 1}.")
         return None if layer == len(blocks) else blocks[layer]

@@ -12,7 +12,7 @@ experts' outputs.)
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from moe_lens.errors import HookError
 from moe_lens.model.direct_logits import DirectLogits, direct_logits, in_order
 from moe_lens.model.layers import MoELayer
-from moe_lens.model.points import BlockRun, RoutingPoints, fire
+from moe_lens.model.points import BlockRun, Mode, RoutingPoints, fire
 from moe_lens.model.private_names import stands_on
 from moe_lens.model.running import Running
 from moe_lens.model.stand_in import StandIn
 from moe_lens.model.state import NAN_LOGITS, check_weights, uncompiled
 from moe_lens.routers.layouts import InOrder, RouterOutput
 from moe_lens.routers.rule import RoutingRule
+from moe_lens.routers.table import rule_for
 from moe_lens.shape import MoEShape
 
 
@@ -40,7 +41,7 @@ class HookedRouter(StandIn):
         self.layout = moe.row.layout
         self.direct: DirectLogits | None = None
         self.tried = False
-        self.handles: list[Any] = []
+        self.handles: dict[str, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -50,7 +51,7 @@ class HookedRouter(StandIn):
         """Watch the block while there are hooks. (To a deep copy that is being made, they come along.)"""
         if "handles" not in vars(self):
             return
-        self.watch_block(self.points.mode != "off")
+        self.watch_block(*_WATCHED[self.points.mode])
         if self.points.plans and not self.tried and not self.was_on_instance:
             self.direct, self.tried = direct_logits(self.moe, self.original), True
         device = next((each.device for each in self.moe.router.parameters() if not each.is_meta), None)
@@ -58,18 +59,26 @@ class HookedRouter(StandIn):
             if device is not None and (prepare := getattr(plan, "prepare", None)) is not None:
                 prepare(self.points.shape.n_experts, device)  # not in compiled code
 
-    def watch_block(self, watch: bool) -> None:
-        """Put torch's hooks on the block, or take them off. (Fused kernels may stand on its forward.)"""
+    def watch_block(self, *wanted: str) -> None:
+        """Let these of torch's hooks stand on the block. (Fused kernels may stand on its forward.)"""
         block = self.moe.block
-        if watch and not self.handles:
-            self.handles = [
-                block.register_forward_pre_hook(_EnterBlock(self), with_kwargs=True),
-                block.register_forward_hook(_LeaveBlock(self), always_call=True),
-            ]
-        elif not watch:
-            for handle in self.handles:
-                handle.remove()
-            self.handles = []
+        with self.points.running.lock:
+            for name in set(self.handles) - set(wanted):
+                self.handles.pop(name).remove()
+            if "enter" in wanted and "enter" not in self.handles:
+                enter = block.register_forward_pre_hook(_EnterBlock(self), with_kwargs=True)
+                self.handles["enter"] = enter
+            if "leave" in wanted and "leave" not in self.handles:
+                self.handles["leave"] = block.register_forward_hook(_LeaveBlock(self), always_call=True)
+
+    def check_training(self) -> None:
+        """Refuse hooks in training mode where they are not allowed there."""
+        training = self.moe.block.training or self.moe.router.training
+        if training and not self.points.allow_training:
+            raise HookError(
+                f"{self.moe.where}: routing hooks are set and the model is in training mode, where a "
+                "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.points.mode == "off":
@@ -82,22 +91,27 @@ class HookedRouter(StandIn):
 
     def steer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Plans alone: no look at any value, so nothing waits for a GPU and torch.compile takes it whole."""
-        points, layout, router, output = self.points, self.layout, self.moe.router, None
+        points, layout, router, output, logits = self.points, self.layout, self.moe.router, None, None
+        if router.training or self.moe.block.training:
+            self.check_training()
         points.plan_fired = True
-        if self.direct is not None and len(args) == 1 and self.direct.serves(router, args[0]):
-            logits = self.direct(router, args[0])
-            dtype = self.direct.weights_dtype or logits.dtype
-        else:
+        direct = self.direct
+        if direct is not None and len(args) == 1:
+            logits = direct(router, args[0])
+        if direct is None or logits is None:
             output, logits = layout.call(router, self.original, *args, **kwargs)
             dtype = layout.weights_dtype(output)
+        else:
+            dtype = direct.weights_dtype or logits.dtype
         rule, place = self._rule(args, kwargs), None
         if points.mode == "placed":
             shape = self._token_shape(self._run(), logits)
             place, logits = points.running.forward, logits.reshape(*shape, -1)
-        for plan in points.plans:
+        *earlier, last = points.plans
+        for plan in earlier:
             logits, rule = plan.steer(rule, logits, place)
-        indices = rule.select(logits).long()
-        flat = RouterOutput(logits, rule.weigh(logits, indices).to(dtype), indices)
+        logits, indices, weights = last.decide(rule, logits, place)
+        flat = RouterOutput(logits, weights if weights.dtype == dtype else weights.to(dtype), indices.long())
         if points.mode == "placed":
             flat = RouterOutput(*(part.flatten(0, -2) for part in flat))
         if not torch.compiler.is_compiling():
@@ -106,10 +120,10 @@ class HookedRouter(StandIn):
 
     def _rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutingRule:
         """The layer's rule for this call. Where k has changed under plans, they are asked again."""
-        rule = self.moe.rule
+        rule = rule_for(self.moe.router, self.moe.block)
         if rule.top_k != self.points.top_k:
             self.points.check_rule(rule)
-        return rule.for_call(*args[1:], *kwargs.values())
+        return rule.for_call(*args[1:], *kwargs.values()) if len(args) > 1 or kwargs else rule
 
     def route(self, rule: RoutingRule, output: Any, logits: Tensor) -> Any:
         """HF's output, with what the hooks make of the decision."""
@@ -176,6 +190,14 @@ class HookedRouter(StandIn):
                 )
 
 
+_WATCHED: Final[dict[Mode, tuple[str, ...]]] = {
+    "off": (),
+    "plans": ("leave",),
+    "placed": ("enter", "leave"),
+    "hooks": ("enter", "leave"),
+}
+"""Which of torch's hooks a mode needs on the block."""
+
 _TYPES_CHECKED = inspect.unwrap(HookedRouter.steer) is not HookedRouter.steer
 """Whether arguments are held against their annotations, as in tests, which torch.compile cannot trace."""
 
@@ -239,28 +261,28 @@ def uninstall(moe: MoELayer) -> None:
     if hooked is None:
         return
     hooked.points.running.points.remove(hooked.points)
-    hooked.watch_block(False)
+    hooked.watch_block()
     hooked.take_off(moe.router)
 
 
 @dataclass
 class _EnterBlock:
-    """Notes what the block is given: HF routers see it flattened. Refuses hooks in training mode."""
+    """Notes what the block is given: HF routers see it flattened. Refuses hooks in training mode, too."""
 
     hooked: HookedRouter
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        points = self.hooked.points
-        if points.mode == "off":
-            return
-        refuse_training(self.hooked.moe, points)
-        if points.mode != "plans":
+        if self.hooked.points.needs_state:
+            self.hooked.check_training()
             _begin(self.hooked, args, kwargs)
 
 
 @dataclass
 class _LeaveBlock:
-    """Notices a block that ran without its router, a fused kernel for one; called after an exception, too."""
+    """Notices a block that ran without its router, a fused kernel for one; called after an exception, too.
+
+    Under plans alone it goes once the router is seen to be called: a hook of torch's is not cheap.
+    """
 
     hooked: HookedRouter
 
@@ -270,15 +292,8 @@ class _LeaveBlock:
             _refuse(self.hooked, block, "router", "steering plan")
         if points.needs_state or points.has_runs:
             _end(self.hooked, output)
-
-
-def refuse_training(moe: MoELayer, points: RoutingPoints) -> None:
-    """Raise HookError where a layer is in training mode and its hooks were not allowed there."""
-    if not points.allow_training and (moe.block.training or moe.router.training):
-        raise HookError(
-            f"{moe.where}: routing hooks are set and the model is in training mode, where a "
-            "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
-        )
+        elif points.mode == "plans" and points.plan_fired and not torch.compiler.is_compiling():
+            self.hooked.watch_block()
 
 
 @uncompiled

@@ -9,13 +9,13 @@ deep copy of the model and another thread each have their own.
 """
 
 import copy
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -377,8 +377,8 @@ def _check_steered(forward: ForwardState) -> None:
 
 
 def _holds_nan(weights: Tensor) -> bool:
-    """NaN in one layer reaches all later ones. (numpy: for a tensor on the CPU nothing is copied.)"""
-    return bool(np.isnan(weights.detach().float().cpu().numpy()).any())
+    """NaN in one layer reaches all later ones, and any NaN a sum; it is looked for where the sum has it."""
+    return math.isnan(weights.detach().sum(dtype=torch.float32).item())
 
 
 def _by_row(weights: Tensor, tokens: Tensor | None) -> Tensor:

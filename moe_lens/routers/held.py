@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_lens.routers.hold import Hold
 from moe_lens.routers.rule import RoutingRule
-from moe_lens.routers.transform import move
+from moe_lens.routers.transform import move, moved
 
 Steered = tuple[Float[Tensor, "*batch expert"], RoutingRule]
 Rule = TypeVar("Rule", bound="HeldRule")
@@ -108,7 +108,10 @@ class HeldRule(RoutingRule):
     def _steer_all(
         self: Rule, logits: Float[Tensor, "*batch expert"], hold: Hold, epsilon: float | Tensor
     ) -> tuple[Float[Tensor, "*batch expert"], Rule]:
-        """The same on every token, with nothing to look at afterwards: as few operations as can be."""
+        """The same on every token, with nothing to look at afterwards: as few operations as can be.
+
+        In a small model each one costs more than it computes, and so does each function that is called.
+        """
         scores = torch.log_softmax(logits.float(), dim=-1) if self.by_log_probability else logits.float()
         scale = self._scale(logits, hold, epsilon)
         if scale is not None:
@@ -117,9 +120,15 @@ class HeldRule(RoutingRule):
             hold = replace(hold, dtype=logits.dtype)
         if hold.steps is None or hold.named is None:
             return move(scores, hold.inside, hold.outside, epsilon), self._holding(hold)
-        lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
-        moved = torch.where(hold.inside, highest, lowest) + hold.steps
-        return torch.where(hold.named, moved, scores), self._holding(hold)
+        return moved(scores, hold.inside, hold.named, hold.steps), self._holding(hold)
+
+    def decide(
+        self, logits: Float[Tensor, "*batch expert"], hold: Hold, epsilon: float | Float[Tensor, "*#batch 1"]
+    ) -> tuple[Float[Tensor, "*batch expert"], Int[Tensor, "*batch k"], Float[Tensor, "*batch k"]]:
+        """`steer_by`, where no hook follows, then `select` and `weigh`: steered logits, indices, weights."""
+        steered, rule = self.steer_by(logits, hold, epsilon, watched=False)
+        indices = rule.select(steered)
+        return steered, indices, rule.weigh(steered, indices)
 
     def _holding(self: Rule, hold: Hold) -> Rule:
         """`replace(self, hold=hold)`, which checks and copies field by field, at a tenth of its time."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_lens.routers.held import HeldRule, Steered
 from moe_lens.routers.hold import Hold
+from moe_lens.routers.transform import moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,20 @@ class SoftmaxTopK(ByOrderOfLogits):
             p = probabilities(logits)
             choice = held.scores(torch.where(held.tokens, logits.to(p.dtype), p))
         return torch.topk(choice, self.top_k, dim=-1, sorted=self.in_order).indices
+
+    def decide(
+        self, logits: Float[Tensor, "*batch expert"], hold: Hold, epsilon: float | Float[Tensor, "*#batch 1"]
+    ) -> tuple[Float[Tensor, "*batch expert"], Int[Tensor, "*batch k"], Float[Tensor, "*batch k"]]:
+        """As in `HeldRule`; for a plan that holds on all tokens the same operations with no way around.
+
+        (In a small model functions that are called cost more than what they compute.)
+        """
+        named, steps, ranks = hold.named, hold.steps, hold.ranks
+        if self.hold is not None or not hold.everywhere or named is None or steps is None or ranks is None:
+            return super().decide(logits, hold, epsilon)
+        steered = moved(torch.log_softmax(logits.float(), dim=-1), hold.inside, named, steps)
+        indices = torch.topk(steered + ranks, self.top_k, dim=-1, sorted=self.in_order).indices
+        return steered, indices, self._weights(steered, indices)
 
     def _weights(
         self, logits: Float[Tensor, "*batch expert"], indices: Int[Tensor, "*batch k"]

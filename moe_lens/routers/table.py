@@ -278,7 +278,7 @@ def rule_for(router: nn.Module, block: nn.Module | None = None) -> RoutingRule:
         UnsupportedRouterError: no row of `RULES` names the router's class, or the rule does not cover its
             parameters. RouterMismatchError: its parameters cannot be read.
     """
-    row = row_for(router)
+    row = RULES.get(type(router).__name__) or row_for(router)
     try:
         return row.rule(router, block)
     except MoELensError:
@@ -291,7 +291,10 @@ def rule_for(router: nn.Module, block: nn.Module | None = None) -> RoutingRule:
 
 
 def _row(module: nn.Module) -> Family | None:
-    return next((RULES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in RULES), None)
+    for cls in type(module).__mro__:
+        if (row := RULES.get(cls.__name__)) is not None:
+            return row
+    return None
 
 
 def register_rule(

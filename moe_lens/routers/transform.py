@@ -78,6 +78,17 @@ def move(
     return torch.where(outside, lowered, torch.where(inside, raised, scores))
 
 
+def moved(
+    scores: Float[Tensor, "*batch expert"],
+    inside: Bool[Tensor, "*#batch expert"],
+    named: Bool[Tensor, "*#batch expert"],
+    steps: Float[Tensor, "*#batch expert"],
+) -> Float[Tensor, "*batch expert"]:
+    """`move`, in fewer operations: of experts `named`, those `inside` go up, others down, by `steps`."""
+    lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
+    return torch.where(named, torch.where(inside, highest, lowest) + steps, scores)
+
+
 def soften(
     logits: Float[Tensor, "*batch expert"],
     inside: Bool[Tensor, "*#batch expert"],

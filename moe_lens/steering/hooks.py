@@ -12,11 +12,12 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
-from typing import Any, NamedTuple, SupportsFloat, cast
+from typing import Any, Final, NamedTuple, SupportsFloat, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import hook_names
@@ -35,6 +36,8 @@ from moe_lens.text.spans import TextSpan
 
 Strength = float | Float[Tensor, ""] | None
 """λ of the soft form z ± λ·std(z); None for the paper's transform."""
+
+_LOGITS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Wish(NamedTuple):
@@ -55,13 +58,20 @@ class SteeringHook:
         layer: number of the layer.
         positions: at which tokens (checked).
         strength: of the soft form; None for the paper's transform.
+        needs_place: whether it steers tokens differently, so that it must know which prompts and positions
+            run.
     """
 
     plans: tuple[SteeringPlan | None, ...]
     layer: int
     positions: Positions = None
     strength: Strength = None
+    _fits: set[MoEShape] = field(default_factory=set)  # of models; the hooks of all layers share it
+    needs_place: bool = field(init=False)
     _tables: dict[Any, Wish] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs_place", self.positions is not None or len(self.plans) > 1)
 
     def __call__(self, router_logits: Float[Tensor, "*batch expert"], hook: Any = None) -> Tensor:
         """Steered scores [*batch expert]; on a model's hook point, as the layer's rule reaches the guarantee.
@@ -102,10 +112,19 @@ class SteeringHook:
         """
         return self._steered(rule, logits, self._wish(logits, place), watched=False)
 
-    @property
-    def needs_place(self) -> bool:
-        """Whether it steers tokens differently, so that it must know which prompts and positions run."""
-        return self.positions is not None or len(self.plans) > 1
+    def decide(
+        self, rule: RoutingRule, logits: Float[Tensor, "*batch expert"], place: Any = None
+    ) -> tuple[Float[Tensor, "*batch expert"], Int[Tensor, "*batch k"], Float[Tensor, "*batch k"]]:
+        """`steer`, then the choice: steered logits, indices and weights, where no other plan follows."""
+        if self.needs_place:
+            hold, epsilon = self._wish(logits, place)
+        else:
+            hold, epsilon = self._table(logits.shape[-1], logits.device, logits.dtype)
+        if self.strength is None and isinstance(rule, HeldRule):
+            return rule.decide(logits, hold, epsilon)
+        steered, rule = self._steered(rule, logits, Wish(hold, epsilon), watched=False)
+        indices = rule.select(steered)
+        return steered, indices, rule.weigh(steered, indices)
 
     def is_fixed_plan(self, point_name: str) -> bool:
         """Whether it belongs on this point and always does the same: no tensor that may change is in it."""
@@ -130,13 +149,16 @@ class SteeringHook:
 
     def check_fits(self, shape: MoEShape) -> None:
         """Called by the hook point before the hook is added; raises PlanError where a plan does not fit."""
+        if shape in self._fits:
+            return
         for plan in self.plans:
             if plan is not None:
                 plan.check_fits(shape)
+        self._fits.add(shape)
 
     def check_rule(self, rule: RoutingRule) -> None:
         """Called by the hook point before the hook is added; raises PlanError where the rule cannot obey."""
-        for activate, deactivate in map(self._experts, self.plans):
+        for activate, deactivate in self._named:
             if self.strength is not None and rule.chooses_by_logits:
                 continue  # a nudge, which promises nothing
             if (activate or deactivate) and (reason := rule.cannot_steer(activate, deactivate)) is not None:
@@ -164,15 +186,28 @@ class SteeringHook:
     def _is_for(self, point_name: str) -> bool:
         return hook_names.parse(point_name) == (self.layer, hook_names.ROUTER_LOGITS)
 
+    @cached_property
+    def _named(self) -> list[tuple[list[int], list[int]]]:
+        return [self._experts(plan) for plan in self.plans]
+
     def _experts(self, plan: SteeringPlan | None) -> tuple[list[int], list[int]]:
         """Activated and deactivated experts of this layer; deactivation wins."""
         return ([], []) if plan is None else plan.in_layer(self.layer)
 
-    def _table(self, n_experts: int, device: torch.device) -> Wish:
-        """What each plan wants, [plan expert] and [plan 1]; of a single plan [expert] and a number."""
+    def _table(self, n_experts: int, device: torch.device, dtype: torch.dtype) -> Wish:
+        """What each plan wants, [plan 1 expert] and [plan 1 1]; of a single plan [expert] and a number."""
+        key = (n_experts, device, dtype)
+        wish = self._tables.get(key)
+        if wish is None:
+            hold, epsilon = self._made(n_experts, device)
+            wish = self._tables[key] = Wish(replace(hold, dtype=dtype), epsilon)
+        return wish
+
+    def _made(self, n_experts: int, device: torch.device) -> Wish:
+        """`_table` whatever the logits' dtype."""
         key = (n_experts, device)
         if key not in self._tables:
-            named = [self._experts(plan) for plan in self.plans]
+            named = self._named
             highest = max([0, *(expert for both in named for part in both for expert in part)])
             if highest >= n_experts:
                 raise HookError(
@@ -185,9 +220,9 @@ class SteeringHook:
                 if len(holds) == 1:
                     wish = Wish(holds[0].fixed(epsilons[0]), epsilons[0])
                 else:
-                    inside = torch.stack([hold.inside for hold in holds])
-                    outside = torch.stack([hold.outside for hold in holds])
-                    epsilon = torch.tensor(epsilons, device=device)[:, None]
+                    inside = torch.stack([hold.inside for hold in holds])[:, None]
+                    outside = torch.stack([hold.outside for hold in holds])[:, None]
+                    epsilon = torch.tensor(epsilons, device=device)[:, None, None]
                     everywhere = all(activate or deactivate for activate, deactivate in named)
                     wish = Wish(Hold(inside, outside, everywhere=everywhere).fixed(epsilon), epsilon)
             self._tables[key] = wish
@@ -195,20 +230,23 @@ class SteeringHook:
 
     def prepare(self, n_experts: int, device: torch.device) -> None:
         """Make what it needs on this device, before a run that may be compiled."""
-        self._table(n_experts, device)
+        for dtype in _LOGITS:
+            self._table(n_experts, device, dtype)
 
     def _wish(self, logits: Float[Tensor, "*batch expert"], place: Any, batch: Any = None) -> Wish:
         """What is wanted on the tokens of a forward, of [batch pos], whose experts are those of `logits`."""
-        hold, epsilon = self._table(logits.shape[-1], logits.device)
+        wish = self._table(logits.shape[-1], logits.device, logits.dtype)
         if not self.needs_place:
-            return Wish(hold, epsilon)
+            return wish
+        hold, epsilon = wish
         n_rows, n_pos = batch or logits.shape[:-1]
         if len(self.plans) > 1:
             rows = plans_by_row(len(self.plans), place, n_rows, logits.device)
-            masks = (hold.inside, hold.outside, hold.named, hold.steps, hold.ranks)
-            inside, outside, named, steps, ranks = (cast(Tensor, mask)[rows].unsqueeze(1) for mask in masks)
-            hold = replace(hold, inside=inside, outside=outside, named=named, steps=steps, ranks=ranks)
-            epsilon = torch.as_tensor(epsilon)[rows].unsqueeze(1)  # [batch 1 1]
+            if rows is not None:
+                masks = (hold.inside, hold.outside, hold.named, hold.steps, hold.ranks)
+                inside, outside, named, steps, ranks = (cast(Tensor, mask)[rows] for mask in masks)
+                hold = replace(hold, inside=inside, outside=outside, named=named, steps=steps, ranks=ranks)
+                epsilon = torch.as_tensor(epsilon)[rows]
         if self.positions is not None:
             hold = hold.on(self._selected(place, n_rows, n_pos, logits.device))
         return Wish(hold, epsilon)
@@ -267,7 +305,7 @@ class SteeringHook:
         """On logits of no model."""
         if self.needs_place:
             raise HookError(f"{self} needs a model's hook point, which tells the prompts and positions.")
-        hold, epsilon = self._table(logits.shape[-1], logits.device)
+        hold, epsilon = self._made(logits.shape[-1], logits.device)
         if self.strength is not None:
             return soften(logits, hold.inside, hold.outside, self.strength)
         return steer_logits(logits, *self._experts(self.plan), float(epsilon))
@@ -323,8 +361,10 @@ def steer_hooks(
     plans = _checked_plans(plan)
     where, soft = checked_positions(positions), _checked_strength(strength)
     named = {layer for one in plans if one is not None for layer, _ in one.activate + one.deactivate}
+    fits: set[MoEShape] = set()
     return [
-        (hook_names.router_logits(layer), SteeringHook(plans, layer, where, soft)) for layer in sorted(named)
+        (hook_names.router_logits(layer), SteeringHook(plans, layer, where, soft, fits))
+        for layer in sorted(named)
     ]
 
 

@@ -74,19 +74,20 @@ def _by_value(part: Tensor, values: Tensor) -> Tensor | None:
     return number[of_rows].reshape(part.shape[:-1])
 
 
-def plans_by_row(n_plans: int, state: Any, n_rows: int, device: torch.device) -> Int[Tensor, " batch"]:
-    """Which of the plans is each row's, one plan a prompt.
+def plans_by_row(n_plans: int, state: Any, n_rows: int, device: torch.device) -> Int[Tensor, " batch"] | None:
+    """Which of the plans is each row's, one plan a prompt; None where it is row by row.
 
     Raises:
         HookError: another number of prompts runs.
     """
     key = ("plans", n_plans, n_rows, device)
     if key not in state.memory:  # the same in every layer
-        rows = state.by_prompt(torch.arange(n_plans), n_rows)
+        in_turn = torch.arange(n_plans)
+        rows = state.by_prompt(in_turn, n_rows)
         if rows is None:
             raise HookError(
                 f"{n_plans} plans were given, one a prompt, and {n_rows} prompts run. Give as many plans "
                 "(None for a prompt that is not steered), or one for all."
             )
-        state.memory[key] = rows.to(device)
+        state.memory[key] = None if rows is in_turn else rows.to(device)
     return state.memory[key]

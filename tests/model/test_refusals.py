@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from moe_lens import hook_names
+from moe_lens import RoutedModel, SteeringPlan, hook_names, steer_hooks
 from moe_lens.errors import HookError, MoELensError, RouterMismatchError, UnsupportedRouterError
 from moe_lens.model.hooked_moe import HookedMoE, attach, detach
 from tests.edits import SPELLERS, on_logits, same
@@ -50,6 +50,31 @@ def test_a_fused_block_is_refused(recipe: str) -> None:
     block.forward = lambda hidden: hidden
     with pytest.raises(HookError, match=f"blocks.{layer}.mlp.*without calling its router"):
         model.run_with_hooks(tokens(), fwd_hooks=on_logits(negate, layer))
+
+
+@pytest.mark.parametrize("wrap", [RoutedModel, HookedMoE.from_hf])
+def test_plans_alone_watch_the_block_until_its_router_is_seen_to_run(wrap: Callable[[Any], Any]) -> None:
+    model = wrap(tiny_model("olmoe"))
+    block: Any = sparse_blocks(model.original_model)[0]
+    steer, census = steer_hooks(SteeringPlan(deactivate=[(0, 1)])), hook_census(block)
+    with model.hooks(steer):
+        assert hook_census(block) != census
+        steered = model(tokens())
+        assert hook_census(block) == census  # torch's hooks are not cheap
+        model.train()
+        with pytest.raises(HookError, match=r"mlp: .* training mode"):
+            model(tokens())
+        model.eval()
+        assert torch.equal(model(tokens()), steered)
+    block.forward = lambda hidden: hidden  # a fused kernel
+    with model.hooks(steer):
+        for _ in range(2):
+            with pytest.raises(HookError, match="without calling its router, so the steering plan"):
+                model(tokens())
+    del block.forward
+    with model.hooks(steer):
+        assert torch.equal(model(tokens()), steered)
+    assert hook_census(block) == census
 
 
 @pytest.mark.parametrize("spell", SPELLERS)
