@@ -21,7 +21,7 @@ from moe_lens.model.layers import MoELayer
 from moe_lens.model.points import BlockRun, RoutingPoint, fire
 from moe_lens.model.router_points import installed_points, points_of
 from moe_lens.model.state import uncompiled
-from moe_lens.routers.layouts import Request
+from moe_lens.routers.layouts import ExpertsCall, Request, RouterOutput
 
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output; half precision: 5e-2
 
@@ -58,29 +58,41 @@ class HookedExperts:
         self.moe = moe
         self.original = original
         self.was_on_instance = was_on_instance
-        self.checked = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         points = installed_points(self.moe)
-        if points.mode != "hooks" or not points.expert_out_is_hooked:
-            return self.original(*args, **kwargs)
-        return _hooked(self, args, kwargs)
+        if points.mode == "hooks" and points.expert_out_is_hooked:
+            return _hooked(self, args, kwargs)
+        if points.mode == "off" and points.is_observed:
+            return _observed(self, args, kwargs)
+        return self.original(*args, **kwargs)
 
     def edited(self, run: BlockRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the experts give together after the hooks on their outputs."""
-        point, hidden = installed_points(self.moe).expert_out, run.hidden
-        assert point is not None and run.decision is not None and hidden is not None  # noqa: PT018
-        request = Request(self.moe.block, self.original, run.decision, hidden, [*args, *kwargs.values()])
-        call = run.experts_call = self.moe.row.experts.open(request)
+        point = installed_points(self.moe).expert_out
+        assert point is not None
+        assert run.decision is not None
+        run.experts_call, outputs = self.apart(run.decision, run.hidden, args, kwargs)
+        outputs = outputs.unflatten(0, run.token_shape)
+        return run.experts_call.combine(fire(point, outputs).to(outputs.dtype).flatten(0, -3))
+
+    def apart(
+        self, decision: RouterOutput, hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[ExpertsCall, Tensor]:
+        """The call of the experts, and what each chosen one gives, [token k d_model]."""
+        request = Request(self.moe.block, self.original, decision, hidden, [*args, *kwargs.values()])
+        call = self.moe.row.experts.open(request)
         outputs = call.outputs()
-        if not self.checked:
+        way = getattr(getattr(self.moe.experts, "config", None), "_experts_implementation", None)
+        added_up = installed_points(self.moe).added_up
+        if (way, outputs.dtype) not in added_up:
             with torch.no_grad():
                 self._check(call.combine(outputs), self.original(*args, **kwargs))
-        outputs = outputs.unflatten(0, run.token_shape)
-        return call.combine(fire(point, outputs).to(outputs.dtype).flatten(0, -3))
+            added_up.add((way, outputs.dtype))
+        return call, outputs
 
     def _check(self, added: Tensor, together: Tensor) -> None:
-        """At the first hooked call: the experts one by one must add up to what they give together."""
+        """When they are first told apart: the experts must add up to what they give together."""
         allowed = _TOLERANCE.get(together.dtype, 5e-2) * float(together.abs().max())
         off = float((together - added).abs().max()) if together.numel() else 0.0
         if added.shape != together.shape or off > allowed:
@@ -89,7 +101,6 @@ class HookedExperts:
                 f"not add up to what it gives for all chosen experts (off by {off:.2g}), so they cannot be "
                 "hooked. Leave set_use_expert_out(False)."
             )
-        self.checked = True
 
 
 @uncompiled
@@ -102,6 +113,18 @@ def _hooked(experts: HookedExperts, args: tuple[Any, ...], kwargs: dict[str, Any
         )
     run.experts_fired = True
     return experts.edited(run, args, kwargs)
+
+
+@uncompiled
+def _observed(experts: HookedExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The experts' own result, whose parts an observer sees."""
+    observer = installed_points(experts.moe).observer
+    decision = None if observer is None else observer.take_decision()
+    if observer is None or decision is None:
+        return experts.original(*args, **kwargs)
+    call, outputs = experts.apart(decision, None, args, kwargs)
+    observer.see_outputs(outputs)
+    return call.combine(outputs)
 
 
 def install_expert_out(moe: MoELayer) -> ExpertPoint:

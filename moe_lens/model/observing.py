@@ -34,8 +34,8 @@ See = Callable[[int, RouterOutput, bool], None]
 """Is given a layer, its decision over [batch pos] tokens flattened, and whether it is the rule's own choice
 for these logits (it is not, where hooks or steering changed it)."""
 
-SeeOutputs = Callable[[int, RouterOutput, Tensor], None]
-"""Is given a layer, its decision, and what the chosen experts gave, [token k d_model], unweighted."""
+SeeOutputs = Callable[[int, Tensor], None]
+"""Is given a layer, after its decision, and what the chosen experts gave, [token k d_model], unweighted."""
 
 Run = Callable[[Tensor, Tensor | None], None]
 """Runs tokens [batch pos] with an attention mask, or without one."""
@@ -56,9 +56,7 @@ def observing(
     """
     layers = routing_layers(model)
     seeing = _Seeing(see, see_outputs, running_of(model), last=max(layers))
-    recorders = seeing.recorders(list(layers)) if see_outputs is not None else []
-    if not recorders and (hooks or seeing.running.is_hooked):
-        recorders = seeing.recorders(list(layers))
+    recorders = seeing.recorders(list(layers)) if hooks or seeing.running.is_hooked else []
     hooking = model.hooks(fwd_hooks=[*hooks, *recorders]) if recorders else seeing.running.hooking()
     with torch.no_grad(), hooking:
         seeing.may_stop = not _hooks_behind(model, layers, see_outputs is not None)
@@ -82,6 +80,7 @@ class _Seeing:
     last: int
     may_stop: bool = False
     seen: set[int] = field(default_factory=set)
+    outputs_seen: set[int] = field(default_factory=set)
     ident: int = field(default_factory=threading.get_ident)
     depth: int = 0
     logits: Tensor | None = None
@@ -90,6 +89,7 @@ class _Seeing:
     def run(self, model: Model, layers: list[int], tokens: Tensor, mask: Tensor | None) -> None:
         """One forward, which must show every layer. (With a mask the wrapper's, which finds positions.)"""
         self.seen.clear()
+        self.outputs_seen.clear()
         self.depth = self.running.depth + 1
         try:
             if mask is None:
@@ -104,6 +104,11 @@ class _Seeing:
             raise HookError(
                 f"Layer {missing[0]}'s block ran without calling its router, so its routing was not seen. "
                 "Load the model without fused MoE kernels (use_kernels=False)."
+            )
+        if self.see_outputs is not None and (missing := self.seen - self.outputs_seen):
+            raise HookError(
+                f"Layer {min(missing)}'s block ran without calling its experts, so their outputs were not "
+                "seen. Load the model without fused MoE kernels (use_kernels=False)."
             )
 
     @property
@@ -123,6 +128,13 @@ class _Seeing:
         self.see(layer, decision, is_own)
         if self.see_outputs is None:
             self.stop_after(layer)
+
+    def show_outputs(self, layer: int, outputs: Tensor) -> None:
+        """Show what a layer's experts gave; end the forward with the last one."""
+        assert self.see_outputs is not None
+        self.outputs_seen.add(layer)
+        self.see_outputs(layer, outputs)
+        self.stop_after(layer)
 
     def stop_after(self, layer: int) -> None:
         """End the forward here, if it is the last layer and nothing waits behind it."""
@@ -155,13 +167,25 @@ class _Observer:
 
     layer: int
     seeing: _Seeing
+    decision: RouterOutput | None = None
 
     @property
     def is_on(self) -> bool:
         return self.seeing.is_on
 
     def __call__(self, decision: RouterOutput) -> None:
+        self.decision = None if self.seeing.see_outputs is None else decision
         self.seeing.show(self.layer, decision, is_own=True)
+
+    def take_decision(self) -> RouterOutput | None:
+        """What the router decided, once, for the experts whose outputs are to be seen."""
+        if not self.is_on:
+            return None
+        decision, self.decision = self.decision, None
+        return decision
+
+    def see_outputs(self, outputs: Tensor) -> None:
+        self.seeing.show_outputs(self.layer, outputs)
 
 
 @dataclass(eq=False, repr=False)
@@ -190,8 +214,7 @@ class _OutputRecorder:
         seeing = self.seeing
         if not seeing.sees(hook) or seeing.decision is None or seeing.see_outputs is None:
             return
-        seeing.see_outputs(self.layer, seeing.decision, value.flatten(0, -3))
-        seeing.stop_after(self.layer)
+        seeing.show_outputs(self.layer, value.flatten(0, -3))
 
 
 def _hooks_behind(model: Model, layers: dict[int, MoELayer], with_outputs: bool) -> bool:

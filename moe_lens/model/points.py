@@ -209,6 +209,7 @@ class RoutingPoints:
         self.plan_fired = False
         self.is_observed = False  # plain, for torch.compile
         self.observer: Any = None  # sees what the router decides, where nothing is hooked (`observing`)
+        self.added_up: set[Any] = set()  # how the experts ran when their outputs were seen to add up
         self.allow_training = False
         self.router: Any = None  # what stands in for the router's forward (`router_points.HookedRouter`)
         self.top_k = shape.top_k  # for which the hooks were asked whether they can be obeyed
@@ -225,7 +226,7 @@ class RoutingPoints:
         twin.mode, twin.plans, twin.plan_fired, twin.expert_out, twin._runs = "off", (), False, None, {}
         twin.shape, twin.allow_training = self.shape, self.allow_training
         twin.router, twin.top_k = None, self.top_k
-        twin.is_observed, twin.observer = False, None
+        twin.is_observed, twin.observer, twin.added_up = False, None, set(self.added_up)
         twin.running = Running()  # until the copy's own is there
         for name in ("router_logits", "topk_indices", "topk_weights", "expert_out"):
             point: RoutingPoint | None = getattr(self, name)

@@ -209,7 +209,7 @@ class Request:
     """One call of the forward of a block's experts, with what the router decided.
 
     Attributes:
-        block: the MoE block. hidden: what it was given, [token d_model].
+        block: the MoE block. hidden: what it was given, [token d_model]; None if no other expert is asked.
         forward: the module's own forward. args: what it was called with.
         decision: what the router decided for these tokens.
     """
@@ -217,8 +217,15 @@ class Request:
     block: Any
     forward: Callable[..., Tensor]
     decision: RouterOutput
-    hidden: Tensor
+    hidden: Tensor | None
     args: list[Any]
+
+    @property
+    def block_input(self) -> Tensor:
+        """What the block was given, [token d_model]."""
+        if self.hidden is None:
+            raise HookError(f"{type(self.block).__name__}: what other experts give is known only to hooks.")
+        return self.hidden
 
 
 @runtime_checkable
@@ -315,7 +322,7 @@ class _InputWeightedCall:
         for slot, weight in zip(indices.unbind(-1), weights.unbind(-1), strict=True):
             scores = torch.zeros(self.request.decision.logits.shape, dtype=weight.dtype, device=weight.device)
             scores = scores.scatter(1, slot[:, None], weight[:, None])
-            routed = self.request.hidden.repeat(scores.shape[1], 1)
+            routed = self.request.block_input.repeat(scores.shape[1], 1)
             routed = routed * scores.to(routed.dtype).transpose(0, 1).reshape(-1, 1)
             columns.append(self._of(self._run(routed), slot[:, None]))
         return torch.cat(columns, dim=1)
@@ -356,7 +363,9 @@ class _SortedCall:
         n_experts = self.request.decision.logits.shape[-1]
         sizes = torch.bincount(indices.flatten(), minlength=n_experts).tolist()
         sorted_tokens = order.div(indices.shape[-1], rounding_mode="trunc")
-        gate, up = self.request.block.input_linear(self.request.hidden[sorted_tokens], sizes).chunk(2, dim=-1)
+        gate, up = self.request.block.input_linear(self.request.block_input[sorted_tokens], sizes).chunk(
+            2, dim=-1
+        )
         return self._in_slots(self.request.forward(self.request.block.activation(gate) * up, sizes), indices)
 
     def combine(self, outputs: Outputs) -> Tensor:

@@ -34,7 +34,7 @@ from moe_lens.statistics.counts import (
     probability_sums_by_prompt,
     softmax_over_experts,
 )
-from moe_lens.statistics.expert_outputs import ExpertOutputs, output_sums
+from moe_lens.statistics.expert_outputs import ExpertOutputs, output_sizes, output_sums
 from moe_lens.statistics.sums import RoutingSums
 
 _MERGED: Final = ("per_prompt", "by_position", "vocabulary")
@@ -88,7 +88,8 @@ class _Layer:
     weights: Float[Tensor, "token k"]
     sums: dict[str, Tensor]
     by_prompt: Float[Tensor, "prompt expert"] | None
-    outputs: dict[str, Tensor] | None = None
+    sizes: tuple[Tensor, Tensor] | None = None
+    """[token k] each: norms and largest components of what the experts gave."""
 
 
 class RoutingCounter:
@@ -156,13 +157,12 @@ class RoutingCounter:
         small = torch.uint8 if logits.shape[-1] <= 2**8 else torch.int16
         batch.layers[layer] = _Layer(indices.to(small), weights, sums, by_prompt)
 
-    def see_outputs(self, layer: int, decision: RouterOutput, outputs: Float[Tensor, "token k d"]) -> None:
-        """Sum up what the chosen experts of a layer gave; after `see` for that layer."""
+    def see_outputs(self, layer: int, outputs: Float[Tensor, "token k d"]) -> None:
+        """Note how large what the chosen experts of a layer gave is; after `see` for that layer."""
         batch = self._batch
         assert batch is not None
-        _, weights, indices = (batch.of_counted(part) for part in decision)
-        n_experts = decision.logits.shape[-1]
-        batch.layers[layer].outputs = output_sums(batch.of_counted(outputs), weights, indices, n_experts)
+        norms, largest = (batch.of_counted(part) for part in output_sizes(outputs))
+        batch.layers[layer].sizes = norms, largest
 
     def end(self, rows: Sequence[int] = ()) -> None:
         """The batch's forward is over: from now on it counts. Its prompts have the numbers `rows`.
@@ -183,9 +183,11 @@ class RoutingCounter:
         weights = _stacked([layer.weights for layer in layers], home)
         sums |= _sums(indices, weights, batch.on("first", home), batch.on("second", home), n_experts)
         _refuse_nan(sorted(batch.layers), sums)
-        if layers[0].outputs is not None:
-            parts = [layer.outputs or {} for layer in layers]
-            sums |= {f"outputs.{name}": _stacked([part[name] for part in parts], home) for name in parts[0]}
+        if self.wanted.outputs:
+            norms, largest = (
+                _stacked(each, home) for each in zip(*(layer.sizes or () for layer in layers), strict=True)
+            )
+            sums |= _of_outputs(norms, largest, weights, indices, sums["counts"])
         tables = self._tables(batch, layers, indices, n_experts)
         self.rows.extend(rows)
         self._state = self._state.plus(len(batch.counted), len(batch.first), (n_experts, top_k), sums, tables)
@@ -370,3 +372,23 @@ def _margins(
         return rule.routing_margin(logits)
     except HookError:  # a rule that needs more than logits does not know how far other experts are
         return torch.full(logits.shape[:-1], torch.nan, device=logits.device)
+
+
+def _of_outputs(
+    norms: Float[Tensor, "layer token k"],
+    largest: Float[Tensor, "layer token k"],
+    weights: Float[Tensor, "layer token k"],
+    indices: Int[Tensor, "layer token k"],
+    chosen: Int[Tensor, "layer expert"],
+) -> dict[str, Tensor]:
+    """The table of what experts gave, by name, as many layers at a time as are counted together."""
+    n_experts = chosen.shape[-1]
+    step = max(1, AT_ONCE // max(indices.shape[1] * n_experts, 1))
+    sums = [
+        output_sums(*part, n_experts=n_experts)
+        for part in zip(*(each.split(step) for each in (norms, largest, weights, indices)), strict=True)
+    ]
+    return {
+        "outputs.chosen": chosen,
+        **{f"outputs.{name}": torch.cat([part[name] for part in sums]) for name in sums[0]},
+    }

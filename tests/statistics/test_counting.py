@@ -298,6 +298,57 @@ def test_outputs_are_summed_up_as_by_a_loop(recipe: str, tmp_path: Any) -> None:
         model.detach()
 
 
+@one_of_each_kind
+def test_outputs_seen_without_hooks_are_those_that_hooks_see(recipe: str) -> None:
+    model = RoutedModel(tiny_model(recipe))
+    try:
+        unchanged: Any = [(hook_names.expert_out(model.moe_layers[0]), lambda value, hook: value.clone())]
+        alone = collect_routing(model, SEQUENCES[:2], batch_size=1, outputs=True, progress=False).outputs
+        model.set_use_expert_out(True)
+        stats = collect_routing(
+            model, SEQUENCES[:2], batch_size=1, outputs=True, hooks=unchanged, progress=False
+        )
+        assert alone is not None
+        for name, tensor in vars(stats.outputs).items():
+            torch.testing.assert_close(tensor, getattr(alone, name), rtol=1e-5, atol=1e-6)
+    finally:
+        model.detach()
+
+
+def test_experts_run_once_a_batch_where_they_were_seen_to_add_up() -> None:
+    """The check that outputs add up costs a run of the experts, the first time and no more."""
+    model = RoutedModel(tiny_model("olmoe"))
+    calls = []
+    hf_model: Any = model.original_model
+    for layer in hf_model.model.layers:
+        own = layer.mlp.experts.forward
+        layer.mlp.experts.forward = lambda *args, own=own: (calls.append(len(args[0])), own(*args))[1]
+    n_calls = []
+    for _ in range(2):
+        calls.clear()
+        collect_routing(model, SEQUENCES, batch_size=3, outputs=True, progress=False)
+        n_calls.append(len(calls))
+    n_layers = len(model.moe_layers)
+    assert n_calls == [(2 + 1) * n_layers, 2 * n_layers]
+
+
+def test_a_block_without_its_experts_is_noticed_when_outputs_are_wanted() -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+    hf_model: Any = model.original_model
+    block = hf_model.model.layers[1].mlp
+    whole = block.forward
+
+    def fused(hidden_states: Tensor) -> Tensor:
+        block.gate(hidden_states.flatten(0, 1))
+        return hidden_states
+
+    block.forward = fused
+    with pytest.raises(HookError, match=r"Layer 1's block ran without calling its experts"):
+        collect_routing(model, SEQUENCES[0], outputs=True, progress=False)
+    block.forward = whole
+    assert collect_routing(model, SEQUENCES[0], outputs=True, progress=False).outputs is not None
+
+
 def test_outputs_of_other_counts_are_refused() -> None:
     model = RoutedModel(tiny_model("olmoe"))
     one = collect_routing(model, SEQUENCES[0], outputs=True, progress=False)
