@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -153,18 +153,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     ...     _ = temporary.write_text("{}")
 
     Where `path` is a symbolic link, the file that it points to is replaced and the link stays.
+
+    Raises:
+        DataError: the file cannot be written: no place left, a name that the system does not take.
     """
-    path = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
     check_writable(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    path = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep colleagues out
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep colleagues out
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be written: {error}. Give another path.") from error
 
 
 def check_writable(path: str | Path) -> None:
@@ -172,7 +178,9 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        with suppress(FileNotFoundError):
+            path.lstat()  # raises for a name that no file can have
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be written: {error}. Give another path.") from error
     if path.is_dir():
         raise DataError(f"{path} is a folder; give the path of a file.")

@@ -146,7 +146,7 @@ class HookedRouter(StandIn):
         )
         if points.topk_weights.is_hooked:
             weights = fire(points.topk_weights, weights)
-            check_weights(self.moe.where, weights, "a hook on the weights returned NaN. Check that hook")
+            check_weights(self.moe.where, weights, "a hook on the weights returned them. Check that hook")
         self._check_duplicates(indices, weights)
         flat = RouterOutput(logits.flatten(0, -2), weights.to(dtype).flatten(0, -2), indices.flatten(0, -2))
         run.decision = flat

@@ -139,12 +139,12 @@ NAN_LOGITS: Final = (
 
 
 def check_weights(where: str, weights: Tensor, because: str) -> None:
-    """Raise HookError where routing weights [... k] of a layer are NaN."""
-    bad = torch.isnan(weights).any(dim=-1)
+    """Raise HookError where routing weights [... k] of a layer are NaN or infinite."""
+    bad = ~torch.isfinite(weights).all(dim=-1)
     if bad.any():
         first = bad.nonzero()[0].tolist()
         raise HookError(
-            f"{where}: the routing weights are NaN on {int(bad.sum())} token(s), first at "
+            f"{where}: the routing weights are NaN or infinite on {int(bad.sum())} token(s), first at "
             f"[batch, pos] {first}: {because}."
         )
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from moe_lens.errors import DataError, PlanError
+from moe_lens.errors import DataError, MoELensError, PlanError
 from moe_lens.files import FileKind, atomic_write, digest_of
 
 HEAD = ("kind", "schema", "digest")
@@ -46,7 +46,7 @@ def test_an_error_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, error: 
             temporary.write_text("half")
             raise error("the disk is full")
 
-    with pytest.raises(error):
+    with pytest.raises(DataError if error is OSError else error, match="the disk is full"):
         write_half()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -282,6 +282,36 @@ def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
     assert not target.is_symlink()
     assert KIND.load_json(target)["n"] == KIND.load_json(link)["n"] == 2
     assert sorted(os.listdir(tmp_path)) == ["deep", "link.json"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x" * 5000])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    for path in (tmp_path / name, str(tmp_path / name)):
+        with pytest.raises(DataError, match="cannot be written"):
+            KIND.save_json(path, {})
+        with pytest.raises(MoELensError, match="cannot be read"):
+            KIND.load_json(path)
+        with pytest.raises(MoELensError, match="cannot be read"):
+            KIND.load_tensors(path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_as_long_as_a_name_may_be_is_written(tmp_path: Path) -> None:
+    KIND.save_json(tmp_path / ("x" * 255), {"a": 1})
+    assert KIND.load_json(tmp_path / ("x" * 255))["a"] == 1
+
+
+def test_a_full_disk_is_named_and_leaves_nothing() -> None:
+    """/dev/full has no place for anything."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+
+    def fill() -> None:
+        with atomic_write("full.json"), Path("/dev/full").open("w") as full:
+            full.write("x")
+
+    with pytest.raises(DataError, match=r"full\.json cannot be written: .*No space left"):
+        fill()
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="nothing is read-only to root")

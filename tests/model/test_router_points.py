@@ -266,15 +266,17 @@ def test_logits_that_leave_no_weights_are_refused(recipe: str, token: Any, exper
 
     model, points = with_points(recipe)
     points[-1].router_logits.add_hook(spoil)
-    with pytest.raises(HookError, match=r"NaN on 1 token\(s\), first at \[batch, pos\] \[1, 4\]") as error:
+    says = r"NaN or infinite on 1 token\(s\), first at \[batch, pos\] \[1, 4\]"
+    with pytest.raises(HookError, match=says) as error:
         model(tokens())
     assert f"model.layers.{MOE_LAYERS[recipe][-1]}.mlp" in str(error.value)
 
 
-def test_nan_weights_from_a_hook_are_refused() -> None:
+@pytest.mark.parametrize("factor", ["nan", "inf", "-inf"])
+def test_weights_that_are_no_numbers_are_refused(factor: str) -> None:
     model, points = with_points("olmoe")
-    points[0].topk_weights.add_hook(lambda weights, hook: weights * float("nan"))
-    with pytest.raises(HookError, match=r"NaN on 14 token\(s\)"):
+    points[0].topk_weights.add_hook(lambda weights, hook: weights * float(factor))
+    with pytest.raises(HookError, match=r"NaN or infinite on 14 token\(s\)"):
         model(tokens())
 
 
