@@ -94,7 +94,7 @@ class Recorded:
             logits = self.model(self.tokens[rows][:, start:], **kwargs)[:n_rows]
         if not start:
             return logits
-        return torch.cat([self.logits[rows[:n_rows], :start], logits], dim=1)
+        return torch.cat([_of_rows(self.logits[:, :start], rows[:n_rows]), logits], dim=1)
 
     def _extra_rows(self, n_rows: int, n_columns: int) -> int:
         """How many rows to add, so that arguments with one entry a row are known by their size."""
