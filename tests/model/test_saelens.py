@@ -1,30 +1,95 @@
-"""An SAE of SAELens beside routing hooks, in one run. Skipped where SAELens, or one that works with the
-installed TransformerLens, is missing (SAELens up to 6.54 imports what TransformerLens 4 has removed)."""
+"""An SAE of SAELens beside routing hooks, in one run.
 
+SAELens up to 6.54 imports what TransformerLens 4 has removed or moved (its issue 738), so that both cannot be
+installed together. Here pip fetches it beside them, and it is imported with those names in place.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import transformer_lens
 from torch import Tensor
 
-sae_lens = pytest.importorskip("sae_lens", exc_type=ImportError)
+from moe_lens import SteeringPlan, attach, hook_names, steer_hooks, zero_ablate
+from tests.promises.sdists import ROOT
+from tests.tiny_models import save, tiny_model, tokenizer, tokens
 
-from moe_lens import SteeringPlan, attach, hook_names, steer_hooks, zero_ablate  # noqa: E402
-from tests.tiny_models import save, tiny_model, tokenizer, tokens  # noqa: E402
+pytestmark = pytest.mark.broad
+
+PACKAGES = (
+    "sae-lens==6.54.0",
+    "babe==0.0.8",
+    "docstring-parser==0.18.0",
+    "nltk==3.10.4",
+    "plotly==7.1.0",
+    "plotly-express==0.4.1",
+    "python-dotenv==1.2.4",
+    "simple-parsing==0.1.9",
+    "tenacity==9.2.1",
+)
+"""SAELens, and what it imports beyond our own requirements."""
+
+
+def fetched() -> Path:
+    """A folder with these packages; skips where pip cannot get them."""
+    folder = ROOT / ".sdists" / "sae-lens-6.54.0"
+    if not (folder / "complete").exists():
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(folder)]
+        done = subprocess.run([*command, *PACKAGES], capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            pytest.skip(f"pip cannot get SAELens: {''.join(done.stderr.strip().splitlines()[-1:])}")
+        (folder / "complete").touch()
+    return folder
+
+
+@contextmanager
+def former_names() -> Iterator[None]:
+    """What SAELens imports of TransformerLens 3, under its names; of no use to what is tested here."""
+
+    class Gone:
+        pass
+
+    gone = dict.fromkeys(("HookedTransformer", "Loss", "Output", "CanBeUsedAsMLP", "USE_DEFAULT_VALUE"), Gone)
+    moved = {**vars(transformer_lens.utilities), "HookedRootModule": transformer_lens.HookedRootModule}
+    stand_ins = {}
+    for name in ("HookedTransformer", "components.mlps.can_be_used_as_mlp", "utils"):
+        stand_in = stand_ins[f"transformer_lens.{name}"] = ModuleType(name)
+        vars(stand_in).update({**moved, **gone})
+    with (
+        patch.dict(sys.modules, stand_ins),
+        patch.dict(vars(transformer_lens), {"HookedTransformer": Gone}),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def sae_lens() -> Any:
+    sys.path.append(str(fetched()))
+    with former_names():
+        return import_module("sae_lens")
+
 
 HOOK = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Any:
-    bridge_class: Any = import_module("sae_lens.analysis.sae_transformer_bridge").SAETransformerBridge
+def model(tmp_path: Path, sae_lens: Any) -> Any:
+    with former_names():
+        bridge_class: Any = import_module("sae_lens.analysis.sae_transformer_bridge").SAETransformerBridge
     folder = save(tiny_model("olmoe"), tmp_path, tokenizer())
     return attach(bridge_class.boot_transformers(str(folder)))
 
 
-def new_sae(model: Any) -> Any:
+def new_sae(sae_lens: Any, model: Any) -> Any:
     config = sae_lens.StandardSAEConfig(
         d_in=model.cfg.d_model, d_sae=64, metadata=sae_lens.saes.sae.SAEMetadata(hook_name=HOOK)
     )
@@ -41,8 +106,8 @@ def run(model: Any, hooks: Any = ()) -> Tensor:
         return model.run_with_hooks(tokens(2, 5), fwd_hooks=list(hooks))
 
 
-def test_an_sae_and_routing_hooks_act_in_one_run(model: Any) -> None:
-    sae = new_sae(model)
+def test_an_sae_and_routing_hooks_act_in_one_run(sae_lens: Any, model: Any) -> None:
+    sae = new_sae(sae_lens, model)
     steering = steer_hooks(SteeringPlan(deactivate=[(0, 0), (0, 1), (2, 3)]))
     by_hand = [*steering, (HOOK, lambda resid, hook: sae.decode(sae.encode(resid)))]
     plain, steered, both_by_hand = run(model), run(model, steering), run(model, by_hand)
@@ -55,8 +120,8 @@ def test_an_sae_and_routing_hooks_act_in_one_run(model: Any) -> None:
     assert torch.equal(run(model), plain)
 
 
-def test_features_are_cached_beside_the_routing(model: Any) -> None:
-    model.add_sae(new_sae(model))
+def test_features_are_cached_beside_the_routing(sae_lens: Any, model: Any) -> None:
+    model.add_sae(new_sae(sae_lens, model))
     with model.hooks(zero_ablate({0: range(6)})):
         _, cache = model.run_with_cache(tokens(1, 4))
     [features] = [cache[name] for name in cache.keys() if name.endswith("hook_sae_acts_post")]  # noqa: SIM118
@@ -64,9 +129,9 @@ def test_features_are_cached_beside_the_routing(model: Any) -> None:
     assert not bool(cache[hook_names.topk_weights(0)].any())
 
 
-def test_in_generation(model: Any) -> None:
+def test_in_generation(sae_lens: Any, model: Any) -> None:
     plan = steer_hooks(SteeringPlan(deactivate=[(n, 0) for n in range(3)]))
-    model.add_sae(new_sae(model))
+    model.add_sae(new_sae(sae_lens, model))
     seen: list[Tensor] = []
     look = (hook_names.topk_indices(2), lambda value, hook: seen.append(value.clone()))
     with torch.no_grad(), model.hooks([*plan, look]):
