@@ -83,6 +83,7 @@ def evaluate_steering(
     _check_fits(model, plan)
     plans = {"+": plan, "-": _reverse(model, plan, reverse, scores)}
     bottom = None if scores is None else bottom_set(scores, plan, model)
+    task = task.on(model)
     with tqdm(total=3 + 4 * n_random + (bottom is not None), unit="run", disable=not progress) as bar:
 
         def measure(steering: SteeringPlan) -> Outcome:
@@ -241,6 +242,7 @@ def sweep(
     check_model_and_task(model, task, seed, level)
     directions = _checked_sweep(sizes, directions, mode, n_random)
     plans = _plans(model, scores, sizes, directions, mode)
+    task = task.on(model)
     unsteered = measure_outcome(model, task, SteeringPlan())
     points = []
     with tqdm(total=len(plans) * (1 + n_random), unit="run", disable=not progress) as bar:
