@@ -21,10 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.hook_names import Hooks
-from moe_lens.model.hf_models import original_model
 from moe_lens.model.private_names import foreign_hooks, has_hooks
 from moe_lens.model.registration import running_of
-from moe_lens.model.resuming import is_bare
 from moe_lens.model.state import Generation
 
 _IN_A_LIST: Final = re.compile(r"\.\d+(\.|$)")
@@ -75,7 +73,7 @@ class LogitReader:
             at_the_end = int(columns[0]) == n_pos - n_read
             kept["logits_to_keep"] = n_read if at_the_end else columns.to(tokens.device)
         if self.is_bare:
-            logits = original_model(self.model)(input_ids=tokens, **kept).logits
+            logits = self.model.original_model(input_ids=tokens, **kept).logits
         else:
             state = running_of(self.model)
             with ExitStack() as stack:
@@ -90,22 +88,22 @@ class LogitReader:
 def reading_logits(model: Any, hooks: Hooks = ()) -> Iterator[LogitReader]:
     """Within the context, the reader that it gives runs the model under these hooks, without gradients."""
     with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
-        keeps = _takes_columns(model) and not _is_seen(model)
-        yield LogitReader(model, keeps, is_bare(model))
+        hooked = [name for name, point in model.hook_dict.items() if has_hooks(point)]
+        keeps = _takes_columns(model) and not _is_seen(model, hooked)
+        yield LogitReader(model, keeps, is_bare=not hooked)
 
 
 def _takes_columns(model: Any) -> bool:
     """Whether the forward of the Hugging Face model (inside adapters, too) has `logits_to_keep`."""
-    inside = original_model(model)
+    inside = model.original_model
     if hasattr(inside, "get_base_model"):
         inside = inside.get_base_model()
     return "logits_to_keep" in inspect.signature(inside.forward).parameters
 
 
-def _is_seen(model: Any) -> bool:
+def _is_seen(model: Any, hooked: list[str]) -> bool:
     """Whether somebody's hook waits where logits are, or may be: outside of the blocks."""
-    points: dict[str, Any] = model.hook_dict
-    if any(has_hooks(point) for name, point in points.items() if not name.startswith("blocks.")):
+    if not all(name.startswith("blocks.") for name in hooked):
         return True
-    named = original_model(model).named_modules()
+    named = model.original_model.named_modules()
     return any(foreign_hooks(module) for name, module in named if not _IN_A_LIST.search(name))
