@@ -107,7 +107,7 @@ def test_a_sum_sees_what_a_mean_does_not(bigrams: RoutedModel) -> None:
 def test_the_first_difference_is_one_token_after_what_both_begin_with(bigrams: RoutedModel) -> None:
     first = answer_task(PROMPTS, DIGIT, alternatives=WORD, measure="first_difference").values(bigrams)
     assert first.tolist() == [float(space > word) for word, space in CONTEXTS.values()] * 2
-    # " 9" and " 88" differ after the space, where "8" is the likelier; that no "8" follows an "8" is not asked
+    # " 9" and " 88" differ after the space, where "8" is the likelier; what follows it is not asked
     nine, eight = [" 9"] * 8, [" 88"] * 8
     late = answer_task(PROMPTS, eight, alternatives=nine, measure="first_difference").values(bigrams)
     assert late.tolist() == [1.0] * 8
