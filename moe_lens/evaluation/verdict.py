@@ -27,8 +27,8 @@ def explanation(outcomes: SteeringOutcomes) -> str:
     elif outcomes.saturation is not None:
         first = (
             f"The measure has no room to move: {saturation(outcomes)}. So {gap[0].lower()}{gap[1:]} ({ps}) "
-            "is no evidence that the plan does nothing. Take prompts or alternatives that are less one-sided, "
-            "or a task of log-probabilities instead of zeros and ones."
+            "is no evidence that the plan does nothing. Take prompts or alternatives less one-sided, or "
+            "a task of log-probabilities instead of zeros and ones."
         )
     else:
         why = ", and ".join(_failed_criteria(outcomes))
