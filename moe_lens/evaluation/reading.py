@@ -10,7 +10,7 @@ Measures (measures.py) and tasks ask; how they are batched and which logits are 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
-from moe_lens.model.kept_logits import LogitReader, reading_logits
 from moe_lens.text.batching import DEFAULT_TOKENS, Limits, TextModel, pad_sequences
+
+if TYPE_CHECKING:
+    from moe_lens.model.kept_logits import LogitReader
 
 CHUNK: Final = 2**22
 """How many logits are widened to float64 at a time."""
@@ -151,6 +153,8 @@ def next_tokens(
     Raises:
         DataError: NaN or infinite logits.
     """
+    from moe_lens.model.kept_logits import reading_logits  # needs TransformerLens, which tasks do not
+
     found: dict[int, Tensor] = {}
     with reading_logits(model, hooks) as read:
         for numbers in _batches(asked, limits, read.is_bare):
@@ -169,7 +173,7 @@ def _batches(asked: Sequence[Asked], limits: Limits, is_bare: bool) -> Iterator[
             yield sorted(group[place] for place in batch)
 
 
-def _judged(model: MeasuredModel, read: LogitReader, some: Sequence[Asked], judge: Judge) -> list[Tensor]:
+def _judged(model: MeasuredModel, read: "LogitReader", some: Sequence[Asked], judge: Judge) -> list[Tensor]:
     side = read.padding_side
     tokens, mask = pad_sequences(model, [each.tokens for each in some], side)
     n_pos = tokens.shape[1]

@@ -215,7 +215,7 @@ def answer_task(
     return SteeringTask(name, measured, tuple(str(label) for label in labels), collateral, NOTES[comparison])
 
 
-def load_task(path: str | Path, *, measure: Comparison | None = None) -> SteeringTask:
+def load_task(path: str | Path, *, measure: str | None = None) -> SteeringTask:
     """Read a task from JSON.
 
     >>> import json
@@ -254,16 +254,16 @@ def load_task(path: str | Path, *, measure: Comparison | None = None) -> Steerin
     name = content.get("name", Path(path).stem)
     if not isinstance(name, str) or not name:
         raise DataError(f"{path}: name must be text; got {name!r}.")
-    alternatives, measure = _column(path, rows, "alternative"), measure or content.get("measure")
+    alternatives = _column(path, rows, "alternative")
     try:
-        checked_comparison(measure, alternatives, several=False)
+        comparison = checked_comparison(measure or content.get("measure"), alternatives, several=False)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return answer_task(
         [row["prompt"] for row in rows],
         [row["answer"] for row in rows],
         alternatives=alternatives,
-        measure=measure,
+        measure=comparison,
         clusters=clusters,
         neutral_texts=texts,
         closed_book=[(row["question"], row["answer"]) for row in facts],
