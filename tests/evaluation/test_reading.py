@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from moe_lens import HookedMoE, RoutedModel, SteeringPlan, scale_experts, steer_hooks
@@ -105,6 +106,19 @@ def test_under_hooks_it_is_each_prompt_by_itself_under_them(recipe: str) -> None
 
 def test_a_plain_bridge_will_do() -> None:
     agrees(plain_bridge(tiny_model("olmoe"), tokenizer()), bare("olmoe")[1])
+
+
+def test_adapters_and_compatibility_mode_make_no_difference() -> None:
+    adapted = get_peft_model(
+        tiny_model("olmoe"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    folded = HookedMoE.from_hf(tiny_model("olmoe"), tokenizer())
+    folded.enable_compatibility_mode()
+    for model in (RoutedModel(adapted, tokenizer()), folded):
+        with reading_logits(model) as read:
+            assert read.keeps
+        with torch.no_grad():
+            agrees(model, by_hand(lambda sequence, m=model: m(torch.tensor([sequence]))[0].double()))
 
 
 # How much is computed
