@@ -29,7 +29,9 @@ VOCABULARY = SPECIAL + WORDS
 SEQUENCES = [tokens(1, length, seed=length)[0].tolist() for length in (4, 9, 2, 5, 5, 7)]
 ADDED = [[VOCABULARY.index(word) for word in prompt(n, 30 + n).split()] for n in (1, 3, 2, 1, 4, 2)]
 TEXTS = [" ".join(VOCABULARY[token] for token in added) for added in ADDED]
-PADDED = ("deepseek_v4", "deepseek_v4_hash")
+TIED = ("glm_moe_dsa",)
+"""Its indexer's scores are tied at 0 in so small a model, and which ones it takes depends on the width."""
+PADDED = ("deepseek_v4", "deepseek_v4_hash", *TIED)
 """Families whose numbers depend on padding on the left, in Hugging Face's own forward."""
 
 
@@ -46,7 +48,7 @@ def by_hand(logits_of: Callable[[list[int]], Tensor]) -> Found:
     largest = [int(logits_of(sequence)[-1].argmax()) for sequence in SEQUENCES]
     log_probs, losses = [], []
     for sequence, added in zip(SEQUENCES, ADDED, strict=True):
-        rows = logits_of([*sequence, *added])[len(sequence) - 1 : -1]
+        rows = logits_of([*sequence, *added[:-1]])[len(sequence) - 1 :]
         log_probs.append(
             [float(row[token] - row.logsumexp(0)) for row, token in zip(rows, added, strict=True)]
         )
@@ -83,7 +85,7 @@ def agrees(model: Any, expected: Found, **options: Any) -> None:
 @one_of_each_kind
 def test_without_hooks_it_is_hugging_face_one_prompt_at_a_time(recipe: str) -> None:
     for model in wrapped(recipe):
-        agrees(model, bare(recipe)[1])
+        agrees(model, bare(recipe)[1], batch_size=1 if recipe in TIED else None)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 4}, {"batch_tokens": 11}], ids=str)
@@ -96,12 +98,14 @@ def test_batches_of_any_size_find_the_same(options: Any) -> None:
 def test_under_hooks_it_is_each_prompt_by_itself_under_them(recipe: str) -> None:
     size = 1 if recipe in PADDED else None
     for model in wrapped(recipe):
-        hooks = scale_experts([(layer, 0) for layer in model.moe_layers], 3.0)
+        half = [(layer, expert) for layer in model.moe_layers for expert in range(model.n_experts // 2)]
+        hooks = scale_experts(half, 3.0)
         with model.hooks(hooks), torch.no_grad():
             expected = by_hand(lambda sequence, m=model: m(torch.tensor([sequence]))[0].double())
-        assert expected.loss != pytest.approx(bare(recipe)[1].loss, rel=1e-3)  # else the hooks did nothing
+        plain = bare(recipe)[1].log_probs[1]
+        assert expected.log_probs[1] != pytest.approx(plain, rel=1e-2)  # else the hooks did nothing
         agrees(model, expected, hooks=hooks, batch_size=size)
-        agrees(model, bare(recipe)[1])  # and they are gone
+        agrees(model, bare(recipe)[1], batch_size=size)  # and they are gone
 
 
 def test_a_plain_bridge_will_do() -> None:
