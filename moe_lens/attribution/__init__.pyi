@@ -3,6 +3,7 @@ from .direct_paths import direct_path as direct_path
 from .gradients import gradient_attribution as gradient_attribution
 from .logits import expert_logit_attribution as expert_logit_attribution
 from .logits import expert_logit_lens as expert_logit_lens
+from .results import Change as Change
 from .results import GradientAttribution as GradientAttribution
 from .results import LogitAttribution as LogitAttribution
 from .results import VirtualAblation as VirtualAblation

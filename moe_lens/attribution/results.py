@@ -191,7 +191,11 @@ class GradientAttribution(Result):
 
 
 class Change(NamedTuple):
-    """One loss change: where, of which expert, how much, and whether it is exact or an estimate."""
+    """One loss change: where, of which expert, how much, and whether it is exact or an estimate.
+
+    >>> print(Change(layer=2, prompt=0, pos=5, expert=3, change=0.25, is_exact=False))
+    +0.25 by estimate at layer 2, prompt 0, pos 5, expert 3
+    """
 
     layer: int
     prompt: int

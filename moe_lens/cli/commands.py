@@ -136,7 +136,7 @@ def evaluate(options: Options) -> None:
     load = steering.SteeringPlan.load
     reverse = None if options.reverse is None else load(options.reverse)
     scores = None if options.scores is None else detection.ExpertScores.load(options.scores)
-    task, chosen = evaluation.load_task(options.task), load(options.plan)
+    task, chosen = evaluation.load_task(options.task, measure=options.measure), load(options.plan)
     report = evaluation.evaluate_steering(
         _model(options),
         chosen,
@@ -155,7 +155,8 @@ def evaluate(options: Options) -> None:
 
 def sweep(options: Options) -> None:
     """Evaluate plans of several sizes."""
-    scores, task = detection.ExpertScores.load(options.scores), evaluation.load_task(options.task)
+    scores = detection.ExpertScores.load(options.scores)
+    task = evaluation.load_task(options.task, measure=options.measure)
     result = evaluation.sweep(
         _model(options), scores, task, sizes=options.sizes, n_random=options.n_random, seed=options.seed
     )

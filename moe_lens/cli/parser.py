@@ -248,7 +248,7 @@ def _evaluate(adder: Any) -> None:
         it.""",
     )
     _model_and(command, "plan", "steering plan")
-    command.add_argument("task", type=Path, metavar="TASK", help="what to measure, JSON")
+    _task(command)
     command.add_argument("--reverse", type=Path, metavar="PLAN", help="plan for the opposite direction")
     command.add_argument(
         "--scores", type=Path, metavar="FILE", help="scores that the plan came from: for reverse and bottom-k"
@@ -256,6 +256,15 @@ def _evaluate(adder: Any) -> None:
     _random(command)
     command.add_argument("--alpha", type=float, default=0.05, help="error rate (default: 0.05)")
     command.add_argument("--out", type=Path, metavar="FILE", help="the report, JSON")
+
+
+def _task(command: Any) -> None:
+    command.add_argument("task", type=Path, metavar="TASK", help="what to measure, JSON")
+    command.add_argument(
+        "--measure",
+        metavar="HOW",
+        help="of answers: sum, mean, first_difference or whole_answer (default: what the task says)",
+    )
 
 
 def _sweep(adder: Any) -> None:
@@ -267,7 +276,7 @@ def _sweep(adder: Any) -> None:
         under each. Choose a size on development prompts and evaluate it on others.""",
     )
     _model_and(command, "scores", "file of scores, from `moe-lens detect`")
-    command.add_argument("task", type=Path, metavar="TASK", help="what to measure, JSON")
+    _task(command)
     command.add_argument("--sizes", type=_numbers, default=(2, 4, 8), help="such as 2,4,8 (the default)")
     _random(command)
     command.add_argument("--out", type=Path, metavar="FILE", help="the sweep, JSON")

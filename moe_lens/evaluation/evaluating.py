@@ -20,6 +20,7 @@ from moe_lens.evaluation.outcomes import (
     Limit,
     Outcome,
     direction_of,
+    saturation_of,
 )
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
 from moe_lens.evaluation.report import SteeringReport
@@ -83,6 +84,7 @@ def evaluate_steering(
     _check_fits(model, plan)
     plans = {"+": plan, "-": _reverse(model, plan, reverse, scores)}
     bottom = None if scores is None else bottom_set(scores, plan, model)
+    task = task.on(model)
     with tqdm(total=3 + 4 * n_random + (bottom is not None), unit="run", disable=not progress) as bar:
 
         def measure(steering: SteeringPlan) -> Outcome:
@@ -241,14 +243,15 @@ def sweep(
     check_model_and_task(model, task, seed, level)
     directions = _checked_sweep(sizes, directions, mode, n_random)
     plans = _plans(model, scores, sizes, directions, mode)
-    unsteered = measure_outcome(model, task, SteeringPlan())
+    task = task.on(model)
+    outcomes = [measure_outcome(model, task, SteeringPlan())]
     points = []
     with tqdm(total=len(plans) * (1 + n_random), unit="run", disable=not progress) as bar:
 
         def measure(plan: SteeringPlan) -> Outcome:
-            outcome = measure_outcome(model, task, plan)
+            outcomes.append(measure_outcome(model, task, plan))
             bar.update()
-            return outcome
+            return outcomes[-1]
 
         seeds = spawned_seeds(seed, len(plans))
         for ((size, direction), plan), plan_seed in zip(plans.items(), seeds, strict=True):
@@ -258,15 +261,16 @@ def sweep(
             points.append(
                 SweepPoint(size, direction, outcome.rate, low, high, dict(outcome.collateral), random)
             )
-    limits = _limits(task)
+    unsteered = outcomes[0]
     return SweepResult(
         task.name,
         model.moe_shape.model,
         mode,
         unsteered.rate,
         dict(unsteered.collateral),
-        limits,
+        _limits(task),
         tuple(points),
+        saturation_of(outcomes),
     )
 
 

@@ -87,6 +87,31 @@ class Outcome(Result):
         return ", ".join([*parts, *(f"{name} {value:.3g}" for name, value in self.collateral.items())])
 
 
+SATURATED: Final = 0.95
+"""A condition sits at an extreme value if at least this share of its prompts has it."""
+
+
+def saturation_of(outcomes: Sequence[Outcome]) -> str | None:
+    """Why a measure tells no condition from another, by what it gave under all of them.
+
+    >>> ones, some = np.ones(40), np.ones(40)
+    >>> some[0] = 0.0
+    >>> saturation_of([Outcome(ones, {}), Outcome(some, {})])
+    'ceiling'
+
+    Returns: "floor" or "ceiling" where at least 95 % of the prompts have its lowest or highest value under
+        every condition; "constant" where no condition changes the value of any prompt; None: it has room.
+    """
+    values = np.stack([outcome.values for outcome in outcomes])  # [condition prompt]
+    lowest, highest = values.min(), values.max()
+    if lowest == highest:  # of zeros and ones it is known which of the two they are
+        return {0.0: "floor", 1.0: "ceiling"}.get(float(lowest), "constant")
+    for name, extreme in (("floor", lowest), ("ceiling", highest)):
+        if ((values == extreme).mean(axis=1) >= SATURATED).all():
+            return name
+    return "constant" if (values == values[0]).all() else None
+
+
 @dataclass(frozen=True)
 class Limit:
     """How much worse a plan may make a collateral measure."""
@@ -212,6 +237,18 @@ class SteeringOutcomes:
         """
         sure = all(excess.low > 0 for excess in self.excesses.values())
         return sure and self.gap_interval[0] > 0 and max(self.p_matched, self.p_any) <= self.alpha
+
+    @cached_property
+    def saturation(self) -> str | None:
+        """Why the measure tells no condition from another: "floor", "ceiling", "constant"; None: it has room.
+
+        At its floor or ceiling are at least 95 % of the prompts under every condition, random sets included;
+        it is constant where no condition changes the value of any prompt. A p-value is then no evidence that
+        the plan has no effect: the measure would not show one.
+        """
+        random = [outcome for both in self.controls.values() for one in both.values() for outcome in one]
+        bottom = [] if self.bottom is None else [self.bottom]
+        return saturation_of([self.unsteered, *self.steered.values(), *bottom, *random])
 
     def effect_interval(self, direction: str) -> tuple[float, float]:
         """Bootstrap interval of the mean change against the unsteered model, in direction "+" or "-".

@@ -72,6 +72,8 @@ class SweepResult(Result):
         unsteered_collateral: name -> value without a plan.
         limits: collateral measure -> how much worse a plan may make it.
         points: by size, then direction.
+        saturation: "floor", "ceiling" or "constant" where the measure tells no size from another, as in
+            `SteeringReport.saturation`; None where it has room.
     """
 
     task: str
@@ -81,6 +83,7 @@ class SweepResult(Result):
     unsteered_collateral: dict[str, float]
     limits: dict[str, Limit]
     points: tuple[SweepPoint, ...]
+    saturation: str | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -125,7 +128,16 @@ class SweepResult(Result):
         sides = {point.direction for point in self.points}
         gaps = [f"{size}: {self.gap(size):+.2f}" for size in self.sizes] if len(sides) == 2 else []
         what = f"gap by size {', '.join(gaps)}" if gaps else f"sizes {', '.join(map(str, self.sizes))}"
-        return f"{self.task}, {self.model}, {self.mode}, unsteered {self.unsteered:.2f}; {what}"
+        return (
+            f"{self.task}, {self.model}, {self.mode}, unsteered {self.unsteered:.2f}; {what}{self._no_room}"
+        )
+
+    @property
+    def _no_room(self) -> str:
+        if self.saturation is None:
+            return ""
+        where = "constant" if self.saturation == "constant" else f"at its {self.saturation}"
+        return f"; the measure is {where} throughout and tells no size from another"
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row a point: size, direction, mean, low, high, random sets (mean, 5 %, 95 %), collateral."""
@@ -159,4 +171,6 @@ class SweepResult(Result):
 
     def __str__(self) -> str:
         table = self.to_dataframe().round(3).to_string(index=False)
-        return f"{self.task} ({self.model}), unsteered {self.unsteered:.3f}, {self.mode}\n{table}"
+        return (
+            f"{self.task} ({self.model}), unsteered {self.unsteered:.3f}, {self.mode}{self._no_room}\n{table}"
+        )

@@ -41,6 +41,8 @@ class SteeringReport(SteeringOutcomes, Result):
     >>> report.verdict, sorted(report.controls)
     (False, ['any layer', 'layer-matched'])
 
+    Where its measure sits at its floor or ceiling under every condition, `saturation` and its words say so.
+
     Attributes:
         task: name of the behaviour.
         model: name of the model.
@@ -66,11 +68,15 @@ class SteeringReport(SteeringOutcomes, Result):
         return verdict.explanation(self)
 
     def summary(self) -> str:
-        """The verdict, the gap and its p-values."""
+        """The verdict, the gap and its p-values; or that the measure has no room to show any."""
         low, high = self.gap_interval
+        gap = f"gap {self.gap:+.2f} [{low:+.2f}, {high:+.2f}]"
+        if self.saturation is not None and not self.verdict:
+            where = "constant" if self.saturation == "constant" else f"at its {self.saturation}"
+            return f"the measure is {where} under every condition and shows nothing: {gap}"
         return (
-            f"{'exceeds' if self.verdict else 'not beyond'} its controls: gap {self.gap:+.2f} "
-            f"[{low:+.2f}, {high:+.2f}], p = {self.p_matched:.3f} layer-matched, {self.p_any:.3f} any layer"
+            f"{'exceeds' if self.verdict else 'not beyond'} its controls: {gap}, p = {self.p_matched:.3f} "
+            f"layer-matched, {self.p_any:.3f} any layer"
         )
 
     def to_dataframe(self) -> "pandas.DataFrame":
@@ -113,6 +119,7 @@ class SteeringReport(SteeringOutcomes, Result):
             "excess_matched": list(self.excess_matched),
             "excess_any": list(self.excess_any),
             "verdict": self.verdict,
+            "saturation": self.saturation,
             "explanation": self.explanation,
         }
 

@@ -6,7 +6,7 @@ values = task.measure(model, steer_hooks(plan))        # [prompt]; 1.0 where the
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, cast
@@ -16,14 +16,18 @@ from jaxtyping import Float
 
 from moe_lens.checks import short, whole_number
 from moe_lens.errors import DataError
-from moe_lens.evaluation.measures import (
-    Hooks,
-    MeasuredModel,
-    answers_with,
-    continuation_log_probs,
-    text_loss,
+from moe_lens.evaluation.answering import (
+    NOTES,
+    Comparison,
+    answer_measure,
+    checked_comparison,
+    loss,
+    on_model,
+    share_answered,
 )
+from moe_lens.evaluation.reading import MeasuredModel
 from moe_lens.files import FileKind
+from moe_lens.hook_names import Hooks
 from moe_lens.results import Result
 from moe_lens.text.prompts import as_prompt
 
@@ -34,7 +38,7 @@ Collateral = Callable[[Any, Hooks], float]
 LOSS: Final = "neutral loss (nats a token)"
 CLOSED_BOOK: Final = "closed-book accuracy"
 _KIND: Final = FileKind("moe_lens.SteeringTask", 1, (1,), "a steering task", default_schema=1)
-_FIELDS: Final = ("name", "prompts", "neutral_texts", "closed_book")
+_FIELDS: Final = ("name", "prompts", "measure", "neutral_texts", "closed_book")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +83,7 @@ class SteeringTask(Result):
             give the share of prompts that show it.
         clusters: one label a prompt; prompts of one label are not independent.
         collateral: name -> what should stay as it is.
+        note: what a value means.
 
     Raises:
         DataError: prompts of fewer than two clusters.
@@ -88,6 +93,7 @@ class SteeringTask(Result):
     measure: Measure
     clusters: tuple[str, ...]
     collateral: Mapping[str, CollateralMeasure] = field(default_factory=dict)
+    note: str = ""
 
     def __post_init__(self) -> None:
         labels = _listed(self.clusters, "clusters")
@@ -103,6 +109,20 @@ class SteeringTask(Result):
         beside = f", beside {', '.join(self.collateral)}" if self.collateral else ""
         return f"{self.name}: {len(self.clusters)} prompts of {len(set(self.clusters))} clusters{beside}"
 
+    def __str__(self) -> str:
+        return "\n".join(filter(None, [self.summary(), self.note]))
+
+    def on(self, model: MeasuredModel) -> "SteeringTask":
+        """The same task for this model, with its texts read and made tokens once for many runs.
+
+        Measures of your own stay as they are.
+        """
+        collateral = {
+            name: replace(each, measure=on_model(each.measure, model))
+            for name, each in self.collateral.items()
+        }
+        return replace(self, measure=on_model(self.measure, model), collateral=collateral)
+
     def values(self, model: MeasuredModel, hooks: Hooks = ()) -> Float[np.ndarray, "prompt"]:
         """The behaviour of each prompt under the hooks. Raises DataError unless it is a number a prompt."""
         values = _numbers(self.measure(model, hooks), f"The task {self.name!r}")
@@ -116,16 +136,18 @@ class SteeringTask(Result):
 
 def answer_task(
     prompts: Sequence[Any],
-    answers: Sequence[str],
+    answers: Sequence[str | Sequence[str]],
     *,
     alternatives: Sequence[str] | None = None,
+    measure: Comparison | None = None,
     clusters: Iterable[Any] | None = None,
     neutral_texts: Sequence[str] = (),
     closed_book: Sequence[tuple[str, str]] = (),
     loss_limit: float = 0.1,
     accuracy_limit: float = 0.1,
     name: str = "gives the answer",
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
 ) -> SteeringTask:
     """A task of prompts with the answer that shows the behaviour.
 
@@ -137,12 +159,28 @@ def answer_task(
     ... )
     >>> task.values(model).shape
     (192,)
+    >>> answer_task(
+    ...     [c.open_book for c in conflicts], [c.document_answer for c in conflicts],
+    ...     alternatives=[c.memory_answer for c in conflicts],
+    ... ).note
+    '1 where the answer is more probable than its alternative, by the sums of log-probabilities'
 
     Args:
         prompts: strings, chats or tokens.
-        answers: one a prompt, a single token each; the value is 1 where it is the most probable next token.
-        alternatives: answers of the opposite behaviour, one a prompt. With them, answers and alternatives may
-            be of any length, and the value is 1 where the answer has the higher mean log-probability a token.
+        answers: one a prompt; with measure="whole_answer" also a list of texts, of which one will do. Without
+            alternatives and measure each is a single token, and the value is 1 where it is the most probable
+            next one.
+        alternatives: answers of the opposite behaviour, one a prompt; then all may be of any length.
+        measure: what makes a value 1.
+
+            - "sum" (with alternatives, the default): the answer is the more probable text of the two, by the
+              sums of its tokens' log-probabilities. Longer texts are the less probable for it, as they are to
+              the model.
+            - "mean": its mean log-probability a token is higher. It misleads where the numbers of tokens
+              differ, of which there is a warning: " 8" in two tokens beats " eight" in one whatever the
+              prompt says, since the second of two tokens often follows from the first.
+            - "first_difference": after the prompt and what both begin with, its next token is more probable.
+            - "whole_answer" (without alternatives): greedy decoding gives it, token by token.
         clusters: one label a prompt; by default the prompts are independent.
         neutral_texts: their loss should not rise by more than `loss_limit`.
         closed_book: (question, answer) pairs; the share answered should not fall by more than
@@ -150,55 +188,34 @@ def answer_task(
         loss_limit: in nats a token.
         accuracy_limit: a share, in [0, 1].
         name: of the behaviour, for tables and figures.
-        batch_size: prompts in one forward.
+        batch_size: prompts in one forward, at most; see `answers_with`.
+        batch_tokens: tokens in one forward, at most.
 
     Raises:
-        DataError: unequal numbers; when measured, an answer of several tokens without alternatives.
+        DataError: unequal numbers; a measure that does not go with alternatives, or without; when measured,
+            an answer of several tokens with neither alternatives nor a measure, or answers and alternatives
+            that do not differ in a token.
     """
-    prompts, answers = _listed(prompts, "prompts"), _texts(answers, "answers")
+    prompts, given = _listed(prompts, "prompts"), _answers(answers)
     neutral_texts, closed_book = _texts(neutral_texts, "neutral_texts"), _pairs(closed_book)
     alternatives = None if alternatives is None else _texts(alternatives, "alternatives")
     labels = _listed(range(len(prompts)) if clusters is None else clusters, "clusters")
-    for what, given in (("answers", answers), ("clusters", labels), ("alternatives", alternatives)):
-        if given is not None and len(given) != len(prompts):
-            raise DataError(f"{len(prompts)} prompts need as many {what}; got {len(given)}.")
-
-    def measure(model: MeasuredModel, hooks: Hooks) -> Any:
-        if alternatives is None:
-            return answers_with(model, prompts, answers, hooks=hooks, batch_size=batch_size).double().numpy()
-        first, second = (
-            continuation_log_probs(model, prompts, texts, hooks=hooks, batch_size=batch_size)
-            for texts in (answers, alternatives)
-        )
-        return (first > second).astype(float)
-
+    for what, things in (("answers", given), ("clusters", labels), ("alternatives", alternatives)):
+        if things is not None and len(things) != len(prompts):
+            raise DataError(f"{len(prompts)} prompts need as many {what}; got {len(things)}.")
+    comparison = checked_comparison(measure, alternatives, any(len(texts) > 1 for texts in given))
+    batches = {"batch_size": batch_size, "batch_tokens": batch_tokens}
     collateral = {}
     if neutral_texts:
-        collateral[LOSS] = _loss(neutral_texts, loss_limit, batch_size)
+        collateral[LOSS] = CollateralMeasure(loss(neutral_texts, batches), loss_limit)
     if closed_book:
-        collateral[CLOSED_BOOK] = _accuracy(closed_book, accuracy_limit, batch_size)
-    return SteeringTask(name, measure, tuple(str(label) for label in labels), collateral)
+        share = share_answered([pair[0] for pair in closed_book], [pair[1] for pair in closed_book], batches)
+        collateral[CLOSED_BOOK] = CollateralMeasure(share, accuracy_limit, larger_is_worse=False)
+    measured = answer_measure(prompts, given, alternatives, comparison, batches)
+    return SteeringTask(name, measured, tuple(str(label) for label in labels), collateral, NOTES[comparison])
 
 
-def _loss(texts: Sequence[str], limit: float, batch_size: int) -> CollateralMeasure:
-    """The loss on neutral texts."""
-    return CollateralMeasure(
-        lambda model, hooks: text_loss(model, texts, hooks=hooks, batch_size=batch_size), limit
-    )
-
-
-def _accuracy(pairs: Sequence[tuple[str, str]], limit: float, batch_size: int) -> CollateralMeasure:
-    """The share of questions that are answered."""
-    questions, answers = [question for question, _ in pairs], [answer for _, answer in pairs]
-
-    def measure(model: MeasuredModel, hooks: Hooks) -> float:
-        right = answers_with(model, questions, answers, hooks=hooks, batch_size=batch_size)
-        return float(right.double().mean())
-
-    return CollateralMeasure(measure, limit, larger_is_worse=False)
-
-
-def load_task(path: str | Path) -> SteeringTask:
+def load_task(path: str | Path, *, measure: str | None = None) -> SteeringTask:
     """Read a task from JSON.
 
     >>> import json
@@ -209,8 +226,13 @@ def load_task(path: str | Path) -> SteeringTask:
     ('a', 'b')
 
     The file holds {"kind": "moe_lens.SteeringTask", "name": ..., "prompts": [{"prompt": text or messages,
-    "answer": text, "alternative": text (optional), "cluster": label (optional)}, ...], "neutral_texts":
-    [text, ...], "closed_book": [{"question": text, "answer": text}, ...]}; the last two may be left out.
+    "answer": text, "alternative": text (optional), "cluster": label (optional)}, ...], "measure": one of
+    `answer_task`, "neutral_texts": [text, ...], "closed_book": [{"question": text, "answer": text}, ...]};
+    the last three may be left out.
+
+    Args:
+        path: of the file.
+        measure: instead of the file's; see `answer_task`.
 
     Raises:
         DataError: naming the file and the field at fault.
@@ -232,10 +254,16 @@ def load_task(path: str | Path) -> SteeringTask:
     name = content.get("name", Path(path).stem)
     if not isinstance(name, str) or not name:
         raise DataError(f"{path}: name must be text; got {name!r}.")
+    alternatives = _column(path, rows, "alternative")
+    try:
+        comparison = checked_comparison(measure or content.get("measure"), alternatives, several=False)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     return answer_task(
         [row["prompt"] for row in rows],
         [row["answer"] for row in rows],
-        alternatives=_column(path, rows, "alternative"),
+        alternatives=alternatives,
+        measure=comparison,
         clusters=clusters,
         neutral_texts=texts,
         closed_book=[(row["question"], row["answer"]) for row in facts],
@@ -285,6 +313,17 @@ def _texts(given: Any, name: str) -> list[str]:
         if not isinstance(text, str) or not text:
             raise DataError(f"{name}[{index}] must be a text; got {text!r}.")
     return texts
+
+
+def _answers(given: Any) -> list[list[str]]:
+    """A list of texts a prompt, of which one will do."""
+    found = []
+    for index, answer in enumerate(_listed(given, "answers")):
+        texts = [answer] if isinstance(answer, str) or not isinstance(answer, Sequence) else list(answer)
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise DataError(f"answers[{index}] must be a text, or a list of texts; got {answer!r}.")
+        found.append(texts)
+    return found
 
 
 def _pairs(given: Any) -> list[tuple[str, str]]:

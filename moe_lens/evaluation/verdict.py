@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from moe_lens.evaluation.outcomes import DIRECTIONS, Outcome, SteeringOutcomes
+from moe_lens.evaluation.outcomes import DIRECTIONS, SATURATED, Outcome, SteeringOutcomes
 
 if TYPE_CHECKING:
     import pandas
@@ -22,10 +22,31 @@ def explanation(outcomes: SteeringOutcomes) -> str:
     ps = f"p = {outcomes.p_matched:.3f} against layer-matched, {against_any}"
     if outcomes.verdict:
         first = f"{gap} exceeds its controls ({ps})."
+        if outcomes.saturation is not None:
+            first += f" But {saturation(outcomes)}; effects are cut there."
+    elif outcomes.saturation is not None:
+        first = (
+            f"The measure has no room to move: {saturation(outcomes)}. So {gap[0].lower()}{gap[1:]} ({ps}) "
+            "is no evidence that the plan does nothing. Take prompts or alternatives less one-sided, or "
+            "a task of log-probabilities instead of zeros and ones."
+        )
     else:
         why = ", and ".join(_failed_criteria(outcomes))
         first = f"No effect beyond the controls: {gap[0].lower()}{gap[1:]} ({ps}); {why}."
     return " ".join([first, _excesses(outcomes), _directions(outcomes), *_collateral(outcomes)])
+
+
+def saturation(outcomes: SteeringOutcomes) -> str:
+    """Where the measure sits, in words."""
+    if outcomes.saturation == "constant":
+        return "no condition changes the value of any prompt"
+    extreme = (
+        outcomes.unsteered.values.min() if outcomes.saturation == "floor" else outcomes.unsteered.values.max()
+    )
+    return (
+        f"at least {SATURATED:.0%} of the prompts sit at its {outcomes.saturation} ({extreme:g}) under every "
+        "condition"
+    )
 
 
 def table(outcomes: SteeringOutcomes) -> "pandas.DataFrame":

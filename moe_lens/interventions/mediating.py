@@ -28,6 +28,7 @@ shares mean nothing.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,10 +38,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from moe_lens import hook_names
+from moe_lens.checks import chosen_layers
 from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks
 from moe_lens.interventions.replay import replay_hooks
 from moe_lens.interventions.results import Mediation
+from moe_lens.interventions.shared_runs import HooksFor, SharedRuns
 from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import routing_layers
 from moe_lens.model.wrapper import Model
@@ -56,9 +59,11 @@ def mediation(
     corrupted: Prompts,
     metric: Metric,
     *,
+    layers: Any = None,
     weights: bool = False,
     align: str = "same",
     batch_size: int = 8,
+    reuse: bool = True,
     hooks: Hooks = (),
     progress: bool = True,
 ) -> Mediation:
@@ -72,6 +77,9 @@ def mediation(
     >>> found = mediation(model, clean, corrupted, says_w2, progress=False)
     >>> found.total_effect.shape
     torch.Size([2])
+    >>> late = mediation(model, clean, corrupted, says_w2, layers=[2, 3], progress=False)
+    >>> late.clean_route_in.shape                                # [layer pair]
+    torch.Size([2, 2])
 
     Args:
         model: a HookedMoE or RoutedModel.
@@ -79,6 +87,8 @@ def mediation(
         corrupted: as many prompts, in pairs with the clean ones.
         metric: logits [batch pos d_vocab] of all pairs, in their order -> one number a pair [batch], or one.
             Position -1 is each prompt's last token; shorter prompts have NaN on the left.
+        layers: the MoE layers whose route is carried over, taken in ascending order: a number, several, a
+            range or a slice of numbers. In all others the model routes by itself. None: all.
         weights: carry the routing weights over, too. False: the experts only, with the weights that the rule
             derives for them from the run's own logits.
         align: "same": the prompts of a pair have the same number of tokens, and the route is carried over
@@ -86,45 +96,53 @@ def mediation(
             end with (a question after a document, and alone).
         batch_size: pairs a forward, all of the same lengths; nothing is padded. The logits of all pairs under
             one route are held on the CPU at once, since the metric sees them together.
+        reuse: repeat nothing that a run shares with the plain one or with that on the whole route, where that
+            is sound: not under hooks, and not where a run that goes on from those differs from a whole one
+            (some are compared). What each block reads in them is kept on the model's device meanwhile.
+            False: whole runs.
         hooks: forward hooks to run under, in every run (`steer_hooks(plan)`, for one). What they change
             belongs to the runs whose routes are compared. They see the pairs of a batch as its rows.
         progress: show a progress bar.
 
     Raises:
-        DataError: unequal numbers of prompts or of tokens, no common end, a metric that gives anything other
-            than finite real numbers, one or one a pair.
+        DataError: unequal numbers of prompts or of tokens, no common end, layers that are not there or named
+            twice, a metric that gives anything other than finite real numbers, one or one a pair.
     """
-    layers = tuple(routing_layers(model))
+    among = tuple(sorted(chosen_layers(layers, tuple(routing_layers(model)))))
     check_metric(metric)
-    carried = [(), *((layer,) for layer in layers), *(layers[: n + 1] for n in range(len(layers)))]
-    routes = list(dict.fromkeys(carried))  # which layers take the other side's route
-    bar = tqdm(total=2 * len(routes), desc="mediation", unit="run", disable=not progress)
+    values: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    total = 4 * len(among)  # on both sides: the plain run, each layer, and all up to the second, third...
+    bar = tqdm(total=total, desc="mediation", unit="run", disable=not progress)
     with torch.no_grad(), bar, model.hooks(list(hooks)):
         batches = [
             _Batch.of(model, pairs, weights)
             for pairs in _batches(_pairs(model, clean, corrupted, align), batch_size)
         ]
-        values: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        for route in routes:
-            for side in (CLEAN, CORRUPTED):
-                logits = {tuple(batch.numbers): batch.logits(model, side, route) for batch in batches}
+        for side in (CLEAN, CORRUPTED):
+            tokens = [batch.tokens[side] for batch in batches]
+            fixed = [batch.on_route(side) for batch in batches]
+            runs = SharedRuns(model, tokens, fixed, reuse=reuse, check=side == CLEAN)
+            plain = [((), [batch.plain[side] for batch in batches])]
+            for route, each in chain(plain, runs.on_routes(among)):
+                logits = {tuple(batch.numbers): part for batch, part in zip(batches, each, strict=True)}
                 values[side, route] = _measured(metric, logits)
                 bar.update()
+            reuse = runs.reuse
 
-    def by_layer(side: int, up_to: bool) -> Float[Tensor, "layer pair"]:
-        rows = [layers[: n + 1] if up_to else (layer,) for n, layer in enumerate(layers)]
+    def by_layer(side: int, cumulative: bool) -> Float[Tensor, "layer pair"]:
+        rows = [among[: n + 1] if cumulative else (layer,) for n, layer in enumerate(among)]
         return torch.stack([values[side, row] for row in rows])
 
     return Mediation(
-        layers=layers,
+        layers=among,
         clean=values[CLEAN, ()],
         corrupted=values[CORRUPTED, ()],
-        with_clean_route=values[CORRUPTED, layers],
-        with_corrupted_route=values[CLEAN, layers],
-        clean_route_in=by_layer(CORRUPTED, up_to=False),
-        corrupted_route_in=by_layer(CLEAN, up_to=False),
-        clean_route_up_to=by_layer(CORRUPTED, up_to=True),
-        corrupted_route_up_to=by_layer(CLEAN, up_to=True),
+        with_clean_route=values[CORRUPTED, among],
+        with_corrupted_route=values[CLEAN, among],
+        clean_route_in=by_layer(CORRUPTED, cumulative=False),
+        corrupted_route_in=by_layer(CLEAN, cumulative=False),
+        clean_route_up_to=by_layer(CORRUPTED, cumulative=True),
+        corrupted_route_up_to=by_layer(CLEAN, cumulative=True),
         weights=weights,
     )
 
@@ -157,14 +175,12 @@ class _Batch:
             plain=(clean_logits, corrupted_logits),
         )
 
-    def logits(self, model: Model, side: int, layers: tuple[int, ...]) -> Tensor:
-        """One side's logits with the other side's route in these layers."""
-        if not layers:
-            return self.plain[side]
+    def on_route(self, side: int) -> HooksFor:
+        """From layers to hooks that fix one side's experts there to the other side's route."""
         width = self.tokens[side].shape[1]
         shared = torch.arange(width)[None, :] >= (width - self.n_shared)[:, None]
         record = _aligned_at_the_end(self.records[1 - side], width)
-        return _run(model, self.tokens[side], replay_hooks(record, layers=layers, positions=shared))
+        return lambda layers: replay_hooks(record, layers=layers, positions=shared)
 
 
 @dataclass(frozen=True)

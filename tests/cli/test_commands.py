@@ -471,6 +471,32 @@ def test_evaluate_prints_and_writes_the_report(
     assert "follows the document" in printed
 
 
+@pytest.mark.filterwarnings("ignore:In 6 of 6 prompts:UserWarning")
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_a_measure_may_be_given_instead_of_the_tasks(command: str, work: Path, tmp_path: Path) -> None:
+    """On tasks whose alternatives make another behaviour of it."""
+    task = json.loads((work / "task.json").read_text(encoding="utf-8"))
+    for row, conflict in zip(task["prompts"], HELD_OUT, strict=True):
+        row["answer"] = f"{conflict.document_answer} ."  # two tokens, of which the second is certain
+        row["alternative"] = conflict.memory_answer
+    (tmp_path / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    found = {}
+    for measure in (None, "sum", "mean", "first_difference"):
+        out = tmp_path / f"{measure}.json"
+        given = () if measure is None else ("--measure", measure)
+        if command == "evaluate":
+            options = (work / "plan.json", tmp_path / "task.json", "--reverse", work / "reverse.json")
+            assert run(command, NAME, *options, "--n-random", 1, "--alpha", 0.3, *given, "--out", out) == 0
+            found[measure] = SteeringReport.load(out).unsteered.values.tolist()
+        else:
+            options = (work / "scores", tmp_path / "task.json", "--sizes", 2, "--n-random", 0)
+            assert run(command, NAME, *options, *given, "--out", out) == 0
+            found[measure] = SweepResult.load(out).unsteered
+    assert found[None] == found["sum"] != found["mean"]
+    wrong = (work / "scores", tmp_path / "task.json", "--measure", "product")
+    assert run("sweep", NAME, *wrong) == 1
+
+
 def test_evaluate_with_scores_needs_no_reverse_plan(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

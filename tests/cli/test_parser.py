@@ -154,8 +154,8 @@ _HELP = {
     "detect": (".jsonl", ".csv", "first", "second", "cluster", "template", "safetensors", "--table"),
     "plan": ("SCORES", "--steermoe", "JSON", "--reverse", "--q"),
     "steer": ("PLAN", "--prompts", "JSON lines", "unsteered"),
-    "evaluate": ("PLAN", "TASK", "load_task", "--reverse", "--scores", "report"),
-    "sweep": ("SCORES", "TASK", "--sizes"),
+    "evaluate": ("PLAN", "TASK", "load_task", "--reverse", "--scores", "--measure", "report"),
+    "sweep": ("SCORES", "TASK", "--sizes", "--measure"),
     "plot": ("FILE", ".png", "heatmap", "volcano", "layers", "coactivation", "balance", "sweep", "tokens"),
 }
 

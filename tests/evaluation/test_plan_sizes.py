@@ -354,6 +354,24 @@ def test_equal_sweeps_give_equal_bytes_and_a_changed_number_is_damage(tmp_path: 
         SweepResult.load(tmp_path / "a.json")
 
 
+def test_a_sweep_whose_measure_has_no_room_says_so(model: HookedMoE, tmp_path: Path) -> None:
+    own = scores(model)
+    for values, where, words in (
+        (np.ones(6), "ceiling", "at its ceiling throughout"),
+        (np.array([0.2, 0.4] * 3), "constant", "constant throughout"),
+    ):
+        task = SteeringTask("blind", lambda *_, values=values: values, CLUSTERS)
+        found = run(model, task, own, n_random=2)
+        assert found.saturation == where
+        assert words in repr(found)
+        assert words in str(found)
+        found.save(tmp_path / "sweep.json")
+        assert SweepResult.load(tmp_path / "sweep.json").saturation == where
+    room = run(model, fake_task(own), own, n_random=2)
+    assert room.saturation is None
+    assert "throughout" not in repr(room) + str(room)
+
+
 def test_a_minus_sign_still_asks_for_that_direction(model: HookedMoE) -> None:
     own = scores(model)
     found = run(model, fake_task(own), own, sizes=[2], n_random=0, directions=("−",))

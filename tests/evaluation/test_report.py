@@ -274,6 +274,78 @@ def test_what_other_prompts_may_undo_is_no_effect(kind: str) -> None:
     assert made.explanation.count("do as much") == 1
 
 
+# Saturation
+
+
+def ones(n: int) -> Outcome:
+    """`n` ones and zeros for the rest of 40 prompts."""
+    return Outcome((np.arange(40) < n).astype(float), {})
+
+
+def of_ones(unsteered: int, plus: int, minus: int, random: list[int]) -> SteeringReport:
+    """A report of 40 prompts from numbers of ones; the random sets serve both kinds and directions."""
+    controls = {side: [ones(n) for n in random] for side in "+-"}
+    return SteeringReport(
+        task="task", model="m", plans=report().plans, clusters=tuple(f"c{i // 2}" for i in range(40)),
+        unsteered=ones(unsteered), steered={"+": ones(plus), "-": ones(minus)},
+        controls={"layer-matched": controls, "any layer": controls}, bottom=None, limits={},
+        alpha=0.05, level=0.95, seed=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("conditions", "where"),
+    [
+        ((40, 40, 40, [40] * 5), "ceiling"),
+        ((0, 0, 0, [0] * 5), "floor"),
+        ((39, 40, 38, [40, 39, 38, 40, 40]), "ceiling"),  # 38 of 40 are 95 %
+        ((1, 0, 2, [1, 0, 2, 0, 0]), "floor"),
+        ((39, 40, 37, [40] * 5), None),
+        ((0, 3, 0, [0] * 5), None),
+        ((40, 40, 40, [40, 40, 40, 40, 20]), None),  # random sets move it, so that it can be moved
+        ((20, 20, 20, [20] * 5), "constant"),
+        ((20, 20, 20, [20, 20, 20, 20, 21]), None),
+        ((20, 30, 10, [20] * 5), None),
+    ],
+)
+def test_a_measure_without_room_is_said_to_have_none(conditions: Any, where: str | None) -> None:
+    made = of_ones(*conditions)
+    assert made.saturation == where
+    no_evidence = "is no evidence that the plan does nothing" in made.explanation
+    assert no_evidence == (where is not None) == ("shows nothing" in repr(made))
+    assert ("No effect beyond the controls" in made.explanation) == (where is None and not made.verdict)
+    value = {"ceiling": "its ceiling (1)", "floor": "its floor (0)", "constant": "value of any prompt"}
+    assert all((words in made.explanation) == (name == where) for name, words in value.items())
+    assert made.explanation in str(made)
+
+
+def test_an_effect_near_the_floor_is_an_effect_that_is_cut() -> None:
+    zero = Outcome(np.zeros(20), {LOSS: 1.0, ACCURACY: 1.0})
+    some = Outcome((np.arange(20) == 0).astype(float), zero.collateral)
+    controls = {side: [zero] * 20 for side in "+-"}
+    made = report(
+        steered={"+": some, "-": zero},
+        unsteered=zero,
+        bottom=zero,
+        controls={"layer-matched": controls, "any layer": controls},
+    )
+    assert made.saturation == "floor"
+    made.__dict__["gap_interval"] = (0.01, 0.1)  # as with many more prompts
+    made.__dict__["excesses"] = {kind: made.excess_any._replace(low=0.01) for kind in made.excesses}
+    assert made.verdict
+    assert "exceeds its controls" in made.explanation
+    assert "But at least 95% of the prompts sit at its floor (0)" in made.explanation
+    assert "exceeds its controls" in repr(made)
+
+
+def test_the_file_tells_of_saturation(tmp_path: Path) -> None:
+    for n in (20, 40):
+        of_ones(n, 40, n, [n] * 4).save(tmp_path / "report.json")
+        content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        loaded = SteeringReport.load(tmp_path / "report.json")
+        assert content["saturation"] == loaded.saturation == {20: None, 40: "ceiling"}[n]
+
+
 # Collateral
 
 

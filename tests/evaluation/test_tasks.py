@@ -34,7 +34,7 @@ SECOND = [prompt(length, 200 + i) for i, length in enumerate((2, 3, 1, 1, 2, 5))
 VOCABULARY = SPECIAL + WORDS
 
 
-def mean_log_prob(hf_model: Any, text: str, continuation: str) -> float:
+def log_prob(hf_model: Any, text: str, continuation: str) -> list[float]:
     """One prompt, one token after the other, each in a forward of its own."""
     tokens = [1, *(VOCABULARY.index(word) for word in text.split())]
     found = []
@@ -44,7 +44,7 @@ def mean_log_prob(hf_model: Any, text: str, continuation: str) -> float:
         token = VOCABULARY.index(word)
         found.append(float(logits[token] - torch.logsumexp(logits, 0)))
         tokens.append(token)
-    return sum(found) / len(found)
+    return found
 
 
 def said(hf_model: Any, text: str) -> str:
@@ -57,19 +57,22 @@ def said(hf_model: Any, text: str) -> str:
 
 
 @pytest.mark.parametrize("recipe", [name for name in FAMILIES if "qwen" not in name])  # theirs get no BOS
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+@pytest.mark.parametrize(("measure", "of"), [(None, sum), ("sum", sum), ("mean", np.mean)])
+@pytest.mark.filterwarnings("ignore:In 4 of 6 prompts:UserWarning")
 def test_the_likelier_of_two_answers_as_one_prompt_at_a_time(
-    hooked: Hooked, recipe: str, batch_size: int
+    hooked: Hooked, recipe: str, batch_size: int | None, measure: Any, of: Any
 ) -> None:
     hf_model = tiny_model(recipe)
     expected = [
-        float(mean_log_prob(hf_model, text, first) > mean_log_prob(hf_model, text, second))
+        float(of(log_prob(hf_model, text, first)) > of(log_prob(hf_model, text, second)))
         for text, first, second in zip(PROMPTS, FIRST, SECOND, strict=True)
     ]
     assert 0 < sum(expected) < len(expected)  # else a constant would pass
-    task = answer_task(PROMPTS, FIRST, alternatives=SECOND, batch_size=batch_size)
+    options: Any = {"batch_size": batch_size, "measure": measure}
+    task = answer_task(PROMPTS, FIRST, alternatives=SECOND, **options)
     assert task.values(hooked(recipe)).tolist() == expected
-    swapped = answer_task(PROMPTS, SECOND, alternatives=FIRST, batch_size=batch_size)
+    swapped = answer_task(PROMPTS, SECOND, alternatives=FIRST, **options)
     assert swapped.values(hooked(recipe)).tolist() == [1 - value for value in expected]
 
 
@@ -121,7 +124,7 @@ def test_collateral_is_what_a_loop_finds(hooked: Hooked) -> None:
     assert 0 < right < 1
     assert task.collateral[CLOSED_BOOK].measure(model, ()) == pytest.approx(right)
     words = sum(len(text.split()) for text in PROMPTS)
-    loss = -sum(len(text.split()) * mean_log_prob(hf_model, "", text) for text in PROMPTS) / words
+    loss = -sum(sum(log_prob(hf_model, "", text)) for text in PROMPTS) / words
     assert task.collateral[LOSS].measure(model, ()) == pytest.approx(loss, rel=1e-5)
     assert (task.collateral[LOSS].limit, task.collateral[CLOSED_BOOK].limit) == (0.25, 0.125)
     assert task.collateral[LOSS].harm(2.5, 2.0) == 0.5

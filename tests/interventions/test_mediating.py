@@ -1,7 +1,8 @@
 """mediation: models where the answer is known, brute force, and what is refused."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lens import HookedMoE, RouteRecord, mediation, organisms, replay_hooks, zero_ablate
+from moe_lens import HookedMoE, RoutedModel, RouteRecord, mediation, organisms, replay_hooks, zero_ablate
 from moe_lens.errors import DataError
+from moe_lens.interventions import shared_runs
 from moe_lens.interventions.results import Mediation
-from tests.families import first_of, recipes
-from tests.tiny_models import EVERY_FAMILY, FAMILIES, ONE_OF_EACH_KIND, prompt, tiny_model, tokenizer, tokens
+from moe_lens.model.resuming import record
+from tests.families import every_dtype_first_float32, first_of, one_of_each_kind, recipes
+from tests.tiny_models import (
+    EVERY_FAMILY,
+    FAMILIES,
+    ONE_OF_EACH_KIND,
+    prompt,
+    sparse_blocks,
+    tiny_model,
+    tokenizer,
+    tokens,
+)
 
 Hooked = Callable[..., Any]
 
@@ -134,6 +146,122 @@ def test_batches_of_different_lengths_change_nothing(hooked: Hooked, recipe: str
         apart = mediation(model, clean, corrupted, last_logit(), batch_size=size)
         for name in ("clean", "with_clean_route", "corrupted_route_in", "clean_route_up_to"):
             torch.testing.assert_close(getattr(apart, name), getattr(together, name), atol=1e-5, rtol=1e-4)
+
+
+# What runs share
+
+
+NAMES = (
+    "clean", "corrupted", "with_clean_route", "with_corrupted_route", "clean_route_in", "corrupted_route_in",
+    "clean_route_up_to", "corrupted_route_up_to",
+)  # fmt: skip
+
+
+@contextmanager
+def counting_blocks(model: Any) -> Iterator[list[int]]:
+    """The numbers of the MoE blocks that run."""
+    ran: list[int] = []
+    handles = [
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+        for number, block in sparse_blocks(model.original_model).items()
+    ]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@one_of_each_kind
+@every_dtype_first_float32
+@pytest.mark.parametrize("wrapper", ["bridge", "routed"])
+def test_resumed_runs_are_whole_ones(hooked: Hooked, recipe: str, dtype: torch.dtype, wrapper: str) -> None:
+    model = hooked(recipe, dtype) if wrapper == "bridge" else RoutedModel(tiny_model(recipe, dtype))
+    clean = [tokens(1, length, seed=length)[0] for length in (5, 6, 5)]
+    corrupted = [tokens(1, length, seed=length + 9)[0] for length in (5, 6, 5)]
+    options: dict[str, Any] = {"weights": True, "progress": False, "batch_size": 2}
+    found = mediation(model, clean, corrupted, last_logit(), **options)
+    whole = mediation(model, clean, corrupted, last_logit(), reuse=False, **options)
+    for name in NAMES:
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    assert bool((found.clean_route_in != found.corrupted).any())  # else the routes might be alike
+
+
+def test_what_runs_share_is_run_once(hooked: Hooked) -> None:
+    model = hooked("olmoe", num_hidden_layers=12)
+    ran = {}
+    for reuse in (True, False):
+        with counting_blocks(model) as ran[reuse]:
+            mediation(model, tokens(2, 4), tokens(2, 4, 5), last_logit(), reuse=reuse, progress=False)
+    assert len(ran[False]) == 2 * 24 * 12
+    assert len(ran[True]) < 0.7 * len(ran[False])
+    alone, growing = sum(range(1, 13)), sum(range(1, 11))
+    beside = 3 * 12  # plain run, its record, that of the whole route
+    checks = (
+        (12 - 6) + 6 + (12 - 1) + 1 + (12 - 5) + 5 + (12 - 1) + 1
+    )  # whole instead of resumed ones, and those
+    assert len(ran[True]) == 2 * (alone + growing + beside) + checks
+
+
+def test_where_resumed_runs_differ_all_are_whole(hooked: Hooked) -> None:
+    """The record of a plain run is spoiled: what goes on from it is not used."""
+    model = hooked("olmoe")
+    clean, corrupted = tokens(2, 4), tokens(2, 4, 5)
+    expected = mediation(model, clean, corrupted, last_logit(), reuse=False, progress=False)
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        recorded = record(*args, **kwargs)
+        assert recorded is not None
+        for kept in recorded.inputs:
+            kept.mul_(1.5)
+        return recorded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_runs, "record", spoiled)
+        found = mediation(model, clean, corrupted, last_logit(), progress=False)
+        patch.setattr(shared_runs, "record", lambda *args, **kwargs: None)
+        without = mediation(model, clean, corrupted, last_logit(), progress=False)
+        patch.setattr(shared_runs, "record", lambda *args, **kwargs: 1 / 0)
+        failing = mediation(model, clean, corrupted, last_logit(), progress=False)
+    for name in NAMES:
+        for made in (found, without, failing):
+            assert torch.equal(getattr(made, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("align", ["same", "end"])
+@pytest.mark.parametrize("layers", [[3, 1], 2, slice(1, 3), range(2), torch.tensor([0])], ids=str)
+def test_some_layers_are_the_mediator(hooked: Hooked, layers: Any, align: str) -> None:
+    model, metric = hooked("olmoe", num_hidden_layers=4), last_logit()
+    chosen = {"[3, 1]": (1, 3), "2": (2,), "slice(1, 3, None)": (1, 2), "range(0, 2)": (0, 1)}
+    expected = chosen.get(str(layers), (0,))
+    clean, corrupted = tokens(2, 5), tokens(2, 5, 4)
+    if align == "end":
+        clean, corrupted = torch.cat([clean, clean[:, :2]], 1), torch.cat([corrupted[:, 1:], clean[:, :2]], 1)
+    found = mediation(model, clean, corrupted, metric, layers=layers, align=align, progress=False)
+    assert found.layers == expected
+    n_shared = 2 if align == "end" else 5
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+        for route, got in [
+            *(((layer,), found.clean_route_in[n]) for n, layer in enumerate(expected)),
+            *((expected[: n + 1], found.clean_route_up_to[n]) for n in range(len(expected))),
+            (expected, found.with_clean_route),
+        ]:
+
+            def end(value: Tensor, hook: Any) -> Tensor:
+                value, layer = value.clone(), int(hook.name.split(".")[1])
+                value[:, -n_shared:] = cache["topk_indices", layer][:, -n_shared:]
+                return value
+
+            hooks = [(f"blocks.{layer}.mlp.hook_topk_indices", end) for layer in route]
+            by_hand = metric(model.run_with_hooks(corrupted, fwd_hooks=hooks)).double()
+            torch.testing.assert_close(got, by_hand, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [[], [4], [-1], [1, 1], "all", 1.5, [0.0]], ids=str)
+def test_layers_that_are_not_there_are_refused(hooked: Hooked, layers: Any) -> None:
+    with pytest.raises(DataError, match="layers must"):
+        mediation(hooked("olmoe"), tokens(2, 3), tokens(2, 3, 5), last_logit(), layers=layers)
 
 
 def test_a_common_end_is_aligned_and_the_rest_is_free(hooked: Hooked) -> None:
