@@ -29,7 +29,7 @@ from moe_lens.errors import DataError
 from moe_lens.files import check_writable
 from moe_lens.hook_names import Hooks
 from moe_lens.model.observing import Run, observing
-from moe_lens.model.registration import moe_shape, routing_layers, with_expert_out
+from moe_lens.model.registration import moe_shape, routing_layers, running_of, with_expert_out
 from moe_lens.model.resuming import is_bare
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.routers.layouts import RouterOutput
@@ -208,7 +208,8 @@ class Counting:
         position = (mask.long().cumsum(1) - 1)[counted] if self.wanted.positions else None
         self.now.begin(counted, position, tokens[counted] if self.wanted.vocabulary else None)
         tell = self.hooked and not bool(mask.all())
-        run(moved(tokens, self.device), moved(mask.long(), self.device) if tell else None)
+        with running_of(self.model).of_prompts(torch.tensor(batch.rows)):  # one plan a prompt, say
+            run(moved(tokens, self.device), moved(mask.long(), self.device) if tell else None)
         self.now.end(batch.rows)
 
 

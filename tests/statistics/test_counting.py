@@ -371,6 +371,21 @@ def test_counting_a_bridge_and_the_model_itself_is_the_same(hooked: Hooked) -> N
         torch.testing.assert_close(tensor, alone.tensors()[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrapped", ["routed", "bridge"])
+def test_a_plan_a_prompt_stays_with_its_prompt(hooked: Hooked, wrapped: str) -> None:
+    """Batches are formed by length; which plan is whose follows the order given."""
+    model = hooked("olmoe") if wrapped == "bridge" else RoutedModel(tiny_model("olmoe"))
+    plans = [SteeringPlan([(n % 3, n)], [(1, (n + 1) % 6)]) if n % 3 else None for n in range(6)]
+    stats = collect_routing(
+        model, SEQUENCES, batch_size=2, per_prompt=True, hooks=steer_hooks(plans), progress=False
+    )
+    assert stats.per_prompt is not None
+    for number, (sequence, plan) in enumerate(zip(SEQUENCES, plans, strict=True)):
+        hooks = [] if plan is None else steer_hooks(plan)
+        alone = collect_routing(model, sequence, hooks=hooks, progress=False)
+        assert torch.equal(stats.per_prompt.counts[number].long(), alone.counts)
+
+
 def test_what_hooks_made_of_the_route_is_counted() -> None:
     """Logits, indices and weights edited at once: each is counted as the last hook left it."""
     model = RoutedModel(tiny_model("olmoe"))
