@@ -71,6 +71,7 @@ from .steering import bake as bake
 from .steering import read_published_ranking as read_published_ranking
 from .steering import steer_hooks as steer_hooks
 from .steering import steered as steered
+from .text import ContrastiveGroups as ContrastiveGroups
 from .text import ContrastivePairs as ContrastivePairs
 from .text import Prompt as Prompt
 from .text import TextSpan as TextSpan

@@ -6,6 +6,7 @@ from .batching import TextModel as TextModel
 from .batching import padded_batches as padded_batches
 from .batching import padding as padding
 from .batching import token_sequences as token_sequences
+from .groups import ContrastiveGroups as ContrastiveGroups
 from .pairs import ContrastivePair as ContrastivePair
 from .pairs import ContrastivePairs as ContrastivePairs
 from .prompts import Message as Message
