@@ -19,6 +19,7 @@ from .attribution import virtual_ablation as virtual_ablation
 from .detection import ExpertScores as ExpertScores
 from .detection import compare_routing as compare_routing
 from .detection import detect as detect
+from .detection import required_pairs as required_pairs
 from .detection import risk_difference as risk_difference
 from .detection import selection_stability as selection_stability
 from .detection import template_agreement as template_agreement
