@@ -18,6 +18,7 @@ from moe_lens.text.batching import DEFAULT_TOKENS, Limits, TextModel
 from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.prompts import Prompt
 from moe_lens.text.spans import Span, batches_by_length
+from moe_lens.text.token_texts import token_texts
 
 if TYPE_CHECKING:
     import pandas
@@ -155,13 +156,12 @@ def _difference(model: TextModel, pair: int, one: list[int], two: list[int]) -> 
     place = next((i for i in range(shorter) if one[i] != two[i]), shorter)
     end = next((i for i in range(shorter - place) if one[-1 - i] != two[-1 - i]), shorter - place)
     sides = (tokens[place : len(tokens) - end][:_MOST] for tokens in (one, two))
-    first, second = (tuple(_shown(model, token) for token in side) for side in sides)
+    first, second = (tuple(_shown(model, side)) for side in sides)
     return TokenDifference(pair, place, first, second)
 
 
-def _shown(model: TextModel, token: int) -> str:
-    """The token's text, with its spaces; a piece of a character as the tokenizer writes it."""
-    if model.tokenizer is None:
-        return str(token)
-    text = model.tokenizer.decode([token])
-    return str(model.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text or not text else text
+def _shown(model: TextModel, tokens: list[int]) -> list[str]:
+    """The tokens' texts, with their spaces; their numbers without a tokenizer."""
+    return (
+        [str(token) for token in tokens] if model.tokenizer is None else token_texts(model.tokenizer, tokens)
+    )

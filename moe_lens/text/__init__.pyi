@@ -16,3 +16,4 @@ from .spans import Span as Span
 from .spans import TextSpan as TextSpan
 from .spans import span_mask as span_mask
 from .templates import Template as Template
+from .token_texts import token_texts as token_texts
