@@ -39,8 +39,8 @@ Draw = Callable[[np.random.Generator, int], UnitCounts]
 """Counts of n units, one column for each expert that is asked about, with the effect in them."""
 
 
-@dataclass(frozen=True)
-class AssumedRouting:
+@dataclass(frozen=True, repr=False)
+class AssumedRouting(Result):
     """What a run is expected to count, where there is no pilot: beta-binomial counts.
 
     The two prompts of a pair are drawn as independent; those that share much need fewer.
@@ -70,6 +70,14 @@ class AssumedRouting:
         share(self.correlation, "correlation")
         whole_number(self.n_tokens, "n_tokens", least=1)
         whole_number(self.n_experts, "n_experts", least=1)
+
+    def summary(self) -> str:
+        """All of it."""
+        kind = "pairs" if self.paired else "two groups"
+        return (
+            f"rate {self.rate:g}, {self.n_tokens} tokens a cluster, correlation {self.correlation:g}, "
+            f"{self.n_experts} experts, {kind}"
+        )
 
 
 class PowerRow(NamedTuple):

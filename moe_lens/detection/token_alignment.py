@@ -16,9 +16,9 @@ from moe_lens.errors import warn
 from moe_lens.results import Result
 from moe_lens.text.batching import DEFAULT_TOKENS, Limits, TextModel
 from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.pieces import token_texts
 from moe_lens.text.prompts import Prompt
 from moe_lens.text.spans import Span, batches_by_length
-from moe_lens.text.token_texts import token_texts
 
 if TYPE_CHECKING:
     import pandas

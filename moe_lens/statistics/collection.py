@@ -37,8 +37,8 @@ from moe_lens.statistics.counting import RoutingCounter, Wanted, moved
 from moe_lens.statistics.routes import PromptRouting
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.batching import Limits, Prompts, how_many, token_sequences
+from moe_lens.text.pieces import token_texts
 from moe_lens.text.spans import CountedPrompts, Span, batches_by_length
-from moe_lens.text.token_texts import token_texts
 
 
 def collect_routing(

@@ -9,6 +9,7 @@ from .batching import token_sequences as token_sequences
 from .groups import ContrastiveGroups as ContrastiveGroups
 from .pairs import ContrastivePair as ContrastivePair
 from .pairs import ContrastivePairs as ContrastivePairs
+from .pieces import token_texts as token_texts
 from .prompts import Message as Message
 from .prompts import Prompt as Prompt
 from .rows import read_prompts as read_prompts
@@ -16,4 +17,3 @@ from .spans import Span as Span
 from .spans import TextSpan as TextSpan
 from .spans import span_mask as span_mask
 from .templates import Template as Template
-from .token_texts import token_texts as token_texts
