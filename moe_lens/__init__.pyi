@@ -19,6 +19,7 @@ from .attribution import virtual_ablation as virtual_ablation
 from .detection import ExpertScores as ExpertScores
 from .detection import compare_routing as compare_routing
 from .detection import detect as detect
+from .detection import required_pairs as required_pairs
 from .detection import risk_difference as risk_difference
 from .detection import selection_stability as selection_stability
 from .detection import template_agreement as template_agreement
@@ -71,6 +72,7 @@ from .steering import bake as bake
 from .steering import read_published_ranking as read_published_ranking
 from .steering import steer_hooks as steer_hooks
 from .steering import steered as steered
+from .text import ContrastiveGroups as ContrastiveGroups
 from .text import ContrastivePairs as ContrastivePairs
 from .text import Prompt as Prompt
 from .text import TextSpan as TextSpan

@@ -1,18 +1,20 @@
 """Detection with its uncertainty: which experts follow a contrast, how sure that is, how stable the choice.
 
 scores = detect(model, pairs)                          # ExpertScores with intervals, p- and q-values
+scores = detect(model, groups)                         # two groups of different prompts: unpaired
 scores = compare_routing(stats_1, stats_2)             # the same from counts that somebody already has
 plan = SteeringPlan.from_scores(scores, n_deactivate="all", q=0.05)
 selection_stability(scores, n=10)                      # would other prompts have selected the same experts?
 template_agreement(scores)                             # would other templates have?
 
 Tokens of one prompt are not independent, so prompts are the units: whole pairs are resampled, and whole
-pairs swap their conditions (scores.py and paired_statistics.py have the formulas).
+pairs swap their conditions (scores.py and paired_statistics.py have the formulas). Of groups of different
+prompts each is resampled, and prompts change their groups (unpaired_statistics.py).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,14 +24,19 @@ from torch import Tensor
 from moe_lens.checks import whole_number
 from moe_lens.detection import paired_statistics
 from moe_lens.detection.expert_scores import Evidence, ExpertScores, check_comparable
+from moe_lens.detection.floors import warn_of_floor
 from moe_lens.detection.paired_counts import PairedCounts
 from moe_lens.detection.paired_statistics import check_settings
 from moe_lens.detection.scores import Score
+from moe_lens.detection.token_alignment import token_alignment, warn_of_differences
+from moe_lens.detection.unpaired_counts import UnpairedCounts
+from moe_lens.detection.unpaired_statistics import permutation_p
 from moe_lens.errors import DataError
 from moe_lens.results import Result
 from moe_lens.statistics.counts import PromptCounts
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.batching import TextModel
+from moe_lens.text.groups import ContrastiveGroups
 from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.spans import Span
 
@@ -39,7 +46,7 @@ if TYPE_CHECKING:
 
 def detect(
     model: TextModel,
-    pairs: ContrastivePairs,
+    pairs: ContrastivePairs | ContrastiveGroups,
     *,
     score: str | Score = "risk_difference",
     span: Span = "pairs",
@@ -68,29 +75,41 @@ def detect(
 
     Args:
         model: a HookedMoE or RoutedModel.
-        pairs: the prompts of both conditions; positive scores go with `pairs.first`.
+        pairs: the prompts of both conditions; positive scores go with `pairs.first`. `ContrastiveGroups` of
+            different prompts (two corpora, right against wrong answers) are compared unpaired.
         score: "risk_difference" (SteerMoE's), "log_odds_ratio", "probability_difference" or "paired_t", or a
             `moe_lens.detection.Score` of your own.
         span: which tokens count; by default what the pairs say (`pairs.span`).
         special_tokens: count special tokens in spans too.
         hooks: forward hooks to run under, `steer_hooks(plan)` for example.
         level: confidence level of the intervals, in (0, 1).
-        n_resamples: bootstrap resamples of the clusters of pairs, for the intervals.
-        n_permutations: sign flips of the clusters, for the p-values.
+        n_resamples: bootstrap resamples of the clusters, for the intervals.
+        n_permutations: sign flips of the clusters, or permutations of their groups, for the p-values.
         seed: of both; the same seed gives the same numbers.
         batch_size: prompts per forward pass, at most; see `collect_routing`.
         batch_tokens: tokens per forward pass, at most.
         progress: show a progress bar.
 
+    Warns before the model runs if the clusters are too few for any expert to be significant by itself, and if
+    pairs count different tokens under both conditions though the span names a part (`scores.alignment` has
+    all of them).
+
     Raises:
         DataError: an unknown score, fewer than two clusters, a span that a prompt lacks, or bad settings.
     """
-    if not isinstance(pairs, ContrastivePairs):
-        raise DataError(f"detect needs ContrastivePairs; got {type(pairs).__name__}.")
+    if not isinstance(pairs, ContrastivePairs | ContrastiveGroups):
+        raise DataError(f"detect needs ContrastivePairs or ContrastiveGroups; got {type(pairs).__name__}.")
     from moe_lens.statistics.collection import collect_routing  # needs TransformerLens, which scores do not
 
-    check_settings(score, level, n_resamples, n_permutations, seed)
+    formula = check_settings(score, level, n_resamples, n_permutations, seed)
     counted = pairs.span if isinstance(span, str) and span == "pairs" else span
+    alignment, settings = None, _Settings(formula, level, n_resamples, n_permutations, seed)
+    units = _units_of(pairs)
+    if isinstance(pairs, ContrastivePairs):
+        alignment = token_alignment(model, pairs, counted, special_tokens)
+        warn_of_differences(alignment)
+    if (shape := getattr(model, "moe_shape", None)) is not None:
+        warn_of_floor(units.clusters, units.clusters_2, n_permutations, len(shape.layers) * shape.n_experts)
     stats_1, stats_2 = (
         collect_routing(
             cast(Any, model),
@@ -105,17 +124,7 @@ def detect(
         )
         for prompts in (pairs.first, pairs.second)
     )
-    return compare_routing(
-        stats_1,
-        stats_2,
-        score=score,
-        clusters=pairs.clusters,
-        templates=pairs.templates,
-        level=level,
-        n_resamples=n_resamples,
-        n_permutations=n_permutations,
-        seed=seed,
-    )
+    return replace(_compared(stats_1, stats_2, units, settings), alignment=alignment)
 
 
 def compare_routing(
@@ -123,6 +132,7 @@ def compare_routing(
     stats_2: RoutingStats,
     *,
     score: str | Score = "risk_difference",
+    paired: bool | None = None,
     clusters: Sequence[Any] | None = None,
     templates: Sequence[Any] | None = None,
     level: float = 0.95,
@@ -130,7 +140,7 @@ def compare_routing(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> ExpertScores:
-    """`detect` from statistics with per-prompt counts; prompt i of one is paired with prompt i of the other.
+    """`detect` from statistics with per-prompt counts: of pairs of prompts, or of two different collections.
 
     >>> from moe_lens import collect_routing, compare_routing, organisms
     >>> model, conflicts = organisms.load("null"), organisms.world("null").conflicts("detection")
@@ -138,31 +148,67 @@ def compare_routing(
     >>> two = collect_routing(model, [c.closed_book for c in conflicts], per_prompt=True, progress=False)
     >>> compare_routing(one, two, score="log_odds_ratio").q.shape
     torch.Size([4, 8])
+    >>> compare_routing(one, two, paired=False).evidence.is_paired
+    False
 
     Args:
         stats_1: from `collect_routing(..., per_prompt=True)`, under the first condition.
         stats_2: the same under the second condition.
         score: as in `detect`; so are `level`, `n_resamples`, `n_permutations` and `seed`.
-        clusters: one label per pair; pairs of one label are one unit. By default every pair is its own.
+        paired: True: prompt i of one is paired with prompt i of the other. False: they are different prompts,
+            and as many or not. None: paired if there are as many, which `scores.evidence.is_paired` says.
+        clusters: one label per pair; pairs of one label are one unit. By default every pair is its own. If
+        not
+            paired: two lists, one label per prompt of each; a label that both have is one unit.
         templates: one label per pair, for `template_agreement`.
 
     Raises:
-        DataError: different models, no per-prompt counts, unequal numbers of prompts, or fewer than two
-            clusters.
+        DataError: different models, no per-prompt counts, unequal numbers of prompts that are to be pairs,
+            fewer than two clusters, or `paired_t` of what is not paired.
     """
     check_comparable(stats_1, stats_2)
     formula = check_settings(score, level, n_resamples, n_permutations, seed)
-    n_pairs = len(_per_prompt(stats_1).n_tokens)
-    if len(_per_prompt(stats_2).n_tokens) != n_pairs:
+    n_1, n_2 = (len(_per_prompt(stats).n_tokens) for stats in (stats_1, stats_2))
+    if paired and n_1 != n_2:
         raise DataError(
-            f"Pairs need as many prompts under both conditions; got {n_pairs} and "
-            f"{len(_per_prompt(stats_2).n_tokens)}."
+            f"Pairs need as many prompts under both conditions; got {n_1} and {n_2}. Two collections of "
+            "different prompts are compared with paired=False."
         )
-    clusters = _labels("clusters", clusters, [str(pair) for pair in range(n_pairs)])
-    templates = _labels("templates", templates, ["default"] * n_pairs)
-    counts = _paired_counts(formula, stats_1, stats_2, clusters)
+    if paired or (paired is None and n_1 == n_2):
+        labels = _labels("clusters", clusters, [str(pair) for pair in range(n_1)])
+        units = _Units(labels, _labels("templates", templates, ["default"] * n_1))
+    else:
+        units = _unpaired_units(clusters, templates, n_1, n_2)
+    warn_of_floor(units.clusters, units.clusters_2, n_permutations, stats_1.counts.numel())
+    return _compared(stats_1, stats_2, units, _Settings(formula, level, n_resamples, n_permutations, seed))
+
+
+class _Settings(NamedTuple):
+    formula: Score
+    level: float
+    n_resamples: int
+    n_permutations: int
+    seed: int
+
+
+class _Units(NamedTuple):
+    """Labels of pairs; or, with `clusters_2`, of the prompts of two groups."""
+
+    clusters: tuple[str, ...]
+    templates: tuple[str, ...]
+    clusters_2: tuple[str, ...] | None = None
+
+
+def _compared(
+    stats_1: RoutingStats, stats_2: RoutingStats, units: _Units, settings: _Settings
+) -> ExpertScores:
+    formula, level, n_resamples, n_permutations, seed = settings
+    counts = unit_counts(formula, stats_1, stats_2, units.clusters, units.clusters_2)
     low, high = paired_statistics.interval(formula, counts, level=level, n_resamples=n_resamples, seed=seed)
-    p = paired_statistics.sign_flip_p(formula, counts, n_permutations=n_permutations, seed=seed)
+    if isinstance(counts, UnpairedCounts):
+        p = permutation_p(formula, counts, n_permutations=n_permutations, seed=seed)
+    else:
+        p = paired_statistics.sign_flip_p(formula, counts, n_permutations=n_permutations, seed=seed)
     shape = stats_1.counts.shape
 
     def by_layer(values: Float[np.ndarray, "expert"]) -> Tensor:
@@ -177,8 +223,7 @@ def compare_routing(
         n_resamples,
         n_permutations,
         seed,
-        clusters,
-        templates,
+        *units,
     )
     delta = by_layer(paired_statistics.score(formula, counts))
     return ExpertScores(delta, stats_1, stats_2, formula.name, evidence, formula)
@@ -228,9 +273,9 @@ def selection_stability(
         DataError: scores without evidence (use `detect`) or whose formula is not known, or n not between 1
             and the number of experts.
     """
-    evidence, formula = _evidence(scores)
+    evidence, formula = evidence_of(scores)
     number = whole_number(n, "n", least=1, most=scores.delta.numel(), remedy="It is a number of experts.")
-    counts = _paired_counts(formula, scores.stats_1, scores.stats_2, evidence.clusters)
+    counts = unit_counts(formula, scores.stats_1, scores.stats_2, evidence.clusters, evidence.clusters_2)
     resampled = paired_statistics.bootstrap_scores(formula, counts, n_resamples, seed)
     chosen = _top(np.abs(resampled), number)
     original = _top(np.abs(scores.delta.numpy().reshape(1, -1)), number)
@@ -262,7 +307,9 @@ def template_agreement(scores: ExpertScores) -> "pandas.DataFrame":
     import pandas
     from scipy.stats import rankdata
 
-    evidence, formula = _evidence(scores)
+    evidence, formula = evidence_of(scores)
+    if not evidence.is_paired:
+        raise DataError("Two groups of different prompts have no templates, so nothing can agree.")
     names = list(dict.fromkeys(evidence.templates))
     if len(names) < 2:
         raise DataError(f"Agreement needs pairs of at least two templates; there is {names[0]!r} only.")
@@ -272,7 +319,7 @@ def template_agreement(scores: ExpertScores) -> "pandas.DataFrame":
         clusters = tuple(evidence.clusters[row] for row in rows)
         if len(set(clusters)) < 2:
             raise DataError(f"Template {name!r} has pairs of one cluster only; agreement needs at least two.")
-        counts = _paired_counts(formula, scores.stats_1, scores.stats_2, clusters, rows)
+        counts = unit_counts(formula, scores.stats_1, scores.stats_2, clusters, None, rows)
         ranks.append(rankdata(paired_statistics.score(formula, counts)))
     with np.errstate(invalid="ignore", divide="ignore"):
         return pandas.DataFrame(np.corrcoef(np.stack(ranks)), index=names, columns=names)
@@ -285,21 +332,27 @@ def _top(values: Float[np.ndarray, "row expert"], n: int) -> np.ndarray:
     return chosen
 
 
-def _paired_counts(
+def unit_counts(
     score: Score,
     stats_1: RoutingStats,
     stats_2: RoutingStats,
     clusters: Sequence[str],
+    clusters_2: Sequence[str] | None,
     rows: Sequence[int] | None = None,
-) -> PairedCounts:
+) -> PairedCounts | UnpairedCounts:
     """What `paired_statistics` works on: counts (or sums of probabilities) of each cluster."""
     sums, tokens = [], []
     for stats in (stats_1, stats_2):
         prompts = _per_prompt(stats)
+        table = getattr(prompts, score.sums)
         chosen = slice(None) if rows is None else list(rows)
-        sums.append(getattr(prompts, score.sums)[chosen].flatten(1).double().numpy())
-        tokens.append(prompts.n_tokens[chosen].double().numpy())
-    return PairedCounts.of_pairs(sums[0], tokens[0], sums[1], tokens[1], list(clusters))
+        sums.append(table.flatten(1).double().numpy()[chosen])
+        tokens.append(prompts.n_tokens.double().numpy()[chosen])
+    if clusters_2 is None:
+        return PairedCounts.of_pairs(sums[0], tokens[0], sums[1], tokens[1], clusters)
+    if score.needs_pairs:
+        raise DataError(f"{score!r} needs pairs of prompts, and these are none; choose risk_difference.")
+    return UnpairedCounts.of_prompts(sums[0], tokens[0], sums[1], tokens[1], clusters, clusters_2)
 
 
 def _per_prompt(stats: RoutingStats) -> PromptCounts:
@@ -311,7 +364,7 @@ def _per_prompt(stats: RoutingStats) -> PromptCounts:
     return stats.per_prompt
 
 
-def _evidence(scores: ExpertScores) -> tuple[Evidence, Score]:
+def evidence_of(scores: ExpertScores) -> tuple[Evidence, Score]:
     """The evidence, and the score that can be computed anew."""
     if not isinstance(scores, ExpertScores) or scores.evidence is None:
         raise DataError(
@@ -323,6 +376,27 @@ def _evidence(scores: ExpertScores) -> tuple[Evidence, Score]:
             "give it with dataclasses.replace(scores, formula=MyScore())."
         )
     return scores.evidence, scores.formula
+
+
+def _units_of(pairs: ContrastivePairs | ContrastiveGroups) -> _Units:
+    if isinstance(pairs, ContrastivePairs):
+        return _Units(pairs.clusters, pairs.templates)
+    return _Units(pairs.clusters_1, (), pairs.clusters_2)
+
+
+def _unpaired_units(clusters: Any, templates: Any, n_1: int, n_2: int) -> _Units:
+    """Labels of two groups; by default all differ."""
+    if templates is not None:
+        raise DataError("templates are labels of pairs; what is not paired has none.")
+    if clusters is None:
+        return _Units(tuple(f"1: {row}" for row in range(n_1)), (), tuple(f"2: {row}" for row in range(n_2)))
+    groups = [] if isinstance(clusters, str) else list(clusters)
+    if [len(labels) if hasattr(labels, "__len__") else None for labels in groups] != [n_1, n_2]:
+        raise DataError(
+            f"Unpaired prompts need two lists of clusters, one label per prompt: {n_1} and {n_2} labels."
+        )
+    first, second = (tuple(str(label) for label in labels) for labels in groups)
+    return _Units(first, (), second)
 
 
 def _labels(name: str, labels: Sequence[Any] | None, default: list[str]) -> tuple[str, ...]:

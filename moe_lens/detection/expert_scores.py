@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.detection.floors import experts_together, floor_of
 from moe_lens.detection.scores import SCORES, Score
+from moe_lens.detection.token_alignment import TokenAlignment
 from moe_lens.errors import DataError
 from moe_lens.files import FileKind
 from moe_lens.results import Result
@@ -45,8 +47,10 @@ class Evidence(Result):
         q: [layer expert], float64, Benjamini–Hochberg q-values over all experts of all layers.
         level: confidence level of the intervals.
         n_resamples, n_permutations, seed: what a repetition needs.
-        clusters: the cluster of each pair of prompts; pairs of one cluster are one unit.
-        templates: the template of each pair.
+        clusters: the cluster of each pair of prompts; pairs of one cluster are one unit. Of two groups of
+            different prompts, the cluster of each prompt of the first.
+        templates: the template of each pair; none for two groups.
+        clusters_2: the cluster of each prompt of the second group; None for pairs.
     """
 
     low: Float[Tensor, "layer expert"]
@@ -59,6 +63,17 @@ class Evidence(Result):
     seed: int
     clusters: tuple[str, ...]
     templates: tuple[str, ...]
+    clusters_2: tuple[str, ...] | None = None
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether prompts were compared pair by pair; otherwise two groups of different prompts were."""
+        return self.clusters_2 is None
+
+    @property
+    def smallest_p(self) -> float:
+        """The smallest p-value that so many clusters and permutations can give, however large the effect."""
+        return floor_of(self.clusters, self.clusters_2, self.n_permutations)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, of everything that is one number per expert."""
@@ -69,12 +84,25 @@ class Evidence(Result):
         return {name: value for name, value in vars(self).items() if name not in self.tensors()}
 
     def summary(self) -> str:
-        """How many experts are significant, on how many pairs, and the settings."""
+        """How many experts are significant, on how many pairs (or unpaired prompts), and the settings."""
+        if self.clusters_2 is None:
+            prompts, labels = f"{len(self.clusters)} pairs", set(self.clusters)
+        else:
+            prompts = f"unpaired, {len(self.clusters)} and {len(self.clusters_2)} prompts"
+            labels = {*self.clusters, *self.clusters_2}
+        found = f"{int((self.q <= 0.05).sum())} of {self.q.numel()} experts with q ≤ 0.05{self._floor()}"
         return (
-            f"{int((self.q <= 0.05).sum())} of {self.q.numel()} experts with q ≤ 0.05; "
-            f"{len(self.clusters)} pairs in {len(set(self.clusters))} clusters, {self.level:.0%} intervals, "
+            f"{found}; {prompts} in {len(labels)} clusters, {self.level:.0%} intervals, "
             f"{self.n_resamples} resamples, {self.n_permutations} permutations, seed {self.seed}"
         )
+
+    def _floor(self) -> str:
+        """What few clusters rule out."""
+        together = experts_together(self.smallest_p, self.q.numel())
+        if together <= 1:
+            return ""
+        few = f"too few clusters: p ≥ {self.smallest_p:.2g}"
+        return f" ({few})" if together > self.q.numel() else f" ({few}, so {together} or more, or none)"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,6 +126,8 @@ class ExpertScores(Result):
         evidence: intervals, p- and q-values; None where only the score is known.
         formula: the `Score` of that name, which resampling needs. None for a number of another kind, and for
             a user's own score read from a file, which keeps the name only.
+        alignment: which pairs count different tokens under both conditions, from `detect`; None where the
+            tokens are not known, or there are no pairs.
     """
 
     delta: Float[Tensor, "layer expert"]
@@ -106,6 +136,7 @@ class ExpertScores(Result):
     score: str = "risk_difference"
     evidence: Evidence | None = None
     formula: Score | None = None
+    alignment: TokenAlignment | None = None
 
     def __post_init__(self) -> None:
         if self.formula is None:
@@ -183,6 +214,7 @@ class ExpertScores(Result):
         about: dict[str, Any] = {
             "score": self.score,
             "evidence": self.evidence.settings() if self.evidence else None,
+            "alignment": self.alignment.to_json() if self.alignment else None,
         }
         for number, stats in enumerate((self.stats_1, self.stats_2), start=1):
             tensors |= {f"stats_{number}.{name}": tensor for name, tensor in stats.tensors().items()}
@@ -198,26 +230,45 @@ class ExpertScores(Result):
             evidence = None
             if (settings := about["evidence"]) is not None:
                 lists = {name: tuple(settings.pop(name)) for name in ("clusters", "templates")}
+                if (second := settings.pop("clusters_2", None)) is not None:
+                    lists["clusters_2"] = tuple(second)
                 numbers = {name: tensors[name] for name in ("low", "high", "p", "q")}
                 evidence = Evidence(**numbers, **lists, **settings)
-            return cls(tensors["delta"], stats[0], stats[1], about["score"], evidence)
+            kept = about.get("alignment")
+            alignment = None if kept is None else TokenAlignment.from_json(kept)
+            return cls(tensors["delta"], stats[0], stats[1], about["score"], evidence, alignment=alignment)
         except (KeyError, TypeError, AttributeError, OverflowError, DataError) as error:
             raise DataError(f"{path} is damaged: {error!r}") from error
 
     def __neg__(self) -> "ExpertScores":
         """The reversed contrast: conditions swapped, deltas and intervals negated."""
-        evidence = self.evidence
+        evidence, alignment = self.evidence, self.alignment
         if evidence is not None:
             evidence = replace(evidence, low=-evidence.high, high=-evidence.low)
-        return replace(self, delta=-self.delta, stats_1=self.stats_2, stats_2=self.stats_1, evidence=evidence)
+            if evidence.clusters_2 is not None:
+                evidence = replace(evidence, clusters=evidence.clusters_2, clusters_2=evidence.clusters)
+        return replace(
+            self,
+            delta=-self.delta,
+            stats_1=self.stats_2,
+            stats_2=self.stats_1,
+            evidence=evidence,
+            alignment=alignment and alignment.swapped(),
+        )
 
     def summary(self) -> str:
-        """The score, its three largest experts, how many are significant, and the model."""
+        """The score, its three largest experts, how many are significant, and the model.
+
+        Also that two groups are not paired, that the clusters are too few, that pairs count other tokens.
+        """
         top = ", ".join(f"L{s.layer}E{s.expert} {s.delta:+.2f}" for s in self.ranked()[:3])
-        significant = ""
-        if self.q is not None:
-            significant = f"; {int((self.q <= 0.05).sum())} of {self.q.numel()} experts with q ≤ 0.05"
-        return f"{self.score}: {top}, ...{significant}; {self.shape.words}"
+        notes = ""
+        if self.evidence is not None:
+            notes = "; " + self.evidence.summary().partition(";")[0]
+            notes += "" if self.evidence.is_paired else ", unpaired"
+        if self.alignment is not None and self.alignment.differences and not self.alignment.expected:
+            notes += f"; tokens differ in {len(self.alignment.differing)} of {self.alignment.n_pairs} pairs"
+        return f"{self.score}: {top}, ...{notes}; {self.shape.words}"
 
 
 def risk_difference(stats_1: RoutingStats, stats_2: RoutingStats) -> ExpertScores:

@@ -1,4 +1,4 @@
-"""Scores of paired counts, with intervals, p-values and q-values whose unit is the prompt, not the token.
+"""Scores of counts, with intervals, p-values and q-values whose unit is the prompt, not the token.
 
 counts = PairedCounts.of_pairs(events_1, tokens_1, events_2, tokens_2, clusters)   # [pair expert], [pair]
 delta = score("risk_difference", counts)                                           # [expert]
@@ -6,13 +6,15 @@ low, high = interval("risk_difference", counts)
 q = q_values(sign_flip_p("risk_difference", counts))
 
 A unit is a cluster of pairs of prompts. Units are independent of each other; tokens within a prompt and the
-two prompts of a pair need not be: so whole units are resampled, and whole units swap their conditions.
+two prompts of a pair need not be: so whole units are resampled, and whole units swap their conditions. Of two
+groups of different prompts (`UnpairedCounts`) each is resampled by itself, and labels are permuted
+(unpaired_statistics.py).
 
-How well this holds was measured on a synthetic top-4 router over 32 experts. Its tokens depend strongly on
-each other within prompts of 5–50 tokens, and the first condition's prompts are as long as the second's, or
-three times as long (repeat it with `python -m tests.detection.test_calibration`). Coverage of 95 % intervals
-where the rates are 0.02–0.5 (and 0.003–0.02), in %, mean over such experts, a quarter of them with a planted
-difference:
+How well this holds for pairs was measured on a synthetic top-4 router over 32 experts. Its tokens depend
+strongly on each other within prompts of 5–50 tokens, and the first condition's prompts are as long as the
+second's, or three times as long (repeat it with `python -m tests.detection.test_calibration`). Coverage of 95
+% intervals where the rates are 0.02–0.5 (and 0.003–0.02), in %, mean over such experts, a quarter of them
+with a planted difference:
 
     units                      20                       50                       200
     risk_difference            95.5–97.6 (93.4–93.5)    95.1–95.9 (94.3–95.2)    93.9–95.8 (94.7–95.1)
@@ -36,23 +38,25 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
 from moe_lens.checks import share, whole_number
-from moe_lens.detection.paired_counts import PairedCounts, as_floats
-from moe_lens.detection.scores import Score, score_of, standard_error
+from moe_lens.detection.rare_experts import binomial_p, widened
+from moe_lens.detection.scores import Score, score_of, variances
+from moe_lens.detection.unit_counts import UnitCounts, as_floats
+from moe_lens.detection.unpaired_counts import UnpairedCounts
 from moe_lens.errors import DataError
 
-_EXACT_UNITS: Final = 12  # up to this many units, all sign flips are enumerated
+EXACT_UNITS: Final = 12  # up to this many units, all sign flips are enumerated
 _FEW_EVENTS: Final = 20  # expected under a condition; below, unequal lengths mislead sign flips
 _NEWTON_STEPS: Final = 20
 _CHUNK: Final = 2**19  # elements of a [unit expert] or [resample expert] block that is worked on at once
 
 
-def score(name: str | Score, counts: PairedCounts) -> Float[np.ndarray, "expert"]:
+def score(name: str | Score, counts: UnitCounts) -> Float[np.ndarray, "expert"]:
     """The score of each expert, positive where it goes with the first condition; 0 where it never fires.
 
-    >>> from moe_lens.detection import SCORES
+    >>> from moe_lens.detection import SCORES, PairedCounts
     >>> counts = PairedCounts.of_pairs([[3.0], [1.0]], [4, 4], [[1.0], [0.0]], [4, 4])
     >>> {name: round(float(score(name, counts)[0]), 3) for name in SCORES}
     {'risk_difference': 0.375, 'log_odds_ratio': 1.609, 'probability_difference': 0.375, 'paired_t': 3.0}
@@ -66,15 +70,16 @@ def score(name: str | Score, counts: PairedCounts) -> Float[np.ndarray, "expert"
         DataError: an unknown score, or fewer units than it needs.
     """
     formula = score_of(name)
-    _check_counts("A score", counts, formula.least_units)
+    check_counts("A score", counts, formula.least_units)
     return formula.of(counts)
 
 
 def bootstrap_scores(
-    name: str | Score, counts: PairedCounts, n_resamples: int = 1000, seed: int = 0
+    name: str | Score, counts: UnitCounts, n_resamples: int = 1000, seed: int = 0
 ) -> Float32[np.ndarray, "resample expert"]:
     """The scores on bootstrap resamples of the units (n drawn from n, with replacement).
 
+    >>> from moe_lens.detection import PairedCounts
     >>> counts = PairedCounts.of_pairs([[3.0], [1.0]], [4, 4], [[1.0], [0.0]], [4, 4])
     >>> bootstrap_scores("risk_difference", counts, n_resamples=100).shape
     (100, 1)
@@ -85,19 +90,20 @@ def bootstrap_scores(
         DataError: an unknown score, fewer than two units, or a bad n_resamples or seed.
     """
     formula = check_settings(name, n_resamples=n_resamples, seed=seed)
-    _check_counts("A bootstrap", counts, 2)
-    weights = _bootstrap_weights(counts.n_units, n_resamples, seed)
+    check_counts("A bootstrap", counts, 2)
+    weights = _bootstrap_weights(counts, n_resamples, seed)
     scores = np.empty((n_resamples, counts.n_experts), dtype=np.float32)
-    for columns in _chunks(counts, n_resamples):
+    for columns in chunks(counts, n_resamples):
         scores[:, columns] = formula.resampled(counts.experts(columns), weights)
     return scores
 
 
 def interval(
-    name: str | Score, counts: PairedCounts, *, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
+    name: str | Score, counts: UnitCounts, *, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[Float[np.ndarray, "expert"], Float[np.ndarray, "expert"]]:
     """Lower and upper bounds of a confidence interval of each score, from resampled units.
 
+    >>> from moe_lens.detection import PairedCounts
     >>> counts = PairedCounts.of_pairs([[3.0], [1.0], [2.0]], [4, 4, 4], [[1.0], [0.0], [1.0]], [4, 4, 4])
     >>> low, high = interval("risk_difference", counts)
     >>> bool(low[0] < 1 / 3 < high[0])
@@ -109,37 +115,40 @@ def interval(
     rare experts, the second for their log odds. Among a dozen variants (percentile, BCa, three kinds of
     bootstrap-t, ...) this came closest to its level throughout; the module's docstring says how close.
 
+    Two groups of different prompts are resampled each by itself; t has Welch and Satterthwaite's degrees of
+    freedom. Where some units are in both groups, all units are resampled together. A difference of rates gets
+    at least Newcombe's interval where an expert is rare (rare_experts.py).
+
     The interval of paired_t is that of the mean difference, divided by the observed standard error.
 
     Raises:
         DataError: an unknown score, fewer than two units, a level outside (0, 1), or n_resamples or a seed
             that is not a whole number.
     """
-    from scipy import stats  # here, since loading a plan or scores should not wait for it
-
     formula = check_settings(name, level=level, n_resamples=n_resamples, seed=seed)
-    _check_counts("An interval", counts, 2)
-    n_units = counts.n_units
-    t = float(stats.t.ppf((1 + level) / 2, n_units - 1))
-    tail = float(stats.norm.cdf(-t * np.sqrt(n_units / (n_units - 1))))
-    weights = _bootstrap_weights(n_units, n_resamples, seed)
+    check_counts("An interval", counts, 2)
+    weights = _bootstrap_weights(counts, n_resamples, seed)
     low, high = np.empty(counts.n_experts), np.empty(counts.n_experts)
-    for columns in _chunks(counts, n_resamples):
+    for columns in chunks(counts, n_resamples):
         part = counts.experts(columns)
-        centre, error = formula.effect(part), standard_error(formula.influences(part))
-        lower, upper = np.quantile(formula.resampled_effect(part, weights), [tail, 1 - tail], axis=0)
+        centre = formula.effect(part)
+        error, t, tail = _errors(formula.influences(part), counts.strata, level)
+        lower, upper = _tails(formula.resampled_effect(part, weights), tail)
         lower = np.minimum(np.minimum(lower, centre), centre - t * error)
         upper = np.maximum(np.maximum(upper, centre), centre + t * error)
         low[columns] = formula.as_score(lower, centre, error)
         high[columns] = formula.as_score(upper, centre, error)
-    return low, high
+    if formula.is_rate_difference and isinstance(counts, UnpairedCounts):
+        low, high = widened(counts, low, high, level)
+    return np.clip(low, *formula.bounds), np.clip(high, *formula.bounds)
 
 
 def sign_flip_p(
-    name: str | Score, counts: PairedCounts, *, n_permutations: int = 1000, seed: int = 0
+    name: str | Score, counts: UnitCounts, *, n_permutations: int = 1000, seed: int = 0
 ) -> Float[np.ndarray, "expert"]:
     """Two-sided p-values of "the conditions do not differ": units swap their conditions at random.
 
+    >>> from moe_lens.detection import PairedCounts
     >>> counts = PairedCounts.of_pairs([[3.0], [1.0], [2.0]], [4, 4, 4], [[1.0], [0.0], [1.0]], [4, 4, 4])
     >>> sign_flip_p("risk_difference", counts)                    # all of 3 units agree: 2 of 2³ sign flips
     array([0.25])
@@ -165,11 +174,11 @@ def sign_flip_p(
         DataError: an unknown score, fewer than two units, or a bad n_permutations or seed.
     """
     formula = check_settings(name, n_permutations=n_permutations, seed=seed)
-    _check_counts("A p-value", counts, 2)
-    exact = counts.n_units <= _EXACT_UNITS
+    check_counts("A p-value", counts, 2)
+    exact = counts.n_units <= EXACT_UNITS
     signs = _all_flips(counts.n_units) if exact else _random_flips(counts.n_units, n_permutations, seed)
     p = np.empty(counts.n_experts)
-    for columns in _chunks(counts, len(signs)):
+    for columns in chunks(counts, len(signs)):
         contributions = formula.null_contributions(counts.experts(columns))
         size = np.abs(contributions.sum(0))
         # equal sums differ by rounding; they are ties
@@ -177,7 +186,9 @@ def sign_flip_p(
         b = (np.abs(signs @ contributions) >= least).sum(0)
         p[columns] = b / len(signs) if exact else (1 + b) / (1 + n_permutations)
         if not exact and (sure := b == 0).any():
-            p[columns][sure] = np.minimum(p[columns][sure], _chernoff_bound(contributions[:, sure]))
+            p[columns][sure] = np.minimum(p[columns][sure], chernoff_bound(contributions[:, sure]))
+    if formula.counts_events and isinstance(counts, UnpairedCounts):
+        return np.maximum(p, binomial_p(counts))
     if formula.counts_events and not np.array_equal(counts.tokens_1, counts.tokens_2):
         p = np.maximum(p, _few_events_p(counts))
     return p
@@ -214,10 +225,58 @@ def check_settings(
     return formula
 
 
-def _bootstrap_weights(n_units: int, n_resamples: int, seed: int) -> np.ndarray:
-    """[resample unit], how often each unit was drawn."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(n_units, np.full(n_units, 1 / n_units), n_resamples).astype(np.float64)
+def _bootstrap_weights(counts: UnitCounts, n_resamples: int, seed: int) -> np.ndarray:
+    """[resample unit], how often each unit was drawn; those of a stratum for each other."""
+    generator, strata = np.random.default_rng(seed), counts.strata
+    weights = np.zeros((n_resamples, counts.n_units))
+    empty = np.ones(n_resamples, dtype=bool)  # of tokens under a condition, which no score can be made of
+    while empty.any():
+        for stratum in np.unique(strata):
+            units = np.flatnonzero(strata == stratum)
+            share = np.full(len(units), 1 / len(units))
+            weights[np.ix_(empty, units)] = generator.multinomial(len(units), share, int(empty.sum()))
+        empty = (weights @ counts.tokens_1 == 0) | (weights @ counts.tokens_2 == 0)
+    return weights
+
+
+def _errors(
+    influences: Float[np.ndarray, "unit expert"], strata: Int[np.ndarray, "unit"], level: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[expert] each: standard error, quantile t, and the tail of the expanded percentile interval.
+
+    Degrees of freedom are Welch and Satterthwaite's; with one stratum of n units they are n − 1. The tail is
+    widened by how much smaller a bootstrap's variance is, (n − 1) / n with one stratum.
+    """
+    from scipy import stats  # here, since loading a plan or scores should not wait for it
+
+    n = np.bincount(strata)[:, None]
+    parts = variances(influences, strata)
+    total = parts.sum(0)
+    shares = np.where(total > 0, parts, 1.0)  # any will do where nothing varies
+    shares = shares / shares.sum(0)
+    freedom = 1 / (shares**2 / (n - 1)).sum(0)
+    t = stats.t.ppf((1 + level) / 2, freedom)
+    shrunk = (shares * (n - 1) / n).sum(0)
+    return np.sqrt(total), t, stats.norm.cdf(-t / np.sqrt(shrunk))
+
+
+def _tails(
+    values: Float[np.ndarray, "resample expert"], tail: Float[np.ndarray, "expert"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The quantiles `tail` and 1 − `tail` of each column, which are each column's own."""
+    if np.ptp(tail) == 0:
+        lower, upper = np.quantile(values, [tail[0], 1 - tail[0]], axis=0)
+        return lower, upper
+    values = np.sort(values, axis=0)
+    last = len(values) - 1
+    found = []
+    for place in (tail * last, (1 - tail) * last):
+        below = np.floor(place).astype(int)
+        first, second = (
+            np.take_along_axis(values, row[None], 0)[0] for row in (below, np.minimum(below + 1, last))
+        )
+        found.append(first + (place - below) * (second - first))
+    return found[0], found[1]
 
 
 def _all_flips(n_units: int) -> np.ndarray:
@@ -230,7 +289,7 @@ def _random_flips(n_units: int, n_permutations: int, seed: int) -> np.ndarray:
     return 2.0 * generator.integers(0, 2, (n_permutations, n_units)) - 1
 
 
-def _chernoff_bound(contributions: np.ndarray) -> np.ndarray:
+def chernoff_bound(contributions: np.ndarray) -> np.ndarray:
     """Upper bound of the exact two-sided sign-flip p-value, for each column; every t > 0 gives one.
 
     Newton's method on the exponent, a convex function of t. Its slope is concave and negative at the start:
@@ -249,7 +308,7 @@ def _chernoff_bound(contributions: np.ndarray) -> np.ndarray:
     return np.clip(2 * np.exp(exponent), np.finfo(np.float64).tiny, 1)
 
 
-def _few_events_p(counts: PairedCounts) -> np.ndarray:
+def _few_events_p(counts: UnitCounts) -> np.ndarray:
     """Binomial p-value of the split of the events over the conditions; 0 where many are expected."""
     from scipy import stats
 
@@ -262,17 +321,19 @@ def _few_events_p(counts: PairedCounts) -> np.ndarray:
     return np.where(expected < _FEW_EVENTS, np.minimum(1, 2 * tail), 0)
 
 
-def _chunks(counts: PairedCounts, n_rows: int) -> Iterator[slice]:
+def chunks(counts: UnitCounts, n_rows: int) -> Iterator[slice]:
     """Slices of the experts, small enough that a block of work stays near the processor."""
     width = max(1, _CHUNK // max(counts.n_units, n_rows))
     return (slice(start, start + width) for start in range(0, counts.n_experts, width))
 
 
-def _check_counts(what: str, counts: Any, least: int) -> None:
-    if not isinstance(counts, PairedCounts):
-        raise DataError(f"{what} needs PairedCounts; got {type(counts).__name__}.")
-    if counts.n_units < least:
+def check_counts(what: str, counts: Any, least: int) -> None:
+    """Raise DataError for what are no counts, or of fewer units than needed."""
+    if not isinstance(counts, UnitCounts):
+        raise DataError(f"{what} needs PairedCounts or UnpairedCounts; got {type(counts).__name__}.")
+    if counts.fewest_units < least:
         raise DataError(
-            f"{what} needs at least {least} independent units (clusters of pairs); there is 1. Give more "
-            "pairs of different clusters; intervals are reliable from about 20 units on."
+            f"{what} needs at least {least} independent units (clusters of prompts) under each condition; "
+            f"there is {counts.fewest_units}. Give more prompts of different clusters; intervals are "
+            "reliable from about 20 units on."
         )

@@ -10,9 +10,10 @@ import math
 from typing import Any, Final
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from moe_lens.detection.paired_counts import PairedCounts
+from moe_lens.detection.unit_counts import UnitCounts
 from moe_lens.errors import DataError
 
 LARGEST_T: Final = 1e6  # what paired_t says where all units differ by the same amount
@@ -43,6 +44,8 @@ class Score:
             softmax probability.
         bounds: the smallest and the largest value that the score can take; intervals are cut there.
         least_units: how many units the score itself needs; intervals and tests need two.
+        needs_pairs: whether the score is about pairs, so that two groups of different prompts have none.
+        is_rate_difference: whether it is rate 1 − rate 2, so that an interval for rare experts is known.
     """
 
     name: str = ""
@@ -50,6 +53,8 @@ class Score:
     sums: str = "counts"
     bounds: tuple[float, float] = (-math.inf, math.inf)
     least_units: int = 1
+    needs_pairs: bool = False
+    is_rate_difference: bool = False
 
     @property
     def counts_events(self) -> bool:
@@ -69,18 +74,18 @@ class Score:
         """The derivative of one condition's part of the score with respect to its rate A / N."""
         raise NotImplementedError(f"{type(self).__name__} must define slope(a, n).")
 
-    def of(self, counts: PairedCounts) -> Float[np.ndarray, "expert"]:
+    def of(self, counts: UnitCounts) -> Float[np.ndarray, "expert"]:
         """The score of each expert over all units."""
         return self.pooled(
             counts.sums_1.sum(0), counts.tokens_1.sum(), counts.sums_2.sum(0), counts.tokens_2.sum()
         )
 
-    def effect(self, counts: PairedCounts) -> Float[np.ndarray, "expert"]:
+    def effect(self, counts: UnitCounts) -> Float[np.ndarray, "expert"]:
         """What the interval is made for: the score, or a number that `as_score` turns into it."""
         return self.of(counts)
 
     def resampled_effect(
-        self, counts: PairedCounts, weights: Float[np.ndarray, "resample unit"]
+        self, counts: UnitCounts, weights: Float[np.ndarray, "resample unit"]
     ) -> Float[np.ndarray, "resample expert"]:
         """`effect` on resamples; `weights` say how often each unit was drawn."""
         return self.pooled(
@@ -91,7 +96,7 @@ class Score:
         )
 
     def resampled(
-        self, counts: PairedCounts, weights: Float[np.ndarray, "resample unit"]
+        self, counts: UnitCounts, weights: Float[np.ndarray, "resample unit"]
     ) -> Float[np.ndarray, "resample expert"]:
         """The score on resamples."""
         return self.resampled_effect(counts, weights)
@@ -105,8 +110,8 @@ class Score:
         """A bound of the effect as a bound of the score; `error` is the standard error of the effect."""
         return np.clip(bound, *self.bounds)
 
-    def influences(self, counts: PairedCounts) -> Float[np.ndarray, "unit expert"]:
-        """n − 1 times how far leaving out each unit moves the effect, linearly.
+    def influences(self, counts: UnitCounts) -> Float[np.ndarray, "unit expert"]:
+        """n − 1 times how far leaving out each unit moves the effect, linearly; n units are in its stratum.
 
         Their standard error is that of the jackknife: exactly for a difference of rates, to first order for a
         curved score.
@@ -116,9 +121,9 @@ class Score:
             a, n = sums.sum(0), tokens.sum()
             moved = (sums - a / n * tokens[:, None]) / (n - tokens)[:, None]
             parts.append(moved * self.slope(a, n))
-        return (parts[0] - parts[1]) * (counts.n_units - 1)
+        return (parts[0] - parts[1]) * (_sizes(counts.strata) - 1)[:, None]
 
-    def null_contributions(self, counts: PairedCounts) -> Float[np.ndarray, "unit expert"]:
+    def null_contributions(self, counts: UnitCounts) -> Float[np.ndarray, "unit expert"]:
         """What changes its sign when a unit swaps its conditions: its part of the risk difference.
 
         (A1u − P N1u) / N1 − (A2u − P N2u) / N2, with P the pooled rate of both conditions.
@@ -142,6 +147,7 @@ class RiskDifference(Score):
     name = "risk_difference"
     label = "risk difference of activation"
     bounds = (-1.0, 1.0)
+    is_rate_difference = True
 
     def pooled(self, a1: Any, n1: Any, a2: Any, n2: Any) -> Any:
         """Over the common denominator, so that equal differences are equal in float64 and tie."""
@@ -191,26 +197,27 @@ class PairedT(Score):
     name = "paired_t"
     label = "paired t statistic"
     least_units = 2
+    needs_pairs = True
 
-    def of(self, counts: PairedCounts) -> Float[np.ndarray, "expert"]:
+    def of(self, counts: UnitCounts) -> Float[np.ndarray, "expert"]:
         """The t statistic of the units' rate differences."""
-        return _t_statistic(self.effect(counts), standard_error(counts.rate_differences))
+        return _t_statistic(self.effect(counts), standard_error(_rate_differences(counts)))
 
-    def effect(self, counts: PairedCounts) -> Float[np.ndarray, "expert"]:
+    def effect(self, counts: UnitCounts) -> Float[np.ndarray, "expert"]:
         """The mean rate difference."""
-        return counts.rate_differences.mean(0)
+        return _rate_differences(counts).mean(0)
 
     def resampled_effect(
-        self, counts: PairedCounts, weights: Float[np.ndarray, "resample unit"]
+        self, counts: UnitCounts, weights: Float[np.ndarray, "resample unit"]
     ) -> Float[np.ndarray, "resample expert"]:
         """The mean rate difference of the units drawn."""
-        return weights @ counts.rate_differences / counts.n_units
+        return weights @ _rate_differences(counts) / counts.n_units
 
     def resampled(
-        self, counts: PairedCounts, weights: Float[np.ndarray, "resample unit"]
+        self, counts: UnitCounts, weights: Float[np.ndarray, "resample unit"]
     ) -> Float[np.ndarray, "resample expert"]:
         """The t statistic of the units drawn."""
-        n, differences = counts.n_units, counts.rate_differences
+        n, differences = counts.n_units, _rate_differences(counts)
         centre = differences.mean(0)
         centred = differences - centre  # else the variance is a small difference of large numbers
         shift = weights @ centred / n
@@ -229,13 +236,13 @@ class PairedT(Score):
         scale = np.where((error > 0) & known, error, 1)
         return np.where(known, bound / scale, t)
 
-    def influences(self, counts: PairedCounts) -> Float[np.ndarray, "unit expert"]:
+    def influences(self, counts: UnitCounts) -> Float[np.ndarray, "unit expert"]:
         """The units' rate differences, of which the effect is the mean."""
-        return counts.rate_differences
+        return _rate_differences(counts)
 
-    def null_contributions(self, counts: PairedCounts) -> Float[np.ndarray, "unit expert"]:
+    def null_contributions(self, counts: UnitCounts) -> Float[np.ndarray, "unit expert"]:
         """The units' rate differences."""
-        return counts.rate_differences
+        return _rate_differences(counts)
 
 
 SCORES: Final[dict[str, Score]] = {
@@ -268,6 +275,25 @@ def score_of(score: Any) -> Score:
 def standard_error(values: Float[np.ndarray, "unit expert"]) -> Float[np.ndarray, "expert"]:
     """Standard error of the mean over units."""
     return values.std(0, ddof=1) / np.sqrt(len(values))
+
+
+def variances(
+    values: Float[np.ndarray, "unit expert"], strata: Int[np.ndarray, "unit"]
+) -> Float[np.ndarray, "stratum expert"]:
+    """Squared standard error of the mean over the units of each stratum."""
+    parts = [values[strata == stratum] for stratum in np.unique(strata)]
+    return np.stack([part.var(0, ddof=1) / len(part) for part in parts])
+
+
+def _sizes(strata: Int[np.ndarray, "unit"]) -> Int[np.ndarray, "unit"]:
+    """How many units are in the stratum of each."""
+    return np.bincount(strata)[strata]
+
+
+def _rate_differences(counts: UnitCounts) -> Float[np.ndarray, "unit expert"]:
+    if not isinstance(counts, PairedCounts):
+        raise DataError("paired_t needs pairs of prompts; two groups of different prompts have none.")
+    return counts.rate_differences
 
 
 def _t_statistic(mean: np.ndarray, error: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from moe_lens.attribution.results import LogitAttribution
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.interventions.results import Mediation
+from moe_lens.plots.labels import label_font, token_labels
 from moe_lens.plots.style import COLORS, count_ticks, layers_below, layers_beside, new_axes, signed_map
 
 _MANY: Final = 40  # more labels than that cannot be read
@@ -72,7 +73,10 @@ def patching_map(
         shown = count_ticks(n_columns)
         ax.set_xticks(shown, [str(n if positions is None else positions[n]) for n in shown])
     else:
-        ax.set_xticks(range(n_columns), list(columns), rotation=60, ha="right", rotation_mode="anchor")
+        ax.set_xticks(
+            range(n_columns), token_labels(list(columns)), rotation=60, ha="right", rotation_mode="anchor",
+            **label_font(list(columns)),
+        )  # fmt: skip
     ax.set_xlabel(columns if isinstance(columns, str) else "token")
     ax.set_title(f"Patching {what} from the clean run")
     label = "change of the metric\n(0: corrupted run)"
@@ -168,7 +172,7 @@ def _rest_bars(found: LogitAttribution, prompt: int | None) -> list[tuple[str, f
     bars = []
     for kind, words in _KINDS.items():
         of_kind = [share for name, share in shares if _kind(name) == kind]
-        if of_kind:
+        if any(of_kind):  # a model without such parts has zeros there
             bars.append((words, sum(of_kind)))
     return bars
 

@@ -7,17 +7,18 @@ Each draws into `ax=`, or into a new figure.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 
 from moe_lens.errors import DataError
+from moe_lens.plots.labels import label_font, token_labels, wrapped
 from moe_lens.plots.style import (
     count_axis,
     count_ticks,
     layers_below,
-    layers_beside,
     legend_below,
     new_axes,
     signed_map,
@@ -25,6 +26,11 @@ from moe_lens.plots.style import (
 from moe_lens.statistics.balance import LoadBalance
 from moe_lens.statistics.routes import PromptRouting
 from moe_lens.statistics.routing_stats import RoutingStats
+
+_MOST_NUMBERS: Final = 2000
+"""Cells of a figure that can hold numbers."""
+_GAP: Final = 3
+"""Rows between the lines of a prompt, for its tokens."""
 
 
 def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = None) -> Axes:
@@ -89,7 +95,8 @@ def token_routing(
 ) -> Axes:
     """A prompt's tokens coloured by their route: one row a layer; the colour is the expert with most weight.
 
-    Each cell holds the numbers of the chosen experts, most weight first.
+    Each cell holds the numbers of the chosen experts, most weight first. Long prompts are broken into lines;
+    with more than 2,000 cells there is no room for numbers, and the colours of experts stand beside.
 
     Args:
         routing: of one prompt, from `route_prompt`.
@@ -105,29 +112,70 @@ def token_routing(
     rows = [routing.row(layer) for layer in layers]
     order = routing.weights[rows].argsort(dim=-1, descending=True, stable=True)
     experts = routing.indices[rows].gather(-1, order).numpy()
+    numbered = experts[..., 0].size <= _MOST_NUMBERS
     shown = min(routing.shape.top_k, 3)
-    ax = ax or new_axes(max(6.0, 1.5 + 0.45 * len(routing.tokens)), rows=max(3, len(layers)))
-    ax.imshow(
-        experts[..., 0],
-        cmap=_expert_colors(routing.shape.n_experts),
+    n_letters = shown * (len(str(routing.shape.n_experts - 1)) + 1) - 1
+    cell = max(0.45, 0.085 * n_letters) if numbered else 0.2  # inches
+    lines = wrapped(len(routing.tokens), int((18 if numbered else 16) / cell))
+    apart = len(layers) + (0 if len(lines) == 1 else _GAP if numbered else 3 * _GAP)
+    n_rows, wide = apart * (len(lines) - 1) + len(layers), len(lines[0])
+    ax = ax or new_axes(
+        max(6.0, 1.5 + cell * wide),
+        rows=max(3, round(n_rows * (1.0 if numbered else 0.22))),
+    )
+    cells, starts = np.full((n_rows, wide), np.nan), []
+    for number, columns in enumerate(lines):
+        start = apart * (len(lines) - 1 - number)  # rows go upward, lines downward
+        starts.append(start)
+        cells[start : start + len(layers), : len(columns)] = experts[:, columns, 0]
+    n_experts = routing.shape.n_experts
+    image = ax.imshow(
+        cells,
+        cmap=_expert_colors(n_experts),
         vmin=-0.5,
-        vmax=routing.shape.n_experts - 0.5,
+        vmax=n_experts - 0.5,
         aspect="auto",
         origin="lower",
         alpha=0.75,
     )
-    for (row, pos), _ in np.ndenumerate(experts[..., 0]):
-        text = " ".join(str(expert) for expert in experts[row, pos, :shown])
-        ax.text(pos, row, text, ha="center", va="center", fontsize=8)
-    tokens = [repr(token)[1:-1].replace("$", r"\$") for token in routing.tokens]  # $ would open a formula
-    ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor")
-    layers_beside(ax, layers)
+    if numbered:
+        for start, columns in zip(starts, lines, strict=True):
+            for (row, place), _ in np.ndenumerate(experts[:, columns, 0]):
+                text = " ".join(str(expert) for expert in experts[row, columns[place], :shown])
+                ax.text(place, start + row, text, ha="center", va="center", fontsize=8)
+    else:
+        ax.figure.colorbar(image, ax=ax, label="expert with most weight", aspect=60)
+    _name_tokens(ax, routing.tokens, lines, starts, small=not numbered)
+    every = 1 if numbered else max(1, len(layers) // 12)
+    ticks = [(start + row, str(layers[row])) for start in starts for row in range(0, len(layers), every)]
+    ax.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
+    ax.set(xlabel="token", ylabel="layer")
     more = "" if shown == routing.shape.top_k else f" (the first {shown} of {routing.shape.top_k})"
-    ax.set_xlabel("token")
+    what = f"experts chosen for each token, most weight first{more}"
     ax.set_title(
-        f"{routing.shape.model}: experts chosen for each token, most weight first{more}", fontsize=10
+        f"{routing.shape.model}: {what if numbered else 'the expert with most weight, for each token'}",
+        fontsize=10,
     )
     return ax
+
+
+def _name_tokens(
+    ax: Axes, tokens: Sequence[str], lines: Sequence[range], starts: Sequence[int], *, small: bool
+) -> None:
+    """Tokens under their columns: on the axis for the last line, as text under the other ones."""
+    labels, size = token_labels(tokens), 6 if small else 9
+    style = {"rotation": 90 if small else 60, "fontsize": size, **label_font(tokens)}
+    for columns, start in zip(lines[:-1], starts, strict=False):
+        for place, column in enumerate(columns):
+            ax.text(
+                place, start - 0.7, labels[column], ha="center" if small else "right", va="top",
+                rotation_mode="default" if small else "anchor", **style,
+            )  # fmt: skip
+    last = lines[-1]
+    ax.set_xticks(
+        range(len(last)), [labels[column] for column in last], ha="center" if small else "right",
+        rotation_mode="default" if small else "anchor", **style,
+    )  # fmt: skip
 
 
 def _expert_colors(n_experts: int) -> ListedColormap:

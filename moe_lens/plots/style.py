@@ -87,5 +87,13 @@ def layers_beside(ax: Axes, layers: Sequence[int]) -> None:
 
 
 def legend_below(ax: Axes, *, down: float = 0.17, ncols: int = 1) -> None:
-    """A legend under the axes, `down` axes heights below their lower edge."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -down), ncols=ncols, frameon=False)
+    """A legend under the axes, as far below their lower edge as ticks and a label need.
+
+    Args:
+        down: how far, in axes heights of a figure of 4.9 inches; higher figures do not widen the gap.
+    """
+    figure = ax.get_figure(root=True)
+    height = 4.9 if figure is None else float(figure.get_size_inches()[1])
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -down * min(1.0, 4.9 / height)), ncols=ncols, frameon=False
+    )

@@ -37,6 +37,7 @@ from moe_lens.statistics.counting import RoutingCounter, Wanted, moved
 from moe_lens.statistics.routes import PromptRouting
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.batching import Limits, Prompts, how_many, token_sequences
+from moe_lens.text.pieces import token_texts
 from moe_lens.text.spans import CountedPrompts, Span, batches_by_length
 
 
@@ -357,4 +358,4 @@ def route_prompt(model: Model, prompt: Any, *, hooks: Hooks = ()) -> PromptRouti
 def _texts(model: Model, tokens: Int[Tensor, "pos"]) -> list[str]:
     if model.tokenizer is None:
         return [str(token) for token in tokens.tolist()]
-    return [model.tokenizer.decode([token]) for token in tokens.tolist()]
+    return token_texts(model.tokenizer, tokens.tolist())

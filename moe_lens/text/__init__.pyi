@@ -6,8 +6,10 @@ from .batching import TextModel as TextModel
 from .batching import padded_batches as padded_batches
 from .batching import padding as padding
 from .batching import token_sequences as token_sequences
+from .groups import ContrastiveGroups as ContrastiveGroups
 from .pairs import ContrastivePair as ContrastivePair
 from .pairs import ContrastivePairs as ContrastivePairs
+from .pieces import token_texts as token_texts
 from .prompts import Message as Message
 from .prompts import Prompt as Prompt
 from .rows import read_prompts as read_prompts

@@ -8,10 +8,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe_lens.checks import short
+import numpy as np
+
+from moe_lens.checks import share, short, whole_number
 from moe_lens.errors import DataError
 from moe_lens.text.prompts import Prompt, as_prompt, from_json, to_json
 from moe_lens.text.rows import Row, cell, label_of, text_cell
@@ -88,7 +90,40 @@ def _has(prompt: Prompt, target: str) -> bool:
     return any(target in text for text in texts)
 
 
-def checked_prompts(name: str, prompts: Any) -> tuple[Prompt, ...]:
+def check_pairs(first: Sequence[Prompt], second: Sequence[Prompt], span: Span) -> None:
+    """Raise DataError unless both are as many, at least one, and no pair is one prompt twice; or for a list
+    of spans.
+    """
+    n = len(first)
+    if n != len(second):
+        raise DataError(f"Pairs need as many first as second prompts; got {n} and {len(second)}.")
+    if n == 0:
+        raise DataError("There are no pairs; give at least one.")
+    same = [i for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] == pair[1]]
+    if same:
+        raise DataError(
+            f"{len(same)} of {n} pairs have the same prompt twice, so there is nothing to contrast (pair "
+            f"{same[0]}: {short(to_json(first[same[0]]))}); take them out, or check the columns."
+        )
+    check_one_span(span)
+
+
+def check_one_span(span: Span) -> None:
+    """Raise DataError for a list of spans."""
+    if isinstance(span, Sequence) and not isinstance(span, str):
+        raise DataError(
+            "The span of a contrast is one for all; to count a different text in each prompt, name it in the "
+            "prompts."
+        )
+
+
+def check_labels(name: str, labels: Any, n: int, what: str) -> None:
+    """Raise DataError unless there is one label, a text, for each of n pairs (or prompts)."""
+    if len(labels) != n or not all(isinstance(label, str) and label for label in labels):
+        raise DataError(f"{name} must hold one text for each of {n} {what}; got {short(labels)}.")
+
+
+def checked_prompts(name: str, prompts: Any, each: str = "pair") -> tuple[Prompt, ...]:
     """A list of prompts as `Prompt`s. Raises DataError, with the list's name and the number of the pair."""
     if isinstance(prompts, str | Mapping | Prompt) or not isinstance(prompts, Iterable):
         raise DataError(f"{name} must be a list of prompts; got {short(prompts)}.")
@@ -97,19 +132,19 @@ def checked_prompts(name: str, prompts: Any) -> tuple[Prompt, ...]:
         try:
             checked.append(as_prompt(prompt))
         except DataError as error:
-            raise DataError(f"{name}, pair {index}: {error}") from error
+            raise DataError(f"{name}, {each} {index}: {error}") from error
     return tuple(checked)
 
 
-def checked_labels(name: str, labels: Any) -> tuple[str, ...]:
+def checked_labels(name: str, labels: Any, each: str = "pair") -> tuple[str, ...]:
     """One label a pair; empty for None, which stands for the default. Raises DataError for no labels."""
     if labels is None:
         return ()
     if isinstance(labels, str) or not isinstance(labels, Iterable):
-        raise DataError(f"{name} must be a list of labels, one a pair; got {short(labels)}.")
-    texts = tuple(label_of(f"{name}, pair {index}", label) for index, label in enumerate(labels))
+        raise DataError(f"{name} must be a list of labels, one a {each}; got {short(labels)}.")
+    texts = tuple(label_of(f"{name}, {each} {index}", label) for index, label in enumerate(labels))
     if not texts:
-        raise DataError(f"{name} is empty; give one label a pair, or None.")
+        raise DataError(f"{name} is empty; give one label a {each}, or None.")
     return texts
 
 
@@ -143,3 +178,51 @@ def digest_of_pair(first: Prompt, second: Prompt) -> str:
     """A label that only the same two prompts share."""
     content = json.dumps([to_json(first), to_json(second)])
     return f"pair-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def digest_of_prompt(prompt: Prompt) -> str:
+    """A label that only the same prompt shares."""
+    return f"prompt-{hashlib.sha256(json.dumps(to_json(prompt)).encode()).hexdigest()[:16]}"
+
+
+def chosen_numbers(given: Any, n: int) -> list[int]:
+    """Places from 0 to n − 1 that somebody names: by numbers, negative ones from the end, or by a mask.
+
+    >>> chosen_numbers([0, -1], 3), chosen_numbers([True, False, True], 3)
+    ([0, 2], [0, 2])
+
+    Raises:
+        DataError: none, one out of range, another number of bools than n, or anything else.
+    """
+    try:
+        values = np.asarray(given if hasattr(given, "__array__") else list(given))
+    except (TypeError, ValueError, RuntimeError):
+        values = np.array("nothing")
+    is_mask = values.dtype == bool and values.shape == (n,)
+    numbers = np.flatnonzero(values) if is_mask else values
+    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
+        numbers = np.array([n])  # which is out of range
+    if ((numbers < -n) | (numbers >= n)).any():
+        raise DataError(
+            f"Pairs are chosen by numbers from {-n} to {n - 1}, at least one, or by {n} bools, one of them "
+            f"true; got {short(given)}."
+        )
+    return (numbers.astype(np.int64) % n).tolist()
+
+
+def drawn_clusters(labels: Iterable[str], fraction: float, seed: int) -> set[str]:
+    """This share of the different labels, at least one and not all, drawn at random.
+
+    Raises:
+        DataError: a fraction outside (0, 1), or a single label.
+    """
+    different = sorted(set(labels))
+    fraction, seed = share(fraction, "fraction"), whole_number(seed, "seed")
+    if len(different) < 2:
+        raise DataError(
+            f"All prompts belong to one cluster, {different[0]!r}, and cannot be split; give them labels "
+            "that tell independent ones apart."
+        )
+    size = min(max(round(fraction * len(different)), 1), len(different) - 1)
+    order = np.random.default_rng(seed).permutation(len(different))
+    return {different[i] for i in order[:size]}

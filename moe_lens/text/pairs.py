@@ -8,22 +8,24 @@ Pairs that depend on each other share a cluster, which splits and intervals keep
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
-import numpy as np
-
-from moe_lens.checks import as_index, share, short, whole_number
 from moe_lens.errors import DataError
 from moe_lens.files import FileKind, atomic_write
 from moe_lens.results import Result
+from moe_lens.text.groups import ContrastiveGroups
 from moe_lens.text.pair_rows import (
+    check_labels,
+    check_pairs,
     checked_labels,
     checked_prompts,
+    chosen_numbers,
     digest_of_pair,
+    drawn_clusters,
     pair_columns,
     span_from_json,
     span_to_json,
@@ -55,8 +57,8 @@ class ContrastivePairs(Result):
     >>> pairs = ContrastivePairs.from_lists(["Document : a", "Document : b"], ["a", "b"])
     >>> len(pairs), pairs[0].first.content, pairs.swapped()[0].first.content
     (2, 'Document : a', 'a')
-    >>> pairs[:1]                                   # a slice gives pairs again
-    ContrastivePairs(1 pair, 1 cluster, span 'all', templates ['default'])
+    >>> pairs[:1], len(pairs[[1, -2]])              # a slice, a list of numbers or a mask gives pairs again
+    (ContrastivePairs(1 pair, 1 cluster, span 'all', templates ['default']), 2)
 
     Attributes:
         first: the prompts of the first condition, one a pair.
@@ -80,29 +82,14 @@ class ContrastivePairs(Result):
     def __post_init__(self) -> None:
         for name in ("first", "second"):
             object.__setattr__(self, name, checked_prompts(name, getattr(self, name)))
-        n = len(self.first)
-        if n != len(self.second):
-            raise DataError(f"Pairs need as many first as second prompts; got {n} and {len(self.second)}.")
-        if n == 0:
-            raise DataError("There are no pairs; give at least one.")
-        same = [i for i, pair in enumerate(zip(self.first, self.second, strict=True)) if pair[0] == pair[1]]
-        if same:
-            raise DataError(
-                f"{len(same)} of {n} pairs have the same prompt twice, so there is nothing to contrast (pair "
-                f"{same[0]}: {short(to_json(self.first[same[0]]))}); take them out, or check the columns."
-            )
-        if isinstance(self.span, Sequence) and not isinstance(self.span, str):
-            raise DataError(
-                "The span of pairs is one for all; to count a different text in each, name it in its prompts."
-            )
+        check_pairs(self.first, self.second, self.span)
         if not self.clusters:
             digests = tuple(digest_of_pair(*pair) for pair in zip(self.first, self.second, strict=True))
             object.__setattr__(self, "clusters", digests)
         if not self.templates:
-            object.__setattr__(self, "templates", ("default",) * n)
-        for name, labels in (("clusters", self.clusters), ("templates", self.templates)):
-            if len(labels) != n or not all(isinstance(label, str) and label for label in labels):
-                raise DataError(f"{name} must hold one text for each of {n} pairs; got {short(labels)}.")
+            object.__setattr__(self, "templates", ("default",) * len(self.first))
+        for name in ("clusters", "templates"):
+            check_labels(name, getattr(self, name), len(self.first), "pairs")
 
     @classmethod
     def from_lists(
@@ -133,6 +120,25 @@ class ContrastivePairs(Result):
             checked_labels("clusters", clusters),
             checked_labels("templates", templates),
         )
+
+    @classmethod
+    def from_outcomes(
+        cls,
+        prompts: Iterable[Any],
+        outcomes: Iterable[Any],
+        *,
+        first: Any = True,
+        span: Span = "all",
+        clusters: Iterable[Any] | None = None,
+    ) -> ContrastiveGroups:
+        """Prompts by what came of them (right against wrong answers): two groups, which make no pairs.
+
+        >>> ContrastivePairs.from_outcomes(["2 + 2 = 4", "1 + 1 = 3", "3 + 1 = 4"], [True, False, True])
+        ContrastiveGroups(2 and 1 prompts, 3 clusters, span 'all')
+
+        See `ContrastiveGroups.from_outcomes`.
+        """
+        return ContrastiveGroups.from_outcomes(prompts, outcomes, first=first, span=span, clusters=clusters)
 
     @classmethod
     def from_records(
@@ -357,28 +363,33 @@ class ContrastivePairs(Result):
     def __getitem__(self, index: int) -> ContrastivePair: ...
 
     @overload
-    def __getitem__(self, index: slice) -> "ContrastivePairs": ...
+    def __getitem__(self, index: slice | Iterable[Any]) -> "ContrastivePairs": ...
 
-    def __getitem__(self, index: int | slice) -> "ContrastivePair | ContrastivePairs":
-        """One pair; for a slice, `ContrastivePairs` of those pairs (DataError if it selects none)."""
+    def __getitem__(self, index: Any) -> "ContrastivePair | ContrastivePairs":
+        """One pair by its number; `ContrastivePairs` for a slice, or for what `select` takes.
+
+        Raises IndexError for one number that is out of range; DataError as in `select`.
+        """
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
-        return ContrastivePair(
-            self.first[index], self.second[index], self.clusters[index], self.templates[index]
-        )
+        if not hasattr(index, "__index__") or getattr(index, "ndim", 0):
+            return self.select(index)
+        fields = (self.first, self.second, self.clusters, self.templates)
+        return ContrastivePair(*(field[index] for field in fields))
 
     def __iter__(self) -> Iterator[ContrastivePair]:
         return (self[index] for index in range(len(self)))
 
-    def select(self, indices: Iterable[int]) -> "ContrastivePairs":
-        """The pairs with these numbers, in this order. Raises DataError for none, or one out of range."""
-        numbers = [as_index(index) for index in indices]
-        chosen = [number for number in numbers if number is not None and number < len(self)]
-        if not chosen or len(chosen) != len(numbers):
-            raise DataError(
-                f"select needs numbers of pairs, from 0 to {len(self) - 1}, at least one; got "
-                f"{short(numbers)}."
-            )
+    def select(self, indices: Iterable[Any]) -> "ContrastivePairs":
+        """The pairs with these numbers, in this order.
+
+        Args:
+            indices: numbers of pairs, negative ones from the end, or one bool a pair, true where it is kept.
+
+        Raises:
+            DataError: none, one out of range, or another number of bools than of pairs.
+        """
+        chosen = chosen_numbers(indices, len(self))
         fields = (self.first, self.second, self.clusters, self.templates)
         first, second, clusters, templates = (tuple(field[i] for i in chosen) for field in fields)
         return replace(self, first=first, second=second, clusters=clusters, templates=templates)
@@ -426,19 +437,9 @@ class ContrastivePairs(Result):
         Raises:
             DataError: a fraction outside (0, 1), fewer than two clusters.
         """
-        labels = sorted(set(self.clusters))
-        fraction, seed = share(fraction, "fraction"), whole_number(seed, "seed")
-        if len(labels) < 2:
-            raise DataError(
-                f"All {len(self)} pairs belong to one cluster, {labels[0]!r}, and cannot be split; give them "
-                "labels that tell independent pairs apart."
-            )
-        size = min(max(round(fraction * len(labels)), 1), len(labels) - 1)
-        order = np.random.default_rng(seed).permutation(len(labels))
-        chosen = {labels[i] for i in order[:size]}
-        first = [number for number, cluster in enumerate(self.clusters) if cluster in chosen]
-        second = [number for number, cluster in enumerate(self.clusters) if cluster not in chosen]
-        return self.select(first), self.select(second)
+        chosen = drawn_clusters(self.clusters, fraction, seed)
+        first = [cluster in chosen for cluster in self.clusters]
+        return self.select(first), self.select([not kept for kept in first])
 
     def summary(self) -> str:
         """Number of pairs and clusters, the span and the templates."""

@@ -219,7 +219,7 @@ def test_what_cannot_be_detected_is_refused(planted: HookedMoE, scores: ExpertSc
     rates = np.array([0.5, 0.3, 0.2])
     one, two = synthetic(rates, 5, 0), synthetic(rates, 6, 1)
     with pytest.raises(DataError, match="got 5 and 6"):
-        compare_routing(one, two)
+        compare_routing(one, two, paired=True)
     with pytest.raises(DataError, match="per_prompt=True"):
         compare_routing(
             one, RoutingStats(one.shape, one.n_tokens, one.counts, one.probability_sums, one.weight_sums)

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,6 +229,48 @@ def test_taking_apart_and_putting_together() -> None:
             wrong()
     with pytest.raises(DataError, match="spans"):
         _ = pairs + ContrastivePairs.from_lists(["a"], ["b"], span="last")
+
+
+@pytest.mark.parametrize(
+    ("index", "places"),
+    [
+        (slice(None, 2), [0, 1]), (slice(None, None, -1), [3, 2, 1, 0]), (slice(-2, None), [2, 3]),
+        ([1, -1, 1], [1, 3, 1]), (range(2), [0, 1]), (np.array([2, -4]), [2, 0]),
+        (torch.tensor([3, 0]), [3, 0]),
+        ([True, False, False, True], [0, 3]), (np.array([0, 1, 1, 0], dtype=bool), [1, 2]),
+        (torch.tensor([False, True, False, False]), [1]), ((np.int64(2),), [2]), (iter([2]), [2]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_several_pairs_are_chosen_like_elements_of_a_list(index: Any, places: list[int]) -> None:
+    pairs = ContrastivePairs.from_lists(
+        list("abcd"), list("wxyz"), clusters=list("kkll"), templates=list("tutu"), span="last"
+    )
+    chosen = pairs[index]
+    assert isinstance(chosen, ContrastivePairs)
+    assert list(chosen) == [list(pairs)[place] for place in places]
+    assert chosen.span == "last"
+
+
+@pytest.mark.parametrize("index", [0, -1, 2, np.int64(-2), torch.tensor(3)], ids=str)
+def test_one_number_gives_one_pair(index: Any) -> None:
+    pairs = ContrastivePairs.from_lists(
+        list("abcd"), list("wxyz"), clusters=list("kkll"), templates=list("tutu")
+    )
+    assert pairs[index] == list(pairs)[index]
+    with pytest.raises(IndexError):
+        _ = pairs[4]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [[], [4], [0, -5], [True, False], [False] * 4, "ab", [0.0], [[0]], [None], slice(9, None)],
+    ids=str,
+)
+def test_no_pairs_are_chosen_by_anything_else(index: Any) -> None:
+    pairs = ContrastivePairs.from_lists(list("abcd"), list("wxyz"))
+    with pytest.raises(DataError, match=r"numbers from -4 to 3.*4 bools"):
+        _ = pairs[index]
 
 
 @settings(max_examples=60, deadline=None)
