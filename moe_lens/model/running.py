@@ -176,9 +176,14 @@ class Running:
 
     @contextmanager
     def reading(self, given: Any) -> Iterator[None]:
-        """A forward or generation of the wrapper, which was given a string, strings or tokens."""
+        """A forward or generation of the wrapper, which was given a string, strings or tokens.
+
+        None: what the context around it was given.
+        """
         with self._in_thread() as thread:
-            before, thread.given = thread.given, (len(thread.forwards), as_texts(given))
+            before, depth = thread.given, len(thread.forwards)
+            if given is not None or before is None or before[0] != depth:
+                thread.given = (depth, as_texts(given))
             try:
                 yield
             finally:

@@ -14,8 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens.checks import as_index
+from moe_lens.encoding import without_special
 from moe_lens.errors import DataError
-from moe_lens.text.batching import TextModel, without_special
+from moe_lens.text.batching import TextModel
 
 
 def single_token(model: TextModel, answer: Any, name: str = "answer", remedy: str = "give token ids") -> int:
@@ -69,7 +70,7 @@ def single_tokens(
 def _token_of_text(model: TextModel, answer: str, name: str, remedy: str) -> int:
     if model.tokenizer is None:
         raise DataError(f"{name}: {answer!r} is text and the model has no tokenizer; give token ids.")
-    tokens = without_special(model, answer) if answer else []
+    tokens = without_special(model.tokenizer, answer) if answer else []
     if len(tokens) != 1:
         pieces = [model.tokenizer.decode([token]) for token in tokens]
         raise DataError(
