@@ -44,7 +44,7 @@ from moe_lens.model.registration import (
 )
 from moe_lens.model.router_points import points_of
 from moe_lens.model.self_check import check_router
-from moe_lens.model.state import Generation, as_texts
+from moe_lens.model.state import Generation, as_prompts
 from moe_lens.model.wrapper import Model
 
 P = ParamSpec("P")
@@ -176,7 +176,7 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
     @signature_of(TransformerBridge.generate_stream)
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's."""
-        state, generation = running_of(self), Generation(as_texts(input))
+        state, generation = running_of(self), Generation(as_prompts(input))
         input, kwargs = self._read(input, kwargs, writes=True)
         stream = iter(super().generate_stream(input, *args, **kwargs))
         while True:

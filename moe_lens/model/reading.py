@@ -138,12 +138,9 @@ class Reading:
         self, texts: str | list[str], prepend_bos: bool | None, padding_side: str | None, mask: Any
     ) -> tuple[Int[Tensor, "batch pos"], Any]:
         """Tokens of texts, and their mask where some are padded."""
-        tokens = self.to_tokens(texts, prepend_bos, padding_side, truncate=False)
-        self._check_length(tokens.shape[1])
-        if mask is None and isinstance(texts, list) and len(texts) > 1:
-            mask = self._own_columns(texts, prepend_bos, padding_side, tokens.shape[1])
-            mask = None if bool(mask.all()) else mask.long()
-        return tokens, mask
+        rows = [torch.tensor(self._ids(text, prepend_bos)) for text in as_texts(texts) or ()]
+        tokens, own = self._together(rows, padding_side)
+        return tokens, own if mask is None else mask
 
     def _encoded(
         self, encoding: Mapping[str, Any], padding_side: str | None, mask: Any, writes: bool
@@ -175,25 +172,14 @@ class Reading:
                 f"The input has {n_tokens} tokens, the model's context is {self.cfg.n_ctx}; shorten it."
             )
 
-    def _own_columns(
-        self, texts: list[str], prepend_bos: bool | None, padding_side: str | None, n_pos: int
-    ) -> Bool[Tensor, "batch pos"]:
-        lengths = torch.tensor([len(self._ids(text, prepend_bos)) for text in texts])
-        columns = torch.arange(n_pos).expand(len(texts), -1)
-        if (padding_side or self.tokenizer.padding_side) == "left":
-            return columns >= n_pos - lengths[:, None]
-        return columns < lengths[:, None]
-
     def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
         """Which positions are not padding; None where that is not known or does not matter (one string)."""
         mask = kwargs.get("attention_mask")
-        if is_encoding(input) or prompts_among(input) is not None:
+        several = isinstance(input, list) and len(input) > 1 and isinstance(input[0], str)
+        if is_encoding(input) or prompts_among(input) is not None or (several and mask is None):
             given = self._inputs(input, kwargs.get("prepend_bos"), kwargs.get("padding_side"), mask)
             input, mask = given["input_ids"], given.get("attention_mask")
             mask = torch.ones_like(input) if mask is None else mask
-        if mask is None and isinstance(input, list) and len(input) > 1 and isinstance(input[0], str):
-            side, bos = kwargs.get("padding_side"), kwargs.get("prepend_bos")
-            mask = self._own_columns(input, bos, side, max(len(self._ids(text, bos)) for text in input))
         elif mask is None and isinstance(input, Tensor) and not input.is_floating_point():
             rows = input if input.ndim == 2 else input[None]
             mask = None if looks_padded(self.tokenizer, rows) else torch.ones_like(rows)
