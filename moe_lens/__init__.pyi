@@ -64,6 +64,7 @@ from .statistics import RoutingStats as RoutingStats
 from .statistics import collect_generation as collect_generation
 from .statistics import collect_routing as collect_routing
 from .statistics import domain_specialisation as domain_specialisation
+from .statistics import generate_text as generate_text
 from .statistics import is_routing_point as is_routing_point
 from .statistics import route_prompt as route_prompt
 from .statistics import vocabulary_specialisation as vocabulary_specialisation

@@ -22,7 +22,10 @@ def stats(options: Options) -> None:
     """Count the routing of a file of prompts into a file; goes on where it was interrupted."""
     model = _model(options)
     prompts = text.read_prompts(options.prompts, column=options.column)
-    about = f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column}"
+    about = (
+        f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column} "
+        f"{model.prepend_bos}"
+    )
     counted = statistics.collect_to_file(
         model,
         prompts,
@@ -233,6 +236,13 @@ def _pairs(options: Options) -> Any:
 
 def _model(options: Options) -> Any:
     """The model that --model or MODEL names, in its wrapper: an organism, a folder or a name on the hub."""
+    model = _loaded(options)
+    if options.prepend_bos is not None:
+        model.prepend_bos = options.prepend_bos == "yes"
+    return model
+
+
+def _loaded(options: Options) -> Any:
     import torch
 
     wrapper = _wrapper(options)

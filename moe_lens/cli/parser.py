@@ -337,7 +337,13 @@ def _loading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: float32; with --wrapper routed, the checkpoint's)",
+        help="of the weights (default: the checkpoint's)",
+    )
+    command.add_argument(
+        "--prepend-bos",
+        choices=("yes", "no"),
+        help="a BOS before every text, or none (default: as the model's tokenizer does by itself; a text's "
+        "own BOS gets no second one, and chats get what their template writes)",
     )
     place = command.add_mutually_exclusive_group()
     place.add_argument("--device", help='such as "cuda" (default: a GPU if there is one)')
@@ -352,9 +358,8 @@ def _wrapper(command: argparse.ArgumentParser) -> None:
         "--wrapper",
         choices=("bridge", "routed"),
         default="bridge",
-        help="bridge (the default): a HookedMoE, TransformerLens' bridge, which puts a BOS before texts by a "
-        "table of its own; routed: a RoutedModel, the Hugging Face model as it is, with tokens as its "
-        "tokenizer gives them. Where the BOS differs, so do the numbers: use one wrapper for all steps",
+        help="bridge (the default): a HookedMoE, TransformerLens' bridge; routed: a RoutedModel, the Hugging "
+        "Face model as it is. Use one wrapper for all steps: their numbers differ by rounding",
     )
 
 

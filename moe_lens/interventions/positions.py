@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.state import ForwardState
+from moe_lens.text.batching import token_sequences
 from moe_lens.text.spans import TextSpan, span_mask
 
 Positions = Any
@@ -126,11 +127,12 @@ def _located(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch
         raise HookError(
             f"positions={span!r} must be located in a prompt's tokens, and this run has none; give a mask."
         )
-    if state.texts is not None and len(state.texts) != n_rows:
-        raise HookError(f"positions={span!r}: {len(state.texts)} prompts run as {n_rows} rows; give a mask.")
-    tokens = state.tokens[:, : state.n_prompt].cpu()
-    if state.texts is not None:
-        prompts: Any = state.texts
+    tokens, texts = state.tokens[:, : state.n_prompt].cpu(), state.texts
+    if texts is not None:
+        which = state.by_prompt(torch.arange(len(texts)), n_rows)  # beams and samples are copies of a prompt
+        if which is None:
+            raise HookError(f"positions={span!r}: {len(texts)} prompts run as {n_rows} rows; give a mask.")
+        prompts: Any = [texts[number] for number in which.tolist()]
         real = torch.stack([_columns_of(text, state, row) for text, row in zip(prompts, tokens, strict=True)])
     else:
         mask = state.own_tokens()
@@ -149,9 +151,9 @@ def _located(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch
     return chosen
 
 
-def _columns_of(text: str, state: ForwardState, row: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
-    """The columns of a text's tokens. They must be the tokens that run, or offsets would point elsewhere."""
-    tokens = state.bridge.to_tokens(text, move_to_device=False, truncate=False)[0]
+def _columns_of(text: Any, state: ForwardState, row: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
+    """The columns of a prompt's tokens, which must be those that run, or offsets would point elsewhere."""
+    [tokens] = token_sequences(state.bridge, [text])
     n_padding = len(row) - len(tokens)
     for before in (n_padding, 0):  # padding on the left, on the right
         if n_padding >= 0 and torch.equal(row[before : before + len(tokens)], tokens):

@@ -200,7 +200,7 @@ def checked_runs(
     if size is not None:
         size = whole_number(size, "batch_size", least=1, remedy="It is a number of patches; None: what fits.")
     if isinstance(tokens, Tensor) and tokens.ndim == 2 and attention_mask is not None:
-        tokens = list(tokens)  # the mask says what is padding, so the warning about padding is not needed
+        tokens = iter(tokens)  # as they stand, column by column: the mask says what is padding
     sequences = list(token_sequences(model, tokens))
     lengths = [len(sequence) for sequence in sequences]
     if len(set(lengths)) > 1:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from moe_lens.model.reading import Reading, is_text
+from moe_lens.encoding import prompts_among
+from moe_lens.model.reading import Reading, is_written
 from moe_lens.model.registration import running_of
 
 
@@ -36,9 +37,9 @@ class Generating(Reading):
         """Let the model write, by Hugging Face's own `generate`; the arguments are those of TransformerLens.
 
         Args:
-            input: a text, texts, or tokens [batch pos].
+            input: a text, texts, a chat, chats, tokens [batch pos], or a tokenizer's output.
             stop_at_eos: stop at `eos_token_id`, by default that of the model's generation config.
-            return_type: "input" gives text for text and tokens for tokens; "str", "tokens".
+            return_type: "input" gives text for text and chats, tokens for tokens; "str", "tokens".
             verbose: has no effect; it is there because TransformerLens' tools pass it.
             **kwargs: passed to Hugging Face's `generate` (num_beams, cache_implementation, a streamer...). A
                 `generation_config` there takes the place of the arguments on length and sampling here.
@@ -47,7 +48,7 @@ class Generating(Reading):
         """
         input = kwargs.pop("input_ids", input)
         given_config = kwargs.pop("generation_config", None)
-        inputs = self._inputs(input, prepend_bos, padding_side, attention_mask)
+        inputs = self._inputs(input, prepend_bos, padding_side, attention_mask, writes=True)
         inputs.pop("position_ids", None)  # Hugging Face's generate makes its own
         inputs.setdefault(
             "attention_mask", torch.ones(inputs[next(iter(inputs))].shape[:2], dtype=torch.long)
@@ -71,11 +72,12 @@ class Generating(Reading):
                 generation_config=given_config,
                 **{**sampling, **kwargs},
             )
-        if return_type == "tokens" or (return_type == "input" and not is_text(input)):
+        if return_type == "tokens" or (return_type == "input" and not is_written(input)):
             return output
         sequences = output if isinstance(output, Tensor) else output.sequences
         texts = [self._tokenizer().decode(row, skip_special_tokens=True) for row in sequences]
-        return texts[0] if isinstance(input, str) and len(texts) == 1 else texts
+        alone = isinstance(input, str) or prompts_among(input) == [input]
+        return texts[0] if alone and len(texts) == 1 else texts
 
     def _generation_config(self, stop_at_eos: bool, eos_token_id: Any) -> Any:
         config = deepcopy(getattr(self.hf_model, "generation_config", None)) or GenerationConfig()

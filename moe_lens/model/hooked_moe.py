@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.slice import Slice
-from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
 from moe_lens import hook_names
 from moe_lens.checks import looks_padded
+from moe_lens.encoding import adds_bos, has_own_mask, padded_rows
 from moe_lens.errors import DataError, HookError, MoELensError, warn
+from moe_lens.model.bridge_reading import BridgeReading, follow_tokenizer
 from moe_lens.model.compatibility import refuse_wrong_options
 from moe_lens.model.layers import find_moe_layers, no_moe
 from moe_lens.model.loading import boot, check_wrappable, wrap
 from moe_lens.model.private_names import become
+from moe_lens.model.reading import is_written
 from moe_lens.model.registration import (
     allow_training,
     common_size,
@@ -42,7 +44,7 @@ from moe_lens.model.registration import (
 )
 from moe_lens.model.router_points import points_of
 from moe_lens.model.self_check import check_router
-from moe_lens.model.state import Generation, as_texts
+from moe_lens.model.state import Generation, as_prompts
 from moe_lens.model.wrapper import Model
 
 P = ParamSpec("P")
@@ -56,7 +58,7 @@ def signature_of(base: Callable[P, Any]) -> Callable[[Callable[..., Any]], Calla
     return functools.wraps(base, assigned=())
 
 
-class HookedMoE(Model, TransformerBridge):
+class HookedMoE(Model, BridgeReading, TransformerBridge):
     """A TransformerBridge whose routers can be read and edited.
 
     >>> from moe_lens import hook_names, organisms
@@ -74,28 +76,37 @@ class HookedMoE(Model, TransformerBridge):
     """
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "HookedMoE":
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, prepend_bos: bool | None = None, **kwargs: Any
+    ) -> "HookedMoE":
         """Load a model by its name on the Hugging Face hub or from a folder, and attach the hook points.
 
         Args:
             name_or_path: hub id ("allenai/OLMoE-1B-7B-0125-Instruct") or checkpoint folder.
-            **kwargs: passed to `TransformerBridge.boot_transformers`: device, dtype (default float32),
-                device_map, offload_folder, n_devices, max_memory, revision, tokenizer, hf_config_overrides...
+            prepend_bos: whether a BOS stands before every text; None as the tokenizer does by itself.
+            **kwargs: passed to `TransformerBridge.boot_transformers`: device, dtype (a torch.dtype, its name,
+                or "auto", the default: the checkpoint's), device_map, offload_folder, n_devices, max_memory,
+                revision, tokenizer, hf_config_overrides...
 
         Raises:
             UnsupportedRouterError: the model has no router, or one without a routing rule.
             RouterMismatchError: a router does not compute what its rule says.
             MoELensError: TransformerLens has no adapter for the architecture.
         """
-        return cls._of(boot(str(name_or_path), **kwargs))
+        bridge, adds = boot(str(name_or_path), **kwargs)
+        follow_tokenizer(bridge, adds if prepend_bos is None else prepend_bos)
+        return cls._of(bridge)
 
     @classmethod
-    def from_hf(cls, hf_model: nn.Module, tokenizer: Any = None) -> "HookedMoE":
+    def from_hf(
+        cls, hf_model: nn.Module, tokenizer: Any = None, *, prepend_bos: bool | None = None
+    ) -> "HookedMoE":
         """Wrap a Hugging Face model that is already in memory, in place, and put it in eval mode.
 
         Args:
             hf_model: an MoE model (`OlmoeForCausalLM`, `MixtralForCausalLM`...) on any device, in any dtype.
             tokenizer: optional; without one the model takes token tensors only.
+            prepend_bos: whether a BOS stands before every text; None as the tokenizer does by itself.
 
         Raises:
             UnsupportedRouterError, RouterMismatchError: as in `from_pretrained`; the model is left as it was.
@@ -103,7 +114,10 @@ class HookedMoE(Model, TransformerBridge):
         """
         check_wrappable(hf_model, tokenizer)
         checked = _checked_routers(hf_model)
-        return cls._of(wrap(hf_model, tokenizer), checked)
+        adds = None if tokenizer is None else adds_bos(tokenizer)
+        bridge = wrap(hf_model, tokenizer)
+        follow_tokenizer(bridge, adds if prepend_bos is None else prepend_bos)
+        return cls._of(bridge, checked)
 
     @classmethod
     def _of(cls, bridge: TransformerBridge, checked: Collection[nn.Module] = ()) -> "HookedMoE":
@@ -116,34 +130,54 @@ class HookedMoE(Model, TransformerBridge):
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which text is running (see `positions=` of the interventions).
 
-        Warns of a token tensor with padding but without `attention_mask`, where every number would be wrong.
+        The input may also be a chat or several, or a tokenizer's output (a `BatchEncoding` or dictionary with
+        "input_ids" and "attention_mask"). Warns of a token tensor with padding but without `attention_mask`,
+        where every number would be wrong.
+
+        Raises:
+            DataError: a text longer than the model's context, which TransformerLens would cut.
         """
-        state = running_of(self)
+        state, given = running_of(self), input
+        input, kwargs = self._read(input, kwargs)
         unmasked = kwargs.get("attention_mask") is None and not state.generating
-        if unmasked and looks_padded(self.tokenizer, input):
+        if unmasked and not has_own_mask(given) and looks_padded(self.tokenizer, input):
             warn(
                 "Some rows of these tokens begin or end with the padding token, without an attention_mask: "
                 "the model reads padding as text. Pass attention_mask=, or the prompts as a list of strings."
             )
-        with state.reading(input):
+        with state.reading(given):
             return super().forward(input, *args, **kwargs)
 
     @signature_of(TransformerBridge.generate)
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's."""
+        """As in TransformerLens; hooks know which tokens are the prompt's.
+
+        The input may also be a chat or several, or a tokenizer's output, padded on either side.
+        """
         with running_of(self).generation(input):
+            input, kwargs = self._read(input, kwargs, writes=True)
             return super().generate(input, *args, **kwargs)
 
     @signature_of(TransformerBridge.hf_generate)
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; hooks know which tokens are the prompt's."""
+        """As in TransformerLens; hooks know which tokens are the prompt's, and text gets its usual BOS."""
+        bound = inspect.signature(super().hf_generate).bind(input, *args, **kwargs)
+        options = {name: value for name, value in bound.arguments.items() if name != "generation_kwargs"}
+        options |= bound.arguments.get("generation_kwargs", {})
+        del options["input"]
+        as_text = is_written(input) and options.get("return_type", "input") != "tokens"
+        if as_text:
+            options["return_type"] = "tokens"
         with running_of(self).generation(input):
-            return super().hf_generate(input, *args, **kwargs)
+            tokens, options = self._read(input, options, writes=True, tokens=True)
+            output: Any = super().hf_generate(tokens, **options)
+        return self._decoded(output, alone=isinstance(input, str)) if as_text else output
 
     @signature_of(TransformerBridge.generate_stream)
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's."""
-        state, generation = running_of(self), Generation(as_texts(input))
+        state, generation = running_of(self), Generation(as_prompts(input))
+        input, kwargs = self._read(input, kwargs, writes=True)
         stream = iter(super().generate_stream(input, *args, **kwargs))
         while True:
             with state.generation(generation):  # between two steps, other runs are not this generation's
@@ -176,7 +210,9 @@ class HookedMoE(Model, TransformerBridge):
             raise DataError("The list of prompts is empty; give at least one prompt.")
         self._refuse_absent_points(names_filter)
         bridge: Any = super()  # its overloads tell True from False for return_cache_object
-        with running_of(self).hooking():
+        state, given = running_of(self), input
+        input, kwargs = self._read(input, kwargs)
+        with state.hooking(), state.reading(given):
             output, activations = bridge.run_with_cache(
                 *(() if input is None else (input,)),
                 return_cache_object=return_cache_object,
@@ -281,12 +317,8 @@ class HookedMoE(Model, TransformerBridge):
         """Which positions are not padding; None where that is unknown or cannot matter (one string)."""
         mask = kwargs.get("attention_mask")
         if mask is None and isinstance(input, list) and len(input) > 1:
-            side = kwargs.get("padding_side") or self.tokenizer.padding_side
-            prepend_bos = kwargs.get("prepend_bos")
-            if prepend_bos is None:
-                prepend_bos = self.cfg.default_prepend_bos
-            tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=side)
-            mask = get_attention_mask(self.tokenizer, tokens, prepend_bos=prepend_bos, padding_side=side)
+            rows = [self._row(text, kwargs.get("prepend_bos")) for text in input]
+            _, mask = padded_rows(rows, None, self._side(kwargs.get("padding_side")))
         elif mask is None and isinstance(input, Tensor) and not input.is_floating_point():
             pad = getattr(self.tokenizer, "pad_token_id", None)
             if pad is None or not bool((input == pad).any()):

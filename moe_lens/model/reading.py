@@ -1,8 +1,8 @@
 """What a Hugging Face model is given: text, texts, tokens or embeddings, as its keyword arguments.
 
-Text to tokens and back goes by TransformerLens' names, with the tokenizer as it is. `prepend_bos=None`, the
-default everywhere, follows the tokenizer: what `tokenizer(text)` gives. (TransformerLens' bridge adds a BOS
-by a table of its own.)
+Text to tokens and back goes by TransformerLens' names, with the tokenizer as it is, and by the rules of
+`moe_lens.encoding`. `prepend_bos=None`, the default everywhere, means `model.prepend_bos`; where that is
+None, too, the tokenizer is followed: what `tokenizer(text)` gives.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,15 @@ from transformer_lens.utilities.position_ids import accepts_mask_derived_positio
 from transformer_lens.utilities.slice import Slice
 
 from moe_lens.checks import looks_padded
+from moe_lens.encoding import (
+    encoded_columns,
+    encoded_rows,
+    is_encoding,
+    padded_rows,
+    prompt_ids,
+    prompts_among,
+    text_ids,
+)
 from moe_lens.errors import DataError, warn
 from moe_lens.model.registration import running_of
 from moe_lens.model.state import as_texts
@@ -26,6 +35,8 @@ class Reading:
     tokenizer: Any
     cfg: Any
     hf_model: nn.Module
+    prepend_bos: bool | None = None
+    """Whether a BOS stands before every text; None: as the tokenizer does by itself."""
 
     def to_tokens(
         self,
@@ -38,8 +49,8 @@ class Reading:
         """Tokens of a text, or of several, padded to the longest (on the tokenizer's side if None).
 
         Args:
-            prepend_bos: None as the tokenizer does by itself; True with one BOS before each text, False with
-                none.
+            prepend_bos: True with one BOS before each text, False with none (but for a text's own); None as
+                `model.prepend_bos` says.
             truncate: cut what is longer than the model's context; otherwise it is left to whoever runs it.
 
         Raises:
@@ -79,19 +90,7 @@ class Reading:
         return self.tokenizer
 
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
-        tokenizer = self._tokenizer()
-        ids = list(tokenizer(text)["input_ids"])
-        if prepend_bos is None:
-            return ids
-        bos = tokenizer.bos_token_id
-        if bos is None:
-            if prepend_bos:
-                raise DataError("prepend_bos=True, but this tokenizer has no BOS token.")
-            return ids
-        begins = bool(ids) and ids[0] == bos
-        if prepend_bos:
-            return ids if begins else [bos, *ids]
-        return ids[1:] if begins else ids
+        return text_ids(self._tokenizer(), text, self.prepend_bos if prepend_bos is None else prepend_bos)
 
     def _padded(self, rows: list[list[int]], side: str) -> Int[Tensor, "batch pos"]:
         length = max(len(row) for row in rows)
@@ -101,18 +100,24 @@ class Reading:
                 "Texts of several lengths need a pad token, and this tokenizer has none; set one "
                 "(tokenizer.pad_token = tokenizer.eos_token), or run them one by one."
             )
-        fill = [[pad or 0] * (length - len(row)) for row in rows]
-        whole = [gap + row if side == "left" else row + gap for gap, row in zip(fill, rows, strict=True)]
-        return torch.tensor(whole, dtype=torch.long).reshape(len(rows), length)
+        return padded_rows([torch.tensor(row) for row in rows], pad, side)[0]
 
     def _inputs(
-        self, input: Any, prepend_bos: bool | None, padding_side: str | None, attention_mask: Any
+        self,
+        input: Any,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        attention_mask: Any,
+        *,
+        writes: bool = False,
     ) -> dict[str, Any]:
-        """Keyword arguments for the Hugging Face model."""
-        if isinstance(input, Mapping):  # what a tokenizer gives
-            attention_mask = input.get("attention_mask") if attention_mask is None else attention_mask
-            input = input["input_ids"]
-        if is_text(input):
+        """Keyword arguments for the Hugging Face model; what `writes` reads is padded on the left."""
+        if is_encoding(input):
+            input, attention_mask = self._encoded(input, padding_side, attention_mask, writes)
+        elif (prompts := prompts_among(input)) is not None:
+            rows = [self._prompt_row(prompt, prepend_bos) for prompt in prompts]
+            input, attention_mask = self._together(rows, padding_side)
+        if as_texts(input) is not None:
             input, attention_mask = self._read(input, prepend_bos, padding_side, attention_mask)
         tokens = _as_tensor(input).to(self.cfg.device)
         if tokens.is_floating_point():
@@ -133,34 +138,48 @@ class Reading:
         self, texts: str | list[str], prepend_bos: bool | None, padding_side: str | None, mask: Any
     ) -> tuple[Int[Tensor, "batch pos"], Any]:
         """Tokens of texts, and their mask where some are padded."""
-        tokens = self.to_tokens(texts, prepend_bos, padding_side, truncate=False)
-        if tokens.shape[1] > self.cfg.n_ctx:
-            raise DataError(
-                f"The input has {tokens.shape[1]} tokens, the model's context is {self.cfg.n_ctx}; "
-                "shorten it."
-            )
-        if mask is None and isinstance(texts, list) and len(texts) > 1:
-            mask = self._own_columns(texts, prepend_bos, padding_side, tokens.shape[1])
-            mask = None if bool(mask.all()) else mask.long()
-        return tokens, mask
+        rows = [torch.tensor(self._ids(text, prepend_bos)) for text in as_texts(texts) or ()]
+        tokens, own = self._together(rows, padding_side)
+        return tokens, own if mask is None else mask
 
-    def _own_columns(
-        self, texts: list[str], prepend_bos: bool | None, padding_side: str | None, n_pos: int
-    ) -> Bool[Tensor, "batch pos"]:
-        lengths = torch.tensor([len(self._ids(text, prepend_bos)) for text in texts])
-        columns = torch.arange(n_pos).expand(len(texts), -1)
-        if (padding_side or self.tokenizer.padding_side) == "left":
-            return columns >= n_pos - lengths[:, None]
-        return columns < lengths[:, None]
+    def _encoded(
+        self, encoding: Mapping[str, Any], padding_side: str | None, mask: Any, writes: bool
+    ) -> tuple[Int[Tensor, "batch pos"], Any]:
+        """A tokenizer's output: its columns as they stand, or with padding on the left for what writes."""
+        given = encoding if mask is None else {**encoding, "attention_mask": mask}
+        columns = None if writes else encoded_columns(given)
+        if columns is None:
+            return self._together(encoded_rows(given), "left" if writes else padding_side)
+        tokens, own = columns
+        return tokens, None if bool(own.all()) else own.long()
+
+    def _prompt_row(self, prompt: Any, prepend_bos: bool | None) -> Int[Tensor, "pos"]:
+        bos = self.prepend_bos if prepend_bos is None else prepend_bos
+        return torch.tensor(prompt_ids(self._tokenizer(), prompt, bos))
+
+    def _together(
+        self, rows: list[Int[Tensor, "_"]], padding_side: str | None
+    ) -> tuple[Int[Tensor, "batch pos"], Any]:
+        """Tokens of prompts, and their mask where some are padded."""
+        self._check_length(max(map(len, rows)))
+        side = padding_side or getattr(self.tokenizer, "padding_side", "right")
+        tokens, own = padded_rows(rows, getattr(self.tokenizer, "pad_token_id", None), side)
+        return tokens, None if bool(own.all()) else own.long()
+
+    def _check_length(self, n_tokens: int) -> None:
+        if n_tokens > self.cfg.n_ctx:
+            raise DataError(
+                f"The input has {n_tokens} tokens, the model's context is {self.cfg.n_ctx}; shorten it."
+            )
 
     def _own_tokens(self, input: Any, kwargs: dict[str, Any]) -> Bool[Tensor, "batch pos"] | None:
         """Which positions are not padding; None where that is not known or does not matter (one string)."""
         mask = kwargs.get("attention_mask")
-        if isinstance(input, Mapping):
-            mask, input = input.get("attention_mask") if mask is None else mask, input["input_ids"]
-        if mask is None and isinstance(input, list) and len(input) > 1 and isinstance(input[0], str):
-            side, bos = kwargs.get("padding_side"), kwargs.get("prepend_bos")
-            mask = self._own_columns(input, bos, side, max(len(self._ids(text, bos)) for text in input))
+        several = isinstance(input, list) and len(input) > 1 and isinstance(input[0], str)
+        if is_encoding(input) or prompts_among(input) is not None or (several and mask is None):
+            given = self._inputs(input, kwargs.get("prepend_bos"), kwargs.get("padding_side"), mask)
+            input, mask = given["input_ids"], given.get("attention_mask")
+            mask = torch.ones_like(input) if mask is None else mask
         elif mask is None and isinstance(input, Tensor) and not input.is_floating_point():
             rows = input if input.ndim == 2 else input[None]
             mask = None if looks_padded(self.tokenizer, rows) else torch.ones_like(rows)
@@ -171,9 +190,9 @@ class Reading:
         return (mask if kwargs.get("pos_slice") is None else pos_slice.apply(mask, dim=1)).bool()
 
 
-def is_text(input: Any) -> bool:
-    """Whether it is a text or a list of texts."""
-    return as_texts(input) is not None
+def is_written(input: Any) -> bool:
+    """Whether an input is words: a text or chat, or several."""
+    return as_texts(input) is not None or prompts_among(input) is not None
 
 
 def _as_tensor(input: Any) -> Tensor:

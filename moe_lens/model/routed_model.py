@@ -23,7 +23,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from moe_lens import hook_names
 from moe_lens.errors import DataError, HookError, MoELensError, warn
@@ -32,6 +32,7 @@ from moe_lens.model.expert_points import uninstall_expert_out
 from moe_lens.model.generating import Generating
 from moe_lens.model.hf_models import decoder_of, numbered_layers
 from moe_lens.model.layers import MoELayer
+from moe_lens.model.loading import own_tokenizer, with_quantisation
 from moe_lens.model.model_config import ModelConfig, config_of
 from moe_lens.model.residual_points import install_residual, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
@@ -62,17 +63,20 @@ class RoutedModel(Model, Generating, HookedRootModule):
     Args:
         hf_model: an MoE model (`OlmoeForCausalLM`, `MixtralForCausalLM`...) on any devices, in any dtype.
         tokenizer: optional; without one the model takes tokens only.
+        prepend_bos: whether a BOS stands before every text (also the attribute `model.prepend_bos`); None as
+            the tokenizer does by itself.
 
     Raises:
         UnsupportedRouterError: no router, or one without a rule. RouterMismatchError: a router does not
             compute what its rule says. MoELensError: not a Hugging Face model, or one inside a bridge.
     """
 
-    def __init__(self, hf_model: nn.Module, tokenizer: Any = None):
+    def __init__(self, hf_model: nn.Module, tokenizer: Any = None, prepend_bos: bool | None = None):
         super().__init__()
         layers = _layers_of(hf_model)
         self.hf_model = hf_model
         self.tokenizer = tokenizer
+        self.prepend_bos = prepend_bos
         self.mod_dict: dict[str, nn.Module] = {}
         self.hook_dict: dict[str, HookPoint] = {}
         vars(self)[registration.LAYERS] = layers
@@ -119,21 +123,31 @@ class RoutedModel(Model, Generating, HookedRootModule):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, tokenizer: Any = None, **kwargs: Any
+        cls,
+        name_or_path: str | Path,
+        *,
+        tokenizer: Any = None,
+        prepend_bos: bool | None = None,
+        **kwargs: Any,
     ) -> "RoutedModel":
         """Load a causal language model with transformers, as it loads it, and put the points in.
 
         Args:
             name_or_path: hub id or checkpoint folder.
             tokenizer: by default the checkpoint's own, padding on the left.
-            **kwargs: passed to `AutoModelForCausalLM.from_pretrained`: dtype (by default the checkpoint's),
-                device_map, quantization_config, attn_implementation, revision, trust_remote_code...
+            prepend_bos: as in `RoutedModel(...)`.
+            **kwargs: passed to `AutoModelForCausalLM.from_pretrained`: dtype (a torch.dtype, its name, or
+                "auto"; by default the checkpoint's), device_map, quantization_config (load_in_4bit=True and
+                load_in_8bit=True of older transformers are bitsandbytes' configs), attn_implementation,
+                revision, trust_remote_code...
 
         Raises:
             as `RoutedModel(...)`; what transformers raises for a checkpoint that it cannot load.
         """
+        kwargs = with_quantisation(kwargs)
         hf_model = AutoModelForCausalLM.from_pretrained(str(name_or_path), **kwargs)
-        return cls(hf_model, _own_tokenizer(name_or_path, kwargs) if tokenizer is None else tokenizer)
+        tokenizer = _own_tokenizer(name_or_path, kwargs) if tokenizer is None else tokenizer
+        return cls(hf_model, tokenizer, prepend_bos)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -423,11 +437,7 @@ def _layers_of(hf_model: Any) -> dict[int, MoELayer]:
 
 def _own_tokenizer(name_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
     """The checkpoint's tokenizer, padding on the left; None, with a warning, where it has none."""
-    shared = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "subfolder")
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(name_or_path), padding_side="left", **{key: kwargs[key] for key in shared if key in kwargs}
-        )
-    except (OSError, ValueError) as error:
-        warn(f"{name_or_path} has no tokenizer that can be loaded ({error}); the model takes tokens only.")
-        return None
+    tokenizer = own_tokenizer(str(name_or_path), kwargs, padding_side="left")
+    if tokenizer is None:
+        warn(f"{name_or_path} has no tokenizer that can be loaded; the model takes tokens only.")
+    return tokenizer

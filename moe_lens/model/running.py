@@ -26,7 +26,7 @@ from moe_lens.model.state import (
     NAN_LOGITS,
     ForwardState,
     Generation,
-    as_texts,
+    as_prompts,
     check_weights,
 )
 from moe_lens.model.static_caches import refuse_static_cache
@@ -39,7 +39,7 @@ class _Thread:
 
     forwards: list[ForwardState] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
-    given: tuple[int, list[str] | None] | None = None  # at which depth of forwards, and which texts
+    given: tuple[int, list[Any] | None] | None = None  # at which depth of forwards, and which texts
     rows: tuple[int, Tensor] | None = None  # at which depth, and which rows
     disturbed: bool = False  # another thread changed the hooks of a forward that runs here
 
@@ -176,9 +176,14 @@ class Running:
 
     @contextmanager
     def reading(self, given: Any) -> Iterator[None]:
-        """A forward or generation of the wrapper, which was given a string, strings or tokens."""
+        """A forward or generation of the wrapper, which was given a string, strings or tokens.
+
+        None: what the context around it was given.
+        """
         with self._in_thread() as thread:
-            before, thread.given = thread.given, (len(thread.forwards), as_texts(given))
+            before, depth = thread.given, len(thread.forwards)
+            if given is not None or before is None or before[0] != depth:
+                thread.given = (depth, as_prompts(given))
             try:
                 yield
             finally:
@@ -352,7 +357,7 @@ def _generation(thread: _Thread) -> Generation | None:
 
 
 def _generation_of(given: Any) -> Generation:
-    texts = as_texts(given)
+    texts = as_prompts(given)
     return Generation(texts, n_prompts=None if texts is None else len(texts))
 
 

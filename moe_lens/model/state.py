@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar, cast
 import torch
 from torch import Tensor
 
+from moe_lens.encoding import prompts_among
 from moe_lens.errors import HookError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -52,14 +53,14 @@ class Generation:
     """One call of `generate`.
 
     Attributes:
-        texts: the strings that it was given; None where it was given tokens.
+        texts: the strings or chats that it was given; None where it was given tokens.
         n_prompt: columns of the prompt; None until its first forward tells.
         n_prompts: how many prompts, of which beams and samples are copies; None where that is not known.
         attention_mask: [prompt n_prompt], 0 on padding; None without one.
         depth: how deep in other forwards it runs.
     """
 
-    texts: list[str] | None = None
+    texts: list[Any] | None = None
     n_prompt: int | None = None
     n_prompts: int | None = None
     attention_mask: Tensor | None = None
@@ -78,7 +79,8 @@ class ForwardState:
         n_prompt: how many columns, cached ones included, are the prompt's. In a generation, those that
             `generate` was given, however its prefill is cut. Elsewhere all columns of a forward without
             cache; with one, the cached columns.
-        texts: the strings that the forward or the generation was given; None where it was given tokens.
+        texts: the strings or chats that the forward or the generation was given; None where it was given
+            tokens.
         generating: whether it is a step of a generation.
         n_prompts: of how many prompts the rows are copies (beams, samples); None: each row is one.
         rows: which prompt each row of the batch is, int64 [batch], where a function runs some of its prompts,
@@ -92,7 +94,7 @@ class ForwardState:
     attention_mask: Tensor | None = None
     offset: int = 0
     n_prompt: int = 0
-    texts: list[str] | None = None
+    texts: list[Any] | None = None
     generating: int = 0
     n_prompts: int | None = None
     rows: Tensor | None = None
@@ -147,6 +149,11 @@ def check_weights(where: str, weights: Tensor, because: str) -> None:
             f"{where}: the routing weights are NaN or infinite on {int(bad.sum())} token(s), first at "
             f"[batch, pos] {first}: {because}."
         )
+
+
+def as_prompts(given: Any) -> list[Any] | None:
+    """A string, a chat or a `Prompt`, or several, as a list; None for anything else."""
+    return as_texts(given) or prompts_among(given)
 
 
 def as_texts(given: Any) -> list[str] | None:

@@ -24,3 +24,4 @@ from .routing_stats import is_routing_point as is_routing_point
 from .vocabulary import VocabularySpecialisation as VocabularySpecialisation
 from .vocabulary import top_tokens as top_tokens
 from .vocabulary import vocabulary_specialisation as vocabulary_specialisation
+from .writing import generate_text as generate_text

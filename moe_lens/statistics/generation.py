@@ -5,6 +5,7 @@ routing.prefill.rates, routing.decode.rates  # RoutingStats of either phase
 routing.texts                                # what was written
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,24 +84,24 @@ def collect_generation(
             lengths in one batch for a model that cannot generate with padding.
     """
     rules = {layer: moe.rule for layer, moe in routing_layers(model).items()}
-    stops = _stop_tokens(model)
+    stops = stop_tokens(model)
     prefill: RoutingStats | None = None
     decode: RoutingStats | None = None
     written: list[Tensor] = []
     with tqdm(total=how_many(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
         for tokens, mask in padded_batches(model, prompts, batch_size):
             new, record = generate_recorded(model, tokens, mask, max_new_tokens, hooks)
-            before_end = _before_end(new, stops)
+            unended = before_end(new, stops)
             part = _count(model, [step[0] for step in record.values()], mask, rules, list(record))
             prefill = part if prefill is None else prefill + part
-            routed = before_end[:, : new.shape[1] - 1]
+            routed = unended[:, : new.shape[1] - 1]
             if bool(routed.any()):
                 later = [
                     torch.cat([step[:, -1:] for step in steps_of[1:]], dim=1) for steps_of in record.values()
                 ]
                 part = _count(model, later, routed, rules, list(record))
                 decode = part if decode is None else decode + part
-            lengths = (before_end.sum(1) + 1).clamp(max=new.shape[1]).tolist()
+            lengths = (unended.sum(1) + 1).clamp(max=new.shape[1]).tolist()
             written += [row[:length] for row, length in zip(new.cpu(), lengths, strict=True)]
             bar.update(len(tokens))
     assert prefill is not None  # padded_batches refuses an empty list
@@ -116,14 +117,18 @@ def generate_recorded(
     mask: Bool[Tensor, "batch pos"],
     max_new_tokens: int,
     hooks: Hooks = (),
+    points: Sequence[str] = hook_names.POINTS,
+    **options: Any,
 ) -> tuple[Int[Tensor, "batch new"], dict[str, list[Tensor]]]:
     """The generated tokens, and of each routing point what it held at each step, prefill first.
+
+    Greedy, unless the options for `model.generate` say otherwise.
 
     Raises:
         DataError: as in `collect_generation`.
     """
     steps = whole_number(max_new_tokens, "max_new_tokens", least=1)
-    stops = _stop_tokens(model)
+    stops = stop_tokens(model)
     if tokens.shape[1] + steps > model.cfg.n_ctx:
         raise DataError(
             f"A prompt of {tokens.shape[1]} tokens and max_new_tokens={steps} exceed the model's context of "
@@ -138,20 +143,19 @@ def generate_recorded(
         record.setdefault(hook.name, []).append(value.detach().clone())
 
     # Recorders come last: what they see is what the experts get.
-    points = [hook_names.name(layer, point) for layer in routing_layers(model) for point in hook_names.POINTS]
+    names = [hook_names.name(layer, point) for layer in routing_layers(model) for point in points]
     ends: Any = stops or None  # a list will do, whatever TransformerLens' annotation says
-    with torch.no_grad(), model.hooks([*hooks, *((name, keep) for name in points)]):
+    with torch.no_grad(), model.hooks([*hooks, *((name, keep) for name in names)]):
         output: Any = model.generate(
             tokens,
             max_new_tokens=steps,
-            do_sample=False,
             return_type="tokens",
             verbose=False,
             stop_at_eos=bool(stops),
             eos_token_id=ends,
-            **attention_mask,
+            **{"do_sample": False, **options, **attention_mask},
         )
-    return output[:, tokens.shape[1] :], {name: record[name] for name in points}
+    return output[:, tokens.shape[1] :], {name: record[name] for name in names}
 
 
 def _count(
@@ -165,7 +169,7 @@ def _count(
     return replace(stats, shape=moe_shape(model))
 
 
-def _before_end(new: Int[Tensor, "batch new"], stops: list[int]) -> Bool[Tensor, "batch new"]:
+def before_end(new: Int[Tensor, "batch new"], stops: list[int]) -> Bool[Tensor, "batch new"]:
     """Which generated tokens come before the first end-of-sequence token of their prompt.
 
     The end itself is left out: the last prompt to end never routes it, the others of its batch do.
@@ -174,7 +178,7 @@ def _before_end(new: Int[Tensor, "batch new"], stops: list[int]) -> Bool[Tensor,
     return ended.long().cumsum(1) == 0
 
 
-def _stop_tokens(model: Model) -> list[int]:
+def stop_tokens(model: Model) -> list[int]:
     """What `model.generate` stops at: the config's end-of-sequence tokens, or the tokenizer's."""
     stops = getattr(model.cfg, "eos_token_id", None)
     if stops is None:

@@ -14,8 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens.checks import as_index
-from moe_lens.errors import DataError
-from moe_lens.text.batching import TextModel, without_special
+from moe_lens.encoding import without_special
+from moe_lens.errors import DataError, warn
+from moe_lens.text.batching import TextModel
 
 
 def single_token(model: TextModel, answer: Any, name: str = "answer", remedy: str = "give token ids") -> int:
@@ -27,7 +28,8 @@ def single_token(model: TextModel, answer: Any, name: str = "answer", remedy: st
     True
 
     Args:
-        answer: a string (mind the space before a word), or a token id.
+        answer: a string (mind the space before a word: where " Paris" and "Paris" are different tokens, the
+            second gives a warning), or a token id.
         name: of the argument, for errors.
         remedy: what to do about an answer that is no single token, for errors.
 
@@ -69,7 +71,7 @@ def single_tokens(
 def _token_of_text(model: TextModel, answer: str, name: str, remedy: str) -> int:
     if model.tokenizer is None:
         raise DataError(f"{name}: {answer!r} is text and the model has no tokenizer; give token ids.")
-    tokens = without_special(model, answer) if answer else []
+    tokens = without_special(model.tokenizer, answer) if answer else []
     if len(tokens) != 1:
         pieces = [model.tokenizer.decode([token]) for token in tokens]
         raise DataError(
@@ -78,4 +80,18 @@ def _token_of_text(model: TextModel, answer: str, name: str, remedy: str) -> int
         )
     if tokens[0] == getattr(model.tokenizer, "unk_token_id", None):
         raise DataError(f"{name}: {answer!r} is not in the model's vocabulary; {remedy}.")
+    _hint_at_space(model, answer, name, tokens[0])
     return int(tokens[0])
+
+
+def _hint_at_space(model: TextModel, answer: str, name: str, token: int) -> None:
+    """Warn where the same word after a space is another single token, which is what follows most prompts."""
+    if not answer[0].isalnum():
+        return
+    spaced = without_special(model.tokenizer, f" {answer}")
+    if len(spaced) == 1 and spaced[0] != token:
+        warn(
+            f"{name}: {answer!r} and {' ' + answer!r} are different tokens, and after a prompt that ends in "
+            f"a word or a colon the model writes the second. Give {' ' + answer!r}, or the token id if "
+            f"{answer!r} is meant."
+        )

@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.checks import looks_padded, whole_number
+from moe_lens.checks import short, whole_number
+from moe_lens.encoding import encoded_rows, is_chat, is_encoding, padded_rows, without_special
 from moe_lens.errors import DataError, warn
-from moe_lens.text.prompts import Message, Prompt, as_prompt, is_chat, render
+from moe_lens.text.prompts import Message, Prompt, as_prompt, render
+from moe_lens.text.token_rows import only_row, rows_of, without_padding
 
 
 @runtime_checkable
@@ -41,8 +43,9 @@ class TextModel(Protocol):
 
 Prompts = Any
 """A string, a chat (a list of messages), a `Prompt`, or any number of them; a token tensor [pos] or [batch
-pos], or token sequences of any lengths. Not typed more closely, since prompts come from users' files;
-anything else raises a DataError with the prompt's number."""
+pos], or token sequences of any lengths; a tokenizer's output (a `BatchEncoding` or dictionary of "input_ids"
+and "attention_mask", padded on either side), or one of these a prompt. Not typed more closely, since prompts
+come from users' files; anything else raises a DataError with the prompt's number."""
 
 Item = TypeVar("Item")
 
@@ -51,8 +54,9 @@ def token_sequences(model: TextModel, prompts: Prompts) -> Iterator[Int[Tensor, 
     """The tokens of each prompt, without padding, on the CPU; prompts are read one at a time.
 
     Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`; chats through
-    the tokenizer's chat template, which writes its own special tokens. Words outside the vocabulary give a
-    warning.
+    the tokenizer's chat template, which writes its own special tokens. Tokens that an `attention_mask` masks
+    are left out, and of rows of one length without a mask those padding tokens at their ends that stand for
+    nothing else. Words outside the vocabulary give a warning.
 
     >>> from moe_lens import organisms
     >>> [len(tokens) for tokens in token_sequences(organisms.load("specialised"), ["Question : what", "the"])]
@@ -62,6 +66,8 @@ def token_sequences(model: TextModel, prompts: Prompts) -> Iterator[Int[Tensor, 
         DataError: no prompts, an empty prompt, one longer than the model's context, a token outside the
             vocabulary, text without a tokenizer, a chat without a chat template, or something that is neither
             text nor tokens. Raised when that prompt's turn comes.
+        DataError: rows of one length that begin or end with different numbers of a padding token which stands
+            for something else, too (it is the EOS, say): which of them are padding cannot be known.
     """
     return (tokens for _, tokens in prompts_with_tokens(model, prompts))
 
@@ -70,7 +76,9 @@ def prompts_with_tokens(
     model: TextModel, prompts: Prompts
 ) -> Iterator[tuple[Prompt | None, Int[Tensor, "pos"]]]:
     """Like `token_sequences`, each after its `Prompt`, which is None if the prompt was given as tokens."""
-    if _is_single(prompts):
+    if is_encoding(prompts):
+        prompts = rows_of(model.tokenizer, prompts)
+    elif _is_single(prompts):
         prompts = [prompts]
     if (
         not isinstance(prompts, Iterable)
@@ -78,13 +86,10 @@ def prompts_with_tokens(
         or (isinstance(prompts, Tensor) and prompts.ndim != 2)
     ):
         raise DataError(
-            f"Prompts must be strings, chats (each a list of messages) or token sequences; got {prompts!r}."
+            "Prompts must be strings, chats (each a list of messages), token sequences or a tokenizer's "
+            f"output; got {short(prompts)}."
         )
-    if looks_padded(model.tokenizer, prompts):  # a tensor does not say which of its tokens are padding
-        warn(
-            "Some rows of this token tensor begin or end with the padding token; every token of a tensor "
-            "counts as part of a prompt. Give text, or a list of sequences without padding."
-        )
+    prompts = without_padding(model.tokenizer, prompts)
     index, unknown = -1, _unknown_token(model)
     for index, given in enumerate(prompts):
         prompt = _prompt_of(index, given)
@@ -107,7 +112,9 @@ def _unknown_token(model: TextModel) -> int | None:
 
 def _warn_of_unknown(model: TextModel, index: int, prompt: Prompt, unknown: int, count: int) -> None:
     text = prompt.content if isinstance(prompt.content, str) else " ".join(m.content for m in prompt.content)
-    words = [word for word in dict.fromkeys(text.split()) if unknown in without_special(model, word)]
+    words = [
+        word for word in dict.fromkeys(text.split()) if unknown in without_special(model.tokenizer, word)
+    ]
     named = ", ".join(map(repr, words[:5])) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
     warn(
         f"Prompt {index} has words outside the tokenizer's vocabulary ({named or 'somewhere within words'}): "
@@ -116,13 +123,10 @@ def _warn_of_unknown(model: TextModel, index: int, prompt: Prompt, unknown: int,
     )
 
 
-def without_special(model: TextModel, text: str) -> list[int]:
-    """The tokens of a text alone: no BOS before it and no EOS after it."""
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def how_many(prompts: Prompts) -> int | None:
     """The number of prompts; None for a generator, whose length is not known."""
+    if is_encoding(prompts):
+        return len(encoded_rows(prompts))
     if _is_single(prompts):
         return 1
     return len(prompts) if hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) else None
@@ -235,15 +239,7 @@ def padded(
     model: TextModel, sequences: Sequence[Int[Tensor, "_"]], side: str
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """`pad_sequences`, on the CPU."""
-    pad = getattr(model.tokenizer, "pad_token_id", None) or 0  # it is masked out, so any token will do
-    longest = max(len(sequence) for sequence in sequences)
-    tokens = torch.full((len(sequences), longest), pad, dtype=torch.int64)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        start = longest - len(sequence) if side == "left" else 0
-        tokens[row, start : start + len(sequence)] = sequence
-        mask[row, start : start + len(sequence)] = True
-    return tokens, mask
+    return padded_rows(sequences, getattr(model.tokenizer, "pad_token_id", None), side)
 
 
 def padding(mask: Bool[Tensor, "batch pos"]) -> dict[str, Any]:
@@ -287,10 +283,12 @@ def _tokens_of_prompt(model: TextModel, index: int, prompt: Prompt) -> Any:
         text = render(model.tokenizer, prompt, names=()).text
     except DataError as error:
         raise DataError(f"Prompt {index}: {error}") from error
-    return without_special(model, text)
+    return without_special(model.tokenizer, text)
 
 
 def _checked_tokens(model: TextModel, index: int, prompt: Any) -> Int[Tensor, "pos"]:
+    if is_encoding(prompt):
+        prompt = only_row(index, prompt)
     try:
         tokens = torch.as_tensor(prompt).cpu()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -61,7 +61,7 @@ def pair_columns(
         _check_parts(where, parts, list(prompts.values()))
         for column, prompt in prompts.items():
             present = {name: text for name, (_, text) in parts.items() if _has(prompt, text)}
-            sides[column].append(Prompt(prompt.content, {**prompt.spans, **present}))
+            sides[column].append(Prompt(prompt.content, {**prompt.spans, **present}, prompt.template))
         for column in labels:
             labels[column].append(label_of(f"{where}, column {column!r}", cell(where, row, column)))
     clusters, templates = (None if column is None else labels[column] for column in (cluster, template))

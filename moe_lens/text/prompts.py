@@ -8,25 +8,83 @@
 Ranges count characters of the text or message as it was given.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from moe_lens.checks import as_index, short
+from moe_lens.encoding import chat_text, is_chat
 from moe_lens.errors import DataError
 
 RESERVED: Final = ("all", "last")
 """Spans that every prompt has; no part of a prompt may take these names."""
 
+_RESERVED_OPTIONS: Final = {
+    *("conversation", "tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length"),
+}
+
 Range = tuple[int, ...]
 """Characters from start up to stop: (start, stop) in plain text, (message, start, stop) in a chat."""
 
 
-class Message(NamedTuple):
-    """One turn of a chat."""
-
+class _Turn(NamedTuple):
     role: str
     content: str
+
+
+class Message(_Turn):
+    """One turn of a chat: (role, content), and what else it says.
+
+    >>> turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    >>> message = Prompt([turn]).messages[0]
+    >>> message.role, message.content, message.more
+    ('assistant', '', '{"content": null, "tool_calls": [{"name": "look"}]}')
+    >>> message.given
+    {'role': 'assistant', 'tool_calls': [{'name': 'look'}]}
+
+    Attributes:
+        role: "user", "assistant", ...
+        content: its text; of content in parts, their texts together; "" for none.
+        more: its other fields (tool_calls, reasoning_content, name, ...) as JSON, and under "content" the
+            parts, or null for none; "" where there is nothing more.
+    """
+
+    more: str
+
+    def __new__(cls, role: str, content: str, more: str = "") -> "Message":
+        message = super().__new__(cls, role, content)
+        message.more = more
+        return message
+
+    def __eq__(self, other: object) -> bool:
+        return tuple.__eq__(self, other) is True and self.more == getattr(other, "more", "")
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((*self, self.more)) if self.more else tuple.__hash__(self)
+
+    def __repr__(self) -> str:
+        more = f", more={self.more!r}" if self.more else ""
+        return f"Message(role={self.role!r}, content={self.content!r}{more})"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The message as a chat template takes it."""
+        more = json.loads(self.more) if self.more else {}
+        whole = {"role": self.role, "content": self.content, **more}
+        return {name: value for name, value in whole.items() if value is not None}
+
+    def with_content(self, content: str) -> "Message":
+        """The same message with another text, in parts if it was in parts."""
+        more = json.loads(self.more) if self.more else {}
+        if isinstance(more.get("content"), list):
+            more["content"] = [{"type": "text", "text": content}]
+        else:
+            more.pop("content", None)
+        return Message(self.role, content, _as_json(more))
 
 
 @dataclass(frozen=True)
@@ -40,18 +98,24 @@ class Prompt:
     ['answer', 'assistant', 'question', 'user']
 
     Attributes:
-        content: the text; or messages {"role": ..., "content": ...}, kept as a tuple of `Message`.
+        content: the text; or messages {"role": ..., "content": ...}, kept as a tuple of `Message`. Content
+            may be in parts, [{"type": "text", "text": ...}], and a message may have more fields (tool_calls,
+            reasoning_content, ...); what comes of them is the chat template's business.
         spans: name -> the part's text (its last occurrence in the content counts), or its range of
             characters, or a list of such ranges: (start, stop) in a text, (message, start, stop) in a chat.
             Kept as a tuple of ranges. Python's characters, from 0 on, stop excluded.
+        template: options of a chat's template: {"enable_thinking": False, "tools": [...]}, or
+            "add_generation_prompt" and "continue_final_message" of `apply_chat_template`. By default the
+            opening of an answer follows, unless the last message is the assistant's.
 
     Raises:
         DataError: an empty prompt, malformed messages, a part that is empty or not there, or one named "all"
-            or "last".
+            or "last"; options for a text.
     """
 
     content: str | Sequence[Any]
     spans: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    template: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         content = self.content if isinstance(self.content, str) else _frozen(self.content)
@@ -62,6 +126,7 @@ class Prompt:
             raise DataError(f"Prompt.spans must map names to texts or ranges; got {self.spans!r}.")
         spans = {name: _ranges(content, name, target) for name, target in self.spans.items()}
         object.__setattr__(self, "spans", spans)
+        object.__setattr__(self, "template", _options(content, self.template))
 
     @property
     def messages(self) -> tuple[Message, ...] | None:
@@ -100,15 +165,6 @@ class Rendered:
     is_chat: bool
 
 
-def is_chat(prompt: Any) -> bool:
-    """Whether this is one chat: a list or tuple of messages, at least one."""
-    return (
-        isinstance(prompt, list | tuple)
-        and len(prompt) > 0
-        and all(isinstance(message, Mapping | Message) for message in prompt)
-    )
-
-
 def as_prompt(prompt: Any) -> Prompt:
     """A Prompt from a string, messages or a Prompt. Raises DataError for anything else.
 
@@ -125,13 +181,14 @@ def as_prompt(prompt: Any) -> Prompt:
 
 
 def to_json(prompt: Prompt) -> Any:
-    """What JSON can hold: a string, a list of messages, or {"content": ..., "spans": {name: ranges}}."""
+    """What JSON can hold: a string, messages, or {"content": ..., "spans": ..., "template": ...}."""
     messages = prompt.messages
-    content = prompt.content if messages is None else [message._asdict() for message in messages]
-    if not prompt.spans:
-        return content
+    content = prompt.content if messages is None else [message.given for message in messages]
     spans = {name: [list(part) for part in ranges] for name, ranges in prompt.spans.items()}
-    return {"content": content, "spans": spans}
+    more = {"spans": spans, "template": dict(prompt.template)}
+    if not any(more.values()):
+        return content
+    return {"content": content, **{name: value for name, value in more.items() if value}}
 
 
 def from_json(content: Any) -> Prompt:
@@ -141,19 +198,22 @@ def from_json(content: Any) -> Prompt:
     True
     """
     if isinstance(content, Mapping):
-        if "content" not in content or not set(content) <= {"content", "spans"}:
-            raise DataError(f'A prompt in JSON has "content" and may have "spans"; got {short(content)}.')
+        if "content" not in content or not set(content) <= {"content", "spans", "template"}:
+            raise DataError(
+                f'A prompt in JSON has "content" and may have "spans" and "template"; got {short(content)}.'
+            )
         inner = as_prompt(content["content"])
-        return Prompt(inner.content, {**inner.spans, **(content.get("spans") or {})})
+        spans = {**inner.spans, **(content.get("spans") or {})}
+        return Prompt(inner.content, spans, {**inner.template, **(content.get("template") or {})})
     return as_prompt(content)
 
 
 def render(tokenizer: Any, prompt: Prompt, names: Collection[str] | None = None) -> Rendered:
     """The text that the model reads, and where the named parts stand in it.
 
-    A chat goes through `tokenizer.apply_chat_template`, with the opening of an answer unless the last message
-    is the assistant's. Each message is located by rendering the chat once more with a marker in its place:
-    searching the rendering for its text could find the same words elsewhere.
+    A chat goes through `tokenizer.apply_chat_template` with `prompt.template`. Each message is located by
+    rendering the chat once more with a marker in its place: searching the rendering for its text could find
+    the same words elsewhere.
 
     >>> render(None, Prompt("Why rain?", {"topic": "rain"}))
     Rendered(text='Why rain?', ranges={'topic': ((4, 8),)}, is_chat=False)
@@ -171,9 +231,9 @@ def render(tokenizer: Any, prompt: Prompt, names: Collection[str] | None = None)
         return Rendered(
             text, {name: tuple((r[0], r[1]) for r in ranges) for name, ranges in parts.items()}, False
         )
-    text = _apply_template(tokenizer, prompt.messages)
+    text = chat_text(tokenizer, prompt.messages, prompt.template)
     needed = {number for ranges in parts.values() for number, _, _ in ranges}
-    places = {number: _place(tokenizer, prompt.messages, number, text) for number in sorted(needed)}
+    places = {number: _place(tokenizer, prompt, number, text) for number in sorted(needed)}
     ranges = {
         name: tuple(_moved(prompt.messages, part, places[part[0]]) for part in of_name)
         for name, of_name in parts.items()
@@ -189,16 +249,51 @@ def _frozen(messages: Any) -> tuple[Message, ...]:
 
 def _message(number: int, message: Any) -> Message:
     if isinstance(message, Message):
-        message = message._asdict()
+        message = message.given
     fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
-    if set(fields) != {"role", "content"} or not all(isinstance(v, str) for v in fields.values()):
+    role, content = fields.pop("role", None), fields.pop("content", None)
+    text = content if isinstance(content, str) else _text_of_parts(number, content)
+    if not isinstance(role, str) or text is None or (content is None and not fields):
         raise DataError(
-            f'Message {number} must be {{"role": text, "content": text}} and nothing else; '
-            f"got {short(message)}."
+            f'Message {number} must be {{"role": text, "content": text}}, or have content in parts '
+            f'({{"type": "text", "text": ...}}) or fields such as tool_calls; got {short(message)}.'
         )
-    if not fields["role"]:
+    if not role:
         raise DataError(f"Message {number} has no role; give it one, such as 'user'.")
-    return Message(fields["role"], fields["content"])
+    if not isinstance(content, str):
+        fields["content"] = content
+    try:
+        return Message(role, text, _as_json(fields))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"Message {number} has a field that JSON cannot hold ({error}).") from error
+
+
+def _text_of_parts(number: int, content: Any) -> str | None:
+    """The text of content in parts; None for what is no such thing."""
+    if content is None:
+        return ""
+    if not isinstance(content, list | tuple) or not all(isinstance(part, Mapping) for part in content):
+        return None
+    other = [part.get("type") for part in content if not isinstance(part.get("text"), str)]
+    if other:
+        raise DataError(
+            f"Message {number} has a part of type {other[0]!r}, without text; language models read text only."
+        )
+    return "".join(part["text"] for part in content)
+
+
+def _as_json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False) if fields else ""
+
+
+def _options(content: Any, options: Any) -> dict[str, Any]:
+    """A chat template's options, checked."""
+    if not isinstance(options, Mapping) or (options and isinstance(content, str)):
+        raise DataError(f"Prompt.template must map options of a chat's template; got {short(options)}.")
+    reserved = sorted(_RESERVED_OPTIONS & set(options))
+    if reserved:
+        raise DataError(f"Prompt.template: {reserved[0]!r} says what the tokenizer returns; leave it out.")
+    return dict(options)
 
 
 def _ranges(content: str | tuple[Message, ...], name: Any, target: Any) -> tuple[Range, ...]:
@@ -242,35 +337,16 @@ def _checked_range(content: str | tuple[Message, ...], name: str, part: Any) -> 
     return tuple(good)
 
 
-def _apply_template(tokenizer: Any, messages: Sequence[Message]) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(
-            "A prompt of messages needs a tokenizer with a chat template, and this one has none; set "
-            "`model.tokenizer.chat_template`, or give plain text."
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            [message._asdict() for message in messages],
-            tokenize=False,
-            add_generation_prompt=messages[-1].role != "assistant",
-        )
-    except Exception as error:  # a template is a program, and may raise anything
-        roles = [message.role for message in messages]
-        raise DataError(f"The chat template rejects messages of the roles {roles}: {error}") from error
-    if not isinstance(text, str) or not text:
-        raise DataError(f"The chat template turns these messages into {text!r}, not into text.")
-    return text
-
-
-def _place(tokenizer: Any, messages: Sequence[Message], number: int, text: str) -> tuple[int, int, int]:
+def _place(tokenizer: Any, prompt: Prompt, number: int, text: str) -> tuple[int, int, int]:
     """(position, lead, length): content[lead : lead + length] of the message stands at text[position:]."""
+    messages = prompt.messages or ()
     content = messages[number].content
     marker = "moelensmarker"
     while marker in text:
         marker += "x"
-    replaced = [m if i != number else Message(m.role, marker) for i, m in enumerate(messages)]
+    replaced = [m if i != number else m.with_content(marker) for i, m in enumerate(messages)]
     try:
-        other = _apply_template(tokenizer, replaced)
+        other = chat_text(tokenizer, replaced, prompt.template)
     except DataError:  # the template inspects the contents and rejects the marker
         other = None
     if other is not None and marker not in other:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moe_lens.checks import short
+from moe_lens.encoding import is_chat
 from moe_lens.errors import DataError
-from moe_lens.text.prompts import Message, Prompt, is_chat
+from moe_lens.text.prompts import Prompt
 
 Side = str | Sequence[Any]
 """A text with {fields}, or messages {"role": ..., "content": text with {fields}}."""
@@ -80,8 +81,8 @@ def fill(side: Side, fields: Mapping[str, str]) -> Prompt:
         filled.append(written)
     if isinstance(side, str):
         return Prompt(filled[0], spans)
-    roles = [message.role for message in Prompt(side).messages or ()]
-    return Prompt([Message(*turn) for turn in zip(roles, filled, strict=True)], spans)
+    turns = zip(Prompt(side).messages or (), filled, strict=True)
+    return Prompt([message.with_content(text) for message, text in turns], spans)
 
 
 def default_templates(contrast: str, *, chat: bool = False) -> tuple[Template, ...]:

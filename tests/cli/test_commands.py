@@ -251,7 +251,7 @@ def test_stats_continues_where_it_was_interrupted(
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-@pytest.mark.parametrize("change", ["prompts", "model", "column", "span", "batch size", "dtype"])
+@pytest.mark.parametrize("change", ["prompts", "model", "column", "span", "batch size", "dtype", "bos"])
 def test_stats_never_continues_another_run(change: str, tmp_path: Path) -> None:
     rows = [{"prompt": c.open_book, "text": c.closed_book} for c in CONFLICTS[:6]]
     file = json_lines(tmp_path / "p.jsonl", rows)
@@ -263,6 +263,7 @@ def test_stats_never_continues_another_run(change: str, tmp_path: Path) -> None:
         _stopping(patch, 2, stop)
         assert run("stats", NAME, file, "--batch-size", 2, "--out", tmp_path / "s") == 130
     options = {"column": ("--column", "text"), "span": ("--span", "last"), "dtype": ("--dtype", "bfloat16")}
+    options["bos"] = ("--prepend-bos", "no")
     if change == "prompts":
         json_lines(file, [*rows[:5], {"prompt": "Question :"}])
     model, size = ("null" if change == "model" else NAME), (3 if change == "batch size" else 2)
@@ -567,10 +568,12 @@ def test_stats_of_a_routed_model(place: tuple[str, ...], no_bos: Path, tmp_path:
     command = ("stats", no_bos, tmp_path / "p.txt", "--special-tokens", *place)
     assert run(*command, "--wrapper", "routed", "--out", tmp_path / "routed") == 0
     assert run(*command, "--out", tmp_path / "bridge") == 0
+    assert run(*command, "--prepend-bos", "yes", "--out", tmp_path / "with_bos") == 0
     model = RoutedModel.from_pretrained(no_bos)
     expected = collect_routing(model, ["w1 w2 w3", "w4 w5"], span="all", special_tokens=True, progress=False)
     assert content(RoutingStats.load(tmp_path / "routed")) == content(expected)
-    assert (expected.n_tokens, RoutingStats.load(tmp_path / "bridge").n_tokens) == (5, 7)
+    found = [RoutingStats.load(tmp_path / name).n_tokens for name in ("routed", "bridge", "with_bos")]
+    assert found == [5, 5, 7]
     assert model.cfg.dtype == torch.bfloat16  # the checkpoint's
 
 

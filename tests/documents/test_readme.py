@@ -39,6 +39,12 @@ def test_the_page_on_wrappers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "smaller" / "config.json").exists()
 
 
+def test_the_page_on_prompts_runs() -> None:
+    page = (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "prompts.md", "exec"), {})
+
+
 def test_the_worked_example_in_contributing_runs() -> None:
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING, flags=re.DOTALL):
@@ -91,7 +97,14 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tutorials/README.md", "docs/wrappers.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "tutorials/README.md",
+        "docs/wrappers.md",
+        "docs/prompts.md",
+    ],
     ids=str,
 )
 def test_modules_and_names_in_prose_exist(document: str) -> None:

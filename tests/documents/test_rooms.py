@@ -15,7 +15,7 @@ from moe_lens.results import Result
 
 PACKAGE = Path(moe_lens.__file__).parent
 CONTRIBUTING = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-GROUND = {"errors", "hook_names", "checks", "shape", "files", "resampling", "results"}
+GROUND = {"errors", "hook_names", "checks", "encoding", "shape", "files", "resampling", "results"}
 TABLE = {
     room or "ground": imports
     for room, imports in re.findall(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lens import HookedMoE, TextSpan, hook_names, organisms, span_mask
+from moe_lens import HookedMoE, RoutedModel, TextSpan, hook_names, organisms, route_around, span_mask
 from moe_lens.errors import DataError, HookError
 from moe_lens.interventions.edits import RoutingEdit
 from moe_lens.interventions.positions import checked_positions, selected
@@ -271,3 +271,47 @@ class OneColumn:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return torch.arange(len(tokens)) == self.column
+
+
+@pytest.mark.parametrize("wrapper", [HookedMoE, RoutedModel])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 2, "num_return_sequences": 2, "do_sample": False},
+        {"num_return_sequences": 3, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_a_span_holds_on_every_copy_of_its_prompt(wrapper: Any, options: dict[str, Any]) -> None:
+    """Beams and returned sequences, against the mask that names the same tokens."""
+    own = tokenizer()
+    model = wrapper.from_hf(tiny_model(), own) if wrapper is HookedMoE else wrapper(tiny_model(), own)
+    texts = ["w1 w2 w3 w4", "w2 w5"]
+    generate = getattr(model, "hf_generate", model.generate)
+    mask = torch.tensor([[0, 0, 1, 0, 0], [0, 0, 0, 1, 0]]).bool()  # w2, with padding on the left
+    written = []
+    for positions in ("w2", mask, None):
+        torch.manual_seed(0)
+        with model.hooks(fwd_hooks=route_around([(0, 1), (1, 2), (2, 0)], positions=positions)):
+            written.append(generate(texts, max_new_tokens=8, return_type="tokens", **options))
+    assert torch.equal(written[0], written[1])
+    assert not torch.equal(written[0], written[2])
+
+
+@pytest.mark.parametrize("wrapper", [HookedMoE, RoutedModel])
+def test_a_part_of_a_chat_is_found(wrapper: Any) -> None:
+    own = tokenizer()
+    own.chat_template = "<bos> {% for m in messages %}{{ m.content }} {% endfor %}"
+    model = wrapper.from_hf(tiny_model(), own) if wrapper is HookedMoE else wrapper(tiny_model(), own)
+    chats = [
+        [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}],
+        [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w2"}],
+    ]
+    mask = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    runs = [
+        model.run_with_hooks(chats, fwd_hooks=route_around([(0, 1), (1, 2)], positions=positions))
+        for positions in ("answer", mask, None)
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])

@@ -171,14 +171,51 @@ def test_sequences_are_padded_on_either_side(hooked: Hooked) -> None:
         assert (batch.tolist(), mask.tolist()) == (rows, masks)
 
 
-def test_a_tensor_that_seems_to_hold_padding_warns(hooked: Callable[..., HookedMoE]) -> None:
-    model = hooked("olmoe")
-    padded = model.to_tokens([prompt(3), prompt(6)])
-    with pytest.warns(UserWarning, match="padding token"):
-        list(token_sequences(model, padded))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        list(token_sequences(model, padded[1:]))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_a_tokenizer_pads_never_counts(hooked: Hooked, side: str) -> None:
+    model, texts = hooked("olmoe"), [prompt(3), prompt(6), prompt(6, 1)]
+    made = tokenizer(side)
+    alone = [made(text)["input_ids"] for text in texts]
+    lists_of, tensors = made(texts, padding=True), made(texts, padding=True, return_tensors="pt")
+    given: list[Any] = [lists_of, tensors, dict(lists_of), dict(tensors), made(texts)]
+    given += [tensors["input_ids"], lists_of["input_ids"], {"input_ids": tensors["input_ids"]}]
+    given += [[made(text) for text in texts], [made(text, return_tensors="pt") for text in texts]]
+    for prompts in given:
+        assert lists(token_sequences(model, prompts)) == alone
+        assert how_many(prompts) == 3
+    assert lists(token_sequences(model, made(texts[0]))) == alone[:1]
+    assert how_many(made(texts[0])) == 1
+
+
+@pytest.mark.parametrize("meaning", ["eos_token", "bos_token", "unk_token"])
+def test_padding_that_means_something_else_is_asked_for(meaning: str) -> None:
+    model, made = HookedMoE.from_hf(tiny_model(), tokenizer()), tokenizer()
+    pad = getattr(made, meaning)
+    model.tokenizer.pad_token = made.pad_token = pad
+    texts = [prompt(3), prompt(6)]
+    encoded = made(texts, padding=True, return_tensors="pt")
+    for rows in (encoded["input_ids"], encoded["input_ids"].tolist(), {"input_ids": encoded["input_ids"]}):
+        with pytest.raises(DataError, match=f"{pad}.* what is padding cannot be known"):
+            list(token_sequences(model, rows))
+    assert lists(token_sequences(model, encoded)) == made(texts)["input_ids"]
+    ends = torch.cat([tokens(2, 4), torch.tensor([[made.pad_token_id]] * 2)], dim=1)
+    assert lists(token_sequences(model, ends)) == ends.tolist()  # every row has one: none is padded
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ({"input_ids": [[4, 5, 6]], "attention_mask": [[1, 0, 1]]}, "row 0: attention_mask has a gap"),
+        ({"input_ids": [[4, 5], [6, 7]], "attention_mask": [[1, 1], [0, 0]]}, "row 1: .* leaves no token"),
+        ({"input_ids": [[4, 5], [6, 7]], "attention_mask": [[1, 1]]}, "1 rows of attention_mask for 2"),
+        ({"input_ids": [4, 5], "attention_mask": [1]}, "attention_mask of shape"),
+        ({"input_ids": [["w1"]]}, "no numbers"),
+        ([{"input_ids": [[4, 5], [6, 7]]}], "Prompt 0 is the encoding of 2 prompts"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(hooked: Hooked, encoding: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        list(token_sequences(hooked("olmoe"), encoding))
 
 
 def test_words_outside_the_vocabulary_warn_once() -> None:

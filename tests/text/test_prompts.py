@@ -1,5 +1,7 @@
 """Prompts and their parts: exact ranges, in plain text and in whatever a chat template makes of a chat."""
 
+import copy
+import json
 from typing import Any
 
 import pytest
@@ -94,7 +96,8 @@ def test_chats_are_frozen_and_equal_whatever_held_them() -> None:
         (["hello"], {}, "Message 0"),
         ([{"role": "user"}], {}, "Message 0"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": ["a"]}], {}, "Message 1"),
-        ([{"role": "user", "content": "a", "name": "x"}], {}, "nothing else"),
+        ([{"role": "user", "content": "a", "name": {"x"}}], {}, "JSON cannot hold"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], {}, "type 'image', without text"),
         ([{"role": "", "content": "a"}], {}, "role"),
         ("text", {"part": "absent"}, "'absent', does not occur"),
         ("text", {"part": ""}, "does not occur"),
@@ -251,3 +254,60 @@ def test_every_message_is_found_where_it_stands(turns: list[tuple[str, str]]) ->
     assert rendered.text == text + ("<|im_start|>assistant\n" if turns[-1][0] == "user" else "")
     for role, ranges in expected.items():
         assert list(rendered.ranges.get(role, ())) == ranges
+
+
+WITH_TOOLS = (
+    "{% if tools %}tools {{ tools | length }} {% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{% if m.reasoning_content and thinking %}[{{ m.reasoning_content }}]{% endif %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+    "{% endif %}{% for call in m.tool_calls or [] %}({{ call.function.name }}){% endfor %}</{{ m.role }}>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALLING = [
+    {"role": "user", "content": [{"type": "text", "text": "Is it "}, {"type": "text", "text": "raining?"}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]},
+    {"role": "tool", "content": "yes", "tool_call_id": "1"},
+    {"role": "assistant", "content": "It is.", "reasoning_content": "so it says"},
+]
+
+
+def test_parts_tool_calls_and_reasoning_reach_the_template_as_they_were_given() -> None:
+    made = with_template(WITH_TOOLS)
+    given = [{k: v for k, v in message.items() if v is not None} for message in CALLING]
+    tools, opened = {"tools": [{"type": "function"}]}, {"add_generation_prompt": True}
+    for options in ({}, {"thinking": True}, tools, opened):
+        found = render(made, Prompt(CALLING, template=options))
+        whole = {"add_generation_prompt": False, **options}
+        assert found.text == made.apply_chat_template(given, tokenize=False, **whole)
+        assert [found.text[a:b] for a, b in found.ranges["question"]] == ["Is it raining?"]
+        assert [found.text[a:b] for a, b in found.ranges["answer"]] == ["It is."]
+        assert [found.text[a:b] for a, b in found.ranges["tool"]] == ["yes"]
+    assert "[so it says]" in render(made, Prompt(CALLING, template={"thinking": True})).text
+    assert render(made, Prompt(CALLING[:3])).text.endswith("<tool>yes</tool><assistant>")
+
+
+def test_what_a_message_says_more_makes_another_message() -> None:
+    prompts = [
+        Prompt(CALLING[3:]),
+        Prompt([{"role": "assistant", "content": "It is."}]),
+        Prompt([{"role": "assistant", "content": [{"type": "text", "text": "It is."}]}]),
+        Prompt([{"role": "assistant", "content": "It is.", "name": "x"}]),
+    ]
+    assert len(set(prompts)) == 4
+    assert all((a == b) == (i == j) for i, a in enumerate(prompts) for j, b in enumerate(prompts))
+    for one in [*prompts, Prompt(CALLING, {"weather": "raining"}, {"thinking": True, "tools": []})]:
+        assert from_json(json.loads(json.dumps(to_json(one)))) == one
+        assert copy.deepcopy(one) == one
+    assert Prompt(CALLING).messages != Prompt(CALLING[:3]).messages
+
+
+@pytest.mark.parametrize(
+    ("content", "template", "words"),
+    [
+        ("plain", {"thinking": True}, "options of a chat's template"),
+        (CALLING, {"tokenize": True}, "'tokenize' says what the tokenizer returns"),
+    ],
+)
+def test_template_options_that_cannot_be_are_refused(content: Any, template: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Prompt(content, template=template)

@@ -423,14 +423,14 @@ def test_offsets_of_other_tokens_are_refused(hooked: Hooked, monkeypatch: pytest
         span_mask(model, "w1 w2", "w1")
 
 
-def test_no_bos_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bos_in_front() -> None:
     for kind in ("bytes", "metaspace", "bytes_no_bos"):
         model = model_with(kind)
+        assert model.prepend_bos == (kind != "bytes_no_bos")  # as the tokenizer does by itself
+        model.prepend_bos = True
         with_bos = chosen(model, "the cat sat", "cat")
-        monkeypatch.setattr(model.cfg, "default_prepend_bos", False)
-        without = chosen(model, "the cat sat", "cat")
-        monkeypatch.undo()
-        assert without == with_bos[1:]
+        model.prepend_bos = False
+        assert chosen(model, "the cat sat", "cat") == with_bos[1:]
 
 
 def test_a_bos_that_is_written_into_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
