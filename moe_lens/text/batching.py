@@ -55,8 +55,8 @@ def token_sequences(model: TextModel, prompts: Prompts) -> Iterator[Int[Tensor, 
 
     Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`; chats through
     the tokenizer's chat template, which writes its own special tokens. Tokens that an `attention_mask` masks
-    are left out, and of rows of one length without a mask those padding tokens at their ends that stand for
-    nothing else. Words outside the vocabulary give a warning.
+    are left out, and of rows of one length without a mask (a tensor [batch pos], or lists) those padding
+    tokens at their ends that stand for nothing else. Words outside the vocabulary give a warning.
 
     >>> from moe_lens import organisms
     >>> [len(tokens) for tokens in token_sequences(organisms.load("specialised"), ["Question : what", "the"])]

@@ -23,7 +23,9 @@ def rows_of(tokenizer: Any, encoding: Mapping[str, Any]) -> list[Int[Tensor, "_"
     Raises DataError as that, or as `encoded_rows`.
     """
     rows = encoded_rows(encoding, "The prompts' encoding")
-    return rows if encoding.get("attention_mask") is not None else list(without_padding(tokenizer, rows))
+    if encoding.get("attention_mask") is not None:
+        return rows
+    return [torch.as_tensor(row) for row in without_padding(tokenizer, [row.tolist() for row in rows])]
 
 
 def without_padding(tokenizer: Any, prompts: Any) -> Any:
@@ -52,12 +54,15 @@ def without_padding(tokenizer: Any, prompts: Any) -> Any:
 
 
 def _rectangle(prompts: Any) -> Int[Tensor, "batch pos"] | None:
-    """A token tensor [batch pos], or sequences that would make one; None for anything else."""
+    """A token tensor [batch pos], or lists that would make one; None for anything else.
+
+    A list of tensors is none: whoever has cut rows apart knows where they end.
+    """
     if isinstance(prompts, Tensor):
         return prompts.cpu() if prompts.dtype in _INTEGERS and prompts.numel() else None
     if not isinstance(prompts, list | tuple) or len(prompts) < 2:
         return None
-    if not all(isinstance(row, list | tuple | Tensor) and len(row) for row in prompts):
+    if not all(isinstance(row, list | tuple) and len(row) for row in prompts):
         return None
     if len({len(row) for row in prompts}) > 1:
         return None

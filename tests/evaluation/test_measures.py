@@ -22,6 +22,7 @@ from tests.tiny_models import (
     hook_census,
     prompt,
     tiny_model,
+    tokenizer,
 )
 
 Hooked = Callable[..., HookedMoE]
@@ -107,9 +108,10 @@ def test_without_prompts_there_is_nothing_to_say(hooked: Hooked) -> None:
         text_loss(hooked("olmoe"), [])
 
 
-def test_texts_of_one_token_have_no_loss(hooked: Hooked) -> None:
+def test_texts_of_one_token_have_no_loss() -> None:
+    model = HookedMoE.from_hf(tiny_model("qwen2_moe"), tokenizer(), prepend_bos=False)
     with pytest.raises(DataError, match="two tokens"):
-        text_loss(hooked("qwen2_moe"), ["w1", "w2"])  # Qwen's prompts get no BOS
+        text_loss(model, ["w1", "w2"])
 
 
 # Continuations
