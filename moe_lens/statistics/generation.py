@@ -19,7 +19,7 @@ from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
 from moe_lens.model.private_names import supports_padding
-from moe_lens.model.registration import moe_shape, routing_layers
+from moe_lens.model.registration import moe_shape, routing_layers, running_of
 from moe_lens.model.wrapper import Model
 from moe_lens.results import Result
 from moe_lens.routers.rule import RoutingRule
@@ -90,7 +90,8 @@ def collect_generation(
     written: list[Tensor] = []
     with tqdm(total=how_many(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
         for tokens, mask in padded_batches(model, prompts, batch_size):
-            new, record = generate_recorded(model, tokens, mask, max_new_tokens, hooks)
+            with running_of(model).of_prompts(list(range(len(written), len(written) + len(tokens)))):
+                new, record = generate_recorded(model, tokens, mask, max_new_tokens, hooks)
             unended = before_end(new, stops)
             part = _count(model, [step[0] for step in record.values()], mask, rules, list(record))
             prefill = part if prefill is None else prefill + part

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
-from moe_lens.model.registration import moe_shape
+from moe_lens.model.registration import moe_shape, running_of
 from moe_lens.model.wrapper import Model
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.generation import before_end, generate_recorded, stop_tokens
@@ -78,7 +78,8 @@ def generate_text(
     records: list[RouteRecord | None] = []
     with tqdm(total=how_many(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
         for tokens, mask in padded_batches(model, prompts, batch_size):
-            new, record = generate_recorded(model, tokens, mask, max_new_tokens, hooks, points, **options)
+            with running_of(model).of_prompts(list(range(len(texts), len(texts) + len(tokens)))):
+                new, record = generate_recorded(model, tokens, mask, max_new_tokens, hooks, points, **options)
             n_before = before_end(new, stops).sum(1)
             lengths = (n_before + 1).clamp(max=new.shape[1]).tolist()
             rows = [row[:length] for row, length in zip(new.cpu(), lengths, strict=True)]

@@ -7,6 +7,7 @@ from moe_lens import hook_names, organisms
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.routed_model import RoutedModel
+from moe_lens.statistics.generation import collect_generation
 from moe_lens.statistics.writing import generate_text
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
@@ -83,3 +84,16 @@ def test_options_reach_generate_and_one_text_a_prompt_comes_back() -> None:
         generate_text(model, "the", num_return_sequences=2, progress=False)
     with pytest.raises(DataError, match="needs a tokenizer"):
         generate_text(HookedMoE.from_hf(tiny_model()), [[4, 5]], progress=False)
+
+
+@WRAPPERS
+def test_a_plan_a_prompt_stays_with_its_prompt_beyond_the_first_batch(wrapper: type) -> None:
+    model, _ = made(wrapper)
+    plans = [SteeringPlan([(0, n)], [(1, (n + 1) % 6)]) if n != 1 else None for n in range(len(PROMPTS))]
+    together = generate_text(model, PROMPTS, 6, batch_size=3, hooks=steer_hooks(plans), progress=False)
+    counted = collect_generation(model, PROMPTS, 6, batch_size=3, hooks=steer_hooks(plans), progress=False)
+    alone = [
+        generate_text(model, [prompt], 6, hooks=[] if plan is None else steer_hooks(plan), progress=False)[0]
+        for prompt, plan in zip(PROMPTS, plans, strict=True)
+    ]
+    assert together == alone == list(counted.texts or ())
