@@ -8,7 +8,8 @@
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -140,3 +141,13 @@ def _remedy(missing: Sequence[str]) -> str:
     if EXPERT_OUT in missing:
         return "call model.set_use_expert_out(True) before run_with_cache"
     return "let the names_filter of run_with_cache keep it (names_filter=moe_lens.is_routing_point)"
+
+
+def unknown(name: str, names: Iterable[str]) -> str:
+    """What to say of a name that is none of these: those that are nearest to it.
+
+    >>> unknown("blocks.0.mlp.hook_topk", ["blocks.0.mlp.hook_topk_indices", "hook_embed"])
+    "There is no hook point 'blocks.0.mlp.hook_topk'; did you mean blocks.0.mlp.hook_topk_indices?"
+    """
+    near = get_close_matches(name, list(names), n=3)
+    return f"There is no hook point {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else '.'}"

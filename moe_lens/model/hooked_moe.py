@@ -301,11 +301,13 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
         return hooks
 
     def _refuse_absent_points(self, names: Any) -> None:
-        """Raise for the name of a routing point on a layer that has none; other names and filters pass."""
+        """Raise for a name that no point has; filters pass."""
         names = names if isinstance(names, list | tuple) else [names]
         for name in names:
             parsed = hook_names.parse(name) if isinstance(name, str) else None
             if parsed is None:
+                if isinstance(name, str) and name not in self.hook_dict:
+                    raise HookError(f"{hook_names.unknown(name, self.hook_dict)} See model.hook_dict.")
                 continue
             layer, point = parsed
             if layer not in self.moe_layers:

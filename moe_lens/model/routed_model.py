@@ -12,7 +12,6 @@ hook_resid_post. For TransformerLens' own points inside attention and experts us
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -392,11 +391,9 @@ class RoutedModel(Model, Generating, HookedRootModule):
             raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {self.moe_layers}.")
         if parsed is not None and parsed[1] == hook_names.EXPERT_OUT:
             raise HookError(f"{name} is switched off; call model.set_use_expert_out(True) first.")
-        near = get_close_matches(name, self.mod_dict, n=3)
         raise HookError(
-            f"There is no hook point {name!r}{'; did you mean ' + ' or '.join(near) if near else ''}. A "
-            "RoutedModel has the points of routing and of the residual stream (model.hook_dict); for those "
-            "inside attention and experts use HookedMoE."
+            f"{hook_names.unknown(name, self.mod_dict)} A RoutedModel has the points of routing and of the "
+            "residual stream (model.hook_dict); for those inside attention and experts use HookedMoE."
         )
 
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:

@@ -280,3 +280,20 @@ def test_from_pretrained_of_an_architecture_without_adapter_is_refused(tmp_path:
     (tmp_path / "config.json").write_text('{"model_type": "dbrx", "architectures": ["DbrxForCausalLM"]}')
     with pytest.raises(MoELensError, match="no adapter for the architecture"):
         HookedMoE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [RoutedModel, HookedMoE.from_hf])
+def test_a_mistyped_point_is_answered_with_the_nearest_names(wrap: Callable[[Any], Any]) -> None:
+    model = wrap(tiny_model("olmoe"))
+    name, tokens_ = "blocks.1.hook_resid_pots", tokens()
+    ways: list[Callable[[], Any]] = [
+        lambda: model.run_with_hooks(tokens_, fwd_hooks=[(name, same)]),
+        lambda: model.run_with_cache(tokens_, names_filter=[name]),
+        lambda: model.run_with_cache(tokens_, names_filter=name),
+        lambda: model.add_hook(name, same),
+        lambda: model.hooks([(name, same)]).__enter__(),
+    ]
+    for way in ways:
+        with pytest.raises(HookError, match=r"no hook point .*did you mean .*blocks\.1\.hook_resid_post"):
+            way()
+    model.run_with_hooks(tokens_, fwd_hooks=[(lambda each: each.endswith("resid_post"), same)])
