@@ -1,13 +1,17 @@
+from .building import build as build
+from .built import BUILT as BUILT
 from .demo import SIZES as SIZES
 from .demo import DemoResult as DemoResult
 from .demo import detect_document_experts as detect_document_experts
 from .demo import document_pairs as document_pairs
 from .demo import document_task as document_task
 from .demo import run_demo as run_demo
+from .distill import Distillation as Distillation
 from .shipped import load as load
 from .shipped import names as names
 from .shipped import path as path
 from .shipped import world as world
+from .splitting import split as split
 from .worlds import SPLITS as SPLITS
 from .worlds import Conflict as Conflict
 from .worlds import Fact as Fact
