@@ -6,7 +6,8 @@ from .demo import detect_document_experts as detect_document_experts
 from .demo import document_pairs as document_pairs
 from .demo import document_task as document_task
 from .demo import run_demo as run_demo
-from .distill import Distillation as Distillation
+from .distilling import Distillation as Distillation
+from .distilling import distill as distill
 from .shipped import load as load
 from .shipped import names as names
 from .shipped import path as path

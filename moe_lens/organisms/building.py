@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Qwen2MoeForCausalLM
 from moe_lens.errors import MoELensError
 from moe_lens.files import atomic_write
 from moe_lens.organisms.built import BUILT, cache_folder
-from moe_lens.organisms.distill import Distillation, distill, in_dtype, set_top_k
+from moe_lens.organisms.distilling import Distillation, distill, in_dtype, set_top_k
 from moe_lens.organisms.held_out import N_TEXTS, held_out_tokens, perplexities
 from moe_lens.organisms.smollm2 import load_dense
 from moe_lens.organisms.split_corpus import REGISTERS, Register, library_texts, sample, windows
@@ -75,6 +75,10 @@ SMOLLM2: Final = SplitRecipe(
 
 def build(name: str, *, recipe: SplitRecipe | None = None, progress: bool = True) -> Path:
     """Build an organism in the cache folder, or go on with a build that was interrupted.
+
+    >>> from moe_lens import RoutedModel, organisms
+    >>> folder = organisms.build("smollm2-split")  # doctest: +SKIP
+    >>> model = organisms.load("smollm2-split", wrapper=RoutedModel)  # doctest: +SKIP
 
     Args:
         name: one of `BUILT`.

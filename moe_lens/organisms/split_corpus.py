@@ -10,6 +10,7 @@ import itertools
 import random
 import sysconfig
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -84,7 +85,7 @@ def openings(register: Register, n: int, tokenizer: Any, seed: int) -> list[str]
 
     >>> from moe_lens.organisms.split_corpus import openings
     >>> openings("prose", 1, None, seed=0)
-    ['There are two common mistakes about islands. The first']
+    ['It was late in the evening when Anna first thought about coffee. She']
 
     Args:
         register: "prose", "code" or "chat".
@@ -147,7 +148,8 @@ def sample(
     return texts
 
 
-def library_texts(register: Literal["prose", "code"]) -> list[str]:
+@cache
+def library_texts(register: Literal["prose", "code"]) -> tuple[str, ...]:
     """What the standard library holds: the reference manual and long docstrings, or the modules' sources.
 
     >>> from moe_lens.organisms.split_corpus import library_texts
@@ -158,11 +160,11 @@ def library_texts(register: Literal["prose", "code"]) -> list[str]:
     """
     sources = [_read(path) for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
     if register == "code":
-        return [source for source in sources if source]
+        return tuple(source for source in sources if source)
     from pydoc_data.topics import topics
 
     manual = [text.strip() for _, text in sorted(topics.items())]
-    return manual + [doc for source in sources for doc in _docstrings(source)]
+    return (*manual, *(doc for source in sources for doc in _docstrings(source)))
 
 
 def _read(path: Path) -> str:

@@ -1,16 +1,5 @@
 """Splitting a dense language model into a mixture of experts: each feed-forward layer's neurons, divided.
 
->>> import torch
->>> from transformers import LlamaConfig, LlamaForCausalLM
->>> from moe_lens import RoutedModel, organisms
->>> shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
->>> config = LlamaConfig(vocab_size=50, **shape)
->>> dense = LlamaForCausalLM(config).eval()
->>> tokens = torch.randint(50, (20, 16))
->>> moe = organisms.split(dense, tokens, n_experts=4, top_k=2, progress=False)
->>> type(moe).__name__, moe.config.num_experts, moe.config.moe_intermediate_size
-('Qwen2MoeForCausalLM', 4, 8)
-
 A route of such a model is an artefact of the split: it says which group of neurons writes most, not which
 expert learned what.
 """
@@ -57,6 +46,16 @@ def split(
     progress: bool = True,
 ) -> Qwen2MoeForCausalLM:
     """A mixture of experts with a dense model's weights: its feed-forward layers' neurons, in groups.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from moe_lens import RoutedModel, organisms
+    >>> shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> dense = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> tokens = torch.randint(50, (20, 16))
+    >>> moe = organisms.split(dense, tokens, n_experts=4, top_k=2, n_shared=16, progress=False)
+    >>> type(moe).__name__, moe.config.num_experts, moe.config.moe_intermediate_size
+    ('Qwen2MoeForCausalLM', 4, 4)
 
     Layer by layer: the neurons that write most, the mean taken over tokens, become the shared expert; of the
     others, those that are active on the same tokens become an expert (balanced k-means). A linear router is

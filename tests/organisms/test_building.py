@@ -19,7 +19,7 @@ from moe_lens.model.routed_model import RoutedModel
 from moe_lens.organisms import building, smollm2
 from moe_lens.organisms.building import SplitRecipe, build_split
 from moe_lens.organisms.built import BUILT, built_path, cache_folder
-from moe_lens.organisms.distill import Distillation
+from moe_lens.organisms.distilling import Distillation
 from moe_lens.organisms.held_out import N_TEXTS, held_out_tokens, perplexities
 from moe_lens.organisms.split_corpus import REGISTERS, library_texts, openings, sample, windows
 
@@ -112,7 +112,10 @@ def test_a_build_is_an_ordinary_checkpoint_that_load_opens(
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("stage", ["sample", "split", "distill", "perplexities"])
+BROAD = [pytest.param(stage, marks=pytest.mark.broad) for stage in ("split", "perplexities")]
+
+
+@pytest.mark.parametrize("stage", ["sample", "distill", *BROAD])
 def test_a_build_goes_on_where_it_was_interrupted(
     stage: str, dense: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +245,7 @@ def test_the_library_holds_enough_code_and_prose() -> None:
 
 
 def test_nothing_held_out_is_trained_on(tokenizer: Any) -> None:
-    known = "\n".join(library_texts("code") + library_texts("prose"))
+    known = "\n".join((*library_texts("code"), *library_texts("prose")))
     for texts in held_out_tokens(tokenizer).values():
         assert len(texts) == N_TEXTS
         for text in texts:

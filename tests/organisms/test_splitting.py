@@ -11,7 +11,7 @@ from moe_lens.errors import DataError, MoELensError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.routed_model import RoutedModel
 from moe_lens.organisms import split_fit
-from moe_lens.organisms.distill import set_top_k
+from moe_lens.organisms.distilling import set_top_k
 from moe_lens.organisms.splitting import groups, routed_activations, split
 
 SHAPE: dict[str, Any] = {

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_lens.errors import DataError
-from moe_lens.organisms import distill as distilling
-from moe_lens.organisms.distill import Distillation, batches, distill, losses, rate, set_top_k
+from moe_lens.organisms import distilling
+from moe_lens.organisms.distilling import Distillation, batches, distill, losses, rate, set_top_k
 from moe_lens.organisms.splitting import split
 
 SETTINGS = Distillation(steps=6, batch_size=4, warmup=2, top_k=(2, 4))

@@ -30,6 +30,10 @@ from moe_lens.files import atomic_write
 class Distillation:
     """How to distil.
 
+    >>> from moe_lens.organisms import Distillation
+    >>> Distillation(steps=100, batch_size=2).learning_rate
+    0.002
+
     Attributes:
         steps: of the optimiser (AdamW without decay), at least 1.
         batch_size: sequences a step.
@@ -61,6 +65,17 @@ def distill(
     progress: bool = True,
 ) -> None:
     """Train a split model's routers and experts, in place, on what the dense model makes of `tokens`.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from moe_lens import organisms
+    >>> shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> dense = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> tokens = torch.randint(50, (20, 16))
+    >>> moe = organisms.split(dense, tokens, n_experts=4, top_k=2, progress=False)
+    >>> organisms.distill(moe, dense, tokens, organisms.Distillation(steps=3, top_k=(2, 4)), progress=False)
+    >>> moe.config.num_experts_per_tok  # unchanged, as all in the model but routers and experts
+    2
 
     The same arguments and the same number of threads give the same weights, interrupted or not.
 
