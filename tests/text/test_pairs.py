@@ -240,7 +240,7 @@ def test_taking_apart_and_putting_together() -> None:
         ([True, False, False, True], [0, 3]), (np.array([0, 1, 1, 0], dtype=bool), [1, 2]),
         (torch.tensor([False, True, False, False]), [1]), ((np.int64(2),), [2]), (iter([2]), [2]),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_several_pairs_are_chosen_like_elements_of_a_list(index: Any, places: list[int]) -> None:
     pairs = ContrastivePairs.from_lists(
