@@ -141,7 +141,8 @@ def test_somebodys_own_torch_hook_on_a_block_finds_the_last_token_last() -> None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     for model in (RoutedModel(tiny_model("olmoe")), HookedMoE.from_hf(tiny_model("olmoe"))):
-        model.original_model.model.layers[1].register_forward_hook(turn)
+        hf_model: Any = model.original_model
+        hf_model.model.layers[1].register_forward_hook(turn)
         with torch.no_grad():
             largest = [int(model(torch.tensor([sequence]))[0, -1].argmax()) for sequence in SEQUENCES]
         assert largest != bare("olmoe")[1].largest
