@@ -36,8 +36,9 @@ class LogitReader:
     Attributes:
         model: a HookedMoE, a RoutedModel or any TransformerBridge.
         keeps: whether only those are computed.
-        is_bare: whether no hook waits on any point. Then padding belongs on the right, where nothing that
-            is read sees it, so that every family computes what it does for one prompt, and needs no mask.
+        is_bare: whether no hook waits on any point, and nobody's own on a module. Then padding belongs on
+            the right, where nothing that is read sees it, so that every family computes what it does for one
+            prompt, and needs no mask.
     """
 
     model: Any
@@ -81,7 +82,10 @@ class LogitReader:
                 if n_prompt is not None and n_prompt < n_pos:
                     stack.enter_context(state.generation(Generation(n_prompt=n_prompt)))
                 logits = self.model(tokens, attention_mask=mask.long(), **kept)
-        return logits if logits.shape[1] == n_read else logits[:, columns.to(logits.device)]
+        if logits.shape[1] == n_read:
+            return logits
+        n_virtual = logits.shape[1] - n_pos  # what prompt tuning puts before the tokens
+        return logits[:, columns.to(logits.device) + n_virtual]
 
 
 @contextmanager
@@ -89,21 +93,25 @@ def reading_logits(model: Any, hooks: Hooks = ()) -> Iterator[LogitReader]:
     """Within the context, the reader that it gives runs the model under these hooks, without gradients."""
     with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
         hooked = [name for name, point in model.hook_dict.items() if has_hooks(point)]
-        keeps = _takes_columns(model) and not _is_seen(model, hooked)
-        yield LogitReader(model, keeps, is_bare=not hooked)
+        foreign = [name for name, module in model.original_model.named_modules() if foreign_hooks(module)]
+        keeps = _takes_columns(model) and not _are_seen(hooked, foreign)
+        yield LogitReader(model, keeps, is_bare=not hooked and not foreign)
 
 
 def _takes_columns(model: Any) -> bool:
-    """Whether the forward of the Hugging Face model (inside adapters, too) has `logits_to_keep`."""
+    """Whether the forward of the Hugging Face model (inside adapters, too) has `logits_to_keep`.
+
+    It would count columns that prompt tuning puts before the tokens.
+    """
     inside = model.original_model
+    if getattr(getattr(inside, "active_peft_config", None), "is_prompt_learning", False):
+        return False
     if hasattr(inside, "get_base_model"):
         inside = inside.get_base_model()
     return "logits_to_keep" in inspect.signature(inside.forward).parameters
 
 
-def _is_seen(model: Any, hooked: list[str]) -> bool:
-    """Whether somebody's hook waits where logits are, or may be: outside of the blocks."""
-    if not all(name.startswith("blocks.") for name in hooked):
-        return True
-    named = model.original_model.named_modules()
-    return any(foreign_hooks(module) for name, module in named if not _IN_A_LIST.search(name))
+def _are_seen(hooked: list[str], foreign: list[str]) -> bool:
+    """Whether hooks on these points and modules wait where logits are, or may be: outside of the blocks."""
+    in_blocks = all(name.startswith("blocks.") for name in hooked)
+    return not in_blocks or any(not _IN_A_LIST.search(name) for name in foreign)

@@ -139,9 +139,18 @@ class RoutingCounter:
 
         Args:
             is_own: whether the experts are those that the rule chooses for these logits.
+
+        Raises:
+            DataError: the layer saw other tokens than the batch has.
         """
         batch = self._batch
         assert batch is not None
+        if len(decision.logits) != batch.keep.numel():
+            raise DataError(
+                f"Layer {layer}: {len(decision.logits)} tokens were routed, and the batch has "
+                f"{batch.keep.numel()}, so none can be counted. Does an adapter put tokens of its own before "
+                "the prompts (prompt tuning)? Count without it."
+            )
         logits, weights, indices = (batch.of_counted(part) for part in decision)
         by_prompt = None
         probabilities = softmax_over_experts(logits)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from moe_lens import HookedMoE, RoutedModel, SteeringPlan, scale_experts, steer_hooks
@@ -123,6 +123,30 @@ def test_adapters_and_compatibility_mode_make_no_difference() -> None:
             assert read.keeps
         with torch.no_grad():
             agrees(model, by_hand(lambda sequence, m=model: m(torch.tensor([sequence]))[0].double()))
+
+
+def test_virtual_tokens_are_not_counted_as_the_prompts_own() -> None:
+    tuned: Any = get_peft_model(
+        tiny_model("olmoe"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).eval()
+    with torch.no_grad():
+        expected = by_hand(lambda sequence: tuned(torch.tensor([sequence])).logits[0, 3:].double())
+    agrees(RoutedModel(tuned, tokenizer()), expected)
+
+
+def test_somebodys_own_torch_hook_on_a_block_finds_the_last_token_last() -> None:
+    def turn(module: Any, args: Any, output: Any) -> Any:
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[:, -1] *= -3
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    for model in (RoutedModel(tiny_model("olmoe")), HookedMoE.from_hf(tiny_model("olmoe"))):
+        hf_model: Any = model.original_model
+        hf_model.model.layers[1].register_forward_hook(turn)
+        with torch.no_grad():
+            largest = [int(model(torch.tensor([sequence]))[0, -1].argmax()) for sequence in SEQUENCES]
+        assert largest != bare("olmoe")[1].largest
+        assert answers_with(model, SEQUENCES, largest).tolist() == [True] * 6
 
 
 # How much is computed

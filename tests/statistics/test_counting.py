@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers.models.olmoe import modeling_olmoe
 
@@ -518,3 +519,27 @@ def test_padding_that_is_the_end_of_text_is_never_counted() -> None:
     together = collect_routing(model, texts, progress=False)
     assert together.n_tokens == sum(single.n_tokens for single in singles)
     assert torch.equal(together.counts, torch.stack([single.counts for single in singles]).sum(0))
+
+
+def test_somebodys_own_torch_hook_on_a_block_finds_the_last_token_last() -> None:
+    def turn(module: Any, args: Any, output: Any) -> Any:
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[:, -1] *= -3
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    for model in (RoutedModel(tiny_model("olmoe")), HookedMoE.from_hf(tiny_model("olmoe"))):
+        plain = collect_routing(model, SEQUENCES, progress=False)
+        hf_model: Any = model.original_model
+        hf_model.model.layers[0].register_forward_hook(turn)
+        together = collect_routing(model, SEQUENCES, progress=False)
+        alone = collect_routing(model, SEQUENCES, batch_size=1, progress=False)
+        assert torch.equal(together.counts, alone.counts)
+        assert not torch.equal(together.counts, plain.counts)
+
+
+def test_tokens_that_an_adapter_adds_are_never_taken_for_the_prompts_own() -> None:
+    tuned: Any = get_peft_model(
+        tiny_model("olmoe"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).eval()
+    with pytest.raises(DataError, match="tokens were routed, and the batch has"):
+        collect_routing(RoutedModel(tuned, tokenizer()), SEQUENCES, progress=False)
