@@ -62,13 +62,12 @@ def answers_with(
     Raises:
         DataError: no prompts, another number of answers than prompts, or an answer of several tokens.
     """
-    if len(answers) != len(prompts):
-        raise DataError(f"{len(prompts)} prompts need as many answers; got {len(answers)}.")
+    sequences, given = _paired(model, prompts, answers, "answers")
     remedy = 'give alternatives or measure="whole_answer" to answer_task, which takes longer answers'
-    token_of = {answer: single_token(model, answer, "answers", remedy) for answer in dict.fromkeys(answers)}
+    token_of = {answer: single_token(model, answer, "answers", remedy) for answer in dict.fromkeys(given)}
     asked = [
         Asked(row, tokens, len(tokens), len(tokens) - 1, len(tokens), torch.tensor([[token_of[answer]]]))
-        for row, (tokens, answer) in enumerate(zip(token_sequences(model, prompts), answers, strict=True))
+        for row, (tokens, answer) in enumerate(zip(sequences, given, strict=True))
     ]
     limits = limits_of(model, batch_size, batch_tokens)
     return torch.cat(next_tokens(model, asked, hooks, limits, is_most_probable))[:, 0]
@@ -110,10 +109,9 @@ def continuation_log_probs(
     """
     if reduction not in get_args(Reduction):
         raise DataError(f"reduction must be one of {get_args(Reduction)}; got {reduction!r}.")
-    if len(continuations) != len(prompts):
-        raise DataError(f"{len(prompts)} prompts need as many continuations; got {len(continuations)}.")
-    added = [[continuation_tokens(model, text)] for text in continuations]
-    after = Continuations.of(list(token_sequences(model, prompts)), added)
+    sequences, given = _paired(model, prompts, continuations, "continuations")
+    added = [[continuation_tokens(model, text)] for text in given]
+    after = Continuations.of(sequences, added)
     found = after.values(model, hooks, limits_of(model, batch_size, batch_tokens), log_probs)
     return np.array([float(each.mean() if reduction == "mean" else each.sum()) for (each,) in found])
 
@@ -153,6 +151,20 @@ def text_loss(
     limits = limits_of(model, batch_size, batch_tokens, all_read=True)
     found = torch.cat(next_tokens(model, asked, hooks, limits, log_probs))
     return -float(found.sum()) / len(found)
+
+
+def _paired(model: MeasuredModel, prompts: Any, given: Any, name: str) -> tuple[list[Tensor], list[Any]]:
+    """The tokens of prompts, which may be a generator or a single one, and what was given for each."""
+    sequences = list(token_sequences(model, prompts))
+    things = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    if isinstance(things, str) or not isinstance(things, Sequence):
+        raise DataError(f"{name} must be a list, one a prompt; got {given!r}.")
+    for index, thing in enumerate(things):
+        if not isinstance(thing, str | int | np.integer):
+            raise DataError(f"{name}[{index}] must be one text; got {thing!r}.")
+    if len(things) != len(sequences):
+        raise DataError(f"{len(sequences)} prompts need as many {name}; got {len(things)}.")
+    return sequences, list(things)
 
 
 def continuation_tokens(model: MeasuredModel, text: str) -> list[int]:

@@ -41,6 +41,7 @@ class HookedRouter(StandIn):
         self.layout = moe.row.layout
         self.direct: DirectLogits | None = None
         self.tried = False
+        self.block_had_forward = False  # on the instance, when its router was last seen to be called
         self.handles: dict[str, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,6 +71,20 @@ class HookedRouter(StandIn):
                 self.handles["enter"] = enter
             if "leave" in wanted and "leave" not in self.handles:
                 self.handles["leave"] = block.register_forward_hook(_LeaveBlock(self), always_call=True)
+
+    def was_not_called(self) -> None:
+        """Under plans alone, in the forward that ends: refuse a block or router that was replaced since.
+
+        Others may be compiled, or their block did not run: it is watched in the next forward.
+        """
+        block = self.moe.block
+        if "leave" in self.handles or not self.points.plan_fired:
+            return
+        replaced = ("forward" in vars(block)) != self.block_had_forward
+        if replaced or stands_on(self.moe.router, HookedRouter) is not self:
+            _refuse(self, block, "router", "steering plan")
+        self.points.plan_fired = False
+        self.watch_block("leave")
 
     def check_training(self) -> None:
         """Refuse hooks in training mode where they are not allowed there."""
@@ -281,7 +296,8 @@ class _EnterBlock:
 class _LeaveBlock:
     """Notices a block that ran without its router, a fused kernel for one; called after an exception, too.
 
-    Under plans alone it goes once the router is seen to be called: a hook of torch's is not cheap.
+    Under plans alone it goes once the router is seen to be called: a hook of torch's is not cheap. From then
+    on the forward that ends tells who was not (`was_not_called`).
     """
 
     hooked: HookedRouter
@@ -293,6 +309,7 @@ class _LeaveBlock:
         if points.needs_state or points.has_runs:
             _end(self.hooked, output)
         elif points.mode == "plans" and points.plan_fired and not torch.compiler.is_compiling():
+            self.hooked.block_had_forward = "forward" in vars(block)
             self.hooked.watch_block()
 
 

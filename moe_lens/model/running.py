@@ -67,6 +67,7 @@ class Running:
         self.points: list[Any] = []
         self.residual: list[Any] = []
         self.is_hooked = self.needs_state = False
+        self.n_planned = 0  # layers with plans alone
         self.owners = Owners()
         self.lock = threading.RLock()
         self._checkpointing: Checkpointing | None = None
@@ -239,6 +240,11 @@ class Running:
             raise HookError(_TWO_THREADS)
         if completed:
             _check_steered(forward)
+            if len(forward.steered) < self.n_planned:
+                steered = {where for where, _ in forward.steered}
+                for points in self.points:
+                    if points.mode == "plans" and points.moe.where not in steered:
+                        points.router.was_not_called()
         forward.steered.clear()  # checkpointed blocks keep the forward; these would keep its graph
 
     def check_steered(self) -> None:
@@ -249,6 +255,7 @@ class Running:
         """Called by points whenever their hooks change."""
         self.is_hooked = any(points.mode != "off" for points in self.points)
         self.needs_state = any(points.needs_state for points in self.points)
+        self.n_planned = sum(points.mode == "plans" for points in self.points)
         self.owners.find(
             lambda: (table for points in (*self.points, *self.residual) for table in points.tables)
         )

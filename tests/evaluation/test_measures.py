@@ -1,5 +1,6 @@
 """Answers, losses and intervals against loops over one prompt at a time."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from moe_lens.errors import DataError
 from moe_lens.evaluation.measures import answers_with, continuation_log_probs, text_loss
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.routed_model import RoutedModel
 from moe_lens.resampling import cluster_weights, clustered_interval
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
@@ -280,3 +282,15 @@ def test_cluster_weights_draw_whole_clusters_and_repeat_the_interval() -> None:
     means = weights @ values / weights.sum(1)
     low, high = clustered_interval(values, labels, seed=4)
     assert np.quantile(means, [0.025, 0.975]) == pytest.approx([low, high], abs=0.05)
+
+
+def test_what_is_no_list_of_answers_is_refused_and_any_prompts_will_do() -> None:
+    model = RoutedModel(tiny_model("olmoe"), tokenizer())
+    unchecked: Any = inspect.unwrap(answers_with)  # without the annotations, which tests check
+    for bad in ("w1", 5, [["w1"]], [None]):
+        with pytest.raises(DataError, match="answers"):
+            unchecked(model, ["w1"], bad)
+    expected = unchecked(model, ["w1 w2"], [5])
+    same: list[tuple[Any, Any]] = [("w1 w2", [5]), (iter(["w1 w2"]), torch.tensor([5]))]
+    for prompts, answers in same:
+        assert torch.equal(unchecked(model, prompts, answers), expected)

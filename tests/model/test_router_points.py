@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_lens import RoutedModel, SteeringPlan, steer_hooks
 from moe_lens.errors import HookError, MoELensError
 from moe_lens.model.layers import MoELayer, find_moe_layers
 from moe_lens.model.points import RoutingPoints
@@ -182,6 +183,25 @@ def test_a_block_that_bypasses_its_router_is_refused(recipe: str) -> None:
     assert f"model.layers.{MOE_LAYERS[recipe][-1]}.mlp" in str(error.value)
     handle.hook.remove()
     assert torch.equal(logits_of(model), before)
+
+
+def test_under_plans_a_block_that_later_bypasses_its_router_is_refused() -> None:
+    """After the first forward nothing of torch's watches the block any more."""
+    model = RoutedModel(tiny_model("olmoe"))
+    block = sparse_blocks(model.original_model)[1]
+    router = router_of(block)
+    with model.hooks(steer_hooks(SteeringPlan(deactivate=[(0, 0), (1, 1)]))):
+        steered = model(tokens())
+        block.forward = lambda hidden: hidden  # a fused kernel
+        with pytest.raises(HookError, match=r"blocks\.1\.mlp.*without calling its router"):
+            model(tokens())
+        del block.forward
+        assert torch.equal(model(tokens()), steered)
+        stands, router.forward = router.forward, MethodType(type(router).forward, router)
+        with pytest.raises(HookError, match="without calling its router"):
+            model(tokens())
+        router.forward = stands
+        assert torch.equal(model(tokens()), steered)
 
 
 def test_a_router_whose_forward_was_replaced_after_attaching_is_refused() -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from moe_lens.detection.expert_scores import Evidence, ExpertScores
-from moe_lens.errors import PlanError
+from moe_lens.errors import DataError, PlanError
 from moe_lens.model.hooked_moe import HookedMoE, attach
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.routing_stats import RoutingStats
@@ -480,7 +480,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
     PLAN.save(tmp_path / "p")
     monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DataError, match="No space"):
         SteeringPlan().save(tmp_path / "p")
     assert os.listdir(tmp_path) == ["p"]
     assert SteeringPlan.load(tmp_path / "p") == PLAN
