@@ -30,7 +30,8 @@ class of rates (the nominal share, within simulation error), also where the firs
 long. The exception is probability_difference for experts of rates below 0.02 where lengths are very unequal:
 up to 8.2 / 2.4 / 0.55 %. Mean false discovery proportion among 320 experts, 0 to 20 % of the layers changed,
 with q ≤ 0.05 and 0.2: at most 0.03 and 0.15. Power needs units: q ≤ 0.05 finds 2 % of the experts raised by
-1.5 logits with 20 units, 28–48 % with 50, 83–92 % with 100.
+1.5 logits with 20 units, 28–48 % with 50, 83–92 % with 100. unpaired_statistics.py has the table of unpaired
+groups.
 """
 
 import itertools

@@ -2,6 +2,23 @@
 
 counts = UnpairedCounts.of_prompts(events_1, tokens_1, events_2, tokens_2)       # [prompt expert], [prompt]
 p = permutation_p("risk_difference", counts)
+
+How well this holds, and the intervals of paired_statistics.py for such groups, was measured on beta-
+binomial counts without a difference: ρ is the correlation of the tokens of a prompt, prompts of 20 tokens,
+150 data sets of 30 experts (repeat it with `python -m tests.detection.test_unpaired`). Coverage of 95 %
+intervals of risk_difference, and p ≤ 0.05, in %, where rates are 0.1–0.5, 0.02–0.1 and 0.005–0.02:
+
+    prompts       ρ             coverage             p ≤ 0.05
+    20 / 20       0.1  / 0.1    95.3  96.5  98.9     4.5   2.7  0.7
+    20 / 80       0.1  / 0.1    95.0  98.2  99.9     4.2   0.9  0.1
+    200 / 200     0.1  / 0.1    96.1  95.0  96.2     3.9   4.9  3.0
+    20 / 80       0.3  / 0.05   92.2  88.9  98.5     8.8  10.7  1.6
+    80 / 20       0.3  / 0.05   98.0  98.1  98.9     1.6   0.6  0.7
+
+So it is conservative for rare experts, and where the larger group is the one whose prompts differ more from
+each other; and liberal where the smaller group is: 20 prompts that vary six times as much as the 80 others
+give p ≤ 0.05 twice as often as they should, and p ≤ 0.01 in up to 4.5 %. Make the group larger that varies
+more, or give both as many prompts.
 """
 
 import math

@@ -15,6 +15,9 @@ from moe_lens.plots.style import COLORS, count_axis, layers_beside, legend_below
 from moe_lens.steering.plan import SteeringPlan
 
 _MARKERS: Final = ("x", "o", "s", "^")
+_NAME_WIDTH: Final = 50
+_NAME_HEIGHT: Final = 10
+"""What the name of an expert takes at 8 points, in points."""
 
 
 def expert_heat_map(
@@ -88,29 +91,37 @@ def volcano(scores: ExpertScores, *, q: float = 0.05, n_labels: int = 8, ax: Axe
         )
     ax.axhline(-np.log10(q), color="black", linestyle="--", linewidth=1)
     ax.axvline(0, color="black", linewidth=0.6)
-    _name_largest(ax, scores, q, n_labels, height)
     limit = 1.25 * max(float(np.abs(delta).max()), 1e-9)
     top = 1.3 * max(float(height.max()), -float(np.log10(q)))
     ax.set(xlim=(-limit, limit), ylim=(-0.05 * top, top))
     ax.set(xlabel=f"{scores.label} (> 0: more under condition 1)", ylabel="−log₁₀ q")
     ax.set_title(f"{scores.shape.model}: effect and evidence")
     legend_below(ax)
+    _name_largest(ax, scores, q, n_labels, height)
     return ax
 
 
 def _name_largest(
     ax: Axes, scores: ExpertScores, q: float, n_labels: int, height: Float[np.ndarray, "layer expert"]
 ) -> None:
-    """Names over the points with the largest |score| among those with q at most `q`, in three steps."""
+    """Names over the points with the largest |score| among those with q at most `q`, none over another."""
     assert scores.q is not None
     rows = {layer: row for row, layer in enumerate(scores.shape.layers)}
     coloured = [score for score in scores.ranked() if scores.q[rows[score.layer], score.expert] <= q]
-    for number, score in enumerate(sorted(coloured[:n_labels], key=lambda score: score.delta)):
-        ax.annotate(
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout decides which names would meet
+    taken: list[tuple[float, float]] = []  # where names stand, in points
+    for score in sorted(coloured[:n_labels], key=lambda score: score.delta):
+        name, point = (
             f"L{score.layer} E{score.expert}",
             (score.delta, height[rows[score.layer], score.expert]),
-            xytext=(0, 5 + 11 * (number % 3)),
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
         )
+        x, y = ax.transData.transform(point) * 72 / figure.dpi
+        up = 5
+        while any(
+            abs(x - other) < _NAME_WIDTH and abs(y + up - above) < _NAME_HEIGHT for other, above in taken
+        ):
+            up += 1
+        taken.append((x, y + up))
+        ax.annotate(name, point, xytext=(0, up), textcoords="offset points", fontsize=8, ha="center")

@@ -48,7 +48,8 @@ def patching_map(
         clean: that of the clean run. With it shares of the difference are drawn, without it differences of
             the metric.
         layers: numbers of the rows; None: 0, 1, ...
-        columns: labels of the columns (a prompt's tokens), or what they are ("position", "expert").
+        columns: labels of the columns (a prompt's tokens; of more than 40 the numbers), or what they are
+            ("position", "expert").
         positions: numbers of the columns, of a sweep over some positions; None: 0, 1, ...
         what: what was patched, for the title.
         ax: where to draw; a new figure if None.
@@ -69,15 +70,16 @@ def patching_map(
     ax = ax or new_axes(max(6.0, 2.2 + 0.42 * min(n_columns, _MANY)), rows=n_rows)
     image = signed_map(ax, change.numpy())
     layers_beside(ax, rows)
-    if isinstance(columns, str) or n_columns > _MANY:
+    numbered = isinstance(columns, str) or n_columns > _MANY
+    if numbered:
         shown = count_ticks(n_columns)
         ax.set_xticks(shown, [str(n if positions is None else positions[n]) for n in shown])
     else:
         ax.set_xticks(
-            range(n_columns), token_labels(list(columns)), rotation=60, ha="right", rotation_mode="anchor",
-            **label_font(list(columns)),
+            range(n_columns), token_labels(columns), rotation=60, ha="right", rotation_mode="anchor",
+            **label_font(columns),
         )  # fmt: skip
-    ax.set_xlabel(columns if isinstance(columns, str) else "token")
+    ax.set_xlabel(columns if isinstance(columns, str) else "position of the token" if numbered else "token")
     ax.set_title(f"Patching {what} from the clean run")
     label = "change of the metric\n(0: corrupted run)"
     if clean is not None:

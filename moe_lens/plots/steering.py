@@ -1,7 +1,7 @@
 """Figures of plans and of what they do: experts by layer, sweeps over plan sizes, rates beside controls."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +13,9 @@ from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.verdict import SIGNS
 from moe_lens.plots.style import COLORS, layers_below, legend_below, new_axes
 from moe_lens.steering.plan import SteeringPlan
+
+_WIDE: Final = 16
+"""Sizes of plans that differ by a larger factor stand on a logarithmic axis."""
 
 
 def selected_by_layer(plan: SteeringPlan, *, ax: Axes | None = None) -> Axes:
@@ -40,6 +43,7 @@ def selected_by_layer(plan: SteeringPlan, *, ax: Axes | None = None) -> Axes:
         ax.bar(range(len(layers)), heights, color=color, label=f"{label}: {len(experts)} experts")
     ax.axhline(0, color="black", linewidth=0.8)
     layers_below(ax, layers)
+    ax.margins(x=0.01)
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     ax.set_ylabel(f"share of the layer's {plan.shape.n_experts} experts (%)")
     ax.set_title(f"{plan.shape.model}: experts that the plan selects, by layer")
@@ -69,7 +73,10 @@ def sweep_curves(found: SweepResult, *, ax: Axes | None = None) -> Axes:
     _band_of_random_sets(ax, found)
     ax.axhline(found.unsteered, color=COLORS["unsteered"], linestyle="--", linewidth=1, label="unsteered")
     verb = {"deactivate": "deactivated", "activate": "activated"}.get(found.mode, "activated and deactivated")
-    ax.set_xticks(found.sizes)
+    if max(found.sizes) > _WIDE * min(found.sizes):
+        ax.set_xscale("log", base=2)
+    ax.set_xticks(found.sizes, [str(size) for size in found.sizes])
+    ax.set_xticks([], minor=True)
     ax.set(xlabel=f"experts {verb}", ylabel=f"{found.task}\n(mean over prompts)")
     ax.set_title(f"{found.model}: the effect by size of the plan")
     legend_below(ax, ncols=2)

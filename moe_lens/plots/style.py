@@ -69,8 +69,11 @@ def count_axis(ax: Axes, number: int) -> None:
 
 
 def count_ticks(number: int) -> range:
-    """At most about 16 of the numbers 0 to number − 1, evenly spaced."""
-    return range(0, number, max(1, number // 16))
+    """At most about 16 of the numbers 0 to number − 1, evenly spaced: by 1, 2, 4, 8, ... or by tens."""
+    steps = (1, 2, 4, 8, 10, 16, 20, 32, 50)
+    if number <= 16 * steps[-1]:
+        return range(0, number, next(step for step in steps if number <= 18 * step))
+    return range(0, number, 100 * -(-number // 1600))
 
 
 def layers_below(ax: Axes, layers: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from moe_lens.results import Result
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.counts import TokenCounts
 from moe_lens.statistics.sums import RoutingSums
+from moe_lens.text.pieces import token_texts
 
 if TYPE_CHECKING:
     import pandas
@@ -141,7 +142,8 @@ def top_tokens(
     Args:
         layer: number of the layer in the model.
         n: how many tokens at most.
-        tokenizer: gives the column `text`; without one it is left out.
+        tokenizer: gives the column `text`, in which bytes that are no character by themselves are written out
+            ("<0xE6>"); without one it is left out.
 
     Returns:
         One row per token: token id, count (chose the expert), total (counted at all), rate = count / total in
@@ -168,7 +170,7 @@ def top_tokens(
     over = ranked[frame["lift"].to_numpy()[ranked] > 1][:limit]
     frame = frame.iloc[over].reset_index(drop=True)
     if tokenizer is not None:
-        frame.insert(1, "text", [tokenizer.decode([int(token)]) for token in frame["token"]])
+        frame.insert(1, "text", [token_texts(tokenizer, [int(token)])[0] for token in frame["token"]])
     return frame
 
 

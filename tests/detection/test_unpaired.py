@@ -1,4 +1,7 @@
-"""Two groups of different prompts: intervals and p-values by brute force, honest about what they compare."""
+"""Two groups of different prompts: intervals and p-values by brute force, honest about what they compare.
+
+`python -m tests.detection.test_unpaired` prints the table of unpaired_statistics.py (a minute).
+"""
 
 from itertools import combinations
 from pathlib import Path
@@ -259,6 +262,18 @@ def test_intervals_hold_the_truth_as_often_as_they_say(design: Any, differ: bool
 
 
 @broad
+def test_the_corner_where_it_is_liberal_is_no_worse_than_the_docstring_says() -> None:
+    """A small group whose prompts vary much; and the opposite, which is conservative."""
+    held, small = repeated(((20, 80), (20, 20), (0.3, 0.05)), LADDER, 100)
+    other_held, other_small = repeated(((80, 20), (20, 20), (0.3, 0.05)), LADDER, 100)
+    for group in (LADDER >= 0.1, (LADDER >= 0.02) & (LADDER < 0.1)):
+        assert held[group].mean() >= 0.87
+        assert 0.05 < small[group].mean() <= 0.13
+        assert other_held[group].mean() >= 0.95
+        assert other_small[group].mean() <= 0.04
+
+
+@broad
 def test_no_more_false_discoveries_than_q_promises() -> None:
     generator, proportions, found = np.random.default_rng(0), [], []
     rates_2 = np.tile(LADDER, 10)
@@ -277,3 +292,18 @@ def test_no_more_false_discoveries_than_q_promises() -> None:
         found.append(chosen[raised].mean())
     assert np.mean(proportions) <= 0.1 + 2 * np.std(proportions) / np.sqrt(60)
     assert np.mean(found) > 0.5
+
+
+def main() -> None:
+    """Print the table of the docstring of unpaired_statistics.py."""
+    classes = LADDER >= 0.1, (LADDER >= 0.02) & (LADDER < 0.1), LADDER < 0.02
+    table = [((20, 20), (0.1, 0.1)), ((20, 80), (0.1, 0.1)), ((200, 200), (0.1, 0.1))]
+    table += [(sizes, (0.3, 0.05)) for sizes in ((20, 80), (80, 20))]
+    for sizes, correlations in table:
+        held, small = repeated((sizes, (20, 20), correlations), LADDER, 150)
+        shown = [f"{100 * share[group].mean():5.1f}" for share in (held, small) for group in classes]
+        print(sizes, correlations, *shown, flush=True)
+
+
+if __name__ == "__main__":
+    main()

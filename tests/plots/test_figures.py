@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.cbook import is_math_text
 from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.figure import Figure
 
 from moe_lens import organisms, plots
 from moe_lens.detection.expert_scores import Evidence, ExpertScores, risk_difference
@@ -114,6 +116,13 @@ def legend(ax: Axes) -> list[str]:
     found = ax.get_legend()
     assert found is not None
     return [text.get_text() for text in found.get_texts()]
+
+
+def laid_out(ax: Axes) -> Figure:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    return figure
 
 
 def points_of(ax: Axes) -> dict[str, np.ndarray]:
@@ -237,6 +246,19 @@ def test_volcano_names_the_largest_of_those_below_q(
     expected = sorted(below, key=lambda place: -size[place])[:5]
     assert set(named) == {f"L{layer} E{expert}" for layer, expert in expected}
     assert any(np.allclose(line.get_ydata(), -np.log10(q)) for line in ax.get_lines())
+
+
+def test_names_in_a_volcano_do_not_stand_over_each_other(scores: ExpertScores) -> None:
+    """Experts of equal q and nearly equal scores."""
+    assert scores.evidence is not None
+    q = torch.full_like(scores.evidence.q, 1e-4)
+    near = scores.delta.sign() * (0.3 + 0.01 * scores.delta)
+    ax = plots.volcano(replace(scores, delta=near, evidence=replace(scores.evidence, q=q)), n_labels=8)
+    laid_out(ax)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == 8
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
 
 
 def test_volcano_of_q_zero_is_finite_and_within_the_axes(scores: ExpertScores) -> None:
@@ -369,6 +391,26 @@ def test_token_routing_shows_odd_tokens_as_they_are(token: str, routing: PromptR
     assert not (label.get_parse_math() and is_math_text(label.get_text()))  # "$" is no formula
 
 
+@pytest.mark.parametrize("n_tokens", [90, 600])
+def test_token_routing_wraps_long_prompts(n_tokens: int) -> None:
+    """Every token has its column once, with its experts over its label."""
+    generator, shape = torch.Generator().manual_seed(0), MoEShape("m", (0, 1, 2, 3), 16, 2)
+    indices = torch.rand(4, n_tokens, 16, generator=generator).topk(2).indices
+    weights = torch.tensor([0.7, 0.3]).expand(4, n_tokens, 2)
+    tokens_ = tuple(f"t{number}" for number in range(n_tokens))
+    ax = plots.token_routing(PromptRouting(shape, tokens_, indices, weights))
+    assert laid_out(ax).get_size_inches()[0] < 22
+    shown = np.asarray(ax.get_images()[0].get_array().filled(np.nan))  # type: ignore[union-attr]
+    texts = [(t.get_text(), *t.get_position()) for t in ax.texts if t.get_text().startswith("t")]
+    last = [(t.get_text(), place, 0) for place, t in enumerate(ax.get_xticklabels())]
+    assert sorted(name for name, *_ in texts + last) == sorted(tokens_)
+    for name, x, y in texts + last:
+        start, number = round(y + 0.7) if (name, x, y) in texts else 0, int(name[1:])
+        column = shown[start : start + 4, round(x)]
+        np.testing.assert_array_equal(column, indices[:, number, 0])
+    assert int(np.isfinite(shown).sum()) == 4 * n_tokens
+
+
 def test_token_routing_of_no_layers_is_refused(routing: PromptRouting) -> None:
     with pytest.raises(DataError, match="layer"):
         plots.token_routing(routing, layers=[])
@@ -429,6 +471,32 @@ def test_sweep_curves_of_one_direction_without_random_sets() -> None:
     assert len([c for c in ax.containers if isinstance(c, ErrorbarContainer)]) == 1
     assert not [c for c in ax.collections if isinstance(c, PolyCollection)]
     assert len(legend(ax)) == 2
+
+
+def test_sweep_curves_of_sizes_far_apart_keep_their_ticks_apart() -> None:
+    found = sweep_result("deactivate", n_random=0, directions=("+",))
+    points = tuple(replace(found.points[0], size=2**n) for n in range(10))
+    ax = plots.sweep_curves(replace(found, points=points))
+    assert ax.get_xscale() == "log"
+    labels = [label for label in ax.get_xticklabels() if label.get_text()]
+    assert [label.get_text() for label in labels] == [str(2**n) for n in range(10)]
+    laid_out(ax)
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+@pytest.mark.parametrize("n_layers", [4, 30, 60])
+def test_a_legend_stands_below_the_labels_of_the_axis_and_near_them(n_layers: int) -> None:
+    delta = torch.linspace(-1, 1, n_layers * 8, dtype=torch.float64).reshape(n_layers, 8)
+    shape = MoEShape("m", tuple(range(n_layers)), 8, 2)
+    counts = torch.full((n_layers, 8), 2)
+    stats = RoutingStats(shape, 8, counts, counts.double() / 8, counts.double())
+    ax = plots.expert_heat_map(ExpertScores(delta, stats, stats), {"one": SteeringPlan(deactivate=[(0, 1)])})
+    laid_out(ax)
+    found = ax.get_legend()
+    assert found is not None
+    gap = ax.xaxis.label.get_window_extent().y0 - found.get_window_extent().y1
+    assert 0 <= gap <= 0.8 * ax.figure.dpi  # inches
 
 
 # files

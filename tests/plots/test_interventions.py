@@ -50,6 +50,8 @@ def test_a_map_of_some_layers_and_positions_has_their_numbers() -> None:
 def test_a_map_of_a_long_prompt_keeps_its_ticks_readable() -> None:
     ax = patching_map(torch.rand(2, 100), corrupted=0.0, columns=[str(n) for n in range(100)])
     assert len(ax.get_xticks()) <= 20
+    assert [label.get_text() for label in ax.get_xticklabels()][:3] == ["0", "8", "16"]
+    assert ax.get_xlabel() == "position of the token"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,18 @@ def test_attribution_bars_add_up_to_the_logit(hooked: Hooked, prompt: int | None
     assert widths[0] == pytest.approx(float(shares.mean() if prompt is None else shares[prompt]), abs=1e-6)
     low, high = ax.get_xlim()
     assert low == -high
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+def test_bars_leave_out_what_the_model_lacks(hooked: Hooked, family: str) -> None:
+    """Kinds of parts that are all 0 have no bar, and no other kind is left out."""
+    found = expert_logit_attribution(hooked(family), tokens(2, 3), 9)
+    ax = attribution_bars(found, n_experts=2)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    dense = [part for name, part in zip(found.part_names, found.parts, strict=True) if name.endswith("mlp")]
+    lacks = not any(bool((part != 0).any()) for part in dense)
+    assert ("dense and shared experts" in labels) == (not lacks) == (family == "qwen2_moe")
+    assert [*labels[3:5]] == ["embedding", "attention and mixers"]
 
 
 def test_bars_of_what_is_not_there_are_refused(hooked: Hooked) -> None:

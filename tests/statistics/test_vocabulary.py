@@ -16,6 +16,7 @@ from moe_lens.statistics import vocabulary
 from moe_lens.statistics.counts import TokenCounts
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.statistics.vocabulary import top_tokens, vocabulary_specialisation
+from tests.text.test_spans import model_with
 from tests.tiny_models import tokenizer
 
 
@@ -178,6 +179,14 @@ def test_top_tokens_are_named_by_the_tokenizer() -> None:
     frame = top_tokens(stats, 0, 2, n=2, tokenizer=tokenizer())
     assert len(frame) == 2
     assert frame["text"].tolist() == [tokenizer().decode([token]) for token in frame["token"]]
+
+
+def test_bytes_among_the_top_tokens_are_written_out() -> None:
+    bytewise = model_with("bytes").tokenizer
+    ids = bytewise("山 a", add_special_tokens=False)["input_ids"]
+    chosen = torch.tensor([[0]] * 3 + [[1]] * (len(ids) - 3))  # expert 0 runs for the three bytes of 山
+    texts = top_tokens(stats_of([chosen], torch.tensor(ids), 2), 0, 0, tokenizer=bytewise)["text"]
+    assert sorted(texts) == ["<0xB1>", "<0xB1>", "<0xE5>"][-len(texts) :]
 
 
 @pytest.mark.parametrize(("layer", "expert", "n"), [(2, 0, 3), (0, 5, 3), (0, -1, 3), (0, 0, 0), ("a", 0, 1)])
