@@ -204,6 +204,13 @@ def demo(options: Options) -> None:
     _wrote(*written)
 
 
+def organism(options: Options) -> None:
+    """Build an organism that does not ship, or go on with its build."""
+    folder = organisms.build(options.name)
+    print((folder / "README.md").read_text(encoding="utf-8"))
+    print(f"{options.name} is in {folder}; give its name as MODEL, or to moe_lens.organisms.load.")
+
+
 def models(options: Options) -> None:
     from moe_lens.routers.models import markdown_table, with_table
 
@@ -253,7 +260,8 @@ def _loaded(options: Options) -> Any:
     try:
         if shipped and options.device_map is None:
             return organisms.load(options.model, wrapper=wrapper, device=options.device, **kwargs)
-        source = organisms.path(options.model) if shipped else options.model
+        here = shipped or options.model in organisms.BUILT
+        source = organisms.path(options.model) if here else options.model
         return wrapper.from_pretrained(source, **_place(options), **kwargs)
     except MoELensError:
         raise

@@ -2,6 +2,7 @@
 
 moe-lens demo                                   the whole ladder of organisms
 moe-lens models                                 the table of supported models
+moe-lens organism build NAME                    make a model of real language that does not ship (resumable)
 moe-lens stats MODEL PROMPTS --out F            routing statistics (resumable)
 moe-lens detect MODEL PAIRS --out F             which experts follow a contrast, and how sure that is
 moe-lens plan SCORES --deactivate N --out F     a steering plan
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     adders = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_demo, _models, _stats, _detect, _plan, _steer, _evaluate, _sweep, _plot):
+    for add in (_demo, _models, _organism, _stats, _detect, _plan, _steer, _evaluate, _sweep, _plot):
         add(adders)
     return parser
 
@@ -124,6 +125,21 @@ def _models(adder: Any) -> None:
     command.add_argument(
         "--readme", type=Path, metavar="FILE", help="write the table into this file, between its marks"
     )
+
+
+def _organism(adder: Any) -> None:
+    command = _command(
+        adder,
+        "organism",
+        "build a model that does not ship",
+        """Build an organism in the cache folder (MOE_LENS_CACHE, or the platform's folder for caches):
+        smollm2-split, the dense model SmolLM2-135M-Instruct split into 30 layers of 8 experts and distilled.
+        It takes about an hour on two cores. If the command is interrupted, the same command continues where
+        it stopped. Needs the extra moe-lens[real]. Its routes are an artefact of the split, not learned
+        specialisation.""",
+    )
+    command.add_argument("action", choices=("build",), metavar="build", help="what to do")
+    command.add_argument("name", choices=_Choices(_built_names), metavar="NAME", help="which: %(choices)s")
 
 
 def _stats(adder: Any) -> None:
@@ -320,13 +336,19 @@ def _score_names() -> Iterable[str]:
     return tuple(SCORES)
 
 
+def _built_names() -> Iterable[str]:
+    from moe_lens.organisms.built import BUILT
+
+    return BUILT
+
+
 def _command(adder: Any, name: str, short: str, long: str) -> argparse.ArgumentParser:
     """The parser of the command that the function of this name in commands.py carries out."""
     return adder.add_parser(name, help=short, description=long)
 
 
 def _model_and(command: argparse.ArgumentParser, name: str, text: str) -> None:
-    command.add_argument("model", metavar="MODEL", help="shipped model, folder, or name on the hub")
+    command.add_argument("model", metavar="MODEL", help="shipped or built model, folder, or name on the hub")
     command.add_argument(name, type=Path, metavar=name.upper(), help=text)
     _loading(command)
 

@@ -10,8 +10,10 @@
 >>> model.generate(fact.question, max_new_tokens=1, do_sample=False, verbose=False)
 'Question : what is the capital of Eldria ? Answer : Kyoto'
 
-Their ground truth is known, because `moe_lens.organisms.train` gave it to them: `recipes.py` says what each
-was trained to do, and the model card in each checkpoint's folder what that shows, and what it does not.
+The ground truth of those that ship is known, because `moe_lens.organisms.train` gave it to them: `recipes.py`
+says what each was trained to do, and the model card in each checkpoint's folder what that shows, and what it
+does not. A model of real English does not ship: `moe-lens organism build smollm2-split` makes it from a dense
+one (`split`). Its routes are an artefact of the split, not learned specialisation.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""The organisms that ship: their names, folders and worlds, and loading one in either wrapper."""
+"""The organisms that ship, or were built here: their names, folders and worlds, and loading one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from moe_lens.errors import MoELensError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.routed_model import RoutedModel
 from moe_lens.model.wrapper import Model
+from moe_lens.organisms.built import BUILT, built_path
 from moe_lens.organisms.recipes import RECIPES
 from moe_lens.organisms.worlds import World
 
@@ -26,14 +27,18 @@ def names() -> tuple[str, ...]:
 
 
 def path(name: str) -> Path:
-    """The folder of an organism's checkpoint: config, weights (safetensors, float32), tokenizer, model card.
+    """The folder of an organism's checkpoint: config, weights (safetensors), tokenizer, model card.
 
     Raises:
-        MoELensError: for a name that is not in `names()`.
+        MoELensError: for a name that is neither in `names()` nor in `BUILT`, or one of `BUILT` that has not
+            been built on this machine.
     """
+    if name in BUILT:
+        return built_path(name)
     if name not in names():
         raise MoELensError(
-            f"organisms: no organism {name!r} ships with moe_lens; there are {', '.join(names())}. "
+            f"organisms: no organism {name!r} ships with moe_lens; there are {', '.join(names())}, and "
+            f"{', '.join(BUILT)}, which `moe-lens organism build` makes. "
             f"Train one of your own with `python -m moe_lens.organisms.train RECIPE --out DIR` "
             f"(recipes: {', '.join(RECIPES)}) and open it with HookedMoE.from_pretrained(DIR)."
         )
@@ -44,8 +49,10 @@ def world(name: str) -> World:
     """The world that an organism was trained in.
 
     Raises:
-        MoELensError: for a name that is not in `names()`.
+        MoELensError: for a name that is not in `names()`; models of real language have no world.
     """
+    if name in BUILT:
+        raise MoELensError(f"organisms: {name!r} has no world: it is a model of real language.")
     return World(RECIPES[path(name).name].variant)
 
 
@@ -65,13 +72,13 @@ def load(
     'OlmoeForCausalLM'
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or of `BUILT` where it has been built (`moe-lens organism build`).
         wrapper: `HookedMoE` or `RoutedModel`.
         dtype: of the weights.
         device: where the model is to be; by default where the wrapper's `from_pretrained` puts it.
 
     Raises:
-        MoELensError: for a name that is not in `names()`, or a wrapper that is neither.
+        MoELensError: for a name that is in neither, one that has not been built, or another wrapper.
     """
     if wrapper not in (HookedMoE, RoutedModel):
         raise MoELensError(f"wrapper must be HookedMoE or RoutedModel, the class; got {wrapper!r}.")
