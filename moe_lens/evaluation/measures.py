@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moe_lens.encoding import without_special
 from moe_lens.errors import DataError
 from moe_lens.evaluation.reading import (
     Asked,
@@ -27,7 +28,7 @@ from moe_lens.evaluation.reading import (
 )
 from moe_lens.hook_names import Hooks
 from moe_lens.text.answers import single_token
-from moe_lens.text.batching import token_sequences, without_special
+from moe_lens.text.batching import token_sequences
 
 Reduction = Literal["mean", "sum"]
 
@@ -162,7 +163,7 @@ def continuation_tokens(model: MeasuredModel, text: str) -> list[int]:
     """
     if model.tokenizer is None:
         raise DataError("A continuation needs a model with a tokenizer.")
-    tokens = without_special(model, text) if text else []
+    tokens = without_special(model.tokenizer, text) if text else []
     if not tokens:
         raise DataError(f"The continuation {text!r} has no tokens.")
     unknown = getattr(model.tokenizer, "unk_token_id", None)
