@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_lens.errors import HookError
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.points import BlockRun, RoutingPoint, fire
+from moe_lens.model.private_names import implementation_of
 from moe_lens.model.router_points import installed_points, points_of
 from moe_lens.model.state import uncompiled
 from moe_lens.routers.layouts import ExpertsCall, Request, RouterOutput
@@ -83,7 +84,7 @@ class HookedExperts:
         request = Request(self.moe.block, self.original, decision, hidden, [*args, *kwargs.values()])
         call = self.moe.row.experts.open(request)
         outputs = call.outputs()
-        way = getattr(getattr(self.moe.experts, "config", None), "_experts_implementation", None)
+        way = implementation_of(self.moe.experts)
         added_up = installed_points(self.moe).added_up
         if (way, outputs.dtype) not in added_up:
             with torch.no_grad():

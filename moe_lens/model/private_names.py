@@ -156,5 +156,10 @@ def attention_of(config: Any) -> str | None:
     return config._attn_implementation
 
 
+def implementation_of(experts: Any) -> str | None:
+    """How a module runs its experts ("grouped_mm", "eager"...): its config's `_experts_implementation`."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
+
+
 HOOK_TABLES: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The tables in which torch keeps a module's hooks, handle's id -> function; `points` puts its own there."""

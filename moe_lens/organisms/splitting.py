@@ -12,7 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.organisms.split_fit import balanced_clusters, expert_sizes, refitted_down, ridge
@@ -48,7 +54,7 @@ def split(
     """A mixture of experts with a dense model's weights: its feed-forward layers' neurons, in groups.
 
     >>> import torch
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
     >>> from moe_lens import RoutedModel, organisms
     >>> shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     >>> dense = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
@@ -244,7 +250,7 @@ def _empty_split(dense: Any, n_experts: int, top_k: int, n_shared: int) -> Qwen2
         qkv_bias=dense.model.layers[0].self_attn.q_proj.bias is not None,
         dtype="float32",
     )
-    moe = Qwen2MoeForCausalLM._from_config(config, experts_implementation="eager")
+    moe = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     moe.load_state_dict({n: t for n, t in dense.state_dict().items() if ".mlp." not in n}, strict=False)
     for layer in cast(Any, moe).model.layers:
         for weight in (*layer.mlp.shared_expert.parameters(), *layer.mlp.shared_expert_gate.parameters()):

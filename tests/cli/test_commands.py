@@ -138,8 +138,8 @@ def test_stats_of_chats_text_and_tokens_on_a_checkpoint(tiny: Path, tmp_path: Pa
     assert run("stats", tiny, file, *options, "--out", tmp_path / "s") == 0
     prompts = [chat, chat[:1], "w5 w6", "w7 w8 w9", [5, 6, 7], [8, 9]]
     expected = collect_routing(
-        HookedMoE.from_pretrained(str(tiny)), prompts, batch_size=2, per_prompt=True, positions=True,
-        vocabulary=True, progress=False,
+        HookedMoE.from_pretrained(str(tiny)), prompts, batch_size=2, span="all", per_prompt=True,
+        positions=True, vocabulary=True, progress=False,
     )  # fmt: skip
     found = RoutingStats.load(tmp_path / "s")
     assert content(found) == content(expected)

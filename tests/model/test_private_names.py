@@ -32,6 +32,7 @@ from moe_lens.model.private_names import (
     foreign_hooks,
     has_hooks,
     hf_path,
+    implementation_of,
     remove_points,
     stands_on,
     supports_padding,
@@ -212,6 +213,14 @@ def test_a_checkpointed_block_calls_what_transformers_sets_on_it() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
+def test_how_experts_run_is_what_was_asked_for(way: str) -> None:
+    model: Any = tiny_model("olmoe")
+    model.set_experts_implementation(way)
+    assert implementation_of(model.model.layers[0].mlp.experts) == way
+    assert implementation_of(None) is None
+
+
 def test_the_attention_of_a_config_is_what_was_asked_for() -> None:
     model = tiny_model("olmoe")
     for name in ("eager", "sdpa"):
@@ -267,7 +276,7 @@ def names_of_ours() -> set[str]:
 
 def foreign_private_names(tree: ast.Module, ours: set[str]) -> set[str]:
     """Underscored attributes that the package does not define, by `getattr` too, and `__class__ =`."""
-    documented = {"_asdict", "_replace", "_fields", "_getframe"}  # of named tuples; of sys
+    documented = {"_asdict", "_replace", "_fields", "_getframe", "__array__", "__index__"}  # Python and numpy
     used: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -285,7 +294,7 @@ def test_one_file_uses_private_names_of_other_libraries() -> None:
     assert {path for path, names in used.items() if names} == {"model/private_names.py"}
     assert used["model/private_names.py"] == {
         "_hook_registry", "_hook_alias_registry", "_register_aliases", "__class__", "__module__", *HOOKS,
-        "_hf_hook", "_attn_implementation",
+        "_hf_hook", "_attn_implementation", "_experts_implementation",
     }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("No space left on device")
 
     monkeypatch.setattr("moe_lens.files.save_file", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DataError, match="No space"):
         random_stats(1).save(path)
     assert same(RoutingStats.load(path), old, exact=True)
     assert os.listdir(tmp_path) == ["s"]
