@@ -69,11 +69,9 @@ def pilot(n: int, n_experts: int = 8, seed: int = 0) -> ExpertScores:
     return compare_routing(sides[0], sides[1], n_resamples=20)
 
 
-@pytest.mark.parametrize(
-    ("paired", "n_affected"),
-    [(True, 1), pytest.param(True, 8, marks=broad), pytest.param(False, 1, marks=broad),
-     pytest.param(False, 8, marks=broad)],
-)  # fmt: skip
+@broad
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("n_affected", [1, 8])
 def test_the_promised_power_is_reached(paired: bool, n_affected: int) -> None:
     assumed = AssumedRouting(0.1, N_TOKENS, 0.1, N_EXPERTS, paired)
     needed = required_pairs(assumed, effect=0.15, n_affected=n_affected, n_simulations=300)
@@ -92,6 +90,7 @@ def test_a_pilot_promises_what_the_process_behind_it_keeps() -> None:
     assert abs(np.mean([number or 0 for number in told]) / known - 1) < 0.2
 
 
+@broad
 def test_larger_effects_and_more_affected_experts_need_fewer_clusters() -> None:
     scores = pilot(40)
 

@@ -112,10 +112,10 @@ def test_a_build_is_an_ordinary_checkpoint_that_load_opens(
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
-BROAD = [pytest.param(stage, marks=pytest.mark.broad) for stage in ("split", "perplexities")]
+BROAD = [pytest.param(stage, marks=pytest.mark.broad) for stage in ("sample", "split", "perplexities")]
 
 
-@pytest.mark.parametrize("stage", ["sample", "distill", *BROAD])
+@pytest.mark.parametrize("stage", ["distill", *BROAD])
 def test_a_build_goes_on_where_it_was_interrupted(
     stage: str, dense: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
