@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from moe_lens.errors import MoELensError
-from moe_lens.model.hf_models import decoder_of, hf_model_of, numbered_layers, text_config
-from moe_lens.model.private_names import has_hooks
+from moe_lens.model.hf_models import decoder_of, hf_model_of, numbered_layers, original_model, text_config
+from moe_lens.model.private_names import foreign_hooks, has_hooks
 from moe_lens.model.registration import running_of
 from moe_lens.model.stand_in import StandIn
 from moe_lens.model.state import Generation
@@ -215,9 +215,13 @@ def _standing(blocks: Sequence[nn.Module], stand_ins: Sequence[StandIn]) -> Iter
 
 
 def is_bare(model: Model) -> bool:
-    """Whether no hook is on any point of the model: those would see some rows and columns only."""
+    """Whether no hook is on any point of the model, nor somebody's own on a module.
+
+    Those would see some rows and columns only, or other columns where padding moves.
+    """
     points: dict[str, Any] = vars(model).get("hook_dict") or getattr(model, "hook_dict")  # noqa: B009
-    return not any(has_hooks(point) for point in points.values())
+    hooked = any(has_hooks(point) for point in points.values())
+    return not hooked and not any(map(foreign_hooks, original_model(model).modules()))
 
 
 def _blocks(model: Model) -> list[nn.Module]:

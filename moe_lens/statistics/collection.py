@@ -28,9 +28,7 @@ from tqdm.auto import tqdm
 from moe_lens.errors import DataError
 from moe_lens.files import check_writable
 from moe_lens.hook_names import Hooks
-from moe_lens.model.hf_models import original_model
 from moe_lens.model.observing import Run, observing
-from moe_lens.model.private_names import foreign_hooks
 from moe_lens.model.registration import moe_shape, routing_layers, running_of, with_expert_out
 from moe_lens.model.resuming import is_bare
 from moe_lens.model.wrapper import Model, check_hooked
@@ -197,8 +195,7 @@ class Counting:
                 bar.update(len(batch.rows))
 
     def _watched(self) -> AbstractContextManager[Run]:
-        modules = original_model(self.model).modules()
-        self.hooked = bool(self.hooks) or not is_bare(self.model) or any(map(foreign_hooks, modules))
+        self.hooked = bool(self.hooks) or not is_bare(self.model)
         see_outputs = (lambda *seen: self.now.see_outputs(*seen)) if self.wanted.outputs else None
         return observing(self.model, lambda *seen: self.now.see(*seen), self.hooks, see_outputs)
 

@@ -14,6 +14,7 @@ from moe_lens.attribution import virtual_ablation
 from moe_lens.errors import DataError
 from moe_lens.interventions.patching import patch_expert_outputs, patch_router
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.registration import routing_layers
 from moe_lens.model.routed_model import RoutedModel
 from tests.families import broad, half_precision, one_of_each_kind
 from tests.tiny_models import EVERY_FAMILY, tiny_model, tokenizer, tokens
@@ -73,10 +74,16 @@ def test_on_an_unchanged_model(recipe: str) -> None:
 
 
 def count_rows(model: Any, layer: int) -> list[tuple[int, ...]]:
-    """The shapes that a block reads from now on: by torch's own hook, which changes no run."""
+    """The shapes that the layer's block is given. (By its forward: a torch hook would stop the reuse.)"""
     shapes: list[tuple[int, ...]] = []
-    attention = next(m for n, m in model.original_model.named_modules() if n.endswith(f"layers.{layer}.mlp"))
-    attention.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    block: Any = routing_layers(model)[layer].block
+    own = block.forward
+
+    def noting(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(hidden_states.shape))
+        return own(hidden_states, *args, **kwargs)
+
+    block.forward = noting
     return shapes
 
 
@@ -129,17 +136,39 @@ def test_hooks_see_whole_runs(hooked: Any) -> None:
     assert not torch.allclose(found, plain)
 
 
+@pytest.mark.parametrize("wrap", [RoutedModel, HookedMoE.from_hf])
+def test_somebodys_own_torch_hook_sees_whole_runs(wrap: Any) -> None:
+    """It counts columns from the first token, wherever a patch begins."""
+    model, widths = wrap(tiny_model("olmoe")), set()
+
+    def louder(module: Any, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        widths.add(hidden.shape[1])
+        hidden = hidden.clone()
+        hidden[:, 0] *= 3
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    block = model.original_model.model.layers[1]
+    handle = getattr(block, "original_component", block).register_forward_hook(louder)
+    both(patch_router, model, cached(model), CORRUPTED, metric)
+    assert widths == {N_POS}
+    handle.remove()
+
+
 def test_a_model_whose_blocks_share_more_is_run_whole() -> None:
     """A block that adds what the first block read: the residual stream alone does not resume it."""
     hf_model = tiny_model("olmoe")
     kept: dict[str, Tensor] = {}
     blocks = hf_model.model.layers
-    blocks[0].register_forward_hook(lambda module, args, output: kept.update(first=output[..., :1]))
+    first, third = blocks[0].forward, blocks[2].forward
 
-    def add(module: Any, args: Any, output: Any) -> Any:
-        return output + kept["first"]
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        output = first(*args, **kwargs)
+        kept["first"] = output[..., :1]
+        return output
 
-    blocks[2].register_forward_hook(add)
+    blocks[0].forward = keep
+    blocks[2].forward = lambda *args, **kwargs: third(*args, **kwargs) + kept["first"]
     model = RoutedModel(hf_model, tokenizer())
     cache = cached(model)
     for size in (1, 4):
