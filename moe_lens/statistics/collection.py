@@ -354,7 +354,10 @@ def route_prompt(model: Model, prompt: Any, *, hooks: Hooks = ()) -> PromptRouti
     def see(layer: int, decision: RouterOutput, is_own: bool) -> None:
         logits, weights, indices = decision
         margins = margins_of(rules[layer], logits, indices if is_own else None)
-        seen[layer] = indices.cpu(), *(part.float().cpu() for part in (weights, router_entropy(logits), margins))
+        seen[layer] = (
+            indices.cpu(),
+            *(part.float().cpu() for part in (weights, router_entropy(logits), margins)),
+        )
 
     with observing(model, see, hooks) as run:
         run(tokens[None].to(model.cfg.device), None)

@@ -1,0 +1,86 @@
+// Colours, for light and dark; colour-blind readers can tell them apart (after Okabe and Ito).
+
+const PALETTES = {
+  light: {
+    sequence: ["#f4f6f8", "#a9cfe9", "#3d86bd", "#083a66"],
+    positive: ["#f5f4f1", "#a3cbe8", "#3f88be", "#003d6b"], negative: ["#f5f4f1", "#f3bd94", "#d7722b", "#7d2f00"],
+    only: ["#f9eee6", "#f3bd94", "#d7722b", "#7d2f00"],
+    names: ["#f0b64a", "#90cdf0", "#55b892", "#f1e67a", "#3f88be", "#de8149", "#d998ba"], other: "#e4e6e8",
+  },
+  dark: {
+    sequence: ["#202429", "#26557c", "#4b98d0", "#c9e7ff"],
+    positive: ["#26292d", "#275a84", "#4b98d0", "#c3e4ff"], negative: ["#26292d", "#7a431c", "#d67a38", "#ffd3ae"],
+    only: ["#2e2722", "#7a431c", "#d67a38", "#ffd3ae"],
+    names: ["#c68a16", "#4793c2", "#1b8a69", "#b3a832", "#2b6da3", "#bf5f25", "#a86489"], other: "#383d43",
+  },
+};
+const N_NAMES = PALETTES.light.names.length;
+
+function theme() {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+}
+const palette = () => PALETTES[theme()];
+const token = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const parts = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+
+function along(stops, share) { // 0 to 1 -> a colour between the stops
+  const place = Math.min(Math.max(share, 0), 1) * (stops.length - 1), low = Math.min(Math.floor(place), stops.length - 2);
+  const [from, to] = [parts(stops[low]), parts(stops[low + 1])];
+  return "#" + from.map((part, at) => Math.round(part + (to[at] - part) * (place - low)).toString(16).padStart(2, "0")).join("");
+}
+
+function luminance(hex) {
+  const [r, g, b] = parts(hex).map((part) => (part / 255 <= 0.04045 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+const inkOn = (hex) => (luminance(hex) > 0.19 ? "#14171a" : "#ffffff"); // the one with more contrast
+
+// A scale turns values into colours: {kind, low, high, colour(value, row)}.
+function scaleOf(colour, values, row) {
+  const { kind, from, to, most } = COLOURS[colour];
+  if (kind === "names") return { kind, colour: (expert, at = row) => nameColour(at, expert) };
+  let finite = values.flatMap((part) => Array.from(part)).filter(Number.isFinite);
+  if (most) finite = finite.sort((a, b) => a - b).slice(0, Math.max(1, Math.ceil(most * finite.length)));
+  const least = finite.reduce((a, b) => Math.min(a, b), Infinity), largest = finite.reduce((a, b) => Math.max(a, b), -Infinity);
+  if (kind === "signed") {
+    const limit = Math.max(Math.abs(least), Math.abs(largest)) || 1;
+    const paint = (value) => along(value < 0 ? palette().negative : palette().positive, Math.abs(value) / limit);
+    return { kind, low: -limit, high: limit, n: finite.length, colour: (value) => (Number.isNaN(value) ? null : paint(value)) };
+  }
+  const low = Math.min(from ?? least, least), high = to ?? largest, width = high - low || 1;
+  const paint = (value) => along(palette().sequence, (value - low) / width);
+  return { kind, low, high, capped: Boolean(most), n: finite.length, colour: (value) => (Number.isNaN(value) ? null : paint(value)) };
+}
+
+// In each layer the experts that come first at most tokens have colours.
+const ranks = new Map();
+function rankedExperts(row) {
+  if (!ranks.has(row)) {
+    const firsts = new Float64Array(N_EXPERTS);
+    for (const run of RUNS) usageOf(run).first.subarray(row * N_EXPERTS, (row + 1) * N_EXPERTS).forEach((n, at) => (firsts[at] += n));
+    const order = Array.from(firsts.keys()).filter((expert) => firsts[expert] > 0).sort((a, b) => firsts[b] - firsts[a] || a - b);
+    ranks.set(row, { order, place: new Map(order.map((expert, at) => [expert, at])), firsts });
+  }
+  return ranks.get(row);
+}
+function nameColour(row, expert) {
+  const place = rankedExperts(row).place.get(expert);
+  return place !== undefined && place < N_NAMES ? palette().names[place] : palette().other;
+}
+
+function canvasFor(canvas, height) { // sized for the screen; null while it is not shown
+  const width = canvas.parentElement.clientWidth - paddingOf(canvas.parentElement), ratio = devicePixelRatio || 1;
+  if (width <= 0) return null;
+  canvas.style.height = `${height}px`;
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  const pen = canvas.getContext("2d");
+  pen.scale(ratio, ratio);
+  pen.font = `11px ${token("font")}`;
+  return { pen, width, height };
+}
+function paddingOf(element) {
+  const style = getComputedStyle(element);
+  return parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);
+}
