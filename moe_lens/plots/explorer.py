@@ -80,7 +80,8 @@ class RoutingExplorer(Result):
             size = f"{len(page) / 1e6:.0f} MB"
             return f"<p><code>{line}</code></p><p>{size} are too much for a notebook: save(path) it.</p>"
         style = f"width:100%;height:{_HEIGHT}px;border:1px solid #8884;border-radius:8px"
-        return f'<iframe title="{line}" sandbox="allow-scripts" style="{style}" srcdoc="{escape(page)}"></iframe>'
+        about = f'title="{line}" sandbox="allow-scripts" style="{style}"'
+        return f'<iframe {about} srcdoc="{escape(page)}"></iframe>'
 
 
 def explore(

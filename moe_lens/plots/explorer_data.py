@@ -140,7 +140,7 @@ def _without_padding(
         return slice(0, n_columns), [doubt]
     start, stop = places[0], places[-1] + 1
     notes = []
-    if pad == bos and start > 1 or pad in (bos, eos) and n_columns - stop > 1:
+    if (pad == bos and start > 1) or (pad in (bos, eos) and n_columns - stop > 1):
         notes.append(doubt)
     start = 0 if pad == bos else start
     stop = n_columns if pad in (bos, eos) else stop
@@ -217,8 +217,9 @@ def _n_shared(runs: Sequence[ExploredRun]) -> int:
         n += 1
     if not n or len({run.first for run in runs}) > 1:
         raise DataError(
-            f"The runs begin with {runs[0].tokens[0]!r} at position {runs[0].first} and {runs[1].tokens[0]!r} "
-            f"at {runs[1].first}, so no token can be compared; give runs of one text (and the tokenizer=)."
+            f"The runs begin with {runs[0].tokens[0]!r} at position {runs[0].first} and with "
+            f"{runs[1].tokens[0]!r} at {runs[1].first}, so no token can be compared; give runs of one text "
+            "(and the tokenizer=)."
         )
     return n
 
@@ -276,30 +277,24 @@ def _stats_content(stats: RoutingStats, of_run: MoEShape, tokenizer: Any) -> dic
     }
     if stats.vocabulary is None:
         return content
-    table = top_tokens_of_all(stats, TOP_TOKENS)
-    rows = {
-        row: of_run.layers.index(layer)
-        for row, layer in enumerate(stats.shape.layers)
-        if layer in of_run.layers
-    }
-    kept = np.isin(table["row"], list(rows))
-    table = {name: column[kept] for name, column in table.items()}
-    ids, which = np.unique(table["token"], return_inverse=True)
-    texts = (
-        [f"[{token}]" for token in ids]
-        if tokenizer is None
-        else [_texts(tokenizer, [int(t)])[0] for t in ids]
-    )
-    expert = (
-        np.array([rows[row] for row in table["row"]], dtype=np.int64) * of_run.n_experts + table["expert"]
-    )
-    numbers = {"expert": expert, "text": which, "count": table["count"], "total": table["total"]}
-    content["top"] = {
-        "texts": texts,
-        "lift": packed(torch.from_numpy(table["lift"]).float()),
-        **{name: packed(torch.from_numpy(column)) for name, column in numbers.items()},
-    }
+    content["top"] = _top_tokens(stats, of_run, tokenizer)
     return content
+
+
+def _top_tokens(stats: RoutingStats, of_run: MoEShape, tokenizer: Any) -> dict[str, Any]:
+    """One entry a token and expert, by expert; an expert is row × n_experts + its number, a text a place."""
+    table = top_tokens_of_all(stats, TOP_TOKENS)
+    rows = {layer: row for row, layer in enumerate(of_run.layers)}
+    row = np.array([rows.get(layer, -1) for layer in stats.shape.layers])[table["row"]]
+    ids, text = np.unique(table["token"], return_inverse=True)
+    columns = {**table, "expert": row * of_run.n_experts + table["expert"], "text": text}
+    kept = {
+        name: packed(torch.from_numpy(columns[name][row >= 0]))
+        for name in ("expert", "text", "count", "total", "lift")
+    }
+    if tokenizer is None:
+        return {"texts": [f"[{token}]" for token in ids], **kept}
+    return {"texts": [_texts(tokenizer, [int(token)])[0] for token in ids], **kept}
 
 
 def _plan_content(plan: SteeringPlan, of_run: MoEShape) -> dict[str, list[list[int]]]:

@@ -39,8 +39,8 @@ class PromptRouting(Result):
         indices: int64, [layer pos k], the experts.
         weights: float32, [layer pos k], their routing weights.
         entropy: float32, [layer pos], `router_entropy`, nats; None where the router logits were not seen.
-        margin: float32, [layer pos], the rule's `routing_margin`; inf and NaN as in `RoutingStats.margin_sums`.
-            None where the router logits were not seen.
+        margin: float32, [layer pos], the rule's `routing_margin`; inf and NaN as in
+            `RoutingStats.margin_sums`; None where the router logits were not seen.
     """
 
     shape: MoEShape

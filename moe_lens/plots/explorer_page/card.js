@@ -10,9 +10,9 @@ function showReadout(box, state, pick) {
   const run = RUNS[state.run], row = state.row;
   const facts = [];
   for (const [name, words] of [["entropy", "entropy"], ["margin", "margin"]])
-    if (run[name]) facts.push(element("span", {}, `${words} `, element("b", {}, written(valuesOf(run, name, row)[at])), name === "entropy" ? " nats" : ""));
-  if (SCORES) facts.push(element("span", {}, "mean score ", element("b", {}, signed(valuesOf(run, "score", row)[at]))));
-  if (RUNS.length > 1) facts.push(element("span", {}, "changed ", element("b", {}, at < N_SHARED ? percent(valuesOf(run, "change", row)[at]) : "\u2013")));
+    if (run[name]) facts.push(element("span", {}, `${words} `, element("b", {}, written(valueAt(run, name, row, at))), name === "entropy" ? " nats" : ""));
+  if (SCORES) facts.push(element("span", {}, "mean score ", element("b", {}, signed(valueAt(run, "score", row, at)))));
+  if (RUNS.length > 1) facts.push(element("span", {}, "changed ", element("b", {}, at < N_SHARED ? percent(valueAt(run, "change", row, at)) : "\u2013")));
   const name = element("p", { class: "token-name" }, element("bdi", {}, inline(run.tokens[at])), element("small", {}, `  token ${at + run.first}${RUNS.length > 1 ? `, ${run.name}` : ""}`));
   const line = element("p", { class: "facts", id: "facts" }, row < 0 ? "mean of all layers" : `layer ${LAYERS[row]}`);
   for (const fact of facts) line.append(" \u00b7 ", fact);

@@ -2,30 +2,41 @@
 
 const PALETTES = {
   light: {
-    sequence: ["#f4f6f8", "#a9cfe9", "#3d86bd", "#083a66"],
-    positive: ["#f5f4f1", "#a3cbe8", "#3f88be", "#003d6b"], negative: ["#f5f4f1", "#f3bd94", "#d7722b", "#7d2f00"],
-    only: ["#f9eee6", "#f3bd94", "#d7722b", "#7d2f00"],
+    sequence: ["#f4f6f8", "#c8e0f1", "#86bbe1", "#3a8ac6"],
+    positive: ["#f5f4f1", "#c3dcee", "#86bbe1", "#3a8ac6"], negative: ["#f5f4f1", "#f7d6bb", "#eda36c", "#d9722c"],
+    only: ["#f9eee6", "#f7d6bb", "#eda36c", "#d9722c"],
     names: ["#f0b64a", "#90cdf0", "#55b892", "#f1e67a", "#3f88be", "#de8149", "#d998ba"], other: "#e4e6e8",
   },
   dark: {
-    sequence: ["#202429", "#26557c", "#4b98d0", "#c9e7ff"],
-    positive: ["#26292d", "#275a84", "#4b98d0", "#c3e4ff"], negative: ["#26292d", "#7a431c", "#d67a38", "#ffd3ae"],
-    only: ["#2e2722", "#7a431c", "#d67a38", "#ffd3ae"],
+    sequence: ["#202429", "#26557c", "#4b98d0", "#a8d8ff"],
+    positive: ["#26292d", "#275a84", "#4b98d0", "#a8d8ff"], negative: ["#26292d", "#7a431c", "#c96f31", "#ffbc85"],
+    only: ["#2e2722", "#7a431c", "#c96f31", "#ffbc85"],
     names: ["#c68a16", "#4793c2", "#1b8a69", "#b3a832", "#2b6da3", "#bf5f25", "#a86489"], other: "#383d43",
   },
 };
 const N_NAMES = PALETTES.light.names.length;
 
-function theme() {
+let scheme = "light";
+const styles = new Map(); // of the scheme: asking the browser each time would be slow
+function readScheme() {
   const chosen = document.documentElement.dataset.theme;
-  return chosen ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  scheme = chosen ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  styles.clear();
 }
-const palette = () => PALETTES[theme()];
-const token = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const palette = () => PALETTES[scheme];
+function token(name) {
+  if (!styles.has(name)) styles.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  return styles.get(name);
+}
 const parts = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
+const STEPS = 256, ramps = new Map();
 function along(stops, share) { // 0 to 1 -> a colour between the stops
-  const place = Math.min(Math.max(share, 0), 1) * (stops.length - 1), low = Math.min(Math.floor(place), stops.length - 2);
+  if (!ramps.has(stops)) ramps.set(stops, Array.from({ length: STEPS + 1 }, (_, step) => between(stops, step / STEPS)));
+  return ramps.get(stops)[Math.round(Math.min(Math.max(share, 0), 1) * STEPS)];
+}
+function between(stops, share) {
+  const place = share * (stops.length - 1), low = Math.min(Math.floor(place), stops.length - 2);
   const [from, to] = [parts(stops[low]), parts(stops[low + 1])];
   return "#" + from.map((part, at) => Math.round(part + (to[at] - part) * (place - low)).toString(16).padStart(2, "0")).join("");
 }
@@ -34,23 +45,30 @@ function luminance(hex) {
   const [r, g, b] = parts(hex).map((part) => (part / 255 <= 0.04045 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
-const inkOn = (hex) => (luminance(hex) > 0.19 ? "#14171a" : "#ffffff"); // the one with more contrast
+const inks = new Map();
+function inkOn(hex) { // the one with more contrast, 4.5 : 1 at least
+  if (!inks.has(hex)) inks.set(hex, luminance(hex) > 0.179 ? "#000000" : "#ffffff");
+  return inks.get(hex);
+}
 
 // A scale turns values into colours: {kind, low, high, colour(value, row)}.
 function scaleOf(colour, values, row) {
   const { kind, from, to, most } = COLOURS[colour];
   if (kind === "names") return { kind, colour: (expert, at = row) => nameColour(at, expert) };
-  let finite = values.flatMap((part) => Array.from(part)).filter(Number.isFinite);
-  if (most) finite = finite.sort((a, b) => a - b).slice(0, Math.max(1, Math.ceil(most * finite.length)));
-  const least = finite.reduce((a, b) => Math.min(a, b), Infinity), largest = finite.reduce((a, b) => Math.max(a, b), -Infinity);
+  let least = Infinity, largest = -Infinity, n = 0;
+  for (const part of values) for (const value of part) if (Number.isFinite(value)) { n++; least = Math.min(least, value); largest = Math.max(largest, value); }
+  if (most && n) { // a few large ones would make all others look alike
+    const finite = Float64Array.from(values.flatMap((part) => Array.from(part.filter(Number.isFinite)))).sort();
+    largest = finite[Math.max(0, Math.ceil(most * n) - 1)];
+  }
   if (kind === "signed") {
     const limit = Math.max(Math.abs(least), Math.abs(largest)) || 1;
     const paint = (value) => along(value < 0 ? palette().negative : palette().positive, Math.abs(value) / limit);
-    return { kind, low: -limit, high: limit, n: finite.length, colour: (value) => (Number.isNaN(value) ? null : paint(value)) };
+    return { kind, low: -limit, high: limit, n, colour: (value) => (Number.isNaN(value) ? null : paint(value)) };
   }
   const low = Math.min(from ?? least, least), high = to ?? largest, width = high - low || 1;
   const paint = (value) => along(palette().sequence, (value - low) / width);
-  return { kind, low, high, capped: Boolean(most), n: finite.length, colour: (value) => (Number.isNaN(value) ? null : paint(value)) };
+  return { kind, low, high, capped: Boolean(most), n, colour: (value) => (Number.isNaN(value) ? null : paint(value)) };
 }
 
 // In each layer the experts that come first at most tokens have colours.
@@ -69,8 +87,9 @@ function nameColour(row, expert) {
   return place !== undefined && place < N_NAMES ? palette().names[place] : palette().other;
 }
 
-function canvasFor(canvas, height) { // sized for the screen; null while it is not shown
-  const width = canvas.parentElement.clientWidth - paddingOf(canvas.parentElement), ratio = devicePixelRatio || 1;
+// A canvas of this size in pixels of the page, fine enough for the screen; null where it has no width.
+function canvasFor(canvas, height, width = canvas.parentElement.clientWidth) {
+  const ratio = devicePixelRatio || 1;
   if (width <= 0) return null;
   canvas.style.height = `${height}px`;
   canvas.width = Math.round(width * ratio);

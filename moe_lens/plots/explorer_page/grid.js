@@ -45,7 +45,7 @@ function drawGrid(run, state) {
 function tokenCells(run, state, cell) {
   const other = RUNS.length > 1 && state.at < N_SHARED ? RUNS[1 - run.number] : null;
   let largest = 0;
-  for (let row = 0; row < N_LAYERS; row++) largest = Math.max(largest, expertsAt(run, row, state.at)[0].weight || 0);
+  for (let row = 0; row < N_LAYERS; row++) largest = Math.max(largest, topAt(run, row, state.at).weight || 0);
   for (let row = 0; row < N_LAYERS; row++)
     for (const { expert, weight } of expertsAt(run, row, state.at)) {
       const only = other !== null && weightOf(other, row, state.at, expert) === null;
@@ -55,7 +55,7 @@ function tokenCells(run, state, cell) {
   const where = `token ${state.at + run.first} \u201c${inline(run.tokens[state.at])}\u201d`;
   const what = other ? "; orange: in this run only" : "";
   run.gridWords.textContent = `${RUNS.length > 1 ? `${run.name}, ` : ""}experts of ${where}, darker: more weight${what}`;
-  if (theme() === "dark") run.gridWords.textContent = run.gridWords.textContent.replace("darker", "brighter");
+  if (scheme === "dark") run.gridWords.textContent = run.gridWords.textContent.replace("darker", "brighter");
   run.grid.setAttribute("aria-label", run.gridWords.textContent);
 }
 

@@ -60,7 +60,8 @@ function pick(expert) {
   $("layer").value = state.row;
   draw({ card: true, paint: state.colour === "picked" });
   if (expert !== null) {
-    $("card").scrollIntoView({ block: "nearest" });
+    const below = $("card").offsetTop - $("side").offsetTop - 0.45 * $("side").clientHeight; // keeps the grid in sight
+    $("side").scrollTop = Math.max($("side").scrollTop, below);
     say(`Card of layer ${LAYERS[expert.row]}, expert ${expert.expert}`);
   }
 }
@@ -173,7 +174,8 @@ function listen() {
   $("search").addEventListener("input", (event) => search(event.target.value));
   $("help-button").addEventListener("click", () => $("help").showModal());
   $("theme").addEventListener("click", () => {
-    document.documentElement.dataset.theme = theme() === "dark" ? "light" : "dark";
+    document.documentElement.dataset.theme = scheme === "dark" ? "light" : "dark";
+    readScheme();
     draw({ paint: true, card: true });
   });
   document.addEventListener("keydown", onKey);
@@ -190,7 +192,7 @@ function listen() {
     run.grid.addEventListener("click", (event) => { const found = expertInGrid(run, event); if (found) pick(found); });
   }
   addEventListener("resize", () => draw({ card: state.expert !== null }));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw({ paint: true, card: true }));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readScheme(); draw({ paint: true, card: true }); });
 }
 
 function over(expert) {
@@ -207,6 +209,7 @@ function soon() { // once a frame, however fast the pointer moves
 }
 
 function start() {
+  readScheme();
   const tokens = RUNS.map((run) => run.n), same = new Set(tokens).size === 1;
   $("about").textContent = `${same ? tokens[0] : tokens.join(" and ")} tokens \u00b7 ${N_LAYERS} layers \u00d7 ${N_EXPERTS} experts, ${K} run for each token`;
   $("notes").textContent = DATA.notes.join(" ");

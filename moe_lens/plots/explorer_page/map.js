@@ -11,14 +11,30 @@ function mapGeometry(run, width) {
 }
 
 function drawMap(run, state) {
-  const whole = matrix(run, state.colour, state.expert);
   const room = run.map.parentElement.clientWidth - paddingOf(run.map.parentElement);
-  const { n, height, step } = mapGeometry(run, room);
-  const at = state.at;
+  if (room <= 0) return;
+  const { n, height, step } = mapGeometry(run, room), { at } = state;
   if (at >= 0 && at < run.n && (at < run.start || at >= run.start + n)) run.start = Math.min(Math.max(at - (n >> 1), 0), run.n - n);
-  const made = canvasFor(run.map, height * N_LAYERS + 3);
-  if (!made) return;
-  const { pen } = made, muted = token("muted"), empty = token("cell");
+  const { expert, row } = state, picked = state.colour === "picked" && expert ? nameOf(expert.row, expert.expert) : "";
+  const drawn = [state.colour, picked, row, run.start, room, scheme, devicePixelRatio].join();
+  if (run.drawn !== drawn) { // the cells stay when only the cursor moves
+    run.drawn = drawn;
+    run.cells ??= run.map.cloneNode();
+    drawCells(run, state, canvasFor(run.cells, height * N_LAYERS + 3, room).pen, { n, height, step });
+    run.mapWords.textContent = state.colour === "expert" ? "All layers; each layer's most frequent experts have colours" : `All layers: ${COLOURS[state.colour].label}`;
+    run.mapRange.textContent = n < run.n ? `tokens ${run.start + run.first}\u2013${run.start + n - 1 + run.first} of ${run.n}` : "";
+  }
+  const { pen } = canvasFor(run.map, height * N_LAYERS + 3, room);
+  pen.drawImage(run.cells, 0, 0, room, height * N_LAYERS + 3);
+  if (at < run.start || at >= run.start + n) return;
+  const left = LEFT + Math.round((at - run.start) * step), right = LEFT + Math.round((at + 1 - run.start) * step);
+  pen.strokeStyle = token("ink");
+  pen.lineWidth = 1.5;
+  pen.strokeRect(left - 0.75, 0.75, right - left + 0.75, height * N_LAYERS + 1);
+}
+
+function drawCells(run, state, pen, { n, height, step }) {
+  const whole = matrix(run, state.colour, state.expert), empty = token("cell");
   const scale = scaleOf(state.colour, RUNS.map((each) => matrix(each, state.colour, state.expert)), 0);
   const across = (pos) => LEFT + Math.round((pos - run.start) * step);
   const down = (row) => (N_LAYERS - 1 - row) * height + 1;
@@ -27,13 +43,9 @@ function drawMap(run, state) {
       pen.fillStyle = scale.colour(whole[row * run.n + pos], row) ?? empty;
       pen.fillRect(across(pos), down(row), across(pos + 1) - across(pos) - (step > 8 ? 1 : 0), height - (height > 5 ? 1 : 0));
     }
-  layerLabels(pen, height, down, muted, state.row);
+  layerLabels(pen, height, down, token("muted"), state.row);
   pen.strokeStyle = token("ink");
-  pen.lineWidth = 1.5;
-  if (at >= run.start && at < run.start + n) pen.strokeRect(across(at) - 0.75, 0.75, across(at + 1) - across(at) + 0.75, height * N_LAYERS + 1);
-  if (state.row >= 0) { pen.lineWidth = 1; pen.strokeRect(LEFT - 0.5, down(state.row) - 0.5, across(run.start + n) - LEFT, height); }
-  run.mapWords.textContent = state.colour === "expert" ? "All layers; each layer's most frequent experts have colours" : `All layers: ${COLOURS[state.colour].label}`;
-  run.mapRange.textContent = n < run.n ? `tokens ${run.start + run.first}\u2013${run.start + n - 1 + run.first} of ${run.n}` : "";
+  if (state.row >= 0) pen.strokeRect(LEFT - 0.5, down(state.row) - 0.5, across(run.start + n) - LEFT, height);
 }
 
 function layerLabels(pen, height, down, colour, chosen) {

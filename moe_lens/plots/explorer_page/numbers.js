@@ -6,11 +6,14 @@ const N_SHARED = DATA.n_shared; // tokens that all runs have in common, from the
 
 function unpack(packed) {
   if (packed === null || packed === undefined) return null;
-  const bytes = Uint8Array.from(atob(packed.data), (letter) => letter.charCodeAt(0));
+  const letters = atob(packed.data), bytes = new Uint8Array(letters.length);
+  for (let at = 0; at < letters.length; at++) bytes[at] = letters.charCodeAt(at);
   const kinds = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array };
   if (packed.dtype !== "bf2") return new kinds[packed.dtype](bytes.buffer);
   const halves = new Uint16Array(bytes.buffer); // bfloat16: the upper half of a float32
-  return new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer);
+  const words = new Uint32Array(halves.length);
+  for (let at = 0; at < halves.length; at++) words[at] = halves[at] << 16;
+  return new Float32Array(words.buffer);
 }
 
 const RUNS = DATA.runs.map((run, number) => ({
@@ -46,8 +49,25 @@ function expertsAt(run, row, pos) {
 }
 
 function weightOf(run, row, pos, expert) { // null: did not run; NaN: ran with a weight that is not known
-  const found = expertsAt(run, row, pos).find((one) => one.expert === expert);
-  return found ? found.weight : null;
+  const start = (row * run.n + pos) * K;
+  let weight = null;
+  for (let at = start; at < start + K; at++) if (run.indices[at] === expert) weight = run.weights ? (weight ?? 0) + run.weights[at] : NaN;
+  return weight;
+}
+
+function topAt(run, row, pos) { // the first of expertsAt, without making the list
+  const start = (row * run.n + pos) * K;
+  let top = run.indices[start], most = weightOf(run, row, pos, top);
+  for (let at = start + 1; run.weights && at < start + K; at++) {
+    const weight = weightOf(run, row, pos, run.indices[at]);
+    if (weight > most) [top, most] = [run.indices[at], weight];
+  }
+  return { expert: top, weight: most };
+}
+
+function isAgain(run, start, at) { // whether the expert at this place came before it, for the same token
+  for (let before = start; before < at; before++) if (run.indices[before] === run.indices[at]) return true;
+  return false;
 }
 
 // What colours can mean. A matrix has a value for each row and token, NaN where there is none.
@@ -56,11 +76,11 @@ const COLOURS = {
     label: RUNS[0].weights ? "expert with the largest weight" : "expert listed first",
     says: RUNS[0].weights ? "The expert that counts most; the experts that do so most often have colours of their own."
       : "The first expert in the router's order: this record holds no weights.",
-    kind: "names", known: () => true, value: (run, row, pos) => expertsAt(run, row, pos)[0].expert,
+    kind: "names", known: () => true, value: (run, row, pos) => topAt(run, row, pos).expert,
   },
   weight: {
     label: "weight of that expert", says: "The largest routing weight of the token.",
-    kind: "sequence", from: 0, known: (run) => run.weights, value: (run, row, pos) => expertsAt(run, row, pos)[0].weight,
+    kind: "sequence", from: 0, known: (run) => run.weights, value: (run, row, pos) => topAt(run, row, pos).weight,
   },
   entropy: {
     label: "router entropy (nats)", says: "How undecided the router is: entropy of the softmax of its logits, from 0 to ln of the number of experts.",
@@ -85,16 +105,21 @@ const COLOURS = {
 };
 const isKnown = (colour) => RUNS.some((run) => COLOURS[colour].known(run));
 
+function meanOverExperts(run, row, pos, value) {
+  const start = (row * run.n + pos) * K;
+  let sum = 0, n = 0;
+  for (let at = start; at < start + K; at++) if (!isAgain(run, start, at)) { sum += value(run.indices[at]); n++; }
+  return sum / n;
+}
+
 function meanScore(run, row, pos) {
-  const ran = expertsAt(run, row, pos);
-  return ran.reduce((sum, { expert }) => sum + SCORES.delta[row * N_EXPERTS + expert], 0) / ran.length;
+  return meanOverExperts(run, row, pos, (expert) => SCORES.delta[row * N_EXPERTS + expert]);
 }
 
 function changedShare(run, row, pos) {
   if (pos >= N_SHARED) return NaN; // another text from here on
-  const other = new Set(expertsAt(RUNS[1 - run.number], row, pos).map(({ expert }) => expert));
-  const ran = expertsAt(run, row, pos);
-  return ran.filter(({ expert }) => !other.has(expert)).length / ran.length;
+  const other = RUNS[1 - run.number];
+  return meanOverExperts(run, row, pos, (expert) => (weightOf(other, row, pos, expert) === null ? 1 : 0));
 }
 
 function matrix(run, colour, picked = null) {
@@ -120,13 +145,18 @@ function matrix(run, colour, picked = null) {
 function valuesOf(run, colour, row, picked) {
   const whole = matrix(run, colour, picked);
   if (row >= 0) return whole.subarray(row * run.n, (row + 1) * run.n);
-  const means = new Float64Array(run.n);
-  for (let pos = 0; pos < run.n; pos++) {
-    let sum = 0, n = 0;
-    for (let at = pos; at < whole.length; at += run.n) if (Number.isFinite(whole[at])) { sum += whole[at]; n++; }
-    means[pos] = n ? sum / n : NaN;
-  }
-  return means;
+  return Float64Array.from({ length: run.n }, (_, pos) => meanAt(whole, run.n, pos));
+}
+
+function meanAt(whole, n, pos) {
+  let sum = 0, finite = 0;
+  for (let at = pos; at < whole.length; at += n) if (Number.isFinite(whole[at])) { sum += whole[at]; finite++; }
+  return finite ? sum / finite : NaN;
+}
+
+function valueAt(run, colour, row, pos) { // one token of valuesOf
+  const whole = matrix(run, colour);
+  return row < 0 ? meanAt(whole, run.n, pos) : whole[row * run.n + pos];
 }
 
 // How often each expert ran in this text, with which weights; row * N_EXPERTS + expert.
@@ -135,12 +165,15 @@ function usageOf(run) {
   const counts = new Uint32Array(N_LAYERS * N_EXPERTS), sums = new Float64Array(N_LAYERS * N_EXPERTS);
   const first = new Uint32Array(N_LAYERS * N_EXPERTS); // at how many tokens it is the one with the largest weight
   for (let row = 0; row < N_LAYERS; row++)
-    for (let pos = 0; pos < run.n; pos++)
-      expertsAt(run, row, pos).forEach(({ expert, weight }, place) => {
-        counts[row * N_EXPERTS + expert]++;
-        sums[row * N_EXPERTS + expert] += weight;
-        if (!place) first[row * N_EXPERTS + expert]++;
-      });
+    for (let pos = 0; pos < run.n; pos++) {
+      const start = (row * run.n + pos) * K;
+      for (let at = start; at < start + K; at++) {
+        const key = row * N_EXPERTS + run.indices[at];
+        if (!isAgain(run, start, at)) counts[key]++;
+        sums[key] += run.weights ? run.weights[at] : NaN;
+      }
+      first[row * N_EXPERTS + topAt(run, row, pos).expert]++;
+    }
   return (run.usage = { counts, sums, first });
 }
 

@@ -65,10 +65,11 @@ function buildTexts(reading) {
   for (const run of RUNS) {
     run.spans = run.tokens.map((_, at) =>
       element("span", { class: "t", role: "option", id: `t${run.number}-${at}`, "data-at": at, "aria-selected": "false" }, ...tokenNodes(run.tokens, at)));
+    const spaced = hasNoSpaces(run.tokens);
     run.box = element("div", {
-      class: hasNoSpaces(run.tokens) ? "tokens spaced" : "tokens", dir: "auto", role: "listbox", tabindex: 0, "data-run": run.number,
+      class: spaced ? "tokens spaced" : "tokens", dir: "auto", role: "listbox", tabindex: 0, "data-run": run.number,
       "aria-label": RUNS.length > 1 ? `Tokens, ${run.name}` : "Tokens",
-    }, ...run.spans);
+    }, ...(spaced ? run.spans.flatMap((span) => [span, " "]) : run.spans));
     run.map = element("canvas", { role: "img", "aria-label": `Map of all layers and tokens, ${run.name}` });
     run.mapWords = element("span");
     run.mapRange = element("span");
