@@ -88,14 +88,14 @@ def explore(
     routed: Any,
     prompt: Any = None,
     *,
-    plan: SteeringPlan | None = None,
-    against: PromptRouting | RouteRecord | None = None,
+    plan: Any = None,
+    against: Any = None,
     hooks: Hooks = (),
-    scores: ExpertScores | None = None,
-    stats: RoutingStats | None = None,
+    scores: Any = None,
+    stats: Any = None,
     tokenizer: Any = None,
     row: int = 0,
-    columns: slice | None = None,
+    columns: Any = None,
     names: Sequence[str] | None = None,
 ) -> RoutingExplorer:
     """A page to look at the route of a text: its tokens, coloured, beside layers × experts.
@@ -116,15 +116,15 @@ def explore(
         routed: a HookedMoE or RoutedModel with a prompt, or a route: a `RouteRecord` (of a cache or of a
             generation) or a `PromptRouting`.
         prompt: for a model, as in `route_prompt`.
-        plan: for a model, the prompt runs a second time under this plan, and both runs stand side by side.
+        plan: a `SteeringPlan`: for a model, the prompt runs a second time under this plan, and both runs stand side by side.
             For a route, the plan's experts are marked only.
-        against: for a route, another run of the same text. Where the texts part, the comparison ends.
+        against: for a route, a `RouteRecord` or `PromptRouting` of another run of the same text. Where the texts part, the comparison ends.
         hooks: for a model, forward hooks under which every run stands.
         scores: `ExpertScores` of the same model, for colours and the experts' cards.
         stats: `RoutingStats` of the same model; with `vocabulary=True` cards show an expert's top tokens.
         tokenizer: writes the tokens of a record, and of `stats`; None: that of the model.
         row: which prompt of a record.
-        columns: which positions of a route; None: all but padding, as far as the tokenizer can tell it.
+        columns: which positions of a route, a slice; None: all but padding, as far as the tokenizer can tell it.
         names: what the page calls the run, or both runs.
 
     Raises:
@@ -133,6 +133,11 @@ def explore(
         PlanError: a plan that does not fit the model.
         HookError: `routed` is no model with hook points either.
     """
+    for name, given, kind in (
+        ("plan", plan, SteeringPlan), ("scores", scores, ExpertScores), ("stats", stats, RoutingStats),
+    ):  # fmt: skip
+        if given is not None and not isinstance(given, kind):
+            raise DataError(f"{name} must be of the type {kind.__name__}; got {type(given).__name__}.")
     if isinstance(routed, PromptRouting | RouteRecord):
         results = _routes(routed, prompt, against, hooks)
     else:
@@ -167,7 +172,7 @@ def _runs_of_model(
     against: Any,
     hooks: Hooks,
     row: int,
-    columns: slice | None,
+    columns: Any,
 ) -> list[PromptRouting | RouteRecord]:
     if isinstance(model, Result):
         raise DataError(

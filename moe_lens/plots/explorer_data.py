@@ -59,7 +59,7 @@ def explored(
     *,
     tokenizer: Any = None,
     row: int = 0,
-    columns: slice | None = None,
+    columns: Any = None,
 ) -> ExploredRun:
     """The part of a result that is looked at: of a record one row, without its padding.
 
@@ -80,9 +80,7 @@ def explored(
     return ExploredRun(name, result.shape, tokens, indices, weights, entropy, margin, first=shown.start)
 
 
-def _of_record(
-    record: RouteRecord, name: str, tokenizer: Any, row: int, columns: slice | None
-) -> ExploredRun:
+def _of_record(record: RouteRecord, name: str, tokenizer: Any, row: int, columns: Any) -> ExploredRun:
     _, n_rows, n_columns, _ = record.indices.shape
     place = whole_number(row, "row", most=n_rows - 1, remedy=f"The record is of {n_rows} prompts.")
     shown, notes = _between(columns, n_columns), []
@@ -106,7 +104,7 @@ def _of_record(
     )  # fmt: skip
 
 
-def _between(columns: slice | None, n: int) -> slice:
+def _between(columns: Any, n: int) -> slice:
     if columns is None:
         return slice(0, n)
     if not isinstance(columns, slice) or columns.step not in (None, 1):

@@ -62,7 +62,7 @@ function inText(run, row, expert, key, strips, act) {
   strips.push(() => drawStrip(canvas, run, row, expert, at));
   const heaviest = run.weights ? [...at].sort((a, b) => weightOf(run, row, b, expert) - weightOf(run, row, a, expert)) : at;
   const chips = heaviest.slice(0, 14).map((pos) => element("button", { class: "chip", type: "button", "data-at": pos, title: `Go to token ${pos + run.first}`, onclick: () => act.go(run.number, pos) },
-    element("bdi", {}, inline(run.tokens[pos])), run.weights ? element("small", {}, ` ${written(weightOf(run, row, pos, expert), 2)}`) : null));
+    element("bdi", {}, inline(run.tokens[pos])), run.weights ? element("small", {}, ` ${brief(weightOf(run, row, pos, expert))}`) : null));
   if (at.length > chips.length) chips.push(element("span", { class: "facts" }, `and ${at.length - chips.length} more`));
   return [words, element("div", { class: "strip" }, canvas), element("div", { class: "chips" }, ...chips)];
 }

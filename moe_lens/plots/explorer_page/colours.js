@@ -4,13 +4,13 @@ const PALETTES = {
   light: {
     sequence: ["#f4f6f8", "#c8e0f1", "#86bbe1", "#3a8ac6"],
     positive: ["#f5f4f1", "#c3dcee", "#86bbe1", "#3a8ac6"], negative: ["#f5f4f1", "#f7d6bb", "#eda36c", "#d9722c"],
-    only: ["#f9eee6", "#f7d6bb", "#eda36c", "#d9722c"],
+    ran: ["#b9d9ef", "#5ba3d6", "#1f6ca8", "#0c4a7c"], only: ["#f7d6bb", "#eb9a5f", "#cc6420", "#8f3d04"],
     names: ["#f0b64a", "#90cdf0", "#55b892", "#f1e67a", "#3f88be", "#de8149", "#d998ba"], other: "#e4e6e8",
   },
   dark: {
     sequence: ["#202429", "#26557c", "#4b98d0", "#a8d8ff"],
     positive: ["#26292d", "#275a84", "#4b98d0", "#a8d8ff"], negative: ["#26292d", "#7a431c", "#c96f31", "#ffbc85"],
-    only: ["#2e2722", "#7a431c", "#c96f31", "#ffbc85"],
+    ran: ["#22496a", "#3379ad", "#62b0e8", "#b8e0ff"], only: ["#63381a", "#a85c28", "#ec8f4b", "#ffcb9e"],
     names: ["#c68a16", "#4793c2", "#1b8a69", "#b3a832", "#2b6da3", "#bf5f25", "#a86489"], other: "#383d43",
   },
 };

@@ -50,9 +50,9 @@ function tokenCells(run, state, cell) {
     for (const { expert, weight } of expertsAt(run, row, state.at)) {
       const only = other !== null && weightOf(other, row, state.at, expert) === null;
       const share = run.weights ? Math.max(weight, 0) / (largest || 1) : 1;
-      cell(row, expert, along(only ? palette().only : palette().sequence, 0.28 + 0.72 * share), run.weights ? written(weight, 2) : "");
+      cell(row, expert, along(only ? palette().only : palette().ran, share), run.weights ? brief(weight) : "");
     }
-  const where = `token ${state.at + run.first} \u201c${inline(run.tokens[state.at])}\u201d`;
+  const where = `token ${state.at + run.first} \u201c\u2068${inline(run.tokens[state.at])}\u2069\u201d`;
   const what = other ? "; orange: in this run only" : "";
   run.gridWords.textContent = `${RUNS.length > 1 ? `${run.name}, ` : ""}experts of ${where}, darker: more weight${what}`;
   if (scheme === "dark") run.gridWords.textContent = run.gridWords.textContent.replace("darker", "brighter");
@@ -64,7 +64,7 @@ function usageCells(run, state, cell) {
   for (let row = 0; row < N_LAYERS; row++)
     for (let expert = 0; expert < N_EXPERTS; expert++) {
       const n = counts[row * N_EXPERTS + expert];
-      if (n) cell(row, expert, along(palette().sequence, 0.06 + 0.94 * (n / largest)), (n / run.n).toFixed(2));
+      if (n) cell(row, expert, along(palette().ran, n / largest), (n / run.n).toFixed(2));
     }
   run.gridWords.textContent = `${RUNS.length > 1 ? `${run.name}, ` : ""}share of this text\u2019s tokens that ran each expert (most: ${percent(largest / run.n)})`;
   run.grid.setAttribute("aria-label", run.gridWords.textContent);
@@ -88,7 +88,7 @@ function marks(pen, state, run, across, down, height) {
   };
   for (const [key, verb] of PLANNED) {
     const row = Math.floor(key / N_EXPERTS), expert = key % N_EXPERTS;
-    const x = (across(expert) + across(expert + 1)) / 2 - 0.5, y = down(row) + height / 2 - 0.5, size = Math.max(2, Math.min(5, height / 3, (across(expert + 1) - across(expert)) / 2.4));
+    const wide = across(expert + 1) - across(expert), x = across(expert) + (wide >= 32 ? 7 : wide / 2) - 0.5, y = down(row) + height / 2 - 0.5, size = Math.max(2, Math.min(wide >= 32 ? 4 : 5, height / 3, wide / 2.4));
     const [a, b] = verb === "deactivate" ? [[-1, -1, 1, 1], [-1, 1, 1, -1]] : [[-1, 0, 1, 0], [0, -1, 0, 1]];
     for (const [colour, width] of [[token("surface"), 4], [token("mark"), 2]]) {
       pen.strokeStyle = colour;
@@ -101,6 +101,9 @@ function marks(pen, state, run, across, down, height) {
   if (state.over) box(state.over, token("muted"), 1.5);
   if (state.expert) box(state.expert, token("hit"), 2);
 }
+
+const PLAN_WORDS = ["deactivate", "activate"].filter((verb) => new Set(PLANNED.values()).has(verb))
+  .map((verb) => (verb === "deactivate" ? "\u00d7 the plan keeps it out" : "+ the plan puts it in")).join(" \u00b7 ");
 
 function expertInGrid(run, event) { // -> {row, expert} under the pointer, or null
   const box = run.grid.getBoundingClientRect(), { height, step } = gridGeometry(box.width);

@@ -35,17 +35,15 @@ function mark(run, name, at) {
 
 function say(words) { $("live").textContent = words; }
 
-function pinToken(number, at, { scroll = false } = {}) {
+function go(number, at) { // keeps a token, and brings it into sight in every run
   Object.assign(state, { run: number, pin: at, hover: -1 });
   draw();
   if (at < 0) return;
-  if (scroll) for (const run of RUNS) if (at < run.n) into(run.box, run.spans[at]);
+  for (const run of RUNS) if (at < run.n) into(run.box, run.spans[at]);
   const run = RUNS[number];
-  const ran = state.row < 0 ? "" : `, layer ${LAYERS[state.row]}: ` + expertsAt(run, state.row, at).map(({ expert, weight }) => `expert ${expert}${run.weights ? ` ${written(weight, 2)}` : ""}`).join(", ");
+  const ran = state.row < 0 ? "" : `, layer ${LAYERS[state.row]}: ` + expertsAt(run, state.row, at).map(({ expert, weight }) => `expert ${expert}${run.weights ? ` ${brief(weight)}` : ""}`).join(", ");
   say(`token ${at + run.first} ${inline(run.tokens[at])}${ran}`);
 }
-const go = (number, at) => pinToken(number, at, { scroll: true });
-
 function into(box, span) { // scrolls the text only, not the page around it
   const top = span.offsetTop - box.offsetTop, bottom = top + span.offsetHeight;
   if (top < box.scrollTop + 8) box.scrollTop = top - 30;
@@ -146,7 +144,7 @@ function escape() {
     search("");
     RUNS[state.run].box.focus({ preventScroll: true });
   } else if (state.expert) pick(null);
-  else pinToken(state.run, -1);
+  else go(state.run, -1);
 }
 
 function onKey(event) {
@@ -183,7 +181,7 @@ function listen() {
     const hover = (at) => { if (at !== state.hover) { state.hover = at; if (at >= 0) state.run = run.number; soon(); } };
     run.box.addEventListener("pointerover", (event) => hover(Number(event.target.closest(".t")?.dataset.at ?? -1)));
     run.box.addEventListener("pointerleave", () => hover(-1));
-    run.box.addEventListener("click", (event) => { const span = event.target.closest(".t"); if (span) pinToken(run.number, Number(span.dataset.at)); });
+    run.box.addEventListener("click", (event) => { const span = event.target.closest(".t"); if (span) go(run.number, Number(span.dataset.at)); });
     run.map.addEventListener("pointermove", (event) => hover(placeInMap(run, event)?.at ?? -1));
     run.map.addEventListener("pointerleave", () => hover(-1));
     run.map.addEventListener("click", (event) => { const place = placeInMap(run, event); if (place) { setLayer(place.row); go(run.number, place.at); } });
@@ -197,7 +195,7 @@ function listen() {
 
 function over(expert) {
   state.over = expert;
-  $("cell").textContent = expert ? cellWords(expert, state) : "";
+  $("cell").textContent = expert ? cellWords(expert, state) : PLAN_WORDS;
   soon();
 }
 
@@ -222,6 +220,7 @@ function start() {
   $("layer").append(element("option", { value: -1 }, "all (mean)"), ...LAYERS.map((layer, row) => element("option", { value: row }, String(layer))));
   buildTexts($("reading"));
   buildGrids($("grids"));
+  $("cell").textContent = PLAN_WORDS;
   listen();
   setColour(state.colour);
 }

@@ -79,7 +79,7 @@ const COLOURS = {
     kind: "names", known: () => true, value: (run, row, pos) => topAt(run, row, pos).expert,
   },
   weight: {
-    label: "weight of that expert", says: "The largest routing weight of the token.",
+    label: "largest weight", says: "The largest routing weight of the token.",
     kind: "sequence", from: 0, known: (run) => run.weights, value: (run, row, pos) => topAt(run, row, pos).weight,
   },
   entropy: {
@@ -183,6 +183,7 @@ function written(number, digits = 3) {
   const text = number !== 0 && Math.abs(number) < 0.001 ? number.toExponential(1) : number.toFixed(digits);
   return text.replace("-", "\u2212");
 }
+const brief = (number) => (Number.isFinite(number) ? number.toFixed(2).replace("-", "\u2212") : written(number));
 const signed = (number, digits = 3) => (number > 0 ? "+" : "") + written(number, digits);
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const nameOf = (row, expert) => `L${LAYERS[row]} E${expert}`;

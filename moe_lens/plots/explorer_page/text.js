@@ -22,7 +22,8 @@ function sign(letter) {
 
 // As one line, for places beside the text.
 function inline(text) {
-  return Array.from(text, (letter) => sign(letter) ?? letter).join("").replace(/^\p{M}/u, "\u25cc$&") || "\u2205";
+  const shown = Array.from(text, (letter) => sign(letter) ?? letter).join("").replace(/^\p{M}/u, "\u25cc$&");
+  return shown.replace(/^ +| +$/g, (spaces) => "\u2423".repeat(spaces.length)) || "\u2205";
 }
 
 const PIECE = /(.)\((\d)\/([234])\)/gsu; // a piece of a character: its number of how many
