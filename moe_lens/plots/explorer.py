@@ -116,15 +116,16 @@ def explore(
         routed: a HookedMoE or RoutedModel with a prompt, or a route: a `RouteRecord` (of a cache or of a
             generation) or a `PromptRouting`.
         prompt: for a model, as in `route_prompt`.
-        plan: a `SteeringPlan`: for a model, the prompt runs a second time under this plan, and both runs stand side by side.
-            For a route, the plan's experts are marked only.
-        against: for a route, a `RouteRecord` or `PromptRouting` of another run of the same text. Where the texts part, the comparison ends.
+        plan: a `SteeringPlan`. For a model, the prompt runs a second time under it, and both runs stand side
+            by side; for a route, the plan's experts are marked only.
+        against: for a route, a `RouteRecord` or `PromptRouting` of another run of the same text. Where the
+            texts part, the comparison ends.
         hooks: for a model, forward hooks under which every run stands.
         scores: `ExpertScores` of the same model, for colours and the experts' cards.
         stats: `RoutingStats` of the same model; with `vocabulary=True` cards show an expert's top tokens.
         tokenizer: writes the tokens of a record, and of `stats`; None: that of the model.
         row: which prompt of a record.
-        columns: which positions of a route, a slice; None: all but padding, as far as the tokenizer can tell it.
+        columns: which positions of a route, a slice; None: all but padding, as far as the tokenizer tells it.
         names: what the page calls the run, or both runs.
 
     Raises:
@@ -143,7 +144,9 @@ def explore(
     else:
         results = _runs_of_model(routed, prompt, plan, against, hooks, row, columns)
         tokenizer = routed.tokenizer if tokenizer is None else tokenizer
-    both = ("as trained", "steered") if plan is not None and against is None else ("this run", "other run")
+    both = ("this run", "other run")
+    if plan is not None and against is None:
+        both = ("without the plan", "under the plan") if hooks else ("as trained", "steered")
     called = _checked_names(names, len(results)) or both[: len(results)]
     runs = tuple(
         explored(result, name, tokenizer=tokenizer, row=row, columns=columns)
