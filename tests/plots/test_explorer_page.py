@@ -197,6 +197,10 @@ def test_where_the_texts_part_nothing_is_compared(show: Any) -> None:
     browser.click("#t0-3")
     assert chips(browser, 0) == {1: 1.0}
     assert browser.js("return document.querySelectorAll('.experts[data-run=\"1\"]').length") == 0
+    browser.hover("#t1-1")
+    assert "token 1, other run" in browser.text(".token-name")
+    browser.hover("h1")  # back to the token that was clicked, which the other run does not have
+    assert "token 3, this run" in browser.text(".token-name")
 
 
 def test_a_click_in_the_grid_opens_the_card_of_that_expert(show: Any, known: dict[str, Any]) -> None:

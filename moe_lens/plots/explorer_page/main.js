@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const state = {
   colour: "expert", row: N_LAYERS >> 1, // -1: all layers
-  pin: -1, hover: -1, run: 0, // tokens: the one that was clicked, the one under the pointer; of which run
+  pin: -1, hover: -1, run: 0, pinRun: 0, // tokens: the one that was clicked, the one under the pointer; of which run
   expert: null, over: null, // {row, expert}: the one with the card, the one under the pointer
   hits: [], hit: -1,
   get at() { return this.hover >= 0 ? this.hover : this.pin; },
@@ -36,7 +36,7 @@ function mark(run, name, at) {
 function say(words) { $("live").textContent = words; }
 
 function go(number, at) { // keeps a token, and brings it into sight in every run
-  Object.assign(state, { run: number, pin: at, hover: -1 });
+  Object.assign(state, { run: number, pinRun: number, pin: at, hover: -1 });
   draw();
   if (at < 0) return;
   for (const run of RUNS) if (at < run.n) into(run.box, run.spans[at]);
@@ -95,7 +95,7 @@ function showLegend() {
     if (order.length > N_NAMES) keys.push(element("span", { class: "key" }, swatch(palette().other), `${order.length - N_NAMES} others`));
     return box.replaceChildren(...keys);
   }
-  if (!scale.n) return box.replaceChildren(state.colour === "picked" ? "" : "no numbers in this layer");
+  if (!scale.n) return box.replaceChildren(state.colour === "picked" ? `the picked expert is in layer ${LAYERS[state.expert.row]}` : "no numbers in this layer");
   const stops = scale.kind === "signed" ? [...palette().negative].reverse().concat(palette().positive.slice(1)) : palette().sequence;
   const bar = element("span", { class: "ramp" });
   bar.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
@@ -178,7 +178,7 @@ function listen() {
   });
   document.addEventListener("keydown", onKey);
   for (const run of RUNS) {
-    const hover = (at) => { if (at !== state.hover) { state.hover = at; if (at >= 0) state.run = run.number; soon(); } };
+    const hover = (at) => { if (at !== state.hover) { state.hover = at; state.run = at >= 0 ? run.number : state.pinRun; soon(); } };
     run.box.addEventListener("pointerover", (event) => hover(Number(event.target.closest(".t")?.dataset.at ?? -1)));
     run.box.addEventListener("pointerleave", () => hover(-1));
     run.box.addEventListener("click", (event) => { const span = event.target.closest(".t"); if (span) go(run.number, Number(span.dataset.at)); });
