@@ -11,7 +11,7 @@ from moe_lens.plots import RoutingExplorer
 from tests.browser import Browser
 
 NAME = "specialised"
-WIDTH, HEIGHT = 1120, 720
+WIDTH, HEIGHT = 1180, 860
 
 
 def page() -> RoutingExplorer:
@@ -40,7 +40,7 @@ def main() -> None:
         browser.choose("#layer", "2")
         browser.click("#t0-10")  # the document's answer
         browser.click('.experts[data-run="1"] .chip')
-        browser.js("document.activeElement.blur()")
+        browser.js("document.activeElement.blur(); document.querySelector('#side').scrollTop = 0")
         browser.frame()
         browser.picture(Path(__file__).parent / "explorer.png")
 
