@@ -179,7 +179,7 @@ def plot(options: Options) -> None:
 def explore(options: Options) -> None:
     """Write a page about the route of a text."""
     check_writable(options.out)
-    given = {
+    given: dict[str, Any] = {
         name: kind.load(path)
         for name, kind in (
             ("plan", steering.SteeringPlan),

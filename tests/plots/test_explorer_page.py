@@ -77,6 +77,11 @@ def page_of(known: dict[str, Any], **options: Any) -> RoutingExplorer:
     return explore(known["model"], known["prompt"], scores=known["scores"], stats=known["stats"], **options)
 
 
+def runs_of(page: RoutingExplorer) -> Any:
+    """Of which weights, entropies and margins are known."""
+    return page.runs
+
+
 def number(text: str) -> float:
     return float(text.replace("−", "-").replace("+", ""))
 
@@ -96,7 +101,7 @@ def test_a_token_that_is_pointed_at_shows_its_experts_weights_entropy_and_margin
     show: Any, known: dict[str, Any], pos: int
 ) -> None:
     page = explore(known["model"], known["prompt"])
-    browser, [run] = show(page), page.runs
+    browser, [run] = show(page), runs_of(page)
     for row in (0, 3):
         browser.choose("#layer", str(row))
         browser.hover(f"#t0-{pos}")
@@ -113,7 +118,7 @@ def test_a_token_that_is_pointed_at_shows_its_experts_weights_entropy_and_margin
 
 def test_the_mean_of_all_layers_is_the_mean(show: Any, known: dict[str, Any]) -> None:
     page = page_of(known)
-    browser, [run] = show(page), page.runs
+    browser, [run] = show(page), runs_of(page)
     browser.click("#t0-5")
     assert browser.js("return document.querySelector('#layer').value") == "-1"
     rows = torch.arange(4)[:, None]
@@ -125,7 +130,7 @@ def test_the_mean_of_all_layers_is_the_mean(show: Any, known: dict[str, Any]) ->
 
 def test_colours_follow_the_numbers_and_zero_has_the_colour_of_none(show: Any, known: dict[str, Any]) -> None:
     page = page_of(known)
-    browser, [run] = show(page), page.runs
+    browser, [run] = show(page), runs_of(page)
     delta, rows = known["scores"].delta, torch.arange(4)[:, None, None]
     means = delta[rows, run.indices].mean((0, 2))
     limit = float(means.abs().max())
@@ -148,7 +153,7 @@ def test_the_most_frequent_experts_of_a_layer_have_colours_of_their_own(
     show: Any, known: dict[str, Any]
 ) -> None:
     page = explore(known["model"], known["prompt"])
-    browser, [run] = show(page), page.runs
+    browser, [run] = show(page), runs_of(page)
     for row in range(4):
         browser.choose("#layer", str(row))
         top = run.indices[row].gather(-1, run.weights[row].argmax(-1, keepdim=True))[:, 0].tolist()
@@ -164,7 +169,7 @@ def test_the_most_frequent_experts_of_a_layer_have_colours_of_their_own(
 
 def test_two_runs_stand_side_by_side_and_say_what_changed(show: Any, known: dict[str, Any]) -> None:
     page = page_of(known, plan=PLAN)
-    browser, (trained, steered) = show(page), page.runs
+    browser, (trained, steered) = show(page), runs_of(page)
     assert browser.texts(".run h2") == ["as trained", "steered"]
     browser.choose("#layer", "2")
     for pos in (4, 12, 20):
@@ -205,7 +210,7 @@ def test_where_the_texts_part_nothing_is_compared(show: Any) -> None:
 
 def test_a_click_in_the_grid_opens_the_card_of_that_expert(show: Any, known: dict[str, Any]) -> None:
     page = page_of(known)
-    browser, [run] = show(page), page.runs
+    browser, [run] = show(page), runs_of(page)
     scores, stats, (row, expert) = known["scores"], known["stats"], (3, 4)
     width = browser.js("return document.querySelector('.grid canvas').getBoundingClientRect().width")
     step = min((width - 30) / 8, 64)
@@ -242,7 +247,7 @@ def test_a_click_in_the_grid_opens_the_card_of_that_expert(show: Any, known: dic
 
 def test_the_text_can_be_coloured_by_one_expert(show: Any, known: dict[str, Any]) -> None:
     page = page_of(known)
-    browser, [run] = show(page), page.runs
+    browser, [run] = show(page), runs_of(page)
     browser.click("#search")
     browser.keys(*"L2 E5", "Enter")
     browser.click("#colour-by")
@@ -362,14 +367,15 @@ def test_an_expert_that_was_chosen_twice_counts_once(show: Any) -> None:
 def test_the_view_in_a_notebook_works_in_its_frame(
     browser: Browser, known: dict[str, Any], tmp_path: Path
 ) -> None:
-    view = explore(known["model"], known["prompt"])._repr_html_()
+    page = explore(known["model"], known["prompt"])
+    view = page._repr_html_()
     (tmp_path / "notebook.html").write_text(
         f"<!DOCTYPE html><meta charset=utf-8><body>{view}", encoding="utf-8"
     )
     browser.open(tmp_path / "notebook.html")
     browser.into_frame("iframe")
     browser.js("document.querySelector('#t0-2').click()")
-    assert browser.text(".token-name").startswith("report")
+    assert browser.text(".token-name").split()[0] == page.runs[0].tokens[2]
     assert (
         browser.js("try { return parent.document.title } catch (error) { return error.name }")
         == "SecurityError"
