@@ -55,6 +55,7 @@ from .model import RoutedModel as RoutedModel
 from .model import attach as attach
 from .model import detach as detach
 from .model import with_top_k as with_top_k
+from .plots import explore as explore
 from .routers import RoutingRule as RoutingRule
 from .routers import register_rule as register_rule
 from .routers import supported_models as supported_models

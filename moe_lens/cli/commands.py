@@ -176,6 +176,24 @@ def plot(options: Options) -> None:
     _wrote(options.out)
 
 
+def explore(options: Options) -> None:
+    """Write a page about the route of a text."""
+    check_writable(options.out)
+    given: dict[str, Any] = {
+        name: kind.load(path)
+        for name, kind in (
+            ("plan", steering.SteeringPlan),
+            ("scores", detection.ExpertScores),
+            ("stats", statistics.RoutingStats),
+        )
+        if (path := getattr(options, name)) is not None
+    }
+    page = plots.explore(_model(options), options.prompt, **given)
+    page.save(options.out)
+    print(page)
+    _wrote(options.out)
+
+
 def demo(options: Options) -> None:
     from moe_lens.organisms import demo as organisms_demo
 

@@ -10,6 +10,7 @@ moe-lens steer MODEL PLAN --prompt TEXT         generate, unsteered and steered
 moe-lens evaluate MODEL PLAN TASK               is the effect larger than that of random experts?
 moe-lens sweep MODEL SCORES TASK                the effect of plans of several sizes
 moe-lens plot KIND FILE --out F                 a figure of any of these files
+moe-lens explore MODEL --prompt TEXT --out F    a page to look at the route of a text, token by token
 
 Help needs no model library, and neither does a command that runs no model: so commands.py is imported when a
 command runs, and choices that other rooms know are looked up when they are needed.
@@ -89,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     adders = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_demo, _models, _organism, _stats, _detect, _plan, _steer, _evaluate, _sweep, _plot):
+    steps = (_stats, _detect, _plan, _steer, _evaluate, _sweep, _plot, _explore)
+    for add in (_demo, _models, _organism, *steps):
         add(adders)
     return parser
 
@@ -318,6 +320,32 @@ def _plot(adder: Any) -> None:
     command.add_argument("--model", help="tokens: the model")
     _loading(command)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
+
+
+def _explore(adder: Any) -> None:
+    command = _command(
+        adder,
+        "explore",
+        "a page to look at the route of a text",
+        """Write one HTML file that shows, in any browser and without a network, which experts each token of a
+        text went to: the text in colours, beside layers × experts. With --plan the text runs a second time
+        under the plan, and both runs stand side by side.""",
+    )
+    command.add_argument("model", metavar="MODEL", help="shipped or built model, folder, or name on the hub")
+    _loading(command)
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="the text")
+    command.add_argument("--plan", type=Path, metavar="FILE", help="steering plan, from `moe-lens plan`")
+    command.add_argument(
+        "--scores", type=Path, metavar="FILE", help="scores of the experts, from `moe-lens detect`"
+    )
+    command.add_argument(
+        "--stats",
+        type=Path,
+        metavar="FILE",
+        help="rates of the experts, from `moe-lens stats`; with the top "
+        "tokens of each, if that ran with --vocabulary",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, .html")
 
 
 class _Choices:

@@ -1,4 +1,4 @@
-"""Figures: a function takes a result and returns a matplotlib Axes. It computes nothing of its own."""
+"""Figures: a function takes a result and returns a matplotlib Axes; and the routing explorer, a page."""
 
 import lazy_loader
 

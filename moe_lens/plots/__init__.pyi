@@ -1,5 +1,7 @@
 from .detection import expert_heat_map as expert_heat_map
 from .detection import volcano as volcano
+from .explorer import RoutingExplorer as RoutingExplorer
+from .explorer import explore as explore
 from .interventions import attribution_bars as attribution_bars
 from .interventions import mediation_curves as mediation_curves
 from .interventions import patching_map as patching_map

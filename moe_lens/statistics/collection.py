@@ -33,7 +33,8 @@ from moe_lens.model.registration import moe_shape, routing_layers, running_of, w
 from moe_lens.model.resuming import is_bare
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.routers.layouts import RouterOutput
-from moe_lens.statistics.counting import RoutingCounter, Wanted, moved
+from moe_lens.statistics.counting import RoutingCounter, Wanted, margins_of, moved
+from moe_lens.statistics.counts import router_entropy
 from moe_lens.statistics.routes import PromptRouting
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.batching import Limits, Prompts, how_many, token_sequences
@@ -331,6 +332,8 @@ def route_prompt(model: Model, prompt: Any, *, hooks: Hooks = ()) -> PromptRouti
     >>> routing = route_prompt(organisms.load("specialised"), "Question : what is")
     >>> routing.tokens[1:], routing.indices.shape
     (('Question', ':', 'what', 'is'), torch.Size([4, 5, 2]))
+    >>> routing.entropy.shape, bool((routing.margin > 0).all())
+    (torch.Size([4, 5]), True)
 
     Args:
         model: a HookedMoE or RoutedModel.
@@ -345,14 +348,21 @@ def route_prompt(model: Model, prompt: Any, *, hooks: Hooks = ()) -> PromptRouti
     if len(sequences) != 1:
         raise DataError(f"route_prompt takes one prompt; got {len(sequences)}.")
     tokens, shape = sequences[0], moe_shape(model)
-    routes: dict[int, RouterOutput] = {}
-    with observing(model, lambda layer, decision, is_own: routes.update({layer: decision}), hooks) as run:
+    rules = {layer: moe.rule for layer, moe in routing_layers(model).items()}
+    seen: dict[int, tuple[Tensor, ...]] = {}
+
+    def see(layer: int, decision: RouterOutput, is_own: bool) -> None:
+        logits, weights, indices = decision
+        margins = margins_of(rules[layer], logits, indices if is_own else None)
+        seen[layer] = (
+            indices.cpu(),
+            *(part.float().cpu() for part in (weights, router_entropy(logits), margins)),
+        )
+
+    with observing(model, see, hooks) as run:
         run(tokens[None].to(model.cfg.device), None)
-    indices, weights = (
-        torch.stack([getattr(routes[layer], part).cpu() for layer in shape.layers])
-        for part in ("indices", "weights")
-    )
-    return PromptRouting(shape, tuple(_texts(model, tokens)), indices, weights.float())
+    parts = (torch.stack(part) for part in zip(*(seen[layer] for layer in shape.layers), strict=True))
+    return PromptRouting(shape, tuple(_texts(model, tokens)), *parts)
 
 
 def _texts(model: Model, tokens: Int[Tensor, "pos"]) -> list[str]:

@@ -161,7 +161,7 @@ class RoutingCounter:
             "entropy_sums": torch.special.entr(probabilities).sum(dtype=torch.float64),
         }
         if self.rules is not None:
-            margins = _margins(self.rules[layer], logits, indices if is_own else None)
+            margins = margins_of(self.rules[layer], logits, indices if is_own else None)
             sums["margin_sums"] = margins.sum(dtype=torch.float64)
         small = torch.uint8 if logits.shape[-1] <= 2**8 else torch.int16
         batch.layers[layer] = _Layer(indices.to(small), weights, sums, by_prompt)
@@ -372,9 +372,14 @@ def _refuse_nan(layers: Sequence[int], sums: Mapping[str, Tensor]) -> None:
         )
 
 
-def _margins(
+def margins_of(
     rule: RoutingRule, logits: Float[Tensor, "token expert"], chosen: Int[Tensor, "token k"] | None
 ) -> Float[Tensor, "token"]:
+    """`routing_margin` of each token; NaN where the rule cannot tell.
+
+    Args:
+        chosen: the experts, where they are known to be the rule's own choice for these logits.
+    """
     try:
         if chosen is not None and type(rule).routing_margin is RoutingRule.routing_margin:
             return rule.margin_of(logits, chosen)

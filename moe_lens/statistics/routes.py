@@ -38,12 +38,17 @@ class PromptRouting(Result):
         tokens: the text of each token, special ones included.
         indices: int64, [layer pos k], the experts.
         weights: float32, [layer pos k], their routing weights.
+        entropy: float32, [layer pos], `router_entropy`, nats; None where the router logits were not seen.
+        margin: float32, [layer pos], the rule's `routing_margin`; inf and NaN as in
+            `RoutingStats.margin_sums`; None where the router logits were not seen.
     """
 
     shape: MoEShape
     tokens: tuple[str, ...]
     indices: Int[Tensor, "layer pos k"]
     weights: Float[Tensor, "layer pos k"]
+    entropy: Float[Tensor, "layer pos"] | None = None
+    margin: Float[Tensor, "layer pos"] | None = None
 
     def row(self, layer: int) -> int:
         """The row of a layer. Raises DataError for a layer without router."""

@@ -174,6 +174,38 @@ def top_tokens(
     return frame
 
 
+def top_tokens_of_all(stats: RoutingSums, n: int = 10) -> dict[str, np.ndarray]:
+    """`top_tokens` of every expert at once, without texts: columns of one table, expert after expert.
+
+    Returns: row (of the layer), expert, token, count, total as int64 and lift as float64, each [entry]; of
+    one expert at most n entries, largest log-likelihood ratio first.
+
+    Raises:
+        DataError: as in `top_tokens`.
+    """
+    table, n_experts = _table(stats), stats.shape.n_experts
+    limit = whole_number(n, "n", least=1)
+    experts, tokens = table.experts.numpy(), table.tokens.numpy()
+    count, total = table.counts.numpy().astype(np.int64), table.totals.numpy()[tokens]
+    chosen = stats.counts.flatten().numpy()[experts]
+    lift = count / total / (chosen / stats.n_tokens)
+    ratio = _log_likelihood_ratio(count.astype(float), total.astype(float), chosen, stats.n_tokens)
+    order = np.lexsort((tokens, -ratio, experts))
+    order = order[lift[order] > 1]
+    sizes = np.bincount(experts[order], minlength=stats.counts.numel())
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    kept = order[place < limit]
+    row, expert = np.divmod(experts[kept], n_experts)
+    columns = {
+        "row": row,
+        "expert": expert,
+        "token": tokens[kept],
+        "count": count[kept],
+        "total": total[kept],
+    }
+    return {**columns, "lift": lift[kept]}
+
+
 def _table(stats: Any) -> TokenCounts:
     if not isinstance(getattr(stats, "vocabulary", None), TokenCounts):
         raise DataError("These statistics hold no counts by token; collect them with vocabulary=True.")

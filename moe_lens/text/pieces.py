@@ -12,6 +12,8 @@ from typing import Any, Final
 
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How tokenizers that fall back to bytes write one."""
+_SPACE: Final = "\u2581"
+"""How SentencePiece writes a space."""
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -47,9 +49,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def _text(tokenizer: Any, token: int) -> str:
     text = tokenizer.decode([token])
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    if name.replace(_SPACE, " ") == f" {text}":
+        return f" {text}"  # SentencePiece drops the space at the beginning of what it decodes
     if text and "\ufffd" not in text:
         return text
-    name = str(tokenizer.convert_ids_to_tokens(token))
     return "\ufffd" if _bytes(tokenizer, token) is not None else name
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import OlmoeForCausalLM
 
-from moe_lens import organisms
+from moe_lens import explore, organisms
 from moe_lens.cli import commands
 from moe_lens.cli import parser as cli
 from moe_lens.detection.detecting import detect
@@ -629,3 +629,24 @@ def test_one_place_is_enough(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Question :\n")
     with pytest.raises(SystemExit):
         run("stats", NAME, tmp_path / "p.txt", "--device", "cpu", "--device-map", "auto", "--out", "s")
+
+
+def test_explore_writes_the_page_of_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = organisms.load(NAME)
+    plan, stats = (
+        SteeringPlan(deactivate=[(2, 1)]),
+        collect_routing(model, CONFLICTS[0].open_book, progress=False),
+    )
+    plan.save(tmp_path / "plan.json")
+    stats.save(tmp_path / "stats.safetensors")
+    given = ("--plan", tmp_path / "plan.json", "--stats", tmp_path / "stats.safetensors")
+    page = tmp_path / "new" / "page.html"
+    assert run("explore", NAME, "--prompt", CONFLICTS[1].open_book, *given, "--out", page) == 0
+    expected = explore(model, CONFLICTS[1].open_book, plan=plan, stats=stats)
+    assert page.read_text("ascii") == expected.html()
+    assert repr(expected) in capsys.readouterr().out
+    other = SteeringPlan(deactivate=[(9, 1)])
+    other.save(tmp_path / "plan.json")
+    assert run("explore", NAME, "--prompt", "Question :", *given[:2], "--out", page) == 1
+    assert "layer 9" in capsys.readouterr().err
+    assert page.read_text("ascii") == expected.html()

@@ -17,7 +17,7 @@ ROOT = Path(moe_lens.__file__).parent.parent
 HEAVY = {"torch", "numpy", "pandas", "scipy", "matplotlib", "safetensors", "transformers", "transformer_lens"}
 WITHOUT_A_MODEL = (
     "SteeringPlan", "RoutingStats", "ExpertScores", "SteeringReport", "RouteRecord", "RoutingRule",
-    "register_rule", "supported_models", "read_published_ranking", "risk_difference",
+    "register_rule", "supported_models", "read_published_ranking", "risk_difference", "explore",
 )  # fmt: skip
 NO_MODEL_LIBRARY = """
     import sys
@@ -100,13 +100,14 @@ USES = {
     """,
     "a route": """
     import torch
-    from moe_lens import RouteRecord
+    from moe_lens import RouteRecord, explore
 
     weights, indices = (logits := torch.randn(1, 2, 4)).softmax(-1).topk(2)
     points = {"router_logits": logits, "topk_weights": weights, "topk_indices": indices}
     record = RouteRecord.from_cache({f"blocks.1.mlp.hook_{name}": value for name, value in points.items()})
     record.save("route.safetensors")
     assert RouteRecord.load("route.safetensors").shape.layers == (1,)
+    explore(record).save("route.html")
     """,
     "a rule": """
     import torch

@@ -1,0 +1,126 @@
+// Layers (upward) by experts: who ran for the token under the cursor, or how often each ran in this text.
+
+function buildGrids(grids) {
+  for (const run of RUNS) {
+    run.grid = element("canvas", { role: "img" });
+    run.gridWords = element("span");
+    grids.append(element("div", { class: "grid" }, element("div", { class: "caption" }, run.gridWords), run.grid));
+  }
+}
+
+function gridGeometry(width) {
+  const most = RUNS.length > 1 ? 210 : 330, few = RUNS.length > 1 ? 20 : 26;
+  const height = Math.max(4, Math.min(few, Math.floor(most / N_LAYERS)));
+  return { height, step: Math.min((width - LEFT) / N_EXPERTS, 64) };
+}
+
+function drawGrid(run, state) {
+  const room = run.grid.parentElement.clientWidth, { height, step } = gridGeometry(room);
+  const made = canvasFor(run.grid, height * N_LAYERS + 20);
+  if (!made) return;
+  const { pen } = made, gap = step > 7 ? 1 : 0, down = (row) => (N_LAYERS - 1 - row) * height + 1;
+  const across = (expert) => LEFT + Math.round(expert * step);
+  const cell = (row, expert, colour, words) => {
+    const wide = Math.max(across(expert + 1) - across(expert) - gap, 1), high = height - (height > 5 ? 1 : 0);
+    pen.fillStyle = colour;
+    pen.fillRect(across(expert), down(row), wide, high);
+    if (words && wide >= 32 && high >= 14) {
+      pen.fillStyle = inkOn(colour);
+      pen.textAlign = "center";
+      pen.fillText(words, across(expert) + wide / 2, down(row) + high / 2 + 0.5);
+    }
+  };
+  pen.textBaseline = "middle";
+  pen.fillStyle = token("cell");
+  if (gap) for (let row = 0; row < N_LAYERS; row++) for (let expert = 0; expert < N_EXPERTS; expert++) cell(row, expert, token("cell"));
+  else for (let row = 0; row < N_LAYERS; row++) pen.fillRect(LEFT, down(row), across(N_EXPERTS) - LEFT, height - (height > 5 ? 1 : 0));
+  (state.at >= 0 && state.at < run.n ? tokenCells : usageCells)(run, state, cell);
+  layerLabels(pen, height, down, token("muted"), state.row);
+  expertLabels(pen, across, step, height * N_LAYERS + 12);
+  pen.strokeStyle = token("ink");
+  if (state.row >= 0) pen.strokeRect(LEFT - 0.5, down(state.row) - 0.5, across(N_EXPERTS) - LEFT, height);
+  marks(pen, state, run, across, down, height);
+}
+
+function tokenCells(run, state, cell) {
+  const other = RUNS.length > 1 && state.at < N_SHARED ? RUNS[1 - run.number] : null;
+  let largest = 0;
+  for (let row = 0; row < N_LAYERS; row++) largest = Math.max(largest, topAt(run, row, state.at).weight || 0);
+  for (let row = 0; row < N_LAYERS; row++)
+    for (const { expert, weight } of expertsAt(run, row, state.at)) {
+      const only = other !== null && weightOf(other, row, state.at, expert) === null;
+      const share = run.weights ? Math.max(weight, 0) / (largest || 1) : 1;
+      cell(row, expert, along(only ? palette().only : palette().ran, share), run.weights ? brief(weight) : "");
+    }
+  const where = `token ${state.at + run.first} \u201c\u2068${inline(run.tokens[state.at])}\u2069\u201d`;
+  const what = other ? "; orange: in this run only" : "";
+  run.gridWords.textContent = `${RUNS.length > 1 ? `${run.name}, ` : ""}experts of ${where}, darker: more weight${what}`;
+  if (scheme === "dark") run.gridWords.textContent = run.gridWords.textContent.replace("darker", "brighter");
+  run.grid.setAttribute("aria-label", run.gridWords.textContent);
+}
+
+function usageCells(run, state, cell) {
+  const { counts } = usageOf(run), largest = counts.reduce((a, b) => Math.max(a, b), 1);
+  for (let row = 0; row < N_LAYERS; row++)
+    for (let expert = 0; expert < N_EXPERTS; expert++) {
+      const n = counts[row * N_EXPERTS + expert];
+      if (n) cell(row, expert, along(palette().ran, n / largest), (n / run.n).toFixed(2));
+    }
+  run.gridWords.textContent = `${RUNS.length > 1 ? `${run.name}, ` : ""}share of this text\u2019s tokens that ran each expert (most: ${percent(largest / run.n)})`;
+  run.grid.setAttribute("aria-label", run.gridWords.textContent);
+}
+
+function expertLabels(pen, across, step, y) {
+  const steps = [1, 2, 4, 8, 16, 32, 64, 128, 256], every = steps.find((size) => size * step >= 26) ?? 512;
+  pen.textAlign = "center";
+  pen.fillStyle = token("muted");
+  for (let expert = 0; expert < N_EXPERTS; expert += every)
+    pen.fillText(`${expert ? "" : "E"}${expert}`, (across(expert) + across(expert + 1)) / 2, y);
+}
+
+// The picked expert, the one under the pointer, and those of the plan: "x" is kept out, "+" is put in.
+function marks(pen, state, run, across, down, height) {
+  const box = ({ row, expert }, colour, width) => {
+    pen.strokeStyle = colour;
+    pen.lineWidth = width;
+    const wide = Math.max(across(expert + 1) - across(expert), 3);
+    pen.strokeRect(across(expert) - 0.5, down(row) - 0.5, wide, Math.max(height, 3));
+  };
+  for (const [key, verb] of PLANNED) {
+    const row = Math.floor(key / N_EXPERTS), expert = key % N_EXPERTS;
+    const wide = across(expert + 1) - across(expert), x = across(expert) + (wide >= 32 ? 7 : wide / 2) - 0.5, y = down(row) + height / 2 - 0.5, size = Math.max(2, Math.min(wide >= 32 ? 4 : 5, height / 3, wide / 2.4));
+    const [a, b] = verb === "deactivate" ? [[-1, -1, 1, 1], [-1, 1, 1, -1]] : [[-1, 0, 1, 0], [0, -1, 0, 1]];
+    for (const [colour, width] of [[token("surface"), 4], [token("mark"), 2]]) {
+      pen.strokeStyle = colour;
+      pen.lineWidth = Math.min(width, size);
+      pen.beginPath();
+      for (const [x1, y1, x2, y2] of [a, b]) { pen.moveTo(x + x1 * size, y + y1 * size); pen.lineTo(x + x2 * size, y + y2 * size); }
+      pen.stroke();
+    }
+  }
+  if (state.over) box(state.over, token("muted"), 1.5);
+  if (state.expert) box(state.expert, token("hit"), 2);
+}
+
+const PLAN_WORDS = ["deactivate", "activate"].filter((verb) => new Set(PLANNED.values()).has(verb))
+  .map((verb) => (verb === "deactivate" ? "\u00d7 the plan keeps it out" : "+ the plan puts it in")).join(" \u00b7 ");
+
+function expertInGrid(run, event) { // -> {row, expert} under the pointer, or null
+  const box = run.grid.getBoundingClientRect(), { height, step } = gridGeometry(box.width);
+  const expert = Math.floor((event.clientX - box.left - LEFT) / step), row = N_LAYERS - 1 - Math.floor((event.clientY - box.top - 1) / height);
+  return expert >= 0 && expert < N_EXPERTS && row >= 0 && row < N_LAYERS ? { row, expert } : null;
+}
+
+function cellWords({ row, expert }, state) {
+  const words = [nameOf(row, expert)];
+  for (const run of RUNS) {
+    const whose = RUNS.length > 1 ? `${run.name}: ` : "";
+    if (state.at >= 0 && state.at < run.n) {
+      const weight = weightOf(run, row, state.at, expert);
+      words.push(whose + (weight === null ? "did not run" : run.weights ? `weight ${written(weight)}` : "ran"));
+    } else words.push(`${whose}ran at ${usageOf(run).counts[row * N_EXPERTS + expert]} of ${run.n} tokens`);
+  }
+  if (SCORES) words.push(`score ${signed(SCORES.delta[row * N_EXPERTS + expert])}`);
+  const verb = PLANNED.get(row * N_EXPERTS + expert);
+  return words.concat(verb ? [`the plan ${verb}s it`] : []).join(" \u00b7 ");
+}

@@ -1,0 +1,68 @@
+// Under each text, all layers (upward) and the tokens around the cursor, in the colours of the text.
+
+const LEAST = 5; // pixels of a token
+const LEFT = 30; // of the labels
+
+function mapGeometry(run, width) {
+  const n = Math.min(run.n, Math.max(1, Math.floor((width - LEFT) / LEAST)));
+  const height = Math.max(2, Math.min(14, Math.floor((RUNS.length > 1 ? 84 : 150) / N_LAYERS)));
+  run.start = Math.min(Math.max(run.start ?? 0, 0), run.n - n);
+  return { n, height, step: Math.min((width - LEFT) / n, 26) };
+}
+
+function drawMap(run, state) {
+  const room = run.map.parentElement.clientWidth - paddingOf(run.map.parentElement);
+  if (room <= 0) return;
+  const { n, height, step } = mapGeometry(run, room), { at } = state;
+  if (at >= 0 && at < run.n && (at < run.start || at >= run.start + n)) run.start = Math.min(Math.max(at - (n >> 1), 0), run.n - n);
+  const { expert, row } = state, picked = state.colour === "picked" && expert ? nameOf(expert.row, expert.expert) : "";
+  const drawn = [state.colour, picked, row, run.start, room, scheme, devicePixelRatio].join();
+  if (run.drawn !== drawn) { // the cells stay when only the cursor moves
+    run.drawn = drawn;
+    run.cells ??= run.map.cloneNode();
+    drawCells(run, state, canvasFor(run.cells, height * N_LAYERS + 3, room).pen, { n, height, step });
+    run.mapWords.textContent = state.colour === "expert" ? "All layers; each layer's most frequent experts have colours" : `All layers: ${COLOURS[state.colour].label}`;
+    run.mapRange.textContent = n < run.n ? `tokens ${run.start + run.first}\u2013${run.start + n - 1 + run.first} of ${run.n}` : "";
+  }
+  const { pen } = canvasFor(run.map, height * N_LAYERS + 3, room);
+  pen.drawImage(run.cells, 0, 0, room, height * N_LAYERS + 3);
+  if (at < run.start || at >= run.start + n) return;
+  const left = LEFT + Math.round((at - run.start) * step), right = LEFT + Math.round((at + 1 - run.start) * step);
+  pen.strokeStyle = token("ink");
+  pen.lineWidth = 1.5;
+  pen.strokeRect(left - 0.75, 0.75, right - left + 0.75, height * N_LAYERS + 1);
+}
+
+function drawCells(run, state, pen, { n, height, step }) {
+  const whole = matrix(run, state.colour, state.expert), empty = token("cell");
+  const scale = scaleOf(state.colour, RUNS.map((each) => matrix(each, state.colour, state.expert)), 0);
+  const across = (pos) => LEFT + Math.round((pos - run.start) * step);
+  const down = (row) => (N_LAYERS - 1 - row) * height + 1;
+  for (let row = 0; row < N_LAYERS; row++)
+    for (let pos = run.start; pos < run.start + n; pos++) {
+      pen.fillStyle = scale.colour(whole[row * run.n + pos], row) ?? empty;
+      pen.fillRect(across(pos), down(row), across(pos + 1) - across(pos) - (step > 8 ? 1 : 0), height - (height > 5 ? 1 : 0));
+    }
+  layerLabels(pen, height, down, token("muted"), state.row);
+  pen.strokeStyle = token("ink");
+  if (state.row >= 0) pen.strokeRect(LEFT - 0.5, down(state.row) - 0.5, across(run.start + n) - LEFT, height);
+}
+
+function layerLabels(pen, height, down, colour, chosen) {
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  const every = Math.max(1, Math.ceil(11 / height));
+  for (let row = 0; row < N_LAYERS; row++) {
+    const near = chosen >= 0 && row !== chosen && Math.abs(row - chosen) < every;
+    if (row !== chosen && (row % every || near)) continue;
+    pen.fillStyle = row === chosen ? token("ink") : colour;
+    pen.fillText(`${row === N_LAYERS - 1 || row === 0 || row === chosen ? "L" : ""}${LAYERS[row]}`, LEFT - 5, down(row) + height / 2);
+  }
+}
+
+function placeInMap(run, event) { // -> {row, at} under the pointer, or null
+  const box = run.map.getBoundingClientRect(), { n, height, step } = mapGeometry(run, box.width);
+  const at = run.start + Math.floor((event.clientX - box.left - LEFT) / step);
+  const row = N_LAYERS - 1 - Math.floor((event.clientY - box.top - 1) / height);
+  return at >= run.start && at < run.start + n && row >= 0 && row < N_LAYERS ? { row, at } : null;
+}
