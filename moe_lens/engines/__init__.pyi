@@ -1,0 +1,3 @@
+from .counting_together import collect_distributed as collect_distributed
+from .counting_together import detect_distributed as detect_distributed
+from .counting_together import merge_distributed as merge_distributed
