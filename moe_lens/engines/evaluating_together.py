@@ -184,8 +184,8 @@ class _Shared:
         if own and not self.about:
             raise DataError(
                 f"The task {self.task.name!r} measures {own[0] or 'the behaviour'} by a function of its own, "
-                'and processes cannot know whether theirs does the same. Say in about="..." what it measures, '
-                "on which prompts, and say something else when that changes."
+                'and processes cannot know whether theirs does the same. Say in about="..." what it '
+                "measures, on which prompts, and say something else when that changes."
             )
         self.settings = digest_of(what_computes(self.model, (), self.about))
         self.asked = {name: _measure_digest(name, measure) for name, measure in self.measures.items()}
