@@ -74,6 +74,7 @@ class UnitFolder:
             if not self._attempt(waiting, done):
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_WAIT)
+        self._tidy(names)
         return names
 
     def one(self, unit: Unit, read: Callable[[Path], Content]) -> Content:
@@ -87,6 +88,13 @@ class UnitFolder:
                 path.unlink(missing_ok=True)
         self.work([unit])
         return read(path)
+
+    def _tidy(self, names: Iterable[str]) -> None:
+        """Take away the claims of those who died just after they had written their file."""
+        left = {entry.name for entry in os.scandir(self.path) if entry.name.startswith(".")}
+        for name in names if left else ():
+            if f".{name}.claim" in left:
+                self._is_abandoned(self.path / f".{name}.claim", name)
 
     def _attempt(self, waiting: dict[int, Unit], done: Callable[[int], object]) -> bool:
         """Look at the newest unit first, then at those that others had; whether any of them is done now."""

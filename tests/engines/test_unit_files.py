@@ -116,6 +116,16 @@ def test_what_a_dead_process_had_begun_is_done_at_once_and_its_remains_go(tmp_pa
     assert left == {".unit-10.abc.tmp"}
 
 
+def test_the_claim_of_one_who_died_after_his_work_is_taken_away(tmp_path: Path) -> None:
+    (tmp_path / "unit-1").write_text("there")
+    dead = claim(tmp_path, "unit-1", f"{socket.gethostname()} {dead_process()}")
+    living = claim(tmp_path, "unit-0", f"{socket.gethostname()} {os.getppid()}")
+    (tmp_path / "unit-0").write_text("there")
+    UnitFolder(tmp_path).work(Writer().units(2))
+    assert not dead.exists()
+    assert living.exists()
+
+
 def test_a_silent_process_elsewhere_is_given_up_and_one_that_renews_its_claim_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
