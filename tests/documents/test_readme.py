@@ -45,6 +45,14 @@ def test_the_page_on_prompts_runs() -> None:
     exec(compile(block, "prompts.md", "exec"), {})
 
 
+def test_the_page_on_many_processes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "many-processes.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "many-processes.md", "exec"), {})
+    assert (tmp_path / "stats.safetensors").exists()
+
+
 def test_the_worked_example_in_contributing_runs() -> None:
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING, flags=re.DOTALL):
@@ -104,6 +112,7 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
         "tutorials/README.md",
         "docs/wrappers.md",
         "docs/prompts.md",
+        "docs/many-processes.md",
     ],
     ids=str,
 )
