@@ -136,7 +136,7 @@ class UnitFolder:
     def _is_abandoned(self, claim: Path, name: str) -> bool:
         """Whether a claim's owner is dead, or silent for too long; then it is taken away."""
         try:
-            renewed, owner = claim.stat().st_mtime_ns, claim.read_text(encoding="utf-8")
+            renewed, owner = claim.stat().st_mtime_ns, claim.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return True  # gone meanwhile
         now = time.monotonic()
@@ -161,8 +161,15 @@ def _made(claim: Path) -> bool:
         return False
     except OSError as error:
         raise DataError(f"{claim.parent} cannot be written to ({error}); give another folder.") from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(f"{socket.gethostname()} {os.getpid()}")
+    try:
+        os.write(handle, f"{socket.gethostname()} {os.getpid()}".encode())
+    except OSError as error:  # no place left
+        claim.unlink(missing_ok=True)
+        raise DataError(
+            f"{claim} cannot be written ({error}); make room, and run the command again."
+        ) from error
+    finally:
+        os.close(handle)
     return True
 
 
