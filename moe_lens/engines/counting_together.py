@@ -100,7 +100,7 @@ def collect_distributed(
     said = {**what_computes(model, counting.hooks, about), "settings": settings}
     units = RoutingUnits(counting, digest_of(said), number)
     shared = UnitFolder(Path(folder))
-    while True:
+    for attempt in range(3):
         job = _all_done(shared, units, said, prompts_or_tokens, progress and is_first())
         total = Unit(job.result, lambda path, job=job: total_of(shared.path, job.units).save(path))
         try:
@@ -108,8 +108,10 @@ def collect_distributed(
         except Damaged as damage:
             for name in damage.names:
                 (shared.path / name).unlink(missing_ok=True)
-            if iter(prompts_or_tokens) is prompts_or_tokens:  # a generator, and read
+            is_read = iter(prompts_or_tokens) is prompts_or_tokens  # a generator
+            if is_read or attempt == 2:
                 raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _all_done(

@@ -31,6 +31,10 @@ _SPREAD: Final = ("DTensor", "FlatParameter")
 """Types of parameters of which each process has a part."""
 
 
+_NO_MATTER: Final = ("_name_or_path", "transformers_version")
+"""In a config: where its checkpoint lies, which machines may call otherwise, and what wrote it."""
+
+
 def what_computes(model: Model, hooks: Hooks, about: str) -> dict[str, Any]:
     """All that numbers of a model depend on, but for prompts and what is counted; ready for JSON.
 
@@ -86,7 +90,8 @@ def _module_settings(network: nn.Module) -> Iterator[str]:
     """Plain settings of all modules, which may differ from the config, and which adapters are on."""
     config = getattr(network, "config", None)
     if config is not None:
-        yield json.dumps(config.to_dict(), sort_keys=True, default=str)
+        said = {key: value for key, value in config.to_dict().items() if key not in _NO_MATTER}
+        yield json.dumps(said, sort_keys=True, default=str)
         for text in (config, config.get_text_config()):
             yield f"{getattr(text, '_attn_implementation', None)}"
             yield f"{getattr(text, '_experts_implementation', None)}"
@@ -103,7 +108,9 @@ def _module_settings(network: nn.Module) -> Iterator[str]:
             and not callable(getattr(module, key, None))
             and hasattr(module, key)
         }
-        yield f"{name} {type(module).__name__} {sorted(plain.items())} {sorted(adapters.items())}"
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        kind = f"{type(module).__name__}{' compiled' if compiled else ''}"
+        yield f"{name} {kind} {sorted(plain.items())} {sorted(adapters.items())}"
 
 
 def _runs(model: Model) -> dict[str, Any]:
