@@ -6,12 +6,13 @@ The rooms are imported lazily, so that a command loads what it uses: plans and f
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import moe_lens
-from moe_lens import detection, evaluation, organisms, plots, statistics, steering, text
+from moe_lens import detection, engines, evaluation, organisms, plots, statistics, steering, text
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.files import atomic_write, check_writable, digest_of_file
 
@@ -20,28 +21,70 @@ Options = argparse.Namespace
 
 def stats(options: Options) -> None:
     """Count the routing of a file of prompts into a file; goes on where it was interrupted."""
-    model = _model(options)
+    from moe_lens.engines.counting_together import is_first
+
+    _check_stats(options)
+    if options.merge is not None:
+        counted = engines.merge_distributed(options.merge, job=options.job)
+    else:
+        counted = _counted(options)
+    if options.folder is None or is_first():
+        print(f"{counted}\n{counted.load_balance().to_dataframe().round(3).to_string(index=False)}")
+    if options.out is not None:
+        counted.save(options.out)
+        _wrote(options.out)
+
+
+def _check_stats(options: Options) -> None:
+    """Raise DataError for options of `stats` that do not go together, before anything runs."""
+    given = [name for name in ("model", "prompts", "folder") if getattr(options, name) is not None]
+    if options.merge is not None and given:
+        raise DataError(f"--merge takes unit files alone; leave out {', '.join(given)}.")
+    if options.merge is None and (options.model is None or options.prompts is None):
+        raise DataError("stats needs MODEL and PROMPTS, or --merge FOLDER.")
+    if options.merge is None and options.job is not None:
+        raise DataError("--job says which job of --merge FOLDER is meant; give that, too.")
+    if options.folder is None and options.out is None:
+        raise DataError("stats needs --out FILE for its result (with --folder it may be left out).")
+    if options.folder is None and options.unit is not None:
+        raise DataError("--unit is about the files in --folder; give that, too.")
+    if options.out is not None:
+        check_writable(options.out)
+
+
+def _counted(options: Options) -> Any:
+    settings: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "batch_tokens": options.batch_tokens,
+        "span": options.span or "all",
+        "special_tokens": options.special_tokens,
+        "per_prompt": options.per_prompt,
+        "positions": options.positions,
+        "vocabulary": options.vocabulary,
+        "outputs": options.outputs,
+    }
     prompts = text.read_prompts(options.prompts, column=options.column)
+    if options.folder is not None:
+        _own_device(options)
+        if options.unit is not None:
+            settings["unit"] = options.unit
+        return engines.collect_distributed(_model(options), prompts, options.folder, **settings)
+    model = _model(options)
     about = (
         f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column} "
         f"{model.prepend_bos}"
     )
-    counted = statistics.collect_to_file(
-        model,
-        prompts,
-        options.out,
-        about=about,
-        batch_size=options.batch_size,
-        batch_tokens=options.batch_tokens,
-        span=options.span or "all",
-        special_tokens=options.special_tokens,
-        per_prompt=options.per_prompt,
-        positions=options.positions,
-        vocabulary=options.vocabulary,
-        outputs=options.outputs,
-    )
-    print(f"{counted}\n{counted.load_balance().to_dataframe().round(3).to_string(index=False)}")
-    _wrote(options.out)
+    return statistics.collect_to_file(model, prompts, options.out, about=about, **settings)
+
+
+def _own_device(options: Options) -> None:
+    """Give each process of a launcher a GPU of its own, where no single one is named."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    is_free = options.device in (None, "cuda") and options.device_map is None
+    if local is not None and is_free and torch.cuda.is_available():
+        options.device = f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 def detect(options: Options) -> None:

@@ -3,7 +3,7 @@
 moe-lens demo                                   the whole ladder of organisms
 moe-lens models                                 the table of supported models
 moe-lens organism build NAME                    make a model of real language that does not ship (resumable)
-moe-lens stats MODEL PROMPTS --out F            routing statistics (resumable)
+moe-lens stats MODEL PROMPTS --out F            routing statistics (resumable; --folder: many processes)
 moe-lens detect MODEL PAIRS --out F             which experts follow a contrast, and how sure that is
 moe-lens plan SCORES --deactivate N --out F     a steering plan
 moe-lens steer MODEL PLAN --prompt TEXT         generate, unsteered and steered
@@ -153,9 +153,10 @@ def _stats(adder: Any) -> None:
         (one prompt a line), a .jsonl file (each line a string, a list of messages, a list of token numbers,
         or an object with "prompt" or "messages") or a .csv file with a column "prompt". If the command is
         interrupted, the same command continues where it stopped. Python reads the result with
-        RoutingStats.load(FILE).""",
+        RoutingStats.load(FILE). With --folder, any number of processes share the work (torchrun, srun,
+        ...).""",
     )
-    _model_and(command, "prompts", "file of prompts")
+    _model_and(command, "prompts", "file of prompts", needed=False)
     command.add_argument("--column", metavar="NAME", help="field or column of the prompts")
     _spans(command)
     for name, text in (
@@ -165,7 +166,25 @@ def _stats(adder: Any) -> None:
         ("outputs", "sum up how large what each expert gives is"),
     ):
         command.add_argument(f"--{name}", action="store_true", help=text)
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
+    command.add_argument(
+        "--folder",
+        type=Path,
+        metavar="F",
+        help="count together with all processes that run this command with this folder; unit files go there",
+    )
+    command.add_argument(
+        "--unit", type=_number, metavar="N", help="with --folder: batches a unit file (default: 8)"
+    )
+    command.add_argument(
+        "--merge",
+        type=Path,
+        metavar="F",
+        help="take the result from the unit files of this folder; without MODEL and PROMPTS",
+    )
+    command.add_argument("--job", metavar="J", help="with --merge: which one, where F holds several")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="result, safetensors (with --folder it may be left out)"
+    )
 
 
 def _detect(adder: Any) -> None:
@@ -375,9 +394,12 @@ def _command(adder: Any, name: str, short: str, long: str) -> argparse.ArgumentP
     return adder.add_parser(name, help=short, description=long)
 
 
-def _model_and(command: argparse.ArgumentParser, name: str, text: str) -> None:
-    command.add_argument("model", metavar="MODEL", help="shipped or built model, folder, or name on the hub")
-    command.add_argument(name, type=Path, metavar=name.upper(), help=text)
+def _model_and(command: argparse.ArgumentParser, name: str, text: str, *, needed: bool = True) -> None:
+    number = None if needed else "?"
+    command.add_argument(
+        "model", nargs=number, metavar="MODEL", help="shipped or built model, folder, or name on the hub"
+    )
+    command.add_argument(name, nargs=number, type=Path, metavar=name.upper(), help=text)
     _loading(command)
 
 

@@ -97,21 +97,11 @@ def detect(
     Raises:
         DataError: an unknown score, fewer than two clusters, a span that a prompt lacks, or bad settings.
     """
-    if not isinstance(pairs, ContrastivePairs | ContrastiveGroups):
-        raise DataError(f"detect needs ContrastivePairs or ContrastiveGroups; got {type(pairs).__name__}.")
-    from moe_lens.statistics.collection import collect_routing  # needs TransformerLens, which scores do not
 
-    formula = check_settings(score, level, n_resamples, n_permutations, seed)
-    counted = pairs.span if isinstance(span, str) and span == "pairs" else span
-    alignment, settings = None, _Settings(formula, level, n_resamples, n_permutations, seed)
-    units = _units_of(pairs)
-    if isinstance(pairs, ContrastivePairs):
-        alignment = token_alignment(model, pairs, counted, special_tokens)
-        warn_of_differences(alignment)
-    if (shape := getattr(model, "moe_shape", None)) is not None:
-        warn_of_floor(units.clusters, units.clusters_2, n_permutations, len(shape.layers) * shape.n_experts)
-    stats_1, stats_2 = (
-        collect_routing(
+    def count(prompts: Any, counted: Span) -> RoutingStats:
+        from moe_lens.statistics.collection import collect_routing  # needs TransformerLens; scores do not
+
+        return collect_routing(
             cast(Any, model),
             prompts,
             span=counted,
@@ -122,8 +112,47 @@ def detect(
             batch_tokens=batch_tokens,
             progress=progress,
         )
-        for prompts in (pairs.first, pairs.second)
+
+    return detected_by(
+        count,
+        model,
+        pairs,
+        score=score,
+        span=span,
+        special_tokens=special_tokens,
+        level=level,
+        n_resamples=n_resamples,
+        n_permutations=n_permutations,
+        seed=seed,
     )
+
+
+def detected_by(
+    count: Callable[[Any, Span], RoutingStats],
+    model: TextModel,
+    pairs: ContrastivePairs | ContrastiveGroups,
+    *,
+    score: str | Score,
+    span: Span,
+    special_tokens: bool,
+    level: float,
+    n_resamples: int,
+    n_permutations: int,
+    seed: int,
+) -> ExpertScores:
+    """`detect`, with the statistics of each condition's prompts counted by a function, prompt by prompt."""
+    if not isinstance(pairs, ContrastivePairs | ContrastiveGroups):
+        raise DataError(f"detect needs ContrastivePairs or ContrastiveGroups; got {type(pairs).__name__}.")
+    formula = check_settings(score, level, n_resamples, n_permutations, seed)
+    counted = pairs.span if isinstance(span, str) and span == "pairs" else span
+    alignment, settings = None, _Settings(formula, level, n_resamples, n_permutations, seed)
+    units = _units_of(pairs)
+    if isinstance(pairs, ContrastivePairs):
+        alignment = token_alignment(model, pairs, counted, special_tokens)
+        warn_of_differences(alignment)
+    if (shape := getattr(model, "moe_shape", None)) is not None:
+        warn_of_floor(units.clusters, units.clusters_2, n_permutations, len(shape.layers) * shape.n_experts)
+    stats_1, stats_2 = (count(prompts, counted) for prompts in (pairs.first, pairs.second))
     return replace(_compared(stats_1, stats_2, units, settings), alignment=alignment)
 
 

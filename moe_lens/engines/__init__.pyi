@@ -1,0 +1,5 @@
+from .counting_together import collect_distributed as collect_distributed
+from .counting_together import detect_distributed as detect_distributed
+from .counting_together import merge_distributed as merge_distributed
+from .evaluating_together import evaluate_distributed as evaluate_distributed
+from .evaluating_together import sweep_distributed as sweep_distributed

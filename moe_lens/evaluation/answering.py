@@ -2,7 +2,7 @@
 
     measure = answer_measure(prompts, [["Paris"], ...], [" Rome", ...], "sum", {})
     measure(model, hooks)                                  # [prompt], zeros and ones
-    on_model = measure.on(model)                           # texts read once, for many runs
+    on_model = measure.on(model)                           # a Reading: texts read once, for many runs
     on_model(model, hooks)
 
 Which of two texts a model prefers depends on how their tokens are counted. Let a be the answer, b its
@@ -19,17 +19,19 @@ word " eight", since the improbable first token is averaged with a second one th
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from moe_lens.errors import DataError, warn
-from moe_lens.evaluation.measures import answers_with, continuation_tokens, text_loss
+from moe_lens.evaluation.measures import after_each, continuation_tokens, every_token, mean_loss
 from moe_lens.evaluation.reading import (
     Continuations,
     MeasuredModel,
+    Reading,
     is_most_probable,
     limits_of,
     log_probs,
@@ -51,7 +53,6 @@ NOTES: Final = {
 
 Batches = Mapping[str, int | None]
 """The arguments batch_size and batch_tokens."""
-_Run = Callable[[Hooks], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,18 +60,13 @@ class OnModel:
     """A measure of a model under hooks, whose texts are read once for many runs.
 
     Attributes:
-        read: from a model to a function of hooks.
+        on: from a model to the measure for it.
     """
 
-    read: Callable[[MeasuredModel], _Run]
+    on: Callable[[MeasuredModel], Reading]
 
     def __call__(self, model: MeasuredModel, hooks: Hooks) -> Any:
-        return self.read(model)(hooks)
-
-    def on(self, model: MeasuredModel) -> Callable[[MeasuredModel, Hooks], Any]:
-        """The measure for this model."""
-        run = self.read(model)
-        return lambda _, hooks: run(hooks)
+        return self.on(model)(model, hooks)
 
 
 def on_model(measure: Callable[..., Any], model: MeasuredModel) -> Callable[..., Any]:
@@ -92,13 +88,15 @@ def answer_measure(
     if measure is None and alternatives is None:
         return accuracy(prompts, [texts[0] for texts in answers], batches)
 
-    def read(model: MeasuredModel) -> _Run:
+    def read(model: MeasuredModel) -> Reading:
         sequences = list(token_sequences(model, prompts))
         first = [[continuation_tokens(model, text) for text in texts] for texts in answers]
         limits = limits_of(model, batches.get("batch_size"), batches.get("batch_tokens"))
         if alternatives is None:
             after = Continuations.of(sequences, first)
-            return lambda hooks: _spelled(after.values(model, hooks, limits, is_most_probable))
+            return Reading(
+                model, after.asked, limits, is_most_probable, lambda found: _spelled(after.by_prompt(found))
+            )
         second = [continuation_tokens(model, text) for text in alternatives]
         pairs = [(own[0], other) for own, other in zip(first, second, strict=True)]
         texts = [(own[0], other) for own, other in zip(answers, alternatives, strict=True)]
@@ -106,7 +104,9 @@ def answer_measure(
         if measure == "first_difference":
             pairs = [_to_first_difference(*pair) for pair in pairs]
         after = Continuations.of(sequences, pairs)
-        return lambda hooks: _preferred(after.values(model, hooks, limits, log_probs), measure)
+        return Reading(
+            model, after.asked, limits, log_probs, lambda found: _preferred(after.by_prompt(found), measure)
+        )
 
     return OnModel(read)
 
@@ -114,11 +114,14 @@ def answer_measure(
 def accuracy(prompts: Sequence[Any], answers: Sequence[str], batches: Batches) -> OnModel:
     """1 where the most probable next token is the answer."""
 
-    def read(model: MeasuredModel) -> _Run:
+    def read(model: MeasuredModel) -> Reading:
         remedy = 'give alternatives, or measure="whole_answer", for longer answers'
         tokens = {answer: single_token(model, answer, "answers", remedy) for answer in dict.fromkeys(answers)}
-        sequences, expected = list(token_sequences(model, prompts)), [tokens[answer] for answer in answers]
-        return lambda hooks: answers_with(model, sequences, expected, hooks=hooks, **batches).double().numpy()
+        asked = after_each(list(token_sequences(model, prompts)), [tokens[answer] for answer in answers])
+        limits = limits_of(model, batches.get("batch_size"), batches.get("batch_tokens"))
+        return Reading(
+            model, asked, limits, is_most_probable, lambda found: torch.cat(found)[:, 0].double().numpy()
+        )
 
     return OnModel(read)
 
@@ -126,9 +129,9 @@ def accuracy(prompts: Sequence[Any], answers: Sequence[str], batches: Batches) -
 def share_answered(questions: Sequence[str], answers: Sequence[str], batches: Batches) -> OnModel:
     """The share of questions after which the most probable next token is the answer."""
 
-    def read(model: MeasuredModel) -> _Run:
-        run = accuracy(questions, answers, batches).read(model)
-        return lambda hooks: float(run(hooks).mean())
+    def read(model: MeasuredModel) -> Reading:
+        each = accuracy(questions, answers, batches).on(model)
+        return replace(each, finish=lambda found: float(each.finish(found).mean()))
 
     return OnModel(read)
 
@@ -136,9 +139,10 @@ def share_answered(questions: Sequence[str], answers: Sequence[str], batches: Ba
 def loss(texts: Sequence[str], batches: Batches) -> OnModel:
     """`text_loss` of texts."""
 
-    def read(model: MeasuredModel) -> _Run:
-        sequences = list(token_sequences(model, texts))
-        return lambda hooks: text_loss(model, sequences, hooks=hooks, **batches)
+    def read(model: MeasuredModel) -> Reading:
+        size, tokens = batches.get("batch_size"), batches.get("batch_tokens")
+        limits = limits_of(model, size, tokens, all_read=True)
+        return Reading(model, every_token(token_sequences(model, texts)), limits, log_probs, mean_loss)
 
     return OnModel(read)
 

@@ -6,6 +6,7 @@ size = sweep(model, scores, development_task, sizes=(2, 4, 8, 16)).best_size()
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Literal, get_args
 
 from tqdm.auto import tqdm
@@ -79,33 +80,76 @@ def evaluate_steering(
         DataError: too few random sets for the error rate, or a task that gives no number a prompt.
         PlanError: an empty plan, or one that the model's routers refuse; no reverse plan known.
     """
+    return evaluated_by(
+        measured_here(progress),
+        model,
+        plan,
+        task,
+        reverse=reverse,
+        scores=scores,
+        n_random=n_random,
+        alpha=alpha,
+        level=level,
+        seed=seed,
+    )
+
+
+MeasureAll = Callable[[Model, SteeringTask, Sequence[SteeringPlan]], list[Outcome]]
+"""From a model and a task on it to what the model does under each of some plans."""
+
+
+def measured_here(progress: bool) -> MeasureAll:
+    """One plan after the other, in this process."""
+
+    def measure_all(model: Model, task: SteeringTask, plans: Sequence[SteeringPlan]) -> list[Outcome]:
+        bar = tqdm(plans, unit="run", disable=not progress)
+        return [measure_outcome(model, task, plan) for plan in bar]
+
+    return measure_all
+
+
+def evaluated_by(
+    measure_all: MeasureAll,
+    model: Model,
+    plan: SteeringPlan,
+    task: SteeringTask,
+    *,
+    reverse: SteeringPlan | None,
+    scores: ExpertScores | None,
+    n_random: int,
+    alpha: float,
+    level: float,
+    seed: int,
+) -> SteeringReport:
+    """`evaluate_steering`, with all outcomes measured by a function."""
     check_model_and_task(model, task, seed, level)
     _check(plan, scores, n_random, alpha)
     _check_fits(model, plan)
     plans = {"+": plan, "-": _reverse(model, plan, reverse, scores)}
     bottom = None if scores is None else bottom_set(scores, plan, model)
     task = task.on(model)
-    with tqdm(total=3 + 4 * n_random + (bottom is not None), unit="run", disable=not progress) as bar:
-
-        def measure(steering: SteeringPlan) -> Outcome:
-            outcome = measure_outcome(model, task, steering)
-            bar.update()
-            return outcome
-
-        return SteeringReport(
-            task=task.name,
-            model=model.moe_shape.model,
-            plans=plans,
-            clusters=task.clusters,
-            unsteered=measure(SteeringPlan()),
-            steered={direction: measure(steering) for direction, steering in plans.items()},
-            controls=run_controls(model, plans, measure, n_random, seed),
-            bottom=None if bottom is None else measure(bottom),
-            limits=_limits(task),
-            alpha=alpha,
-            level=level,
-            seed=seed,
-        )
+    random: list[SteeringPlan] = []
+    kinds = _controls(model, plans, n_random, seed)
+    for _, _, sets in kinds:
+        random += sets
+    conditions = [SteeringPlan(), *plans.values(), *([] if bottom is None else [bottom]), *random]
+    outcomes = iter(measure_all(model, task, conditions))
+    return SteeringReport(
+        task=task.name,
+        model=model.moe_shape.model,
+        plans=plans,
+        clusters=task.clusters,
+        unsteered=next(outcomes),
+        steered={direction: next(outcomes) for direction in plans},
+        bottom=None if bottom is None else next(outcomes),
+        controls=_by_kind(
+            (kind, direction, list(islice(outcomes, len(sets)))) for kind, direction, sets in kinds
+        ),
+        limits=_limits(task),
+        alpha=alpha,
+        level=level,
+        seed=seed,
+    )
 
 
 def _limits(task: SteeringTask) -> dict[str, Limit]:
@@ -127,12 +171,29 @@ def run_controls(
     seed: int,
 ) -> dict[str, dict[str, list[Outcome]]]:
     """Kind -> direction -> outcomes of random sets; each of the four lists has draws of its own."""
+    kinds = _controls(model, plans, n_random, seed)
+    return _by_kind((kind, direction, [measure(set_) for set_ in sets]) for kind, direction, sets in kinds)
+
+
+def _controls(
+    model: Model, plans: dict[str, SteeringPlan], n_random: int, seed: int
+) -> list[tuple[str, str, list[SteeringPlan]]]:
+    """(kind, direction, random sets)."""
     lists = [(kind, direction) for kind in (LAYER_MATCHED, ANY_LAYER) for direction in DIRECTIONS]
-    controls: dict[str, dict[str, list[Outcome]]] = {LAYER_MATCHED: {}, ANY_LAYER: {}}
+    found = []
     for (kind, direction), list_seed in zip(lists, spawned_seeds(seed, len(lists)), strict=True):
         matched = kind == LAYER_MATCHED
         sets = random_sets(model, plans[direction], n_random, seed=list_seed, layer_matched=matched)
-        controls[kind][direction] = [measure(random) for random in sets]
+        found.append((kind, direction, sets))
+    return found
+
+
+def _by_kind(
+    outcomes: Iterable[tuple[str, str, list[Outcome]]],
+) -> dict[str, dict[str, list[Outcome]]]:
+    controls: dict[str, dict[str, list[Outcome]]] = {LAYER_MATCHED: {}, ANY_LAYER: {}}
+    for kind, direction, measured in outcomes:
+        controls[kind][direction] = measured
     return controls
 
 
@@ -240,28 +301,48 @@ def sweep(
         DataError: no sizes, an unknown direction or mode.
         PlanError: no size is possible.
     """
+    return swept_by(
+        measured_here(progress),
+        model,
+        scores,
+        task,
+        sizes=sizes,
+        directions=directions,
+        mode=mode,
+        n_random=n_random,
+        level=level,
+        seed=seed,
+    )
+
+
+def swept_by(
+    measure_all: MeasureAll,
+    model: Model,
+    scores: ExpertScores,
+    task: SteeringTask,
+    *,
+    sizes: Sequence[int],
+    directions: Sequence[str],
+    mode: Mode,
+    n_random: int,
+    level: float,
+    seed: int,
+) -> SweepResult:
+    """`sweep`, with all outcomes measured by a function."""
     check_model_and_task(model, task, seed, level)
     directions = _checked_sweep(sizes, directions, mode, n_random)
     plans = _plans(model, scores, sizes, directions, mode)
     task = task.on(model)
-    outcomes = [measure_outcome(model, task, SteeringPlan())]
-    points = []
-    with tqdm(total=len(plans) * (1 + n_random), unit="run", disable=not progress) as bar:
-
-        def measure(plan: SteeringPlan) -> Outcome:
-            outcomes.append(measure_outcome(model, task, plan))
-            bar.update()
-            return outcomes[-1]
-
-        seeds = spawned_seeds(seed, len(plans))
-        for ((size, direction), plan), plan_seed in zip(plans.items(), seeds, strict=True):
-            outcome = measure(plan)
-            low, high = clustered_interval(outcome.values, task.clusters, level=level, seed=seed)
-            random = [measure(set_).rate for set_ in random_sets(model, plan, n_random, seed=plan_seed)]
-            points.append(
-                SweepPoint(size, direction, outcome.rate, low, high, dict(outcome.collateral), random)
-            )
-    unsteered = outcomes[0]
+    conditions = [SteeringPlan()]
+    for plan, plan_seed in zip(plans.values(), spawned_seeds(seed, len(plans)), strict=True):
+        conditions += [plan, *random_sets(model, plan, n_random, seed=plan_seed)]
+    outcomes = measure_all(model, task, conditions)
+    unsteered, points = outcomes[0], []
+    for (size, direction), first in zip(plans, range(1, len(outcomes), 1 + n_random), strict=True):
+        outcome, random = outcomes[first], outcomes[first + 1 : first + 1 + n_random]
+        low, high = clustered_interval(outcome.values, task.clusters, level=level, seed=seed)
+        rates = [each.rate for each in random]
+        points.append(SweepPoint(size, direction, outcome.rate, low, high, dict(outcome.collateral), rates))
     return SweepResult(
         task.name,
         model.moe_shape.model,

@@ -7,12 +7,12 @@ low, high = clustered_interval(says.double().numpy(), clusters=entities)  # 95 %
 Prompts of like length share a forward, and of the logits those that are read are computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.encoding import without_special
@@ -65,10 +65,7 @@ def answers_with(
     sequences, given = _paired(model, prompts, answers, "answers")
     remedy = 'give alternatives or measure="whole_answer" to answer_task, which takes longer answers'
     token_of = {answer: single_token(model, answer, "answers", remedy) for answer in dict.fromkeys(given)}
-    asked = [
-        Asked(row, tokens, len(tokens), len(tokens) - 1, len(tokens), torch.tensor([[token_of[answer]]]))
-        for row, (tokens, answer) in enumerate(zip(sequences, given, strict=True))
-    ]
+    asked = after_each(sequences, [token_of[answer] for answer in given])
     limits = limits_of(model, batch_size, batch_tokens)
     return torch.cat(next_tokens(model, asked, hooks, limits, is_most_probable))[:, 0]
 
@@ -141,16 +138,35 @@ def text_loss(
     Raises:
         DataError: no texts, or not one with two tokens.
     """
+    asked = every_token(token_sequences(model, texts))
+    limits = limits_of(model, batch_size, batch_tokens, all_read=True)
+    return mean_loss(next_tokens(model, asked, hooks, limits, log_probs))
+
+
+def after_each(sequences: Sequence[Int[Tensor, "_"]], tokens: Sequence[int]) -> list[Asked]:
+    """One token after each of the sequences."""
+    return [
+        Asked(row, sequence, len(sequence), len(sequence) - 1, len(sequence), torch.tensor([[token]]))
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
+    ]
+
+
+def every_token(sequences: Iterable[Int[Tensor, "_"]]) -> list[Asked]:
+    """Each sequence's own tokens after its first. Raises DataError where there are none."""
     asked = [
         Asked(row, tokens, len(tokens), 0, len(tokens) - 1, tokens[1:, None])
-        for row, tokens in enumerate(token_sequences(model, texts))
+        for row, tokens in enumerate(sequences)
     ]
     asked = [each for each in asked if len(each.expected)]
     if not asked:
         raise DataError("text_loss needs texts of at least two tokens.")
-    limits = limits_of(model, batch_size, batch_tokens, all_read=True)
-    found = torch.cat(next_tokens(model, asked, hooks, limits, log_probs))
-    return -float(found.sum()) / len(found)
+    return asked
+
+
+def mean_loss(found: Sequence[Float[Tensor, "read 1"]]) -> float:
+    """Mean cross-entropy from the log-probabilities of the tokens."""
+    log_p = torch.cat(list(found))
+    return -float(log_p.sum()) / len(log_p)
 
 
 def _paired(model: MeasuredModel, prompts: Any, given: Any, name: str) -> tuple[list[Tensor], list[Any]]:

@@ -4,11 +4,12 @@
     values = next_tokens(model, asked, hooks, limits, log_probs)      # [read candidate] of each
     after = Continuations.of(prompts, [[[8, 9], [5]], ...])           # two of each prompt, by their tokens
     values = after.values(model, hooks, limits, log_probs)            # [read] of each of each
+    reading = Reading(model, asked, limits, log_probs, finish)        # all of it, as a measure of a task
 
 Measures (measures.py) and tasks ask; how they are batched and which logits are computed is decided here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, runtime_checkable
 
@@ -114,7 +115,10 @@ class Continuations:
         self, model: MeasuredModel, hooks: Hooks, limits: Limits, judge: "Judge"
     ) -> list[list[Shaped[Tensor, "_"]]]:
         """Prompt by prompt, for each continuation what `judge` finds for each of its tokens."""
-        found = next_tokens(model, self.asked, hooks, limits, judge)
+        return self.by_prompt(next_tokens(model, self.asked, hooks, limits, judge))
+
+    def by_prompt(self, found: Sequence[Shaped[Tensor, "read candidate"]]) -> list[list[Shaped[Tensor, "_"]]]:
+        """What `next_tokens` found for `asked`, as `values` gives it."""
         return [[found[number][:, candidate] for number, candidate in row] for row in self.places]
 
 
@@ -142,6 +146,42 @@ def limits_of(model: MeasuredModel, batch_size: Any, batch_tokens: Any, *, all_r
     return Limits(None, min(fit, DEFAULT_TOKENS.get(kind, DEFAULT_TOKENS["cuda"])))
 
 
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A measure of a task that asks for next tokens, with its texts read, for many runs and in parts.
+
+    Attributes:
+        model: that it is for.
+        asked: what it asks.
+        limits: of a batch.
+        judge: from logits to what is found, a pure function.
+        finish: from what was found, in the order asked, to the measure.
+    """
+
+    model: MeasuredModel
+    asked: Sequence[Asked]
+    limits: Limits
+    judge: Judge
+    finish: Callable[[list[Shaped[Tensor, "read candidate"]]], Any]
+
+    def __call__(self, model: MeasuredModel, hooks: Hooks) -> Any:
+        """The measure under hooks; it runs the model that it is for."""
+        return self.finish(next_tokens(self.model, self.asked, hooks, self.limits, self.judge))
+
+    def batches(self, hooks: Hooks) -> list[list[int]]:
+        """Which of `asked` share a forward under these hooks."""
+        from moe_lens.model.kept_logits import reading_logits  # needs TransformerLens, which tasks do not
+
+        with reading_logits(self.model, hooks) as read:
+            return list(_batches(self.asked, self.limits, read.is_bare))
+
+    def found(
+        self, hooks: Hooks, batches: Iterable[list[int]]
+    ) -> dict[int, Shaped[Tensor, "read candidate"]]:
+        """What is found in some of these batches: number in `asked` -> of each read and candidate."""
+        return _found(self.model, self.asked, hooks, self.judge, lambda is_bare: batches)
+
+
 def next_tokens(
     model: MeasuredModel, asked: Sequence[Asked], hooks: Hooks, limits: Limits, judge: Judge
 ) -> list[Shaped[Tensor, "read candidate"]]:
@@ -153,14 +193,25 @@ def next_tokens(
     Raises:
         DataError: NaN or infinite logits.
     """
+    found = _found(model, asked, hooks, judge, lambda is_bare: _batches(asked, limits, is_bare))
+    return [found[number] for number in range(len(asked))]
+
+
+def _found(
+    model: MeasuredModel,
+    asked: Sequence[Asked],
+    hooks: Hooks,
+    judge: Judge,
+    batches: Callable[[bool], Iterable[list[int]]],
+) -> dict[int, Tensor]:
     from moe_lens.model.kept_logits import reading_logits  # needs TransformerLens, which tasks do not
 
     found: dict[int, Tensor] = {}
     with reading_logits(model, hooks) as read:
-        for numbers in _batches(asked, limits, read.is_bare):
+        for numbers in batches(read.is_bare):
             some = [asked[number] for number in numbers]
             found.update(zip(numbers, _judged(model, read, some, judge), strict=True))
-    return [found[number] for number in range(len(asked))]
+    return found
 
 
 def _batches(asked: Sequence[Asked], limits: Limits, is_bare: bool) -> Iterator[list[int]]:

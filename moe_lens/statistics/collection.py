@@ -175,16 +175,13 @@ class Counting:
 
         Between batches, the model has no hooks; with `between` it is not watched either.
         """
-        batches = batches_by_length(
-            self.model, prompts, self.span, self.limits, special_tokens=self.special_tokens
-        )
         once = not self.hooks and not between
         with (
             tqdm(total=how_many(prompts), desc="routing", unit="prompt", disable=not progress) as bar,
             with_expert_out(self.model) if self.wanted.outputs else nullcontext(),
             self._watched() if once else nullcontext() as run,
         ):
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(self.batches(prompts)):
                 self.now = counter()
                 if number < skip:
                     self.now.rows.extend(batch.rows)
@@ -194,6 +191,22 @@ class Counting:
                         self.count(run_batch, batch)
                     yield self.now
                 bar.update(len(batch.rows))
+
+    def batches(self, prompts: Prompts) -> Iterator[CountedPrompts]:
+        """The batches that are to run, in order; prompts are read as they are needed."""
+        return batches_by_length(
+            self.model, prompts, self.span, self.limits, special_tokens=self.special_tokens
+        )
+
+    def of_each(self, batches: Iterable[CountedPrompts]) -> list[RoutingStats]:
+        """The statistics of each of some batches, as `run` counts it."""
+        parts = []
+        with with_expert_out(self.model) if self.wanted.outputs else nullcontext(), self._watched() as run:
+            for batch in batches:
+                self.now = self.counter()
+                self.count(run, batch)
+                parts.append(RoutingStats(self.shape, **self.now.values()))
+        return parts
 
     def _watched(self) -> AbstractContextManager[Run]:
         self.hooked = bool(self.hooks) or not is_bare(self.model)

@@ -52,6 +52,12 @@ def test_the_page_on_the_explorer_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         exec(compile(block, "explorer.md", "exec"), names)
     assert (tmp_path / "page.html").stat().st_size > 50_000
+def test_the_page_on_many_processes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "many-processes.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "many-processes.md", "exec"), {})
+    assert (tmp_path / "stats.safetensors").exists()
 
 
 def test_the_worked_example_in_contributing_runs() -> None:
@@ -114,6 +120,7 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
         "docs/wrappers.md",
         "docs/prompts.md",
         "docs/explorer.md",
+        "docs/many-processes.md",
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ import pytest
 
 ROOMS = [
     *("routers", "text", "model", "statistics", "attribution", "interventions", "detection", "steering"),
-    *("evaluation", "plots", "organisms", "cli"),
+    *("evaluation", "plots", "organisms", "engines", "cli"),
 ]
 PASSING_ON = {  # to a function of TransformerLens or transformers, with whatever that takes
     *("model.HookedMoE.from_pretrained", "model.HookedMoE.forward", "model.HookedMoE.generate"),

@@ -1,0 +1,125 @@
+"""Counting with two processes, and what kills cost: `python benchmarks/distributed.py [prompts] [kills]`
+
+Default: 1,024 prompts and 50 kills. First the wall time of `collect_routing`, of `collect_distributed` in one
+process, and in two: both are forked from this one, which has the model, so that start-up (some seconds of
+imports a process, the same for any number) is not in it. It needs two idle cores; the load of the machine is
+printed beside the result. Then two processes count, one of them is killed (SIGKILL) at a random moment and
+another is forked in its place, again and again; at the end no unit may be missing, and the result must be
+that of `collect_routing`, bit for bit.
+"""
+
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measuring import one_thread
+
+from moe_lens import RoutedModel, RoutingStats, collect_routing, organisms
+from moe_lens.engines import collect_distributed, merge_distributed
+
+FORK = multiprocessing.get_context("fork")
+SETTINGS: dict[str, Any] = {"per_prompt": True, "vocabulary": True, "batch_size": 8, "progress": False}
+UNIT, ROUNDS = 8, 5
+
+
+def same(one: RoutingStats, other: RoutingStats) -> bool:
+    """Whether all numbers are equal."""
+    pairs = zip(one.tensors().items(), other.tensors().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of a run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def in_processes(n: int, work: Callable[[], object]) -> None:
+    """The same work in n forked processes, to the end of all."""
+    workers = [FORK.Process(target=work) for _ in range(n)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+
+
+def speed(model: RoutedModel, prompts: list[str]) -> None:
+    """Wall times, alternated."""
+    found: dict[str, list[float]] = {"collect_routing": [], "1 process": [], "2 processes": []}
+    for _ in range(ROUNDS):
+        found["collect_routing"].append(seconds(lambda: collect_routing(model, prompts, **SETTINGS)))
+        for n in (1, 2):
+            with tempfile.TemporaryDirectory() as folder:
+
+                def work(folder: str = folder) -> None:
+                    collect_distributed(model, prompts, folder, unit=UNIT, **SETTINGS)
+
+                found[f"{n} process{'es' * (n > 1)}"].append(
+                    seconds(lambda n=n, work=work: in_processes(n, work))
+                )
+    print(f"{len(prompts)} prompts, units of {UNIT} batches of 8; load average {os.getloadavg()[0]:.1f}")
+    for name, times in found.items():
+        print(f"  {name:16} {median(times):6.2f} s ({min(times):.2f}–{max(times):.2f})")
+    ratios = [one / two for one, two in zip(found["1 process"], found["2 processes"], strict=True)]
+    print(f"  one ÷ two: {median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
+
+
+def kills(model: RoutedModel, prompts: list[str], n_kills: int) -> None:
+    """Kill one of two, again and again; fails if anything is lost or differs."""
+    draw, killed, lost, n_jobs = random.Random(0), 0, 0, 0
+    expected = collect_routing(model, prompts, **SETTINGS)
+    while killed < n_kills:
+        n_jobs += 1
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+
+            def work(folder: Path = folder) -> None:
+                collect_distributed(model, prompts, folder, unit=1, **SETTINGS)
+
+            def fork(work: Callable[[], None] = work) -> Any:
+                worker = FORK.Process(target=work)
+                worker.start()
+                return worker
+
+            workers, before = [fork(), fork()], 0
+            while killed < n_kills and all(worker.is_alive() for worker in workers):
+                time.sleep(draw.random() * 0.4)
+                place = draw.randrange(2)
+                if workers[place].is_alive():
+                    workers[place].kill()
+                    workers[place].join()
+                    killed += 1
+                    there = len([*folder.glob("0*.safetensors")])
+                    lost += there < before
+                    before = there
+                    workers[place] = fork()
+            for worker in workers:
+                worker.join()
+            assert same(merge_distributed(folder), expected), "the result differs"
+            left = [*folder.glob(".*")]
+            assert not left, left
+    print(f"{killed} kills in {n_jobs} jobs of {len(prompts)} prompts: {lost} units lost, all results equal")
+
+
+def main(n_prompts: int = 1024, n_kills: int = 50) -> None:
+    """Both."""
+    one_thread()
+    model = organisms.load("specialised", wrapper=RoutedModel)
+    conflicts = organisms.world("specialised").conflicts("test")
+    prompts = [conflicts[number % len(conflicts)].open_book for number in range(n_prompts)]
+    speed(model, prompts)
+    kills(model, prompts, n_kills)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""One of the processes of `test_many_processes.py`: `python worker.py FOLDER OUT PAUSE`.
+
+It counts into FOLDER, waits PAUSE seconds in each unit, and saves what it got as OUT/stats-RANK. Under
+torchrun it is in a process group of gloo, as a user's script may be; nothing is said in it.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from moe_lens import RoutedModel, RoutingStats, organisms
+from moe_lens.engines import collect_distributed
+from moe_lens.statistics.collection import Counting
+
+PROMPTS = [c.open_book for c in organisms.world("specialised").conflicts("detection")]
+SETTINGS: dict[str, Any] = {"per_prompt": True, "vocabulary": True, "batch_size": 4, "progress": False}
+
+
+def main(folder: Path, out: Path, pause: float) -> None:
+    """Count with the others."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    rank = os.environ.get("RANK", str(os.getpid()))
+    (out / f"pid-{rank}").write_text(str(os.getpid()), encoding="utf-8")
+    of_each = Counting.of_each
+
+    def slowly(self: Counting, batches: Sequence[Any]) -> list[RoutingStats]:
+        time.sleep(pause)
+        return of_each(self, batches)
+
+    Counting.of_each = slowly  # type: ignore[method-assign]
+    model = organisms.load("specialised", wrapper=RoutedModel)
+    collect_distributed(model, PROMPTS, folder, unit=1, **SETTINGS).save(out / f"stats-{rank}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
