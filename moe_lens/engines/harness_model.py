@@ -78,7 +78,7 @@ class WrappedLM(HFLM):
 
     def tok_batch_encode(
         self,
-        strings: list[str],
+        strings: Sequence[str],
         padding_side: str = "left",
         left_truncate_len: int | None = None,
         truncation: bool = False,

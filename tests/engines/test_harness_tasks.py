@@ -2,7 +2,6 @@
 
 import copy
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +62,6 @@ def task_of(folder: Path, name: str, metric: str | None = None, **options: Any) 
 def test_choices_equal_a_loop(model: Any, folder: Path, name: str, options: Any, hooks: Any) -> None:
     values = task_of(folder, name, "acc").values(model, hooks).tolist()
     assert values == chosen_by_loop(model, PROMPTS, options, hooks)
-
-
-def by_phase(phase: str) -> Callable[[int], Any]:
-    """The same hooks in a run of one unpadded prompt, with its columns said by number."""
-    return lambda n_prompt: steer_hooks(
-        PLAN, positions=list(range(n_prompt)) if phase == "prompt" else list(range(n_prompt, n_prompt + 4))
-    )
 
 
 def only_there(phase: str, n_prompt: int, n_whole: int) -> Any:
@@ -250,8 +242,9 @@ def test_model_tokenizer_and_random_numbers_stay_as_they_are(folder: Path) -> No
     embedding = model.hf_model.get_input_embeddings().weight
     model.hf_model.config.tie_word_embeddings = True  # and they are not: folded, or edited
     state = copy.deepcopy(model.hf_model.state_dict())
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    random.seed(5)
+    torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     task = task_of(folder, "conflict_gen", "exact_match", filter="first", limit=4)
     task.values(model, steer_hooks(PLAN))
     sampled = harness_task(
@@ -262,7 +255,7 @@ def test_model_tokenizer_and_random_numbers_stay_as_they_are(folder: Path) -> No
     )
     assert sampled.values(model).tolist() == sampled.values(model).tolist()
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[2])
     assert model.tokenizer.pad_token is None
     assert model.tokenizer.padding_side == "right"
@@ -354,13 +347,14 @@ def test_what_cannot_be_right_is_refused_at_once(folder: Path, name: str, option
 
 
 def test_a_task_that_is_not_there_names_its_neighbours(folder: Path) -> None:
-    with pytest.raises(DataError, match="no task 'arc_eazy'.*arc_easy"):
+    with pytest.raises(DataError, match=r"no task 'arc_eazy'.*arc_easy"):
         harness_task("arc_eazy", "acc")
 
 
 def test_a_task_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     (tmp_path / "lost.yaml").write_text(
-        "task: lost\ndataset_path: json\ndataset_kwargs: {data_files: {test: /nowhere.jsonl}}\ntest_split: test\n"
+        "task: lost\ndataset_path: json\ntest_split: test\n"
+        "dataset_kwargs: {data_files: {test: /nowhere.jsonl}}\n"
     )
     with pytest.raises(DataError, match="cannot load lost"):
         harness_task("lost", "exact_match", include_path=tmp_path)
