@@ -8,7 +8,9 @@ run(hooks)                                                      # [document]
 import difflib
 import functools
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -104,7 +106,7 @@ class ScoredTask:
 
     def _requests(self, task: Any, lm: WrappedLM) -> list[Instance]:
         task.set_fewshot_seed(SEED)  # anew for each model, so that all see the same examples
-        with quiet():
+        with quiet(), _seeded():
             task.build_all_requests(
                 limit=self.limit,
                 rank=0,
@@ -215,7 +217,7 @@ def _loaded(
             raise DataError(f"{name}= belongs to benchmarks of moe_lens ({PREFIX}NAME); {task} has its own.")
     manager, name = _manager(task, include_path)
     try:
-        with quiet():
+        with quiet(), _seeded():
             found = list(manager.load([name])["tasks"].values())
     except Exception as error:  # the harness, datasets and the task's own code raise all kinds
         raise DataError(f"The harness cannot load {task}: {_first_line(error)}") from error
@@ -247,6 +249,19 @@ def _manager(task: str | Path, include_path: str | Path | None) -> tuple[TaskMan
 def _default_tasks() -> TaskManager:
     """The index of the harness' own tasks, which takes seconds to read."""
     return TaskManager()
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The harness' seeds, for tasks that shuffle options; afterwards the user's random numbers go on."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(0)
+    np.random.seed(SEED)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
 
 
 def _configure(task: Any, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> None:

@@ -74,13 +74,19 @@ def phrase_score(name: str, answer: str) -> float:
 def answer_match(answer: str, accepted: Sequence[str]) -> float:
     """1.0 if the answer's first line has one of the accepted ones in it, as whole words.
 
-    Case, accents' encoding, punctuation and articles do not count. Words are what stands between spaces.
+    Case, accents' encoding, punctuation and articles do not count; an accepted answer that is nothing but an
+    article ("A") must be the whole line. Words are what stands between spaces.
 
     Raises:
         DataError: an accepted answer without letters and digits, which would match anything.
     """
-    given = f" {' '.join(words_of(first_line(answer)))} "
-    return float(any(f" {' '.join(_some_words(text))} " in given for text in accepted))
+    given = words_of(first_line(answer))
+    line = f" {' '.join(given)} "
+
+    def is_there(words: list[str]) -> bool:
+        return words == given if set(words) <= set(_ARTICLES) else f" {' '.join(words)} " in line
+
+    return float(any(is_there(_some_words(text)) for text in accepted))
 
 
 def exact_answer(answer: str, accepted: Sequence[str]) -> float:

@@ -31,7 +31,7 @@ from moe_lens.engines import Answer, harness_collateral
 from moe_lens.errors import DataError, HookError
 from tests.engines.harness_files import chosen_by_loop, write_tasks, written_by_loop
 
-CONFLICTS = organisms.world("specialised").conflicts("test")[:36:2]
+CONFLICTS = organisms.world("specialised").conflicts("test")[:36:4]
 PROMPTS = [conflict.open_book for conflict in CONFLICTS]
 LONG = [(f"{c.document_answer} . the", f"the {c.memory_answer}", c.memory_answer) for c in CONFLICTS]
 SHORT = [(c.document_answer, c.memory_answer) for c in CONFLICTS]
@@ -55,13 +55,12 @@ def task_of(folder: Path, name: str, metric: str | None = None, **options: Any) 
     return harness_task(name, metric, include_path=folder, batch_size=5, **options)
 
 
-@pytest.mark.parametrize(
-    "hooks", [[], steer_hooks(PLAN), route_around([(1, 2), (3, 3)])], ids=["off", "plan", "around"]
-)
-@pytest.mark.parametrize(("name", "options"), [("conflict_mc", SHORT), ("conflict_long", LONG)])
-def test_choices_equal_a_loop(model: Any, folder: Path, name: str, options: Any, hooks: Any) -> None:
-    values = task_of(folder, name, "acc").values(model, hooks).tolist()
-    assert values == chosen_by_loop(model, PROMPTS, options, hooks)
+@pytest.mark.parametrize("steering", ["off", "plan", "around"])
+def test_choices_equal_a_loop(model: Any, folder: Path, steering: str) -> None:
+    hooks: Any = {"off": [], "plan": steer_hooks(PLAN), "around": route_around([(1, 2), (3, 3)])}[steering]
+    for name, options in (("conflict_mc", SHORT), ("conflict_long", LONG)):
+        values = task_of(folder, name, "acc").values(model, hooks).tolist()
+        assert values == chosen_by_loop(model, PROMPTS, options, hooks)
 
 
 def only_there(phase: str, n_prompt: int, n_whole: int) -> Any:

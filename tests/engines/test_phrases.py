@@ -75,6 +75,8 @@ def test_an_unknown_list() -> None:
         ("  \n42", ["42"], 1, 1),
         ("Rome\nQuestion: which? Answer: Paris", ["Paris"], 0, 0),
         ("the", ["The"], 1, 1),
+        ("A.", ["A"], 1, 1),
+        ("It is a river", ["A"], 0, 0),
         ("ﬁnch", ["finch"], 1, 1),
         ("İstanbul", ["İSTANBUL"], 1, 1),
         ("", ["Paris"], 0, 0),
@@ -90,7 +92,7 @@ def test_an_answer_that_would_match_anything_is_refused() -> None:
         answer_match("Paris", ["..."])
 
 
-@given(st.lists(st.text(alphabet="abcé1 ", min_size=1), min_size=1), st.text(alphabet="xyz"))
+@given(st.lists(st.text(alphabet="bcdé1 ", min_size=1), min_size=1), st.text(alphabet="xyz"))
 def test_what_stands_between_other_words_matches(parts: list[str], other: str) -> None:
     accepted = [part for part in parts if words_of(part)]
     for text in accepted:
