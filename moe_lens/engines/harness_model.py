@@ -19,11 +19,11 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
 from moe_lens.encoding import padded_rows, text_ids
-from moe_lens.errors import DataError, HookError
+from moe_lens.errors import DataError, HookError, warn
 from moe_lens.evaluation.reading import Continuations, is_most_probable, log_probs
 from moe_lens.hook_names import Hooks
 from moe_lens.interventions.positions import PHASES
-from moe_lens.model.wrapper import Model
+from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import Limits
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]
@@ -46,6 +46,7 @@ class WrappedLM(HFLM):
     """
 
     def __init__(self, model: Model, batch_size: int) -> None:
+        check_hooked(model, error=DataError)
         network: Any = model.original_model  # type: ignore[attr-defined]
         if model.tokenizer is None:
             raise DataError("The harness needs a tokenizer, and this model has none: set model.tokenizer.")
@@ -84,7 +85,14 @@ class WrappedLM(HFLM):
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Tokens and mask of several texts."""
-        rows = [torch.tensor(self.tok_encode(text, None, left_truncate_len)) for text in strings]
+        ids = [self.tok_encode(text) for text in strings]
+        if left_truncate_len and (longest := max(map(len, ids))) > left_truncate_len:
+            warn(
+                f"A prompt of {longest} tokens is cut to its last {left_truncate_len}: the answer needs room in "
+                f"the model's {self.max_length}. Ask for fewer tokens (max_gen_toks)."
+            )
+            ids = [row[-left_truncate_len:] for row in ids]
+        rows = [torch.tensor(row) for row in ids]
         tokens, mask = padded_rows(rows, self.tokenizer.pad_token_id, padding_side)
         return tokens, mask.long()
 

@@ -64,16 +64,16 @@ class ScoredTask:
     @property
     def note(self) -> str:
         """What a value means."""
-        what = f"{self.metric}, said by the judge," if self.judge else self.metric
+        by = "as the judge says" if self.judge else "as lm-evaluation-harness scores it"
         better = "larger" if self.higher_is_better else "smaller"
-        return (
-            f"{what} of each document of {self.name}, as lm-evaluation-harness scores it; {better} is better"
-        )
+        return f"{self.metric} of each document of {self.name}, {by}; {better} is better"
 
     def labels(self) -> Iterator[str]:
         """The cluster of each document. Raises DataError for a column that is not there."""
         for task in self.tasks:
-            for number, document in self._documents(task):
+            with _seeded():
+                documents = list(task.doc_iterator(rank=0, limit=self.limit, world_size=1))
+            for number, document in documents:
                 if self.clusters is None:
                     label = document["cluster"] if isinstance(task, BenchmarkTask) else number
                 elif callable(self.clusters):
@@ -100,9 +100,6 @@ class ScoredTask:
             return np.array(values, dtype=np.float64)
 
         return run
-
-    def _documents(self, task: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        return task.doc_iterator(rank=0, limit=self.limit, world_size=1)
 
     def _requests(self, task: Any, lm: WrappedLM) -> list[Instance]:
         task.set_fewshot_seed(SEED)  # anew for each model, so that all see the same examples
