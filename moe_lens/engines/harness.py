@@ -15,9 +15,9 @@ from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 
 import moe_lens
+from moe_lens.engines.harness_model import AnyHFLM
 from moe_lens.errors import MoELensError, PlanError, warn
 from moe_lens.model.routed_model import RoutedModel
 from moe_lens.shape import MoEShape
@@ -25,8 +25,7 @@ from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 
 
-@register_model("moe_lens")
-class SteeredLM(HFLM):
+class SteeredLM(AnyHFLM):
     """The harness' Hugging Face model under a steering plan; registered as "moe_lens" by importing this file.
 
     Args:
@@ -87,6 +86,9 @@ class SteeredLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes of the model, and what was steered."""
         return {**super().get_model_info(), "moe_lens": self.steering}
+
+
+register_model("moe_lens")(SteeredLM)
 
 
 def _for_model(plan: SteeringPlan, shape: MoEShape) -> SteeringPlan:

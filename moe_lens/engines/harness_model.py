@@ -29,11 +29,14 @@ from moe_lens.text.batching import Limits
 Encoded = tuple[tuple[str, str], list[int], list[int]]
 """Texts, tokens of the context, tokens of the continuation."""
 
+AnyHFLM: Any = HFLM
+"""The harness' registry hides the type of its classes."""
+
 SEED: Final = 1234
 """lm-evaluation-harness' own, of few-shot examples and of sampled answers."""
 
 
-class WrappedLM(HFLM):
+class WrappedLM(AnyHFLM):
     """A `HookedMoE` or `RoutedModel` as the harness runs models; neither it nor its tokenizer changes.
 
     Texts become tokens as `model.to_tokens` makes them, so `model.prepend_bos` counts.
@@ -88,8 +91,8 @@ class WrappedLM(HFLM):
         ids = [self.tok_encode(text) for text in strings]
         if left_truncate_len and (longest := max(map(len, ids))) > left_truncate_len:
             warn(
-                f"A prompt of {longest} tokens is cut to its last {left_truncate_len}: the answer needs room in "
-                f"the model's {self.max_length}. Ask for fewer tokens (max_gen_toks)."
+                f"A prompt of {longest} tokens is cut to its last {left_truncate_len}, since the answer "
+                f"needs room in the model's {self.max_length}; ask for fewer (max_gen_toks)."
             )
             ids = [row[-left_truncate_len:] for row in ids]
         rows = [torch.tensor(row) for row in ids]

@@ -315,7 +315,7 @@ def _checked_filter(tasks: list[Any], filter: str | None) -> str:
     common = [name for name in names[0] if all(name in others for others in names)] if names else ["none"]
     if filter is None and len(common) == 1:
         return common[0]
-    if filter not in common:
+    if filter is None or filter not in common:
         raise DataError(
             f"{tasks[0].task_name} has the filters {', '.join(common)}; name one with filter=."
             if filter is None

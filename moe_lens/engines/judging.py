@@ -79,8 +79,8 @@ class JudgedAnswers:
             for answer in answers:
                 self._collected.setdefault((answer.prompt, answer.text), None)
             return [0.0 for _ in answers]
-        scores = self._read()
-        missing = [answer for answer in answers if scores.get((answer.prompt, answer.text)) is None]
+        scores = {key: score for key, score in self._read().items() if score is not None}
+        missing = [answer for answer in answers if (answer.prompt, answer.text) not in scores]
         if missing:
             raise DataError(
                 f"{self.path} has no {self.column} for {len(missing)} of {len(answers)} answers, the first to"

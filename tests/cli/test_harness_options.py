@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+from datasets import config as datasets_config
 
 from moe_lens import RoutedModel, SteeringPlan, SteeringReport, evaluate_steering, harness_task, organisms
 from moe_lens.cli import parser as cli
@@ -21,7 +21,7 @@ def run(*arguments: Any) -> int:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_tasks(tmp_path, CONFLICTS)
     SteeringPlan(deactivate=[(2, 5)]).save(tmp_path / "plan.json")
     SteeringPlan(deactivate=[(0, 1)]).save(tmp_path / "reverse.json")

@@ -5,8 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+from datasets import config as datasets_config
 
 from moe_lens.engines import BENCHMARKS
 from tests.notebooks import ROOT
@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs" / "harness.md").read_text(encoding="utf-8")
 @pytest.mark.broad
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
         exec(compile(block, "harness.md", "exec"), names)

@@ -1,15 +1,17 @@
 """`harness_task` against loops of one forward a prompt, and against the harness' own `simple_evaluate`."""
 
 import copy
+import functools
 import random
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lm_eval
 import numpy as np
 import pytest
 import torch
+from datasets import config as datasets_config
+from datasets import disable_progress_bars
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -41,8 +43,8 @@ WRAPPERS = [HookedMoE, RoutedModel]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    datasets.disable_progress_bars()
+    datasets_config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    disable_progress_bars()
     return write_tasks(tmp_path_factory.mktemp("tasks"), CONFLICTS)
 
 
@@ -104,12 +106,7 @@ def test_written_answers_equal_a_loop(model: Any, folder: Path, phase: str | Non
         "moe_lens/fluency", data=rows, judge=judge, batch_size=4, gen_kwargs={"max_gen_toks": 3}
     )
     values = task.values(model, steer_hooks(PLAN, positions=phase))
-    loop_hooks: Any = steer_hooks(PLAN)
-    if phase is not None:
-
-        def loop_hooks(n_prompt: int) -> Any:
-            return by_tokens(phase, n_prompt)
-
+    loop_hooks: Any = steer_hooks(PLAN) if phase is None else functools.partial(by_tokens, phase)
     expected = written_by_loop(model, prompts, 3, loop_hooks)
     assert [answer.text for answer in seen] == expected
     assert [answer.prompt for answer in seen] == prompts
@@ -159,9 +156,8 @@ def test_values_are_those_that_the_harness_logs(folder: Path, name: str) -> None
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     lm = HFLM(pretrained=hf_model, tokenizer=tokenizer, batch_size=5)  # type: ignore[arg-type]
     with steered(hf_model, PLAN):
-        logged: Any = lm_eval.simple_evaluate(
-            lm, tasks=[name], task_manager=manager, bootstrap_iters=0, num_fewshot=1
-        )
+        evaluate: Any = lm_eval.simple_evaluate
+        logged = evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0, num_fewshot=1)
     rows = [row for row in logged["samples"][name] if row["filter"] == options.get("filter", "none")]
     theirs = [float(row[metric]) for row in sorted(rows, key=lambda row: row["doc_id"])]
     assert ours.tolist() == theirs
@@ -238,12 +234,14 @@ def test_model_tokenizer_and_random_numbers_stay_as_they_are(folder: Path) -> No
     model = organisms.load("specialised", wrapper=RoutedModel)
     model.tokenizer.pad_token = None
     model.tokenizer.padding_side = "right"
-    embedding = model.hf_model.get_input_embeddings().weight
-    model.hf_model.config.tie_word_embeddings = True  # and they are not: folded, or edited
+    hf_model: Any = model.hf_model
+    embedding = hf_model.get_input_embeddings().weight
+    hf_model.config.tie_word_embeddings = True  # and they are not: folded, or edited
     state = copy.deepcopy(model.hf_model.state_dict())
     random.seed(5)
     torch.manual_seed(5)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    numpy_state: Any = np.random.get_state
+    before = random.getstate(), numpy_state()[1].tolist(), torch.get_rng_state()
     task = task_of(folder, "conflict_gen", "exact_match", filter="first", limit=4)
     task.values(model, steer_hooks(PLAN))
     sampled = harness_task(
@@ -254,11 +252,11 @@ def test_model_tokenizer_and_random_numbers_stay_as_they_are(folder: Path) -> No
     )
     assert sampled.values(model).tolist() == sampled.values(model).tolist()
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert numpy_state()[1].tolist() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert model.tokenizer.pad_token is None
     assert model.tokenizer.padding_side == "right"
-    assert model.hf_model.get_input_embeddings().weight is embedding
+    assert hf_model.get_input_embeddings().weight is embedding
     assert "tie_weights" not in vars(model.hf_model)
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.hf_model.state_dict().items())
 
