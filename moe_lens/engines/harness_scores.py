@@ -80,12 +80,12 @@ class ScoredTask:
                     label = self.clusters(document)
                 elif self.clusters not in document:
                     raise DataError(
-                        f"The documents of {task.task_name} have no column {self.clusters!r} for clusters; "
+                        f"The documents of {_name(task)} have no column {self.clusters!r} for clusters; "
                         f"their columns are {list(document)}."
                     )
                 else:
                     label = document[self.clusters]
-                yield f"{task.task_name} {label}" if len(self.tasks) > 1 else str(label)
+                yield f"{_name(task)} {label}" if len(self.tasks) > 1 else str(label)
 
     def on(self, model: Any) -> Callable[[Hooks], Float[np.ndarray, "document"]]:
         """For a model, from hooks to the value of each document."""
@@ -173,7 +173,7 @@ def scored_task(
     else:
         metric, higher = _checked_metric(tasks, metric)
     return ScoredTask(
-        name=str(task) if len(tasks) > 1 or isinstance(tasks[0], BenchmarkTask) else tasks[0].task_name,
+        name=str(task) if len(tasks) > 1 or isinstance(tasks[0], BenchmarkTask) else _name(tasks[0]),
         tasks=tasks,
         metric=metric,
         filter=_checked_filter(tasks, filter),
@@ -206,7 +206,7 @@ def _loaded(
                 f"{', '.join(benchmark_named(task).columns)}."
             )
         column = clusters if isinstance(clusters, str) else None
-        with quiet():
+        with quiet(), _seeded():
             one = BenchmarkTask.of(task, data, columns=columns, template=template, clusters=column)
         return [one], (None if column else clusters)
     for name, value in (("data", data), ("columns", columns), ("template", template)):
@@ -271,7 +271,7 @@ def _configure(task: Any, num_fewshot: int | None, gen_kwargs: Mapping[str, Any]
 
 
 def _check_kind(task: Any, judge: Judge | None) -> None:
-    name = task.task_name
+    name = _name(task)
     if getattr(task, "UNSAFE_CODE", False):
         raise DataError(f"{name} runs code that the model writes; run it with lm-eval itself, in a sandbox.")
     if getattr(task, "MULTIMODAL", False):
@@ -293,13 +293,13 @@ def _checked_metric(tasks: list[Any], metric: str | None) -> tuple[str, bool]:
         there = f"those with a number for each document are {', '.join(single) or 'none'}"
         if metric is None:
             raise DataError(
-                f"{task.task_name} has no metric of its own to take: {there}. Name one, or give a judge=."
+                f"{_name(task)} has no metric of its own to take: {there}. Name one, or give a judge=."
             )
         if metric not in known:
-            raise DataError(f"{task.task_name} has no metric {metric!r}; {there}.")
+            raise DataError(f"{_name(task)} has no metric {metric!r}; {there}.")
         if metric not in single:
             raise DataError(
-                f"{metric} of {task.task_name} is of all documents together, so that no prompt has "
+                f"{metric} of {_name(task)} is of all documents together, so that no prompt has "
                 f"a value of its own; {there}."
             )
         higher.add(bool(task.higher_is_better().get(metric, True)))
@@ -317,11 +317,16 @@ def _checked_filter(tasks: list[Any], filter: str | None) -> str:
         return common[0]
     if filter is None or filter not in common:
         raise DataError(
-            f"{tasks[0].task_name} has the filters {', '.join(common)}; name one with filter=."
+            f"{_name(tasks[0])} has the filters {', '.join(common)}; name one with filter=."
             if filter is None
-            else f"{tasks[0].task_name} has no filter {filter!r}; it has {', '.join(common)}."
+            else f"{_name(tasks[0])} has no filter {filter!r}; it has {', '.join(common)}."
         )
     return filter
+
+
+def _name(task: Any) -> str:
+    """(The harness' own `task_name` draws a random number each time.)"""
+    return str(task.get_config("task") or type(task).__name__)
 
 
 def _number(value: Any, metric: str) -> float:

@@ -213,7 +213,8 @@ def _choice(where: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dic
     options, labels = cell(where, row, column), None
     if isinstance(options, Mapping):
         labels, options = options.get("label"), options.get("text")
-    if not isinstance(options, list | tuple) or len(options) < 2 or not all(_is_text(one) for one in options):
+    options = _plain(options)
+    if not _are_texts(options) or len(options) < 2:
         raise DataError(
             f"{where}, column {column!r} must be a list of at least two texts; got {short(options)}."
         )
@@ -222,7 +223,7 @@ def _choice(where: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dic
         raise DataError(f"{where}, column {column!r} has an option twice: {short(texts)}.")
     column = named.get("answer", "answer")
     answer = cell(where, row, column)
-    gold = _place_of(answer, texts, None if labels is None else [str(label) for label in labels])
+    gold = _place_of(answer, texts, None if labels is None else [str(label) for label in _plain(labels)])
     if gold is None:
         raise DataError(
             f"{where}, column {column!r} must be one of the options, its letter (A, B, ...) or its number "
@@ -250,9 +251,9 @@ def _answers(where: str, row: Mapping[str, Any], named: Mapping[str, str]) -> li
         column = named.get(field, field)
         if field == "aliases" and not row.get(column):
             continue
-        content = cell(where, row, column)
+        content = _plain(cell(where, row, column))
         texts = [content] if isinstance(content, str) else content
-        if not isinstance(texts, list | tuple) or not texts or not all(_is_text(text) for text in texts):
+        if not _are_texts(texts):
             raise DataError(
                 f"{where}, column {column!r} must be a text or a list of texts; got {short(content)}."
             )
@@ -262,6 +263,11 @@ def _answers(where: str, row: Mapping[str, Any], named: Mapping[str, str]) -> li
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     return accepted
+
+
+def _plain(given: Any) -> Any:
+    """A list of what a DataFrame from parquet has as an array."""
+    return given.tolist() if hasattr(given, "tolist") else given
 
 
 def _are_texts(given: Any) -> bool:

@@ -24,7 +24,7 @@ TASKS = {
     "conflict_long": """
         output_type: multiple_choice
         doc_to_text: question
-        doc_to_choice: "{{[document_answer ~ ' . the', 'the ' ~ memory_answer, memory_answer]}}"
+        doc_to_choice: "{{[document_answer ~ ' .', memory_answer ~ ' .', memory_answer]}}"
         doc_to_target: 0
         metric_list:
           - {metric: acc, aggregation: mean, higher_is_better: true}
@@ -42,6 +42,13 @@ TASKS = {
         metric_list:
           - {metric: exact_match, aggregation: mean, higher_is_better: true}
           - {metric: bleu, aggregation: bleu, higher_is_better: true}
+    """,
+    "conflict_log_prob": """
+        output_type: loglikelihood
+        doc_to_text: question
+        doc_to_target: "{{' ' ~ document_answer ~ ' . the'}}"
+        process_results: !function scores.log_prob
+        metric_list: [{metric: log_prob, aggregation: mean, higher_is_better: true}]
     """,
     "conflict_text": """
         output_type: loglikelihood_rolling
@@ -74,6 +81,9 @@ def write_tasks(folder: Path, conflicts: Sequence[Conflict]) -> Path:
             "test_split: test",
         ]
         (folder / f"{name}.yaml").write_text("\n".join([*head, *lines]))
+    (folder / "scores.py").write_text(
+        "def log_prob(document, results):\n    return {'log_prob': results[0][0]}\n"
+    )
     (folder / "both.yaml").write_text("group: conflict_both\ntask: [conflict_mc, conflict_long]\n")
     return folder
 
@@ -81,11 +91,10 @@ def write_tasks(folder: Path, conflicts: Sequence[Conflict]) -> Path:
 def log_prob_by_loop(model: Any, prompt: str, text: str, hooks: Any) -> float:
     """The sum of log-probabilities of a text's tokens after a prompt, in nats; one forward, no padding.
 
-    `hooks` may be a function of how many tokens the prompt has.
+    `hooks` may be a function of how many tokens the prompt and the whole have.
     """
-    before, whole = model.to_tokens(prompt), model.to_tokens(f"{prompt} {text}")
-    n_prompt = before.shape[1]
-    hooks = hooks(n_prompt) if callable(hooks) else hooks
+    n_prompt, whole = model.to_tokens(prompt).shape[1], model.to_tokens(f"{prompt} {text}")
+    hooks = hooks(n_prompt, whole.shape[1] - 1) if callable(hooks) else hooks
     with torch.no_grad():
         logits = model.run_with_hooks(whole[:, :-1], fwd_hooks=hooks)
     log_probs = logits[0].double().log_softmax(-1)

@@ -19,7 +19,7 @@ from tests.notebooks import ROOT
 CONFLICTS = organisms.world("specialised").conflicts("test")[:31]
 PROMPTS = [conflict.open_book for conflict in CONFLICTS]
 SHORT = [(c.document_answer, c.memory_answer) for c in CONFLICTS]
-PLAN = SteeringPlan(deactivate=[(2, 5), (3, 7), (1, 0)], activate=[(0, 3)])
+PLAN = SteeringPlan(deactivate=[(0, 5), (1, 1), (3, 5), (3, 4)])  # halfway to the document
 FOLDER = organisms.path("specialised")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from moe_lens import (
     HookedMoE,
     RoutedModel,
+    RouteRecord,
     SteeringPlan,
     TextSpan,
     attach,
@@ -31,13 +33,14 @@ from moe_lens import (
 )
 from moe_lens.engines import Answer, harness_collateral
 from moe_lens.errors import DataError, HookError
-from tests.engines.harness_files import chosen_by_loop, write_tasks, written_by_loop
+from tests.engines.harness_files import chosen_by_loop, log_prob_by_loop, write_tasks, written_by_loop
 
 CONFLICTS = organisms.world("specialised").conflicts("test")[:36:4]
 PROMPTS = [conflict.open_book for conflict in CONFLICTS]
-LONG = [(f"{c.document_answer} . the", f"the {c.memory_answer}", c.memory_answer) for c in CONFLICTS]
+LONG = [(f"{c.document_answer} .", f"{c.memory_answer} .", c.memory_answer) for c in CONFLICTS]
 SHORT = [(c.document_answer, c.memory_answer) for c in CONFLICTS]
-PLAN = SteeringPlan(deactivate=[(2, 5), (3, 7), (1, 0)], activate=[(0, 3)])
+PLAN = SteeringPlan(deactivate=[(0, 5), (1, 1), (3, 5), (3, 4)])  # halfway to the document
+HEAVY = SteeringPlan(deactivate=[(layer, expert) for layer in range(4) for expert in range(5)])
 WRAPPERS = [HookedMoE, RoutedModel]
 
 
@@ -65,30 +68,27 @@ def test_choices_equal_a_loop(model: Any, folder: Path, steering: str) -> None:
         assert values == chosen_by_loop(model, PROMPTS, options, hooks)
 
 
-def only_there(phase: str, n_prompt: int, n_whole: int) -> Any:
+def by_mask(phase: str, n_prompt: int, n_whole: int) -> Any:
+    """The plan on a part of a single forward, of which all tokens are the prompt to a hook."""
     mask = torch.zeros(n_whole, dtype=torch.bool)
     mask[slice(0, n_prompt) if phase == "prompt" else slice(n_prompt, n_whole)] = True
-    return mask
+    return steer_hooks(HEAVY, positions=mask)
 
 
-@pytest.mark.parametrize("phase", ["prompt", "generated"])
-def test_phases_of_scored_answers_equal_a_loop(model: Any, folder: Path, phase: str) -> None:
-    """By a mask over the whole text: within a loop's single forward, all of it is the prompt."""
-    expected = []
-    for prompt, texts in zip(PROMPTS, LONG, strict=True):
-        n_prompt, sums = model.to_tokens(prompt).shape[1], []
-        for text in texts:
-            whole = model.to_tokens(f"{prompt} {text}")
-            mask = only_there(phase, n_prompt, whole.shape[1] - 1)
-            hooks = steer_hooks(PLAN, positions=mask) if bool(mask.any()) else []
-            with torch.no_grad():
-                logits = model.run_with_hooks(whole[:, :-1], fwd_hooks=hooks)
-            log_probs = logits[0].double().log_softmax(-1)
-            places = range(n_prompt, whole.shape[1])
-            sums.append(sum(float(log_probs[place - 1, whole[0, place]]) for place in places))
-        expected.append(float(np.argmax(sums) == 0))
-    task = task_of(folder, "conflict_long", "acc")
-    assert task.values(model, steer_hooks(PLAN, positions=phase)).tolist() == expected
+def test_phases_of_scored_answers_equal_a_loop(model: Any, folder: Path) -> None:
+    """Log-probabilities of three tokens, of which the model reads two."""
+    task, texts = (
+        task_of(folder, "conflict_log_prob").on(model),
+        [f"{c.document_answer} . the" for c in CONFLICTS],
+    )
+    found = [task.values(model), task.values(model, steer_hooks(HEAVY))]
+    for phase in ("prompt", "generated"):
+        found.append(task.values(model, steer_hooks(HEAVY, positions=phase)))
+        hooks = functools.partial(by_mask, phase)
+        expected = [log_prob_by_loop(model, *each, hooks) for each in zip(PROMPTS, texts, strict=True)]
+        np.testing.assert_allclose(found[-1], expected, atol=1e-4)
+    for one, other in itertools.combinations(found, 2):  # so one taken for another would be noticed
+        assert np.abs(one - other).min() > 1e-3
 
 
 @pytest.mark.parametrize("phase", [None, "prompt", "generated"])
@@ -105,8 +105,8 @@ def test_written_answers_equal_a_loop(model: Any, folder: Path, phase: str | Non
     task = harness_task(
         "moe_lens/fluency", data=rows, judge=judge, batch_size=4, gen_kwargs={"max_gen_toks": 3}
     )
-    values = task.values(model, steer_hooks(PLAN, positions=phase))
-    loop_hooks: Any = steer_hooks(PLAN) if phase is None else functools.partial(by_tokens, phase)
+    values = task.values(model, steer_hooks(HEAVY, positions=phase))
+    loop_hooks: Any = steer_hooks(HEAVY) if phase is None else functools.partial(by_tokens, phase)
     expected = written_by_loop(model, prompts, 3, loop_hooks)
     assert [answer.text for answer in seen] == expected
     assert [answer.prompt for answer in seen] == prompts
@@ -116,7 +116,7 @@ def test_written_answers_equal_a_loop(model: Any, folder: Path, phase: str | Non
 def by_tokens(phase: str, n_prompt: int) -> Any:
     """A function of the position alone, for runs without a cache in which the text grows."""
     hooks = []
-    for name, hook in steer_hooks(PLAN):
+    for name, hook in steer_hooks(HEAVY):
 
         def edit(value: Any, point: Any, hook: Any = hook) -> Any:
             part = slice(0, n_prompt) if phase == "prompt" else slice(n_prompt, None)
@@ -129,23 +129,23 @@ def by_tokens(phase: str, n_prompt: int) -> Any:
     return hooks
 
 
-def test_the_phases_are_three_different_things(folder: Path) -> None:
-    """So the tests above would notice one taken for another."""
-    model = organisms.load("specialised", wrapper=RoutedModel)
-    task = harness_task(
-        "moe_lens/fluency",
-        data=[{"prompt": prompt} for prompt in PROMPTS],
-        judge=lambda answers: [hash(answer.text) % 1000 for answer in answers],
-        gen_kwargs={"max_gen_toks": 3},
-    )
-    values = [
-        tuple(task.values(model, steer_hooks(PLAN, positions=phase)))
-        for phase in (None, "prompt", "generated")
-    ]
-    assert len({*values, tuple(task.values(model))}) == 4
+def test_the_phases_of_written_answers_are_three_different_things(folder: Path) -> None:
+    """So the test above would notice one taken for another."""
+    model, seen = organisms.load("specialised", wrapper=RoutedModel), []
+
+    def judge(answers: Any) -> list[float]:
+        seen.append(tuple(answer.text for answer in answers))
+        return [0.0] * len(answers)
+
+    data = [{"prompt": prompt} for prompt in PROMPTS]
+    task = harness_task("moe_lens/fluency", data=data, judge=judge, gen_kwargs={"max_gen_toks": 3}).on(model)
+    for phase in (None, "prompt", "generated"):
+        task.values(model, steer_hooks(HEAVY, positions=phase))
+    task.values(model)
+    assert len(set(seen)) == 4
 
 
-@pytest.mark.parametrize("name", ["conflict_mc", "conflict_long", "conflict_gen"])
+@pytest.mark.parametrize("name", ["conflict_long", "conflict_gen"])
 def test_values_are_those_that_the_harness_logs(folder: Path, name: str) -> None:
     """`simple_evaluate` on the Hugging Face model under `steered`, without moe_lens' part of it."""
     model = RoutedModel.from_pretrained(organisms.path("specialised"))
@@ -184,7 +184,7 @@ def test_a_report_with_collateral(folder: Path) -> None:
         folder,
         "conflict_mc",
         clusters=lambda row: row["entity"],
-        limit=6,
+        limit=4,
         collateral={
             "conflict_long": ("acc", 0.1),
             "refusals": harness_collateral(
@@ -193,10 +193,10 @@ def test_a_report_with_collateral(folder: Path) -> None:
         },
     )
     report = evaluate_steering(
-        model, PLAN, task, reverse=SteeringPlan(deactivate=[(0, 1)]), n_random=4, progress=False
+        model, PLAN, task, reverse=SteeringPlan(deactivate=[(0, 1)]), n_random=1, alpha=0.3, progress=False
     )
     assert set(report.unsteered.collateral) == {"conflict_long", "refusals"}
-    expected = np.mean(chosen_by_loop(model, PROMPTS[:6], LONG[:6], []))
+    expected = np.mean(chosen_by_loop(model, PROMPTS[:4], LONG[:4], []))
     assert report.unsteered.collateral["conflict_long"] == expected
     assert report.limits["refusals"].larger_is_worse
     assert not report.limits["conflict_long"].larger_is_worse
@@ -305,7 +305,7 @@ def test_a_recorded_route_is_refused(model: Any, folder: Path) -> None:
     _, cache = model.run_with_cache(PROMPTS[:2])
     task = task_of(folder, "conflict_mc", limit=2)
     with pytest.raises(HookError, match="route for each prompt"):
-        task.values(model, replay_hooks(cache))
+        task.values(model, replay_hooks(RouteRecord.from_cache(cache)))
 
 
 def test_steering_what_is_generated_where_nothing_is(model: Any, folder: Path) -> None:
@@ -332,9 +332,8 @@ def test_steering_what_is_generated_where_nothing_is(model: Any, folder: Path) -
         ("conflict_mc", {"data": "file.jsonl"}, "has its own"),
         ("conflict_mc", {"limit": 0}, "limit must be"),
         ("conflict_mc", {"limit": 1}, "at least two clusters"),
-        ("conflict_mc", {"batch_size": "auto"}, "batch_size must be"),
-        ("conflict_mc", {"collateral": {"conflict_long": 0.1}}, "worse by"),
-        ("conflict_mc", {"collateral": {"conflict_long": ("acc", -1)}}, "worse_by must be"),
+        ("conflict_mc", {"batch_size": 0}, "batch_size must be"),
+        ("conflict_mc", {"collateral": {"conflict_long": ("acc", -0.1)}}, "worse_by must be"),
         ("nowhere.yaml", {}, "no file"),
     ],
 )
@@ -343,6 +342,7 @@ def test_what_cannot_be_right_is_refused_at_once(folder: Path, name: str, option
         harness_task(name, include_path=folder, **options)
 
 
+@pytest.mark.broad  # reads the index of all the harness' tasks
 def test_a_task_that_is_not_there_names_its_neighbours(folder: Path) -> None:
     with pytest.raises(DataError, match=r"no task 'arc_eazy'.*arc_easy"):
         harness_task("arc_eazy", "acc")

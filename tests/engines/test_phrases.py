@@ -1,7 +1,7 @@
 """Scores that need no judge, on answers written for the test."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens.engines.phrases import PHRASES, answer_match, exact_answer, phrase_score, words_of
@@ -92,6 +92,7 @@ def test_an_answer_that_would_match_anything_is_refused() -> None:
         answer_match("Paris", ["..."])
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.text(alphabet="bcdé1 ", min_size=1), min_size=1), st.text(alphabet="xyz"))
 def test_what_stands_between_other_words_matches(parts: list[str], other: str) -> None:
     accepted = [part for part in parts if words_of(part)]
