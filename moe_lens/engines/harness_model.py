@@ -10,6 +10,7 @@ A request is a context and, where its answers are scored rather than written, a 
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -120,7 +121,12 @@ class WrappedLM(AnyHFLM):
     ) -> list[tuple[float, bool]]:
         """Where hooks ask for phases, in batches in which the continuations begin in one column."""
         if not self.placed:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            found = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            if any(
+                math.isnan(log_prob) for log_prob, _ in found
+            ):  # the harness would take it for the largest
+                raise DataError("The model's logits are NaN under these hooks; nothing can be measured.")
+            return found
         longest = max(len(context) + len(continuation) - 1 for _, context, continuation in requests)
         if longest > self.max_length:
             raise DataError(

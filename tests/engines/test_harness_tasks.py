@@ -32,7 +32,7 @@ from moe_lens import (
     steered,
 )
 from moe_lens.engines import Answer, harness_collateral
-from moe_lens.errors import DataError, HookError
+from moe_lens.errors import DataError, HookError, MoELensError
 from tests.engines.harness_files import chosen_by_loop, log_prob_by_loop, write_tasks, written_by_loop
 
 CONFLICTS = organisms.world("specialised").conflicts("test")[:36:4]
@@ -77,10 +77,8 @@ def by_mask(phase: str, n_prompt: int, n_whole: int) -> Any:
 
 def test_phases_of_scored_answers_equal_a_loop(model: Any, folder: Path) -> None:
     """Log-probabilities of three tokens, of which the model reads two."""
-    task, texts = (
-        task_of(folder, "conflict_log_prob").on(model),
-        [f"{c.document_answer} . the" for c in CONFLICTS],
-    )
+    task = task_of(folder, "conflict_log_prob").on(model)
+    texts = [f"{c.document_answer} . the" for c in CONFLICTS]
     found = [task.values(model), task.values(model, steer_hooks(HEAVY))]
     for phase in ("prompt", "generated"):
         found.append(task.values(model, steer_hooks(HEAVY, positions=phase)))
@@ -364,6 +362,16 @@ def test_a_judge_that_says_too_little_or_nonsense(folder: Path) -> None:
         task_of(folder, "conflict_gen", judge=lambda answers: [], **options).values(model)
     with pytest.raises(DataError, match="no finite number"):
         task_of(folder, "conflict_gen", judge=lambda answers: ["good"] * 2, **options).values(model)
+
+
+@pytest.mark.parametrize("positions", [None, "prompt"])
+def test_nan_is_no_score(folder: Path, positions: Any) -> None:
+    model = organisms.load("null", wrapper=RoutedModel)
+    name = model.moe_layers[0]
+    blank = (f"blocks.{name}.hook_resid_post", lambda value, hook: value * torch.nan)
+    hooks = [*steer_hooks(SteeringPlan(deactivate=[(0, 1)]), positions=positions), blank]
+    with pytest.raises(MoELensError, match="NaN"):
+        task_of(folder, "conflict_mc", limit=2).values(model, hooks)
 
 
 def test_models_that_cannot_be_measured(folder: Path) -> None:
