@@ -16,7 +16,7 @@ __version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 # A star import must not put names like `model` and `text` in the place of a notebook's own.
 _ROOMS = {
-    *("attribution", "cli", "detection", "evaluation", "interventions", "model"),
+    *("attribution", "cli", "detection", "engines", "evaluation", "interventions", "model"),
     *("plots", "routers", "statistics", "steering", "text"),
 }
 __all__ = [name for name in __all__ if name not in _ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,6 +1,7 @@
 from . import attribution as attribution
 from . import cli as cli
 from . import detection as detection
+from . import engines as engines
 from . import errors as errors
 from . import evaluation as evaluation
 from . import hook_names as hook_names
@@ -23,6 +24,7 @@ from .detection import required_pairs as required_pairs
 from .detection import risk_difference as risk_difference
 from .detection import selection_stability as selection_stability
 from .detection import template_agreement as template_agreement
+from .engines import harness_task as harness_task
 from .errors import DataError as DataError
 from .errors import HookError as HookError
 from .errors import MoELensError as MoELensError

@@ -182,7 +182,7 @@ def evaluate(options: Options) -> None:
     load = steering.SteeringPlan.load
     reverse = None if options.reverse is None else load(options.reverse)
     scores = None if options.scores is None else detection.ExpertScores.load(options.scores)
-    task, chosen = evaluation.load_task(options.task, measure=options.measure), load(options.plan)
+    task, chosen = _task(options), load(options.plan)
     report = evaluation.evaluate_steering(
         _model(options),
         chosen,
@@ -199,10 +199,26 @@ def evaluate(options: Options) -> None:
         _wrote(options.out)
 
 
+def _task(options: Options) -> Any:
+    """What TASK names: a file, or a benchmark of the harness."""
+    settings = {name: getattr(options, name) for name in _OF_THE_HARNESS}
+    if not options.harness:
+        if given := [name for name, value in settings.items() if value is not None]:
+            raise DataError(f"--{given[0].replace('_', '-')} is for benchmarks; give --harness, too.")
+        return evaluation.load_task(options.task, measure=options.measure)
+    if options.measure is not None:
+        raise DataError("--measure is for a TASK in JSON; a benchmark has a --metric.")
+    chat = bool(settings.pop("chat"))
+    return engines.harness_task(str(options.task), apply_chat_template=chat, **settings)
+
+
+_OF_THE_HARNESS = ("metric", "filter", "include_path", "data", "clusters", "limit", "chat")
+
+
 def sweep(options: Options) -> None:
     """Evaluate plans of several sizes."""
     scores = detection.ExpertScores.load(options.scores)
-    task = evaluation.load_task(options.task, measure=options.measure)
+    task = _task(options)
     result = evaluation.sweep(
         _model(options), scores, task, sizes=options.sizes, n_random=options.n_random, seed=options.seed
     )

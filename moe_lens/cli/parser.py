@@ -296,11 +296,29 @@ def _evaluate(adder: Any) -> None:
 
 
 def _task(command: Any) -> None:
-    command.add_argument("task", type=Path, metavar="TASK", help="what to measure, JSON")
+    command.add_argument("task", type=Path, metavar="TASK", help="what to measure, JSON (or see --harness)")
     command.add_argument(
         "--measure",
         metavar="HOW",
         help="of answers: sum, mean, first_difference or whole_answer (default: what the task says)",
+    )
+    harness = command.add_argument_group("benchmarks of lm-evaluation-harness")
+    harness.add_argument(
+        "--harness",
+        action="store_true",
+        help="TASK is a task or group of the harness, a task's .yaml, or moe_lens/BENCHMARK",
+    )
+    for name, metavar, text in (
+        ("metric", "NAME", "which of its metrics (default: its only one)"),
+        ("filter", "NAME", "which of its filters, where it has several"),
+        ("include-path", "FOLDER", "tasks of your own"),
+        ("data", "FILE", "of a benchmark of moe_lens: .jsonl or .csv"),
+        ("clusters", "COLUMN", "documents with the same label are not independent"),
+    ):
+        harness.add_argument(f"--{name}", metavar=metavar, help=text)
+    harness.add_argument("--limit", type=_number, metavar="N", help="the first N documents only")
+    harness.add_argument(
+        "--chat", action="store_true", default=None, help="put each prompt into the tokenizer's chat template"
     )
 
 

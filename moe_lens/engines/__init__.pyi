@@ -3,3 +3,9 @@ from .counting_together import detect_distributed as detect_distributed
 from .counting_together import merge_distributed as merge_distributed
 from .evaluating_together import evaluate_distributed as evaluate_distributed
 from .evaluating_together import sweep_distributed as sweep_distributed
+from .harness_tasks import harness_collateral as harness_collateral
+from .harness_tasks import harness_task as harness_task
+from .judging import Answer as Answer
+from .judging import JudgedAnswers as JudgedAnswers
+from .paper_benchmarks import BENCHMARKS as BENCHMARKS
+from .paper_benchmarks import Benchmark as Benchmark

@@ -1,0 +1,69 @@
+"""`moe-lens evaluate` and `sweep` with --harness, against the same work done with the library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import config as datasets_config
+
+from moe_lens import RoutedModel, SteeringPlan, SteeringReport, evaluate_steering, harness_task, organisms
+from moe_lens.cli import parser as cli
+from tests.engines.harness_files import write_tasks
+
+CONFLICTS = organisms.world("specialised").conflicts("test")[:6]
+FEW = ("--n-random", 1, "--alpha", 0.3, "--wrapper", "routed")
+
+
+def run(*arguments: Any) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_tasks(tmp_path, CONFLICTS)
+    SteeringPlan(deactivate=[(2, 5)]).save(tmp_path / "plan.json")
+    SteeringPlan(deactivate=[(0, 1)]).save(tmp_path / "reverse.json")
+    return tmp_path
+
+
+def test_a_benchmark_gives_the_librarys_report(files: Path) -> None:
+    given = ("--harness", "--include-path", files, "--metric", "acc", "--clusters", "entity", "--limit", 4)
+    plans = (files / "plan.json", "conflict_long", "--reverse", files / "reverse.json")
+    assert run("evaluate", "specialised", *plans, *given, *FEW, "--out", files / "report.json") == 0
+    expected = evaluate_steering(
+        organisms.load("specialised", wrapper=RoutedModel),
+        SteeringPlan.load(files / "plan.json"),
+        harness_task("conflict_long", "acc", include_path=files, clusters="entity", limit=4),
+        reverse=SteeringPlan.load(files / "reverse.json"),
+        n_random=1,
+        alpha=0.3,
+        progress=False,
+    )
+    assert SteeringReport.load(files / "report.json").to_json() == expected.to_json()
+
+
+def test_a_benchmark_of_moe_lens_with_a_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the", "a")))
+    plans = (files / "plan.json", "moe_lens/harmless", "--reverse", files / "reverse.json")
+    assert run("evaluate", "null", *plans, "--harness", "--data", files / "rows.jsonl", *FEW) == 0
+    assert "moe_lens/harmless" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("conflict_mc", "--metric", "acc"), "--metric is for benchmarks"),
+        (("conflict_mc", "--chat"), "--chat is for benchmarks"),
+        (("conflict_mc", "--harness", "--measure", "sum"), "--measure is for a TASK in JSON"),
+        (("moe_lens/advbench", "--harness"), "ships without data"),
+        (("moe_lens/advbench", "--harness", "--data", "missing.jsonl"), "missing.jsonl"),
+        (("conflict_mc", "--harness", "--include-path", "missing"), "folder of tasks"),
+    ],
+)
+def test_what_makes_no_sense_ends_with_a_sentence(
+    files: Path, capsys: pytest.CaptureFixture[str], arguments: Any, message: str
+) -> None:
+    assert run("evaluate", "null", files / "plan.json", *arguments, *FEW) == 1
+    assert message in capsys.readouterr().err
