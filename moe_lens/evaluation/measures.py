@@ -70,7 +70,7 @@ def answers_with(
         for row, (tokens, answer) in enumerate(zip(sequences, given, strict=True))
     ]
     limits = limits_of(model, batch_size, batch_tokens)
-    return torch.cat(next_tokens(model, asked, hooks, limits, is_most_probable))[:, 0]
+    return torch.cat(next_tokens(model, asked, len(sequences), hooks, limits, is_most_probable))[:, 0]
 
 
 def continuation_log_probs(
@@ -141,15 +141,16 @@ def text_loss(
     Raises:
         DataError: no texts, or not one with two tokens.
     """
+    sequences = list(token_sequences(model, texts))
     asked = [
         Asked(row, tokens, len(tokens), 0, len(tokens) - 1, tokens[1:, None])
-        for row, tokens in enumerate(token_sequences(model, texts))
+        for row, tokens in enumerate(sequences)
     ]
     asked = [each for each in asked if len(each.expected)]
     if not asked:
         raise DataError("text_loss needs texts of at least two tokens.")
     limits = limits_of(model, batch_size, batch_tokens, all_read=True)
-    found = torch.cat(next_tokens(model, asked, hooks, limits, log_probs))
+    found = torch.cat(next_tokens(model, asked, len(sequences), hooks, limits, log_probs))
     return -float(found.sum()) / len(found)
 
 

@@ -1,7 +1,7 @@
 """What a model says next, at the tokens where that is asked: forwards of like lengths, few logits.
 
     asked = [Asked(0, tokens, n_prompt, start, stop, expected), ...]
-    values = next_tokens(model, asked, hooks, limits, log_probs)      # [read candidate] of each
+    values = next_tokens(model, asked, n_prompts, hooks, limits, log_probs)    # [read candidate] of each
     after = Continuations.of(prompts, [[[8, 9], [5]], ...])           # two of each prompt, by their tokens
     values = after.values(model, hooks, limits, log_probs)            # [read] of each of each
 
@@ -114,7 +114,7 @@ class Continuations:
         self, model: MeasuredModel, hooks: Hooks, limits: Limits, judge: "Judge"
     ) -> list[list[Shaped[Tensor, "_"]]]:
         """Prompt by prompt, for each continuation what `judge` finds for each of its tokens."""
-        found = next_tokens(model, self.asked, hooks, limits, judge)
+        found = next_tokens(model, self.asked, len(self.places), hooks, limits, judge)
         return [[found[number][:, candidate] for number, candidate in row] for row in self.places]
 
 
@@ -143,7 +143,12 @@ def limits_of(model: MeasuredModel, batch_size: Any, batch_tokens: Any, *, all_r
 
 
 def next_tokens(
-    model: MeasuredModel, asked: Sequence[Asked], hooks: Hooks, limits: Limits, judge: Judge
+    model: MeasuredModel,
+    asked: Sequence[Asked],
+    n_prompts: int,
+    hooks: Hooks,
+    limits: Limits,
+    judge: Judge,
 ) -> list[Shaped[Tensor, "read candidate"]]:
     """What `judge` finds, in the order asked, on the CPU.
 
@@ -159,7 +164,7 @@ def next_tokens(
     with reading_logits(model, hooks) as read:
         for numbers in _batches(asked, limits, read.is_bare):
             some = [asked[number] for number in numbers]
-            found.update(zip(numbers, _judged(model, read, some, judge), strict=True))
+            found.update(zip(numbers, _judged(model, read, some, n_prompts, judge), strict=True))
     return [found[number] for number in range(len(asked))]
 
 
@@ -173,7 +178,9 @@ def _batches(asked: Sequence[Asked], limits: Limits, is_bare: bool) -> Iterator[
             yield sorted(group[place] for place in batch)
 
 
-def _judged(model: MeasuredModel, read: "LogitReader", some: Sequence[Asked], judge: Judge) -> list[Tensor]:
+def _judged(
+    model: MeasuredModel, read: "LogitReader", some: Sequence[Asked], n_prompts: int, judge: Judge
+) -> list[Tensor]:
     side = read.padding_side
     tokens, mask = pad_sequences(model, [each.tokens for each in some], side)
     n_pos = tokens.shape[1]
@@ -183,7 +190,7 @@ def _judged(model: MeasuredModel, read: "LogitReader", some: Sequence[Asked], ju
         places.append(torch.arange(each.start, each.stop) + before)
     columns = torch.cat(places).unique()
     n_prompt = n_pos - (len(some[0].tokens) - some[0].n_prompt)
-    logits = read(tokens, columns, mask, [each.row for each in some], n_prompt)
+    logits = read(tokens, columns, mask, [each.row for each in some], n_prompts, n_prompt)
     rows = torch.arange(len(some)).repeat_interleave(torch.tensor([len(part) for part in places]))
     kept = torch.searchsorted(columns, torch.cat(places))
     expected = torch.cat([each.expected for each in some])

@@ -290,13 +290,7 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
         super().enable_compatibility_mode(*args, **kwargs)
 
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
-        try:
-            hooks = [(name, function) for name, function in hooks]
-        except (TypeError, ValueError) as error:
-            raise HookError(
-                f"Hooks must be a list of pairs (name or filter, function); got {hooks!r}. "
-                "For a steering plan, pass steer_hooks(plan)."
-            ) from error
+        hooks = hook_names.hook_list(hooks)
         self._refuse_absent_points([name for name, _ in hooks])
         return hooks
 

@@ -397,13 +397,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         )
 
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
-        try:
-            hooks = [(name, function) for name, function in hooks]
-        except (TypeError, ValueError) as error:
-            raise HookError(
-                f"Hooks must be a list of pairs (name or filter, function); got {hooks!r}. "
-                "For a steering plan, pass steer_hooks(plan)."
-            ) from error
+        hooks = hook_names.hook_list(hooks)
         for name, _ in hooks:
             self._check_name(name)
         return hooks
