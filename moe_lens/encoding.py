@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moe_lens.checks import check_text
 from moe_lens.errors import DataError, warn
 
 
@@ -28,7 +29,8 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def without_special(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text alone: no BOS before it and no EOS after it."""
+    """The tokens of a text alone: no BOS before it and no EOS after it. Raises DataError as `check_text`."""
+    check_text(text, "The text")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -40,8 +42,9 @@ def text_ids(tokenizer: Any, text: str, prepend_bos: bool | None = None) -> list
             that the text has itself.
 
     Raises:
-        DataError: prepend_bos=True, and the tokenizer has no BOS.
+        DataError: prepend_bos=True, and the tokenizer has no BOS; a text with half a character.
     """
+    check_text(text, "The text")
     ids, bos = list(tokenizer(text)["input_ids"]), getattr(tokenizer, "bos_token_id", None)
     if bos is None:
         if prepend_bos:

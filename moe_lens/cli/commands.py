@@ -228,9 +228,9 @@ def models(options: Options) -> None:
 
 def _pairs(options: Options) -> Any:
     """The file's pairs; where it has columns "cluster" and "template", they are that without being named."""
-    from moe_lens.text.rows import csv_rows, jsonl_rows
+    from moe_lens.text.rows import csv_rows, ending, jsonl_rows
 
-    is_csv = options.pairs.suffix == ".csv"
+    is_csv = ending(options.pairs, "pairs", (".jsonl", ".csv")) == ".csv"
     rows = (csv_rows if is_csv else jsonl_rows)(options.pairs)
     columns = {name: getattr(options, name) for name in ("first", "second", "cluster", "template")}
     for name in ("cluster", "template"):

@@ -62,7 +62,7 @@ def answers_with(
     Raises:
         DataError: no prompts, another number of answers than prompts, or an answer of several tokens.
     """
-    sequences, given = _paired(model, prompts, answers, "answers")
+    sequences, given = _paired(model, prompts, answers, "answers", (str, int, np.integer))
     remedy = 'give alternatives or measure="whole_answer" to answer_task, which takes longer answers'
     token_of = {answer: single_token(model, answer, "answers", remedy) for answer in dict.fromkeys(given)}
     asked = [
@@ -105,11 +105,12 @@ def continuation_log_probs(
         batch_tokens: tokens in one forward, at most.
 
     Raises:
-        DataError: no prompts, unequal numbers, a continuation without tokens, or another reduction.
+        DataError: no prompts, unequal numbers, a continuation that is no text or has no tokens, a prompt and
+            its continuation that are longer than the model's context, or another reduction.
     """
     if reduction not in get_args(Reduction):
         raise DataError(f"reduction must be one of {get_args(Reduction)}; got {reduction!r}.")
-    sequences, given = _paired(model, prompts, continuations, "continuations")
+    sequences, given = _paired(model, prompts, continuations, "continuations", (str,))
     added = [[continuation_tokens(model, text)] for text in given]
     after = Continuations.of(sequences, added)
     found = after.values(model, hooks, limits_of(model, batch_size, batch_tokens), log_probs)
@@ -154,15 +155,18 @@ def text_loss(
     return -float(found.sum()) / len(found)
 
 
-def _paired(model: MeasuredModel, prompts: Any, given: Any, name: str) -> tuple[list[Tensor], list[Any]]:
+def _paired(
+    model: MeasuredModel, prompts: Any, given: Any, name: str, kinds: tuple[type, ...]
+) -> tuple[list[Tensor], list[Any]]:
     """The tokens of prompts, which may be a generator or a single one, and what was given for each."""
     sequences = list(token_sequences(model, prompts))
     things = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
     if isinstance(things, str) or not isinstance(things, Sequence):
         raise DataError(f"{name} must be a list, one a prompt; got {given!r}.")
     for index, thing in enumerate(things):
-        if not isinstance(thing, str | int | np.integer):
-            raise DataError(f"{name}[{index}] must be one text; got {thing!r}.")
+        if not isinstance(thing, kinds) or isinstance(thing, bool):
+            token = "" if kinds == (str,) else " or the number of a token"
+            raise DataError(f"{name}[{index}] must be one text{token}; got {thing!r}.")
     if len(things) != len(sequences):
         raise DataError(f"{len(sequences)} prompts need as many {name}; got {len(things)}.")
     return sequences, list(things)

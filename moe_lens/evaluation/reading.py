@@ -156,16 +156,27 @@ def next_tokens(
     model has written.
 
     Raises:
-        DataError: NaN or infinite logits.
+        DataError: NaN or infinite logits; a prompt with what follows it is longer than the model's context.
     """
     from moe_lens.model.kept_logits import reading_logits  # needs TransformerLens, which tasks do not
 
+    _check_lengths(model, asked)
     found: dict[int, Tensor] = {}
     with reading_logits(model, hooks) as read:
         for numbers in _batches(asked, limits, read.is_bare):
             some = [asked[number] for number in numbers]
             found.update(zip(numbers, _judged(model, read, some, n_prompts, judge), strict=True))
     return [found[number] for number in range(len(asked))]
+
+
+def _check_lengths(model: MeasuredModel, asked: Sequence[Asked]) -> None:
+    for each in asked:
+        if len(each.tokens) > model.cfg.n_ctx:  # prompts by themselves fit
+            raise DataError(
+                f"Prompt {each.row} has {each.n_prompt} tokens and {len(each.tokens) - each.n_prompt + 1} "
+                f"follow it, the last of which is not run; the model's context is {model.cfg.n_ctx}. Shorten "
+                "one of them."
+            )
 
 
 def _batches(asked: Sequence[Asked], limits: Limits, is_bare: bool) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
 from transformer_lens.utilities.slice import Slice
 
-from moe_lens.checks import looks_padded
+from moe_lens.checks import looks_padded, may_be_padded
 from moe_lens.encoding import (
     encoded_columns,
     encoded_rows,
@@ -180,9 +180,9 @@ class Reading:
             given = self._inputs(input, kwargs.get("prepend_bos"), kwargs.get("padding_side"), mask)
             input, mask = given["input_ids"], given.get("attention_mask")
             mask = torch.ones_like(input) if mask is None else mask
-        elif mask is None and isinstance(input, Tensor) and not input.is_floating_point():
-            rows = input if input.ndim == 2 else input[None]
-            mask = None if looks_padded(self.tokenizer, rows) else torch.ones_like(rows)
+        elif mask is None and (numbers := as_numbers(input)) is not None:
+            rows = numbers if numbers.ndim == 2 else numbers[None]
+            mask = None if may_be_padded(self.tokenizer, rows) else torch.ones_like(rows)
         if mask is None:
             return None
         pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
@@ -193,6 +193,14 @@ class Reading:
 def is_written(input: Any) -> bool:
     """Whether an input is words: a text or chat, or several."""
     return as_texts(input) is not None or prompts_among(input) is not None
+
+
+def as_numbers(input: Any) -> Int[Tensor, "*batch pos"] | None:
+    """Tokens, as a tensor or as lists; None for anything else."""
+    if is_encoding(input) or is_written(input) or input is None:
+        return None
+    tensor = _as_tensor(input)
+    return None if tensor.is_floating_point() else tensor
 
 
 def _as_tensor(input: Any) -> Tensor:
