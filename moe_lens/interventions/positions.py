@@ -79,6 +79,7 @@ def selected(positions: Positions, state: ForwardState, n_rows: int, n_pos: int)
     if isinstance(positions, str) and positions in PHASES:
         return in_prompt if positions == "prompt" else ~in_prompt
     if isinstance(positions, tuple):
+        _note_padding(state, n_rows)
         own = state.places(n_rows, n_pos)
         return (own[..., None] == _numbered(positions, state, n_rows)[:, None]).any(-1)
     if isinstance(positions, Tensor):
@@ -143,7 +144,7 @@ def _located(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch
         if which is None:
             raise HookError(f"positions={span!r}: {len(texts)} prompts run as {n_rows} rows; give a mask.")
         prompts: Any = [texts[number] for number in which.tolist()]
-        real = torch.stack([_columns_of(text, state, row) for text, row in zip(prompts, tokens, strict=True)])
+        real = _own_columns(prompts, state, tokens)
     else:
         mask = state.own_tokens()
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, : state.n_prompt].cpu()
@@ -159,6 +160,19 @@ def _located(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch
     for row, kept in enumerate(real):
         chosen[row, kept] = in_span[row, in_span.shape[1] - int(kept.sum()) :]
     return chosen
+
+
+def _note_padding(state: ForwardState, n_rows: int) -> None:
+    """Find padding by the texts, where a bridge pads them on the right and needs no mask."""
+    texts, tokens = state.texts, state.tokens
+    if texts is None or tokens is None or state.bridge is None or "mask" in state.memory:
+        return
+    if state.attention_mask is None and len(texts) == n_rows > 1 and not (state.offset or state.generating):
+        state.note_own(_own_columns(texts, state, tokens.cpu()))
+
+
+def _own_columns(prompts: Any, state: ForwardState, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "..."]:
+    return torch.stack([_columns_of(text, state, row) for text, row in zip(prompts, tokens, strict=True)])
 
 
 def _columns_of(text: Any, state: ForwardState, row: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:

@@ -22,6 +22,7 @@ from moe_lens.encoding import (
     padded_rows,
     prompt_ids,
     prompts_among,
+    table_of_texts,
     text_ids,
 )
 from moe_lens.errors import DataError, warn
@@ -59,10 +60,11 @@ class Reading:
         texts = as_texts(input)
         if texts is None:
             raise DataError(f"to_tokens needs a text or a list of texts; got {input!r}.")
-        rows = [self._ids(text, prepend_bos) for text in texts]
+        rows = [torch.tensor(self._ids(text, prepend_bos)) for text in texts]
         if truncate:
             rows = [row[: self.cfg.n_ctx] for row in rows]
-        tokens = self._padded(rows, padding_side or self._tokenizer().padding_side)
+        tokenizer = self._tokenizer()
+        tokens = table_of_texts(tokenizer, rows, padding_side or tokenizer.padding_side)
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def to_string(self, tokens: Any) -> str | list[str]:
@@ -91,16 +93,6 @@ class Reading:
 
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
         return text_ids(self._tokenizer(), text, self.prepend_bos if prepend_bos is None else prepend_bos)
-
-    def _padded(self, rows: list[list[int]], side: str) -> Int[Tensor, "batch pos"]:
-        length = max(len(row) for row in rows)
-        pad = self._tokenizer().pad_token_id
-        if pad is None and any(len(row) < length for row in rows):
-            raise DataError(
-                "Texts of several lengths need a pad token, and this tokenizer has none; set one "
-                "(tokenizer.pad_token = tokenizer.eos_token), or run them one by one."
-            )
-        return padded_rows([torch.tensor(row) for row in rows], pad, side)[0]
 
     def _inputs(
         self,

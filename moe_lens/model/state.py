@@ -159,6 +159,10 @@ class ForwardState:
             return self.columns(n_pos).expand(n_rows, n_pos)
         return (own.long().cumsum(1) - 1).masked_fill(~own, -1)[:, self.offset :]
 
+    def note_own(self, own: Tensor) -> None:
+        """Note which tokens are not padding, bool [batch pos], where no mask says so."""
+        self.memory["mask"] = own
+
     def lengths(self, n_rows: int) -> Tensor:
         """How many tokens each row's prompt has, without padding: int64 [batch] on the CPU."""
         own = self._own(n_rows, self.n_prompt)
@@ -166,11 +170,11 @@ class ForwardState:
 
     def _own(self, n_rows: int, stop: int) -> Tensor | None:
         """Which of the first columns are not padding, on the CPU; None without a mask."""
-        if self.attention_mask is None:
-            return None
         if "mask" not in self.memory:  # a look at another device, once a forward
-            self.memory["mask"] = self.attention_mask.cpu()
+            self.memory["mask"] = None if self.attention_mask is None else self.attention_mask.cpu()
         mask = self.memory["mask"]
+        if mask is None:
+            return None
         if len(mask) not in (1, n_rows):
             raise HookError(f"The attention mask has {len(mask)} rows, and {n_rows} run; give a bool mask.")
         return _up_to(stop, mask).expand(n_rows, -1)

@@ -27,6 +27,7 @@ from moe_lens.text.pair_rows import (
     digest_of_pair,
     drawn_clusters,
     pair_columns,
+    picked,
     span_from_json,
     span_to_json,
 )
@@ -386,9 +387,8 @@ class ContrastivePairs(Result):
         Raises:
             DataError: none, one out of range, or another number of bools than of pairs.
         """
-        chosen = chosen_numbers(indices, len(self))
         fields = (self.first, self.second, self.clusters, self.templates)
-        first, second, clusters, templates = (tuple(field[i] for i in chosen) for field in fields)
+        first, second, clusters, templates = picked(chosen_numbers(indices, len(self)), *fields)
         return replace(self, first=first, second=second, clusters=clusters, templates=templates)
 
     @property
