@@ -46,8 +46,12 @@ def arguments(model: Any, name: str) -> dict[str, Any]:
         "metric": lambda logits, tokens=None: logits[:, -1, 3].sum(),
     }
     given = inspect.signature(functions()[name]).parameters
-    needed = [key for key, parameter in given.items() if parameter.default is parameter.empty]
-    return {key: known[key] for key in needed if key not in ("model", "path", "about", "pairs")}
+    needed = [
+        key
+        for key, parameter in given.items()
+        if parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD and key != "model"
+    ]
+    return {key: known[key] for key in needed} | ({"progress": False} if "progress" in given else {})
 
 
 def faults(model: Any, name: str) -> list[str]:

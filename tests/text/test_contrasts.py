@@ -11,19 +11,21 @@ from jaxtyping import TypeCheckError
 
 from moe_lens.errors import DataError
 from moe_lens.text.contrasts import (
+    _together,
     calibrated_against_overconfident,
     cited_against_uncited,
     document_against_question,
     refusal_against_compliance,
     source_attributed_against_bluffing,
 )
-from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.pairs import ContrastivePair, ContrastivePairs
 from moe_lens.text.prompts import Prompt
 from moe_lens.text.spans import counted_batches
 from moe_lens.text.templates import Template, default_templates, fill
 from tests.text.test_prompts import CHATML, LLAMA
 from tests.text.test_spans import KINDS, model_with
 
+ASKED = {"role": "user", "content": "{question}"}
 SQUAD = [
     {"id": "q1", "title": "mats", "context": "the cat sat on the mat", "question": "what is the mat?"},
     {"id": "q2", "title": "mats", "context": "what is it? a {cat} }{", "question": "what is it? {}"},
