@@ -130,10 +130,11 @@ def required_prompts(
     (True, True)
 
     From a report: its clusters are drawn with replacement, with its own gap taken out and the asked one put
-    in, half of it on each side of the mean, and the report's verdict is asked, against its random sets. What
-    else prompts differ in stays. Of zeros and ones the spread is that of as many prompts that change as in
-    the pilot, or of as many as the gap needs. From assumptions, which know no random sets: the bootstrap
-    interval of the gap must lie above 0; the verdict asks for more.
+    in, half of it on each side of the unsteered mean (as far as zeros and ones have room there), and the
+    report's verdict is asked, against its random sets. What else prompts differ in stays. Of zeros and ones
+    the spread is that of as many prompts that change as in the pilot, or of as many as the gap needs. From
+    assumptions, which know no random sets: the bootstrap interval of the gap must lie above 0; the verdict
+    asks for more.
 
     The error of the simulated power is √(0.16 / n_simulations) at 0.8; a pilot's own error comes on top, so
     give it 20 clusters or more. The answer is at least 10 clusters.
@@ -213,7 +214,7 @@ def _lies_above(values: np.ndarray, clusters: np.ndarray, level: float, seed: in
 
 
 def _by_verdict(report: SteeringReport, gap: float) -> Shown:
-    plus, minus = _with_gap(*(report.steered[side].values for side in DIRECTIONS), gap)
+    plus, minus = _with_gap(*(report.steered[side].values for side in DIRECTIONS), gap, report.unsteered.rate)
     with_gap = replace(
         report, steered={"+": Outcome(plus, _none(report)), "-": Outcome(minus, _none(report))}
     )
@@ -254,9 +255,9 @@ def _none(report: SteeringReport) -> dict[str, float]:
 
 
 def _with_gap(
-    plus: Float[np.ndarray, "prompt"], minus: Float[np.ndarray, "prompt"], gap: float
+    plus: Float[np.ndarray, "prompt"], minus: Float[np.ndarray, "prompt"], gap: float, middle: float
 ) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
-    """Values whose means differ by the gap, and otherwise differ as before.
+    """Values whose means lie half the gap above and below the middle, and that otherwise differ as before.
 
     Zeros and ones: if a share m of the prompts changes, the differences vary by m − gap². A larger gap than m
     makes it m.
@@ -273,7 +274,7 @@ def _with_gap(
         share(gap, "gap", remedy="Values of zeros and ones differ by no more.")
         changed = np.square(differences).mean()
         scale = math.sqrt((max(changed, gap) - gap**2) / (changed - own**2))
-    middle = (plus.mean() + minus.mean()) / 2
+        middle = min(max(middle, gap / 2), 1 - gap / 2)
     return (
         middle + gap / 2 + scale * (plus - plus.mean()),
         middle - gap / 2 + scale * (minus - minus.mean()),

@@ -49,7 +49,9 @@ def arguments(model: Any, name: str) -> dict[str, Any]:
     needed = [
         key
         for key, parameter in given.items()
-        if parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD and key != "model"
+        if (parameter.default is parameter.empty or key == "max_new_tokens")
+        and parameter.kind != parameter.VAR_KEYWORD
+        and key != "model"
     ]
     return {key: known[key] for key in needed} | ({"progress": False} if "progress" in given else {})
 
