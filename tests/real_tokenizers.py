@@ -62,7 +62,12 @@ TEKKEN_SPECIAL: Final = (
 )
 """The first tokens of Mistral Nemo; the file with the ranks does not name them."""
 
-DEEP: Final = {"num_hidden_layers": 30, "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 32}
+DEEP: Final[dict[str, Any]] = {
+    "num_hidden_layers": 30,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_size": 32,
+}
 """The size of a split SmolLM2: 30 layers of 8 experts, in few numbers."""
 
 

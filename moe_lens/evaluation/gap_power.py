@@ -214,7 +214,8 @@ def _lies_above(values: np.ndarray, clusters: np.ndarray, level: float, seed: in
 
 
 def _by_verdict(report: SteeringReport, gap: float) -> Shown:
-    plus, minus = _with_gap(*(report.steered[side].values for side in DIRECTIONS), gap, report.unsteered.rate)
+    values = {side: report.steered[side].values for side in DIRECTIONS}
+    plus, minus = _with_gap(values["+"], values["-"], gap, report.unsteered.rate)
     with_gap = replace(
         report, steered={"+": Outcome(plus, _none(report)), "-": Outcome(minus, _none(report))}
     )

@@ -36,8 +36,8 @@ def without_padding(tokenizer: Any, prompts: Any) -> Any:
     they begin or end with.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
-    rows = _rectangle(prompts) if pad is not None else None
-    if rows is None or not bool((rows[:, [0, -1]] == pad).any()):
+    rows = _rectangle(prompts)
+    if pad is None or rows is None or not bool((rows[:, [0, -1]] == pad).any()):
         return prompts
     before, after = padding_at_ends(pad, rows)
     if not pads_only(tokenizer):

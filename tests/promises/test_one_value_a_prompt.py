@@ -48,8 +48,14 @@ def outputs(model: Any, prompts: Any, hooks: Any) -> Any:
 
 
 def parts(model: Any, prompts: Any, hooks: Any) -> Any:
-    stats = list(iterate_routing(model, prompts, hooks=hooks, **QUIET))
-    return sum(part.counts for part in stats)[None]
+    stats = iterate_routing(model, prompts, hooks=hooks, **QUIET)
+    return torch.stack([part.counts for part in stats]).sum(0)[None]
+
+
+def counts(model: Any, prompts: Any, hooks: Any) -> Any:
+    stats = collect_routing(model, prompts, per_prompt=True, hooks=hooks, **QUIET)
+    assert stats.per_prompt is not None
+    return stats.per_prompt.counts
 
 
 def mediated(model: Any, prompts: Any, hooks: Any) -> Any:
@@ -58,7 +64,7 @@ def mediated(model: Any, prompts: Any, hooks: Any) -> Any:
     return torch.stack([found.clean, found.corrupted, found.with_clean_route, *found.clean_route_in], dim=1)
 
 
-BY_PROMPT = {
+BY_PROMPT: dict[str, Any] = {
     "answers_with": lambda m, p, h: answers_with(m, p, ["w3"] * len(p), hooks=h, batch_size=2),
     "continuation_log_probs": lambda m, p, h: continuation_log_probs(
         m, p, ["w3 w4", "w5", "w6 w3 w2", "w7"][: len(p)] if len(p) > 1 else ["w3 w4"], hooks=h, batch_size=2
@@ -67,7 +73,7 @@ BY_PROMPT = {
     "lens": lambda m, p, h: expert_logit_lens(m, p, 1, -1, hooks=h, **QUIET)[:, 0],
     "routed around": lambda m, p, h: virtual_ablation(m, p, hooks=h, exact=False, **QUIET).loss,
     "mediation": mediated,
-    "counts": lambda m, p, h: collect_routing(m, p, per_prompt=True, hooks=h, **QUIET).per_prompt.counts,
+    "counts": counts,
     "generation": lambda m, p, h: [
         row.tolist() for row in collect_generation(m, p, 3, hooks=h, **QUIET).tokens
     ],
@@ -75,7 +81,7 @@ BY_PROMPT = {
 }
 """What each prompt gives, as a list or an array over prompts."""
 
-SUMS = {
+SUMS: dict[str, Any] = {
     "outputs": outputs,
     "parts": parts,
     "loss": lambda m, p, h: (
