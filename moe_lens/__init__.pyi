@@ -36,6 +36,7 @@ from .evaluation import SteeringTask as SteeringTask
 from .evaluation import answer_task as answer_task
 from .evaluation import evaluate_steering as evaluate_steering
 from .evaluation import load_task as load_task
+from .evaluation import required_prompts as required_prompts
 from .evaluation import split_clusters as split_clusters
 from .evaluation import sweep as sweep
 from .interventions import bias_experts as bias_experts

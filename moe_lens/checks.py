@@ -73,6 +73,18 @@ def short(thing: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def check_text(text: str, what: str) -> None:
+    """Raise DataError for a text with a lone surrogate: half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} holds {text[error.start]!r} at character {error.start}: half of a character, which is "
+            "no text. Take it out, or put U+FFFD there: "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        ) from error
+
+
 def numbers_of(given: Any, what: str) -> list[int]:
     """A number from 0 on, or several, as a list. Raises DataError, naming `what`, for anything else."""
     single = as_index(given)
@@ -154,6 +166,33 @@ def _place(position: Any, n_pos: int) -> int | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     return number % n_pos if -n_pos <= number < n_pos else None
+
+
+def padding_at_ends(pad: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """With how many padding tokens each of the rows [batch pos] begins, and ends: int64 [batch] each."""
+    is_pad = rows == pad
+    return is_pad.long().cumprod(1).sum(1), is_pad.flip(1).long().cumprod(1).sum(1)
+
+
+def pads_only(tokenizer: Any) -> bool:
+    """Whether the padding token stands for nothing else."""
+    pad, *others = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "unk"))
+    return pad is not None and pad not in others
+
+
+def may_be_padded(tokenizer: Any, tokens: Any) -> bool:
+    """Whether tokens [batch pos] have padding at their ends, or what cannot be told from it.
+
+    That is a padding token there which stands for nothing else; or one that does, of which rows begin or end
+    with different numbers.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or not isinstance(tokens, Tensor) or tokens.is_floating_point() or not tokens.numel():
+        return False
+    before, after = padding_at_ends(pad, tokens if tokens.ndim == 2 else tokens.reshape(1, -1))
+    if pads_only(tokenizer):
+        return bool((before + after).any())
+    return bool((before != before[0]).any() or (after != after[0]).any())
 
 
 def looks_padded(tokenizer: Any, tokens: Any) -> bool:

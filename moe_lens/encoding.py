@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moe_lens.checks import check_text
 from moe_lens.errors import DataError, warn
 
 
@@ -28,7 +29,8 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def without_special(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text alone: no BOS before it and no EOS after it."""
+    """The tokens of a text alone: no BOS before it and no EOS after it. Raises DataError as `check_text`."""
+    check_text(text, "The text")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -40,8 +42,9 @@ def text_ids(tokenizer: Any, text: str, prepend_bos: bool | None = None) -> list
             that the text has itself.
 
     Raises:
-        DataError: prepend_bos=True, and the tokenizer has no BOS.
+        DataError: prepend_bos=True, and the tokenizer has no BOS; a text with half a character.
     """
+    check_text(text, "The text")
     ids, bos = list(tokenizer(text)["input_ids"]), getattr(tokenizer, "bos_token_id", None)
     if bos is None:
         if prepend_bos:
@@ -208,6 +211,21 @@ def padded_rows(
         tokens[number, start : start + len(row)] = row
         mask[number, start : start + len(row)] = True
     return tokens, mask
+
+
+def table_of_texts(tokenizer: Any, rows: Sequence[Int[Tensor, "_"]], side: str) -> Int[Tensor, "batch pos"]:
+    """The tokens of texts, padded; without a mask, so that what pads must be the tokenizer's padding token.
+
+    Raises:
+        DataError: rows of several lengths, and no padding token.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None and len({len(row) for row in rows}) > 1:
+        raise DataError(
+            "Texts of several lengths need a pad token, and this tokenizer has none; set one "
+            "(tokenizer.pad_token = tokenizer.eos_token), or run them one by one."
+        )
+    return padded_rows(rows, pad, side)[0]
 
 
 def _shape_of(numbers: Any) -> Sequence[int]:

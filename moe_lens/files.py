@@ -59,7 +59,7 @@ class FileKind:
             whole = {name: tensor.clone() for name, tensor in whole.items()}  # the format shares no memory
         header = self.sealed(about, whole)
         with atomic_write(path) as temporary:
-            save_file(whole, temporary, metadata={_HEADER: json.dumps(header, ensure_ascii=False)})
+            save_file(whole, temporary, metadata={_HEADER: _json(header)})
 
     def load_tensors(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `save_tensors` wrote: `about`, with its "schema", and the tensors.
@@ -81,7 +81,7 @@ class FileKind:
 
     def save_json(self, path: str | Path, content: Mapping[str, Any]) -> None:
         """Write a JSON file, atomically; `content` may hold what `json` can write, with strings as keys."""
-        text = json.dumps(self.sealed(content), ensure_ascii=False, indent=2)
+        text = _json(self.sealed(content), indent=2)
         with atomic_write(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -92,7 +92,7 @@ class FileKind:
             `error`: as in `load_tensors`.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Notepad writes a mark
         except (OSError, ValueError, RecursionError) as error:
             raise self.error(f"{path} cannot be read as {self.words}: {error}.") from error
         return self.opened(path, content)
@@ -124,6 +124,16 @@ class FileKind:
                 "purpose, take out its field 'digest'."
             )
         return {"schema": schema, **rest}
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    """As text that UTF-8 can hold: half a character (a lone surrogate, from somebody's text) is escaped."""
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent)
+    return text
 
 
 def digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_lens.checks import short
 from moe_lens.errors import DataError, HookError
 
 ROUTER_LOGITS = "hook_router_logits"
@@ -26,8 +27,8 @@ POINTS = (ROUTER_LOGITS, TOPK_INDICES, TOPK_WEIGHTS)
 HookList = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 """Pairs (hook name or filter, hook function), as TransformerLens' `run_with_hooks` and `hooks` take them."""
 
-Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]]
-"""What functions with a parameter `hooks=` take: a `HookList`, or any other sequence of such pairs."""
+Hooks = Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]] | None
+"""What functions with a parameter `hooks=` take: a `HookList`, any other sequence of such pairs, or None."""
 
 _NAME = re.compile(rf"^blocks\.(\d+)\.(?:mlp\.)?({'|'.join((*POINTS, EXPERT_OUT))})$")
 
@@ -63,6 +64,31 @@ def expert_out(layer: int) -> str:
     It exists after `model.set_use_expert_out(True)`, and fires after the other three.
     """
     return name(layer, EXPERT_OUT)
+
+
+def hook_list(hooks: Any) -> HookList:
+    """What somebody gave as hooks, as a list of pairs; None gives none.
+
+    >>> hook_list(None)
+    []
+
+    Raises:
+        HookError: no pairs (name or filter, function): a plan, for one, which `steer_hooks` makes into hooks.
+    """
+    try:
+        pairs = [] if hooks is None else [(where, function) for where, function in hooks]
+    except (TypeError, ValueError) as error:
+        raise _no_hooks(hooks) from error
+    if not all((isinstance(where, str) or callable(where)) and callable(f) for where, f in pairs):
+        raise _no_hooks(hooks)
+    return pairs
+
+
+def _no_hooks(hooks: Any) -> HookError:
+    return HookError(
+        f"Hooks must be a list of pairs (name or filter, function), or None; got {short(hooks)}. For a "
+        "steering plan, pass steer_hooks(plan)."
+    )
 
 
 def block_aliases(points: tuple[str, ...] = POINTS) -> dict[str, str]:

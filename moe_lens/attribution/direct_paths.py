@@ -22,7 +22,8 @@ from moe_lens import hook_names
 from moe_lens.errors import MoELensError
 from moe_lens.model.hf_models import decoder_of, original_model, text_config
 from moe_lens.model.layers import unwrap
-from moe_lens.model.registration import routing_layers, with_expert_out
+from moe_lens.model.registration import routing_layers, running_of, with_expert_out
+from moe_lens.model.state import ForwardState
 from moe_lens.model.wrapper import Model
 
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest output; half: 5e-2
@@ -149,6 +150,7 @@ class _Freezer:
     blocks_with_experts: dict[str, tuple[nn.Module, Any, Any]] = field(default_factory=dict)
     their_outputs: dict[str, Tensor] = field(default_factory=dict)
     unembedded: Any = None
+    forward: ForwardState = field(default_factory=ForwardState)
     handles: list[Any] = field(default_factory=list)
 
     def install(self) -> None:
@@ -185,6 +187,7 @@ class _Freezer:
 
         def note(indices: Tensor, hook: Any) -> None:
             self.indices[hook_names.layer_of(hook.name)] = indices.clone()
+            self.forward = hook.state
 
         layers = self.model.moe_layers
         return [
@@ -196,7 +199,8 @@ class _Freezer:
     def non_routed(self) -> list[Part]:
         """What MoE blocks add beside their routed experts: they run again, with experts that output zero."""
         names = [hook_names.expert_out(layer) for layer in self.model.moe_layers]
-        with self.model.hooks([(name, lambda outputs, hook: torch.zeros_like(outputs)) for name in names]):
+        silent = self.model.hooks([(name, lambda outputs, hook: torch.zeros_like(outputs)) for name in names])
+        with running_of(self.model).again(self.forward), silent:  # so that hooks know the prompts
             return [
                 Part(name, self.their_outputs[name], _first(name, block(*args, **kwargs)))
                 for name, (block, args, kwargs) in self.blocks_with_experts.items()

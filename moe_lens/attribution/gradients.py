@@ -17,7 +17,7 @@ from moe_lens import hook_names
 from moe_lens.attribution.direct_paths import gradients, wide
 from moe_lens.attribution.results import GradientAttribution
 from moe_lens.errors import DataError
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import moe_shape, with_expert_out
@@ -91,7 +91,7 @@ def gradient_attribution(
 
     watchers = [*((name, follow) for name in followed), *((name, note) for name in choices)]
     with torch.inference_mode(False), torch.enable_grad(), with_expert_out(model):
-        with model.hooks([*hooks, *watchers]):
+        with model.hooks([*hook_list(hooks), *watchers]):
             value = _number(metric(model(tokens.clone(), **attention_mask)))
         grads = gradients(value, [seen[name] for name in followed])
     effects = []

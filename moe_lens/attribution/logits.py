@@ -21,7 +21,7 @@ from moe_lens.attribution.equal_lengths import equal_length_batches, positions, 
 from moe_lens.attribution.results import LogitAttribution
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.registration import moe_shape, running_of
 from moe_lens.model.wrapper import Model
 from moe_lens.text.answers import single_tokens
@@ -81,9 +81,9 @@ def expert_logit_attribution(
     pieces: dict[str, list[tuple[list[int], Tensor]]] = {name: [] for name in _BATCH_DIM}
     names: tuple[str, ...] = ()
     bar = tqdm(total=len(lengths), desc="logit attribution", unit="prompt", disable=not progress)
-    with torch.inference_mode(False), torch.enable_grad(), model.hooks(list(hooks)), bar:
+    with torch.inference_mode(False), torch.enable_grad(), model.hooks(hook_list(hooks)), bar:
         for rows, tokens in batches:
-            with running_of(model).of_prompts(rows):
+            with running_of(model).of_prompts(rows, len(lengths)):
                 path = direct_path(model, tokens)
             row, at = torch.arange(len(rows)), torch.tensor([places[prompt] for prompt in rows])
             logits = wide(path.logits[row, at])
@@ -155,9 +155,9 @@ def expert_logit_lens(
     places = None if pos is None else positions(pos, _lengths(batches))
     n_prompts, pieces = len(_lengths(batches)), []
     bar = tqdm(total=n_prompts, desc="logit lens", unit="prompt", disable=not progress)
-    with torch.inference_mode(False), torch.enable_grad(), model.hooks(list(hooks)), bar:
+    with torch.inference_mode(False), torch.enable_grad(), model.hooks(hook_list(hooks)), bar:
         for rows, tokens in batches:
-            with running_of(model).of_prompts(rows):
+            with running_of(model).of_prompts(rows, n_prompts):
                 path = direct_path(model, tokens)
             at = None if places is None else torch.tensor([places[prompt] for prompt in rows])
             pieces.append((rows, _lens(path, int(layer), at)))

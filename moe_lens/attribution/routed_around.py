@@ -21,7 +21,7 @@ from moe_lens.attribution.equal_lengths import equal_length_batches, side_by_sid
 from moe_lens.attribution.results import VirtualAblation
 from moe_lens.checks import chosen_layers, chosen_positions, whole_number
 from moe_lens.errors import DataError, HookError, MoELensError
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.metric import TokenMetric, check_metric
 from moe_lens.model.registration import running_of
 from moe_lens.model.wrapper import Model
@@ -109,9 +109,10 @@ def virtual_ablation(
     n_runs = sum(int(each.sum()) for each in selected)
     n_runs = n_runs if n_exact is None else min(n_runs, n_exact)
     bar = tqdm(total=n_runs, desc="routing around", unit="run", disable=not (progress and n_runs))
-    with model.hooks(list(hooks)), bar:
+    n_prompts = sum(len(rows) for rows, _ in batches)
+    with model.hooks(hook_list(hooks)), bar:
         for (rows, _), batch, cells in zip(batches, runs, selected, strict=True):
-            with running_of(model).of_prompts(rows):
+            with running_of(model).of_prompts(rows, n_prompts):
                 batch.run_estimate()
                 if n_exact is None:
                     batch.run_exact(cells, batch_size, bar)
@@ -120,7 +121,7 @@ def virtual_ablation(
         if n_exact:  # which are the largest is known when all prompts have been estimated
             selected = _largest(selected, [batch.estimate for batch in runs], n_runs)
             for (rows, _), batch, cells in zip(batches, runs, selected, strict=True):
-                with running_of(model).of_prompts(rows):
+                with running_of(model).of_prompts(rows, n_prompts):
                     batch.run_exact(cells, batch_size, bar)
         for (rows, _), batch in zip(batches, runs, strict=True):
             for name in _FIELDS:

@@ -254,6 +254,7 @@ def explore(options: Options) -> None:
 
 
 def demo(options: Options) -> None:
+    """Run the main job on shipped models: print its tables and verdicts, write reports and figures."""
     from moe_lens.organisms import demo as organisms_demo
 
     _draw_into_files()
@@ -289,6 +290,7 @@ def organism(options: Options) -> None:
 
 
 def models(options: Options) -> None:
+    """Print the table of supported models, or write it into a README."""
     from moe_lens.routers.models import markdown_table, with_table
 
     if options.readme is None:
@@ -305,9 +307,9 @@ def models(options: Options) -> None:
 
 def _pairs(options: Options) -> Any:
     """The file's pairs; where it has columns "cluster" and "template", they are that without being named."""
-    from moe_lens.text.rows import csv_rows, jsonl_rows
+    from moe_lens.text.rows import csv_rows, ending, jsonl_rows
 
-    is_csv = options.pairs.suffix == ".csv"
+    is_csv = ending(options.pairs, "pairs", (".jsonl", ".csv")) == ".csv"
     rows = (csv_rows if is_csv else jsonl_rows)(options.pairs)
     columns = {name: getattr(options, name) for name in ("first", "second", "cluster", "template")}
     for name in ("cluster", "template"):

@@ -12,7 +12,7 @@ pairs swap their conditions (scores.py and paired_statistics.py have the formula
 prompts each is resampled, and prompts change their groups (unpaired_statistics.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -32,6 +32,7 @@ from moe_lens.detection.token_alignment import token_alignment, warn_of_differen
 from moe_lens.detection.unpaired_counts import UnpairedCounts
 from moe_lens.detection.unpaired_statistics import permutation_p
 from moe_lens.errors import DataError
+from moe_lens.hook_names import Hooks
 from moe_lens.results import Result
 from moe_lens.statistics.counts import PromptCounts
 from moe_lens.statistics.routing_stats import RoutingStats
@@ -51,7 +52,7 @@ def detect(
     score: str | Score = "risk_difference",
     span: Span = "pairs",
     special_tokens: bool = False,
-    hooks: Sequence[tuple[str | Callable[..., Any], Callable[..., Any]]] = (),
+    hooks: Hooks = (),
     level: float = 0.95,
     n_resamples: int = 1000,
     n_permutations: int = 1000,

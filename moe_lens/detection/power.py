@@ -215,7 +215,7 @@ def required_pairs(
     rows = []
     for column, about in enumerate(asked):
         power_at = partial(_of_column, found_at, column)
-        rows.append(PowerRow(*about, *_smallest(power_at, power, least, most)))
+        rows.append(PowerRow(*about, *smallest_with_power(power_at, power, least, most)))
     return RequiredPairs(effect, power, q, n_experts, n_affected, paired, per_cluster, tuple(rows))
 
 
@@ -240,7 +240,7 @@ def _remembered(function: Callable[[int], np.ndarray]) -> Callable[[int], np.nda
     return of
 
 
-def _smallest(
+def smallest_with_power(
     power_at: Callable[[int], float], power: float, least: int, most: int
 ) -> tuple[int | None, float]:
     """The smallest n with that power, to within 4 %, and its power; None if `most` has less."""

@@ -3,6 +3,9 @@ from .evaluating import measure_outcome as measure_outcome
 from .evaluating import opposite_plan as opposite_plan
 from .evaluating import run_controls as run_controls
 from .evaluating import sweep as sweep
+from .gap_power import AssumedAnswers as AssumedAnswers
+from .gap_power import RequiredPrompts as RequiredPrompts
+from .gap_power import required_prompts as required_prompts
 from .measures import answers_with as answers_with
 from .measures import continuation_log_probs as continuation_log_probs
 from .measures import text_loss as text_loss

@@ -95,7 +95,12 @@ def answer_measure(
         if alternatives is None:
             after = Continuations.of(sequences, first)
             return Reading(
-                model, after.asked, limits, is_most_probable, lambda found: _spelled(after.by_prompt(found))
+                model,
+                after.asked,
+                len(sequences),
+                limits,
+                is_most_probable,
+                lambda found: _spelled(after.by_prompt(found)),
             )
         second = [continuation_tokens(model, text) for text in alternatives]
         pairs = [(own[0], other) for own, other in zip(first, second, strict=True)]
@@ -105,7 +110,12 @@ def answer_measure(
             pairs = [_to_first_difference(*pair) for pair in pairs]
         after = Continuations.of(sequences, pairs)
         return Reading(
-            model, after.asked, limits, log_probs, lambda found: _preferred(after.by_prompt(found), measure)
+            model,
+            after.asked,
+            len(sequences),
+            limits,
+            log_probs,
+            lambda found: _preferred(after.by_prompt(found), measure),
         )
 
     return OnModel(read)
@@ -117,10 +127,16 @@ def accuracy(prompts: Sequence[Any], answers: Sequence[str], batches: Batches) -
     def read(model: MeasuredModel) -> Reading:
         remedy = 'give alternatives, or measure="whole_answer", for longer answers'
         tokens = {answer: single_token(model, answer, "answers", remedy) for answer in dict.fromkeys(answers)}
-        asked = after_each(list(token_sequences(model, prompts)), [tokens[answer] for answer in answers])
+        sequences = list(token_sequences(model, prompts))
+        asked = after_each(sequences, [tokens[answer] for answer in answers])
         limits = limits_of(model, batches.get("batch_size"), batches.get("batch_tokens"))
         return Reading(
-            model, asked, limits, is_most_probable, lambda found: torch.cat(found)[:, 0].double().numpy()
+            model,
+            asked,
+            len(sequences),
+            limits,
+            is_most_probable,
+            lambda found: torch.cat(found)[:, 0].double().numpy(),
         )
 
     return OnModel(read)
@@ -142,7 +158,8 @@ def loss(texts: Sequence[str], batches: Batches) -> OnModel:
     def read(model: MeasuredModel) -> Reading:
         size, tokens = batches.get("batch_size"), batches.get("batch_tokens")
         limits = limits_of(model, size, tokens, all_read=True)
-        return Reading(model, every_token(token_sequences(model, texts)), limits, log_probs, mean_loss)
+        sequences = list(token_sequences(model, texts))
+        return Reading(model, every_token(sequences), len(sequences), limits, log_probs, mean_loss)
 
     return OnModel(read)
 

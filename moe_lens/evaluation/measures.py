@@ -62,12 +62,12 @@ def answers_with(
     Raises:
         DataError: no prompts, another number of answers than prompts, or an answer of several tokens.
     """
-    sequences, given = _paired(model, prompts, answers, "answers")
+    sequences, given = _paired(model, prompts, answers, "answers", (str, int, np.integer))
     remedy = 'give alternatives or measure="whole_answer" to answer_task, which takes longer answers'
     token_of = {answer: single_token(model, answer, "answers", remedy) for answer in dict.fromkeys(given)}
     asked = after_each(sequences, [token_of[answer] for answer in given])
     limits = limits_of(model, batch_size, batch_tokens)
-    return torch.cat(next_tokens(model, asked, hooks, limits, is_most_probable))[:, 0]
+    return torch.cat(next_tokens(model, asked, len(sequences), hooks, limits, is_most_probable))[:, 0]
 
 
 def continuation_log_probs(
@@ -102,11 +102,12 @@ def continuation_log_probs(
         batch_tokens: tokens in one forward, at most.
 
     Raises:
-        DataError: no prompts, unequal numbers, a continuation without tokens, or another reduction.
+        DataError: no prompts, unequal numbers, a continuation that is no text or has no tokens, a prompt and
+            its continuation that are longer than the model's context, or another reduction.
     """
     if reduction not in get_args(Reduction):
         raise DataError(f"reduction must be one of {get_args(Reduction)}; got {reduction!r}.")
-    sequences, given = _paired(model, prompts, continuations, "continuations")
+    sequences, given = _paired(model, prompts, continuations, "continuations", (str,))
     added = [[continuation_tokens(model, text)] for text in given]
     after = Continuations.of(sequences, added)
     found = after.values(model, hooks, limits_of(model, batch_size, batch_tokens), log_probs)
@@ -138,9 +139,10 @@ def text_loss(
     Raises:
         DataError: no texts, or not one with two tokens.
     """
-    asked = every_token(token_sequences(model, texts))
+    sequences = list(token_sequences(model, texts))
+    asked = every_token(sequences)
     limits = limits_of(model, batch_size, batch_tokens, all_read=True)
-    return mean_loss(next_tokens(model, asked, hooks, limits, log_probs))
+    return mean_loss(next_tokens(model, asked, len(sequences), hooks, limits, log_probs))
 
 
 def after_each(sequences: Sequence[Int[Tensor, "_"]], tokens: Sequence[int]) -> list[Asked]:
@@ -169,15 +171,18 @@ def mean_loss(found: Sequence[Float[Tensor, "read 1"]]) -> float:
     return -float(log_p.sum()) / len(log_p)
 
 
-def _paired(model: MeasuredModel, prompts: Any, given: Any, name: str) -> tuple[list[Tensor], list[Any]]:
+def _paired(
+    model: MeasuredModel, prompts: Any, given: Any, name: str, kinds: tuple[type, ...]
+) -> tuple[list[Tensor], list[Any]]:
     """The tokens of prompts, which may be a generator or a single one, and what was given for each."""
     sequences = list(token_sequences(model, prompts))
     things = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
     if isinstance(things, str) or not isinstance(things, Sequence):
         raise DataError(f"{name} must be a list, one a prompt; got {given!r}.")
     for index, thing in enumerate(things):
-        if not isinstance(thing, str | int | np.integer):
-            raise DataError(f"{name}[{index}] must be one text; got {thing!r}.")
+        if not isinstance(thing, kinds) or isinstance(thing, bool):
+            token = "" if kinds == (str,) else " or the number of a token"
+            raise DataError(f"{name}[{index}] must be one text{token}; got {thing!r}.")
     if len(things) != len(sequences):
         raise DataError(f"{len(sequences)} prompts need as many {name}; got {len(things)}.")
     return sequences, list(things)

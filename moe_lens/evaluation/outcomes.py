@@ -235,8 +235,9 @@ class SteeringOutcomes:
         all but a share alpha of the random sets' gaps, of both kinds. The p-values alone hold for the prompts
         at hand: a plan that does a little more than random sets on these may do no more on others.
         """
-        sure = all(excess.low > 0 for excess in self.excesses.values())
-        return sure and self.gap_interval[0] > 0 and max(self.p_matched, self.p_any) <= self.alpha
+        if max(self.p_matched, self.p_any) > self.alpha or not self.gap_interval[0] > 0:
+            return False
+        return all(excess.low > 0 for excess in self.excesses.values())
 
     @cached_property
     def saturation(self) -> str | None:

@@ -1,10 +1,10 @@
 """What a model says next, at the tokens where that is asked: forwards of like lengths, few logits.
 
     asked = [Asked(0, tokens, n_prompt, start, stop, expected), ...]
-    values = next_tokens(model, asked, hooks, limits, log_probs)      # [read candidate] of each
+    values = next_tokens(model, asked, n_prompts, hooks, limits, log_probs)    # [read candidate] of each
     after = Continuations.of(prompts, [[[8, 9], [5]], ...])           # two of each prompt, by their tokens
     values = after.values(model, hooks, limits, log_probs)            # [read] of each of each
-    reading = Reading(model, asked, limits, log_probs, finish)        # all of it, as a measure of a task
+    reading = Reading(model, asked, n_prompts, limits, log_probs, finish)        # all of it, as a measure of a task
 
 Measures (measures.py) and tasks ask; how they are batched and which logits are computed is decided here.
 """
@@ -115,7 +115,7 @@ class Continuations:
         self, model: MeasuredModel, hooks: Hooks, limits: Limits, judge: "Judge"
     ) -> list[list[Shaped[Tensor, "_"]]]:
         """Prompt by prompt, for each continuation what `judge` finds for each of its tokens."""
-        return self.by_prompt(next_tokens(model, self.asked, hooks, limits, judge))
+        return self.by_prompt(next_tokens(model, self.asked, len(self.places), hooks, limits, judge))
 
     def by_prompt(self, found: Sequence[Shaped[Tensor, "read candidate"]]) -> list[list[Shaped[Tensor, "_"]]]:
         """What `next_tokens` found for `asked`, as `values` gives it."""
@@ -153,6 +153,7 @@ class Reading:
     Attributes:
         model: that it is for.
         asked: what it asks.
+        n_prompts: how many prompts there are in all, of which some may ask nothing.
         limits: of a batch.
         judge: from logits to what is found, a pure function.
         finish: from what was found, in the order asked, to the measure.
@@ -160,13 +161,16 @@ class Reading:
 
     model: MeasuredModel
     asked: Sequence[Asked]
+    n_prompts: int
     limits: Limits
     judge: Judge
     finish: Callable[[list[Shaped[Tensor, "read candidate"]]], Any]
 
     def __call__(self, model: MeasuredModel, hooks: Hooks) -> Any:
         """The measure under hooks; it runs the model that it is for."""
-        return self.finish(next_tokens(self.model, self.asked, hooks, self.limits, self.judge))
+        return self.finish(
+            next_tokens(self.model, self.asked, self.n_prompts, hooks, self.limits, self.judge)
+        )
 
     def batches(self, hooks: Hooks) -> list[list[int]]:
         """Which of `asked` share a forward under these hooks."""
@@ -179,11 +183,16 @@ class Reading:
         self, hooks: Hooks, batches: Iterable[list[int]]
     ) -> dict[int, Shaped[Tensor, "read candidate"]]:
         """What is found in some of these batches: number in `asked` -> of each read and candidate."""
-        return _found(self.model, self.asked, hooks, self.judge, lambda is_bare: batches)
+        return _found(self.model, self.asked, self.n_prompts, hooks, self.judge, lambda is_bare: batches)
 
 
 def next_tokens(
-    model: MeasuredModel, asked: Sequence[Asked], hooks: Hooks, limits: Limits, judge: Judge
+    model: MeasuredModel,
+    asked: Sequence[Asked],
+    n_prompts: int,
+    hooks: Hooks,
+    limits: Limits,
+    judge: Judge,
 ) -> list[Shaped[Tensor, "read candidate"]]:
     """What `judge` finds, in the order asked, on the CPU.
 
@@ -191,27 +200,39 @@ def next_tokens(
     model has written.
 
     Raises:
-        DataError: NaN or infinite logits.
+        DataError: NaN or infinite logits; a prompt with what follows it is longer than the model's context.
     """
-    found = _found(model, asked, hooks, judge, lambda is_bare: _batches(asked, limits, is_bare))
+    found = _found(model, asked, n_prompts, hooks, judge, lambda is_bare: _batches(asked, limits, is_bare))
     return [found[number] for number in range(len(asked))]
 
 
 def _found(
     model: MeasuredModel,
     asked: Sequence[Asked],
+    n_prompts: int,
     hooks: Hooks,
     judge: Judge,
     batches: Callable[[bool], Iterable[list[int]]],
 ) -> dict[int, Tensor]:
     from moe_lens.model.kept_logits import reading_logits  # needs TransformerLens, which tasks do not
 
+    _check_lengths(model, asked)
     found: dict[int, Tensor] = {}
     with reading_logits(model, hooks) as read:
         for numbers in batches(read.is_bare):
             some = [asked[number] for number in numbers]
-            found.update(zip(numbers, _judged(model, read, some, judge), strict=True))
+            found.update(zip(numbers, _judged(model, read, some, n_prompts, judge), strict=True))
     return found
+
+
+def _check_lengths(model: MeasuredModel, asked: Sequence[Asked]) -> None:
+    for each in asked:
+        if len(each.tokens) > model.cfg.n_ctx:  # prompts by themselves fit
+            raise DataError(
+                f"Prompt {each.row} has {each.n_prompt} tokens and {len(each.tokens) - each.n_prompt + 1} "
+                f"follow it, the last of which is not run; the model's context is {model.cfg.n_ctx}. Shorten "
+                "one of them."
+            )
 
 
 def _batches(asked: Sequence[Asked], limits: Limits, is_bare: bool) -> Iterator[list[int]]:
@@ -224,7 +245,9 @@ def _batches(asked: Sequence[Asked], limits: Limits, is_bare: bool) -> Iterator[
             yield sorted(group[place] for place in batch)
 
 
-def _judged(model: MeasuredModel, read: "LogitReader", some: Sequence[Asked], judge: Judge) -> list[Tensor]:
+def _judged(
+    model: MeasuredModel, read: "LogitReader", some: Sequence[Asked], n_prompts: int, judge: Judge
+) -> list[Tensor]:
     side = read.padding_side
     tokens, mask = pad_sequences(model, [each.tokens for each in some], side)
     n_pos = tokens.shape[1]
@@ -234,7 +257,7 @@ def _judged(model: MeasuredModel, read: "LogitReader", some: Sequence[Asked], ju
         places.append(torch.arange(each.start, each.stop) + before)
     columns = torch.cat(places).unique()
     n_prompt = n_pos - (len(some[0].tokens) - some[0].n_prompt)
-    logits = read(tokens, columns, mask, [each.row for each in some], n_prompt)
+    logits = read(tokens, columns, mask, [each.row for each in some], n_prompts, n_prompt)
     rows = torch.arange(len(some)).repeat_interleave(torch.tensor([len(part) for part in places]))
     kept = torch.searchsorted(columns, torch.cat(places))
     expected = torch.cat([each.expected for each in some])

@@ -27,7 +27,7 @@ from moe_lens.evaluation.answering import (
 )
 from moe_lens.evaluation.reading import MeasuredModel
 from moe_lens.files import FileKind
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.results import Result
 from moe_lens.text.prompts import as_prompt
 
@@ -61,7 +61,7 @@ class CollateralMeasure:
 
     def value(self, model: MeasuredModel, hooks: Hooks = ()) -> float:
         """The number under the hooks. Raises DataError unless it is finite."""
-        value = _numbers(self.measure(model, hooks), "A collateral measure")
+        value = _numbers(self.measure(model, hook_list(hooks)), "A collateral measure")
         if value.shape != () or not np.isfinite(value):
             raise DataError(f"A collateral measure must give one finite number; got {value}.")
         return float(value)
@@ -125,7 +125,7 @@ class SteeringTask(Result):
 
     def values(self, model: MeasuredModel, hooks: Hooks = ()) -> Float[np.ndarray, "prompt"]:
         """The behaviour of each prompt under the hooks. Raises DataError unless it is a number a prompt."""
-        values = _numbers(self.measure(model, hooks), f"The task {self.name!r}")
+        values = _numbers(self.measure(model, hook_list(hooks)), f"The task {self.name!r}")
         if values.shape != (len(self.clusters),) or not np.isfinite(values).all():
             raise DataError(
                 f"The task {self.name!r} must give one finite number for each of its {len(self.clusters)} "

@@ -10,6 +10,8 @@ from moe_lens.evaluation.outcomes import DIRECTIONS, SATURATED, Outcome, Steerin
 if TYPE_CHECKING:
     import pandas
 
+    from moe_lens.steering.plan import SteeringPlan
+
 SIGNS: Final = {"+": "+", "-": "−"}
 """Direction -> how words and tables write it."""
 
@@ -116,12 +118,21 @@ def _directions(outcomes: SteeringOutcomes) -> str:
         change = outcomes.steered[direction].rate - outcomes.unsteered.rate
         meant = low > 0 if direction == "+" else high < 0
         moved = "moves as meant" if meant else "does not move as meant"
-        n_activated = len(outcomes.plans[direction].activate)
-        how = f", by activating {n_activated} expert{'s' * (n_activated > 1)}," if n_activated else ""
         words.append(
-            f"{SIGNS[direction]}{how} {moved} ({change:+.2f} [{low:+.2f}, {high:+.2f}] against unsteered)"
+            f"{SIGNS[direction]}{_how(outcomes.plans[direction])} {moved} ({change:+.2f} [{low:+.2f}, "
+            f"{high:+.2f}] against unsteered)"
         )
     return f"Direction {'; direction '.join(words)}."
+
+
+def _how(plan: "SteeringPlan") -> str:
+    """What is done to how many experts, where any is activated; a plan that only deactivates is the usual."""
+    off = set(plan.deactivate)
+    n_on, n_off = len(set(plan.activate) - off), len(off)
+    if not n_on:
+        return ""
+    both = f" and deactivating {n_off}" if off else ""
+    return f", by activating {n_on}{both} expert{'s' * ((n_off or n_on) > 1)},"
 
 
 def _collateral(outcomes: SteeringOutcomes) -> list[str]:

@@ -20,14 +20,15 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError, HookError
-from moe_lens.hook_names import HookList, Hooks
+from moe_lens.hook_names import HookList, Hooks, hook_list
 from moe_lens.interventions.edits import Experts, RoutingEdit, experts_by_layer
 from moe_lens.interventions.forcing import ScaleEdit, scale_experts
 from moe_lens.interventions.positions import Positions, checked_positions
 from moe_lens.interventions.results import ExpertMeans
 from moe_lens.model.expert_points import ExpertPoint
 from moe_lens.model.points import RoutingPoint
-from moe_lens.model.registration import moe_shape, with_expert_out
+from moe_lens.model.registration import moe_shape, running_of, with_expert_out
+from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
@@ -289,12 +290,16 @@ def mean_expert_outputs(
     """
     totals = _Totals.of(moe_shape(model))
     points: HookList = [(hook_names.expert_out(layer), totals.add) for layer in totals.shape.layers]
-    bar = tqdm(total=how_many(prompts), desc="expert outputs", unit="prompt", disable=not progress)
-    with torch.no_grad(), with_expert_out(model), model.hooks([*hooks, *points]), bar:
+    among, done = Pass(how_many(prompts)), 0
+    bar = tqdm(total=among.n_prompts, desc="expert outputs", unit="prompt", disable=not progress)
+    with torch.no_grad(), with_expert_out(model), model.hooks([*hook_list(hooks), *points]), bar:
         for tokens, mask, counted in counted_batches(model, prompts, span, batch_size):
             totals.counted = counted
-            model(tokens, return_type=None, **padding(mask))
+            with running_of(model).of_prompts(torch.arange(done, done + len(tokens)), among):
+                model(tokens, return_type=None, **padding(mask))
+            done += len(tokens)
             bar.update(len(tokens))
+    among.end(done)
     return totals.means()
 
 

@@ -40,12 +40,12 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.checks import chosen_layers
 from moe_lens.errors import DataError
-from moe_lens.hook_names import HookList, Hooks
+from moe_lens.hook_names import HookList, Hooks, hook_list
 from moe_lens.interventions.replay import replay_hooks
 from moe_lens.interventions.results import Mediation
 from moe_lens.interventions.shared_runs import HooksFor, SharedRuns
 from moe_lens.model.metric import Metric, check_metric
-from moe_lens.model.registration import routing_layers
+from moe_lens.model.registration import routing_layers, running_of
 from moe_lens.model.wrapper import Model
 from moe_lens.statistics.routes import RouteRecord
 from moe_lens.text.batching import Prompts, chunks, token_sequences
@@ -101,7 +101,7 @@ def mediation(
             (some are compared). What each block reads in them is kept on the model's device meanwhile.
             False: whole runs.
         hooks: forward hooks to run under, in every run (`steer_hooks(plan)`, for one). What they change
-            belongs to the runs whose routes are compared. They see the pairs of a batch as its rows.
+            belongs to the runs whose routes are compared. What they have one a prompt is one a pair.
         progress: show a progress bar.
 
     Raises:
@@ -113,15 +113,14 @@ def mediation(
     values: dict[tuple[int, tuple[int, ...]], Tensor] = {}
     total = 4 * len(among)  # on both sides: the plain run, each layer, and all up to the second, third...
     bar = tqdm(total=total, desc="mediation", unit="run", disable=not progress)
-    with torch.no_grad(), bar, model.hooks(list(hooks)):
-        batches = [
-            _Batch.of(model, pairs, weights)
-            for pairs in _batches(_pairs(model, clean, corrupted, align), batch_size)
-        ]
+    with torch.no_grad(), bar, model.hooks(hook_list(hooks)):
+        pairs = _pairs(model, clean, corrupted, align)
+        batches = [_Batch.of(model, some, len(pairs), weights) for some in _batches(pairs, batch_size)]
+        numbers = [batch.numbers for batch in batches]
         for side in (CLEAN, CORRUPTED):
             tokens = [batch.tokens[side] for batch in batches]
             fixed = [batch.on_route(side) for batch in batches]
-            runs = SharedRuns(model, tokens, fixed, reuse=reuse, check=side == CLEAN)
+            runs = SharedRuns(model, tokens, fixed, numbers, reuse=reuse, check=side == CLEAN)
             plain = [((), [batch.plain[side] for batch in batches])]
             for route, each in chain(plain, runs.on_routes(among)):
                 logits = {tuple(batch.numbers): part for batch, part in zip(batches, each, strict=True)}
@@ -158,17 +157,19 @@ class _Batch:
     plain: tuple[Tensor, Tensor]  # the logits of the plain runs
 
     @classmethod
-    def of(cls, model: Model, pairs: list["_Pair"], weights: bool) -> "_Batch":
+    def of(cls, model: Model, pairs: list["_Pair"], n_pairs: int, weights: bool) -> "_Batch":
         clean, corrupted = (
             torch.stack([pair.tokens[side] for pair in pairs]).to(model.cfg.device)
             for side in (CLEAN, CORRUPTED)
         )
         n_shared = torch.tensor([pair.n_shared for pair in pairs])
-        (clean_logits, clean_record), (corrupted_logits, corrupted_record) = (
-            _recorded(model, tokens, weights) for tokens in (clean, corrupted)
-        )
+        numbers = [pair.number for pair in pairs]
+        with running_of(model).of_prompts(numbers, n_pairs):
+            (clean_logits, clean_record), (corrupted_logits, corrupted_record) = (
+                _recorded(model, tokens, weights) for tokens in (clean, corrupted)
+            )
         return cls(
-            numbers=[pair.number for pair in pairs],
+            numbers=numbers,
             tokens=(clean, corrupted),
             n_shared=n_shared,
             records=(clean_record, corrupted_record),

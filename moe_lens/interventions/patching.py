@@ -97,7 +97,7 @@ def patch_router(
         layers: numbers of the MoE layers to patch, in the order of the rows: a number, several, a range or a
             slice of numbers. None: all.
         positions: the positions to patch, in the order of the columns; negative ones count from the end.
-            None: all.
+            Padding has none. None: all columns.
         attention_mask: [batch pos], 0 on padding.
         batch_size: patches a forward; None for as many as memory allows (fewer after an out-of-memory error).
         reuse: repeat nothing below a patch's layer and before its position, where that is sound. False: whole
@@ -110,9 +110,9 @@ def patch_router(
         float32, on the CPU; rows and columns as `layers` and `positions` name them (all: in ascending order).
 
     Raises:
-        DataError: an unknown point, layers or positions that are not there or named twice, a cache that lacks
-            the point, has another shape or belongs to another model, corrupted prompts of unequal lengths, a
-            metric that gives NaN or anything but one number.
+        DataError: an unknown point, layers or positions that are not there or named twice, positions where
+            rows are padded differently, a cache that lacks the point, has another shape or belongs to another
+            model, corrupted prompts of unequal lengths, a metric that gives NaN or anything but one number.
         MoELensError: not a model with hook points.
         HookError: the model is in training mode, or its router logits are NaN.
     """
@@ -132,7 +132,7 @@ def patch_router(
         ]
 
     rows = chosen_layers(layers, runs.model.moe_layers)
-    columns = chosen_positions(positions, runs.tokens.shape[1])
+    columns = _columns(runs, positions)
     cells = [Cell(layer, pos, pos) for layer in rows for pos in columns]
     return torch.tensor(runs.sweep(cells, hooks_for), dtype=torch.float32).reshape(len(rows), -1)
 
@@ -189,7 +189,7 @@ def patch_expert_outputs(
         layers: numbers of the MoE layers to patch, in the order of the rows: a number, several, a range or a
             slice of numbers. None: all.
         positions: by="pos": those to patch, in the order of the columns; by="expert": those where outputs may
-            be replaced. Negative ones count from the end. None: all.
+            be replaced. Negative ones count from the end. Padding has none. None: all columns.
         attention_mask: [batch pos], 0 on padding.
         batch_size: patches a forward; None for as many as memory allows.
         reuse: as in `patch_router`.
@@ -214,7 +214,7 @@ def patch_expert_outputs(
     clean = _clean(runs, clean_cache, (hook_names.TOPK_INDICES, hook_names.EXPERT_OUT))
     rows = chosen_layers(layers, runs.model.moe_layers)
     batch, n_pos = runs.tokens.shape
-    columns = chosen_positions(positions, n_pos)
+    columns = _columns(runs, positions)
     entries = columns if by == "pos" else list(range(runs.model.n_experts))
     allowed = torch.zeros(n_pos, dtype=torch.bool)
     allowed[columns] = True
@@ -304,6 +304,20 @@ class PutCleanOutputs:
         replace &= self.columns.to(value.device)[self.start :, None]
         stacked[runs] = torch.where(replace.unsqueeze(-1), clean, stacked[runs])
         return stacked.flatten(0, 1)
+
+
+def _columns(runs: StackedRuns, positions: Any) -> list[int]:
+    """The columns to patch, which have the same position in every row."""
+    if positions is None or runs.attention_mask is None:
+        return chosen_positions(positions, runs.tokens.shape[1])
+    own = runs.attention_mask.bool().cpu()
+    if bool((own != own[0]).any()):
+        raise DataError(
+            "positions name tokens of prompts, and these rows are padded differently, so that a position is "
+            "not one column. Leave positions out (all columns), or give prompts of equal lengths."
+        )
+    columns = own[0].nonzero()[:, 0].tolist()
+    return [columns[place] for place in chosen_positions(positions, len(columns))]
 
 
 def _corrupted_run(runs: StackedRuns) -> tuple[dict[int, Int[Tensor, "batch pos k"]], float]:

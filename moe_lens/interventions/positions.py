@@ -2,12 +2,13 @@
 
     None                      every token, including those that the model generates
     "prompt", "generated"     the phases: the prompt's tokens, or those that the model has generated
-    3, -1, [0, 5]             columns of the padded batch [batch pos]; from the end of the prompt if negative
+    3, -1, [0, 5]             positions of each prompt's own tokens; from the end of the prompt if negative
     mask                      bool [pos] or [batch pos] over the prompt's columns, such as `span_mask(...)`
     a span                    as in `span_mask`: "all", "last", a text, a TextSpan, a slice, a function
 
-Columns continue while the model generates: in `generate`, column 12 of a prompt of 10 tokens is the third
-generated token, with a KV cache and without. Masks and spans are about the prompt and never reach generated
+Padding has no position: 0 is the first token of every prompt of a padded batch, as in a slice. Positions
+continue while the model generates: in `generate`, position 12 of a prompt of 10 tokens is the third generated
+token, with a KV cache and without. Masks and spans are about the prompt and never reach generated
 tokens. A forward on top of a cache outside `generate` counts as generated.
 """
 
@@ -28,7 +29,8 @@ Positions = Any
 
 - None: every token, including those that the model generates;
 - "prompt" or "generated": the prompt's tokens, or the generated ones;
-- an int or a list of ints: columns of the padded batch [batch pos], from the end of the prompt if negative;
+- an int or a list of ints: positions of each prompt's own tokens, padding left out, from the end of the
+  prompt if negative; every prompt must have them;
 - a bool mask [pos] or [batch pos] over the prompt's columns;
 - a span of the prompt, as in `span_mask`: "all", "last", a text, a `TextSpan`, a slice, a function.
 
@@ -38,7 +40,7 @@ PHASES: Final = ("prompt", "generated")
 
 
 def checked_positions(positions: Positions) -> Positions:
-    """The positions as None, a phase, a tuple of columns, a bool tensor on the CPU, or a span.
+    """The positions as None, a phase, a tuple of numbers, a bool tensor on the CPU, or a span.
 
     >>> checked_positions([0, -1])
     (0, -1)
@@ -67,7 +69,8 @@ def selected(positions: Positions, state: ForwardState, n_rows: int, n_pos: int)
     """Which of the tokens in this forward the positions (checked ones) select, on the CPU.
 
     Raises:
-        HookError: a column outside the prompt, a mask of another shape, a span that cannot be located.
+        HookError: a position that a prompt does not have, a mask of another shape, or a span that cannot be
+            located.
     """
     columns = state.columns(n_pos)
     in_prompt = (columns < state.n_prompt).expand(n_rows, n_pos)
@@ -76,7 +79,9 @@ def selected(positions: Positions, state: ForwardState, n_rows: int, n_pos: int)
     if isinstance(positions, str) and positions in PHASES:
         return in_prompt if positions == "prompt" else ~in_prompt
     if isinstance(positions, tuple):
-        return torch.isin(columns, _columns(positions, state)).expand(n_rows, n_pos)
+        _note_padding(state, n_rows)
+        own = state.places(n_rows, n_pos)
+        return (own[..., None] == _numbered(positions, state, n_rows)[:, None]).any(-1)
     if isinstance(positions, Tensor):
         over_prompt = _fitting(positions, state, n_rows)
     elif not bool(in_prompt.any()):
@@ -100,13 +105,19 @@ def _remembered(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "ba
     return state.memory[key][1]
 
 
-def _columns(positions: tuple[int, ...], state: ForwardState) -> Tensor:
-    n_prompt = state.n_prompt
-    last = None if state.generating or state.offset else n_prompt - 1
-    for position in positions:
-        if position < -n_prompt or (last is not None and position > last):
-            raise HookError(f"positions names column {position}; this prompt has {n_prompt} columns.")
-    return torch.tensor([position % n_prompt if position < 0 else position for position in positions])
+def _numbered(positions: tuple[int, ...], state: ForwardState, n_rows: int) -> Int[Tensor, "batch position"]:
+    """The positions from each prompt's start."""
+    lengths, given = state.lengths(n_rows)[:, None], torch.tensor(positions)
+    goes_on = bool(state.generating or state.offset)
+    outside = (given < -lengths) | ((given >= lengths) & (not goes_on))
+    if bool(outside.any()):
+        row, which = outside.nonzero()[0].tolist()
+        raise HookError(
+            f"positions names position {positions[which]}; this prompt has {int(lengths[row])} tokens"
+            f"{f' (row {row} of the batch)' if n_rows > 1 else ''}. Give positions that every prompt has, "
+            "or a mask."
+        )
+    return torch.where(given < 0, given + lengths, given)
 
 
 def _fitting(mask: Bool[Tensor, "..."], state: ForwardState, n_rows: int) -> Bool[Tensor, "batch pos"]:
@@ -133,7 +144,7 @@ def _located(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch
         if which is None:
             raise HookError(f"positions={span!r}: {len(texts)} prompts run as {n_rows} rows; give a mask.")
         prompts: Any = [texts[number] for number in which.tolist()]
-        real = torch.stack([_columns_of(text, state, row) for text, row in zip(prompts, tokens, strict=True)])
+        real = _own_columns(prompts, state, tokens)
     else:
         mask = state.own_tokens()
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, : state.n_prompt].cpu()
@@ -151,6 +162,19 @@ def _located(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch
     return chosen
 
 
+def _note_padding(state: ForwardState, n_rows: int) -> None:
+    """Find padding by the texts, where a bridge pads them on the right and needs no mask."""
+    texts, tokens = state.texts, state.tokens
+    if texts is None or tokens is None or state.bridge is None or "mask" in state.memory:
+        return
+    if state.attention_mask is None and len(texts) == n_rows > 1 and not (state.offset or state.generating):
+        state.note_own(_own_columns(texts, state, tokens.cpu()))
+
+
+def _own_columns(prompts: Any, state: ForwardState, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "..."]:
+    return torch.stack([_columns_of(text, state, row) for text, row in zip(prompts, tokens, strict=True)])
+
+
 def _columns_of(text: Any, state: ForwardState, row: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
     """The columns of a prompt's tokens, which must be those that run, or offsets would point elsewhere."""
     [tokens] = token_sequences(state.bridge, [text])
@@ -166,6 +190,6 @@ def _columns_of(text: Any, state: ForwardState, row: Int[Tensor, "pos"]) -> Bool
 
 def _no_positions(positions: Any) -> DataError:
     return DataError(
-        "positions must be None, 'prompt', 'generated', columns (an int or a list of ints, at least one), a "
+        "positions must be None, 'prompt', 'generated', numbers (an int or a list of ints, at least one), a "
         f"bool mask [pos] or [batch pos], or a span; got {positions!r}."
     )

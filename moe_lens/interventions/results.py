@@ -196,6 +196,13 @@ class Mediation(Result):
         return self.share(name)
 
     def summary(self) -> str:
+        """Number of pairs, what is carried over, and the mean effects, in the metric's unit.
+
+        >>> import torch
+        >>> one, two, rows = torch.ones(2), torch.zeros(2), torch.ones(1, 2)
+        >>> Mediation((0,), one, two, one, two, *4 * [rows], weights=False).summary().partition(":")[0]
+        '2 pairs, experts only'
+        """
         kind = "experts and weights" if self.weights else "experts only"
         means = ", ".join(f"{name} {self.effect(name).mean():+.3g}" for name in EFFECTS)
         pairs = f"{len(self.clean)} pair{'s' * (len(self.clean) != 1)}"
@@ -234,6 +241,14 @@ class ExpertMeans(Result):
     counts: Int[Tensor, "layer expert"]
 
     def summary(self) -> str:
+        """The model, and how many experts have a mean and how many were never chosen.
+
+        >>> import torch
+        >>> from moe_lens import MoEShape
+        >>> counts = torch.tensor([[3, 0]])
+        >>> ExpertMeans(MoEShape("m", (0,), 2, 1), torch.ones(1, 2, 4), counts).summary()
+        'm: 1 experts, 1 never chosen'
+        """
         never = int((self.counts == 0).sum())
         return f"{self.shape.model}: {self.counts.numel() - never} experts, {never} never chosen"
 

@@ -1,6 +1,6 @@
 """Runs of the same prompts on one layer's route after the other, which repeat nothing that they share.
 
-    runs = SharedRuns(model, batches, hooks_for, reuse=True)
+    runs = SharedRuns(model, batches, hooks_for, numbers, reuse=True)
     for route, logits in runs.on_routes((0, 1, 2)):        # (0,), (1,), (2,), (0, 1), (0, 1, 2)
         ...                                                # [batch pos d_vocab] of each batch, on the CPU
 
@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.hook_names import HookList
+from moe_lens.model.registration import running_of
 from moe_lens.model.resuming import Recorded, is_bare, record
+from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model
 
 Route = tuple[int, ...]
@@ -38,7 +40,7 @@ class _Run(NamedTuple):
 
 
 class SharedRuns:
-    """Batches of prompts, all run on the same routes.
+    """Batches of prompts, which have these numbers, all run on the same routes.
 
     Attributes:
         reuse: whether runs go on from recorded ones; False where blocks cannot be found, under hooks, and
@@ -50,11 +52,13 @@ class SharedRuns:
         model: Model,
         batches: Sequence[Int[Tensor, "batch pos"]],
         hooks_for: Sequence[HooksFor],
+        numbers: Sequence[Sequence[int]],
         *,
         reuse: bool,
         check: bool = True,
     ):
-        self.model, self.batches, self.hooks_for = model, batches, hooks_for
+        self.model, self.batches, self.hooks_for, self.numbers = model, batches, hooks_for, numbers
+        self.among = Pass(sum(map(len, numbers)), rows_too=True)
         self.check = check
         self.reuse = reuse and not model.training and is_bare(model)
 
@@ -109,7 +113,8 @@ class SharedRuns:
 
     def _whole(self, number: int, route: Route) -> Tensor:
         hooks = self.hooks_for[number](route)
-        return self.model.run_with_hooks(self.batches[number], fwd_hooks=hooks).cpu()
+        with running_of(self.model).of_prompts(self.numbers[number], self.among):
+            return self.model.run_with_hooks(self.batches[number], fwd_hooks=hooks).cpu()
 
     def _compared(self, recorded: Recorded, runs: Sequence[_Run]) -> dict[_Run, Tensor]:
         """Whole runs of the first batch, from a block in the middle and the highest; their logits.

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
-from moe_lens.hook_names import HookList, Hooks
+from moe_lens.hook_names import HookList, Hooks, hook_list
 from moe_lens.model.edited_runs import MOST_TOKENS, EditedRuns
 from moe_lens.model.hf_models import original_model
 from moe_lens.model.metric import Metric, check_metric
@@ -117,7 +117,7 @@ class StackedRuns:
         """The metric of a run without a patch, under `hooks`."""
         kwargs = {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
         rows = torch.arange(len(self.tokens))
-        with running_of(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *hooks]):
+        with running_of(self.model).of_prompts(rows, len(rows)), self.model.hooks([*self.hooks, *hooks]):
             return self._measure(self.model(self.tokens, **kwargs), None)
 
     def _measured(self, logits: Float[Tensor, "row pos d_vocab"], cells: Sequence[Cell]) -> list[float]:
@@ -210,7 +210,7 @@ def checked_runs(
         )
     stacked = torch.stack(sequences).to(model.cfg.device)
     mask = _checked_mask(attention_mask, stacked)
-    return StackedRuns(model, stacked, mask, metric, axis, size, list(hooks), progress, bool(reuse))
+    return StackedRuns(model, stacked, mask, metric, axis, size, hook_list(hooks), progress, bool(reuse))
 
 
 def _checked_mask(given: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"] | None:

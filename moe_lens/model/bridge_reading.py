@@ -18,6 +18,7 @@ from moe_lens.encoding import (
     padded_rows,
     prompt_ids,
     prompts_among,
+    table_of_texts,
     text_ids,
 )
 from moe_lens.errors import DataError, warn
@@ -77,7 +78,7 @@ class BridgeReading(_Base):
                 "shorten it, or pass truncate=False."
             )
             rows = [row[: self.cfg.n_ctx] for row in rows]
-        tokens, _ = padded_rows(rows, self.tokenizer.pad_token_id, self._side(padding_side))
+        tokens = table_of_texts(self.tokenizer, rows, self._side(padding_side))
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def _row(self, text: str, prepend_bos: bool | None) -> Int[Tensor, "pos"]:

@@ -172,7 +172,8 @@ class EditedRuns:
         if self.attention_mask is not None:
             kwargs["attention_mask"] = self.attention_mask[rows]
         edits = self.hooks_for(cells, 0)
-        with running_of(self.model).of_prompts(rows), self.model.hooks([*self.hooks, *edits]):
+        of_prompts = running_of(self.model).of_prompts(rows, len(self.tokens))
+        with of_prompts, self.model.hooks([*self.hooks, *edits]):
             return self.model(self.tokens[rows], **kwargs)
 
     def _agrees(self, recorded: Recorded) -> bool:

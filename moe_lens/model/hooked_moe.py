@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.slice import Slice
 
 from moe_lens import hook_names
-from moe_lens.checks import looks_padded
+from moe_lens.checks import looks_padded, may_be_padded
 from moe_lens.encoding import adds_bos, has_own_mask, padded_rows
 from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model.bridge_reading import BridgeReading, follow_tokenizer
@@ -204,7 +204,8 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
         """As in TransformerLens; the cache also gets an attribute `attention_mask`, bool [batch pos] or None.
 
         It says which positions hold the prompts' own tokens when a list of prompts was padded or a mask was
-        given, and lets `RoutingStats.from_cache` leave padding out by itself.
+        given, and lets `RoutingStats.from_cache` leave padding out by itself. `padding_unknown` is True where
+        tokens came with padding and without a mask.
         """
         if isinstance(input, list) and not input:
             raise DataError("The list of prompts is empty; give at least one prompt.")
@@ -228,7 +229,9 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
             )
         if isinstance(activations, ActivationCache):
             mask = self._own_tokens(input, {**kwargs, "pos_slice": pos_slice})
-            vars(activations)["attention_mask"] = mask
+            vars(activations).update(
+                attention_mask=mask, padding_unknown=mask is None and may_be_padded(self.tokenizer, input)
+            )
         return output, activations
 
     def run_with_hooks(
@@ -290,13 +293,7 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
         super().enable_compatibility_mode(*args, **kwargs)
 
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
-        try:
-            hooks = [(name, function) for name, function in hooks]
-        except (TypeError, ValueError) as error:
-            raise HookError(
-                f"Hooks must be a list of pairs (name or filter, function); got {hooks!r}. "
-                "For a steering plan, pass steer_hooks(plan)."
-            ) from error
+        hooks = hook_names.hook_list(hooks)
         self._refuse_absent_points([name for name, _ in hooks])
         return hooks
 
@@ -321,10 +318,12 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
         if mask is None and isinstance(input, list) and len(input) > 1:
             rows = [self._row(text, kwargs.get("prepend_bos")) for text in input]
             _, mask = padded_rows(rows, None, self._side(kwargs.get("padding_side")))
-        elif mask is None and isinstance(input, Tensor) and not input.is_floating_point():
-            pad = getattr(self.tokenizer, "pad_token_id", None)
-            if pad is None or not bool((input == pad).any()):
-                mask = torch.ones_like(input if input.ndim == 2 else input[None])
+        elif (
+            mask is None
+            and isinstance(input, Tensor)
+            and not (input.is_floating_point() or may_be_padded(self.tokenizer, input))
+        ):
+            mask = torch.ones_like(input if input.ndim == 2 else input[None])
         if mask is None:
             return None
         pos_slice = Slice.unwrap(kwargs.get("pos_slice"))

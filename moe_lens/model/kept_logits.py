@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.private_names import foreign_hooks, has_hooks
 from moe_lens.model.registration import running_of
 from moe_lens.model.state import Generation
@@ -56,6 +56,7 @@ class LogitReader:
         columns: Int[Tensor, "column"],
         mask: Bool[Tensor, "batch pos"],
         rows: Sequence[int],
+        n_prompts: int,
         n_prompt: int | None = None,
     ) -> Float[Tensor, "batch column d_vocab"]:
         """Logits of a forward.
@@ -65,6 +66,7 @@ class LogitReader:
             columns: those that are read, ascending.
             mask: True on the prompts' own tokens.
             rows: which prompt each row is, for hooks with something a prompt (a plan, a mask).
+            n_prompts: how many prompts there are in all.
             n_prompt: how many columns are the prompt's; hooks take the others for what the model has written.
                 None: all.
         """
@@ -78,7 +80,7 @@ class LogitReader:
         else:
             state = running_of(self.model)
             with ExitStack() as stack:
-                stack.enter_context(state.of_prompts(rows))
+                stack.enter_context(state.of_prompts(rows, n_prompts))
                 if n_prompt is not None and n_prompt < n_pos:
                     stack.enter_context(state.generation(Generation(n_prompt=n_prompt)))
                 logits = self.model(tokens, attention_mask=mask.long(), **kept)
@@ -91,7 +93,7 @@ class LogitReader:
 @contextmanager
 def reading_logits(model: Any, hooks: Hooks = ()) -> Iterator[LogitReader]:
     """Within the context, the reader that it gives runs the model under these hooks, without gradients."""
-    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
+    with torch.no_grad(), model.hooks(fwd_hooks=hook_list(hooks)):
         hooked = [name for name, point in model.hook_dict.items() if has_hooks(point)]
         foreign = [name for name, module in model.original_model.named_modules() if foreign_hooks(module)]
         keeps = _takes_columns(model) and not _are_seen(hooked, foreign)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError
-from moe_lens.hook_names import HookList, Hooks
+from moe_lens.hook_names import HookList, Hooks, hook_list
 from moe_lens.model.hf_models import original_model
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.private_names import foreign_hooks, has_hooks
@@ -54,7 +54,7 @@ def observing(
         HookError: from hooks; training mode; a block that ran without its router; a router that ran twice in
             a forward; another thread that sets hooks.
     """
-    layers = routing_layers(model)
+    layers, hooks = routing_layers(model), hook_list(hooks)
     seeing = _Seeing(see, see_outputs, running_of(model), last=max(layers))
     recorders = seeing.recorders(list(layers)) if hooks or seeing.running.is_hooked else []
     hooking = model.hooks(fwd_hooks=[*hooks, *recorders]) if recorders else seeing.running.hooking()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
 from transformer_lens.utilities.slice import Slice
 
-from moe_lens.checks import looks_padded
+from moe_lens.checks import looks_padded, may_be_padded
 from moe_lens.encoding import (
     encoded_columns,
     encoded_rows,
@@ -22,6 +22,7 @@ from moe_lens.encoding import (
     padded_rows,
     prompt_ids,
     prompts_among,
+    table_of_texts,
     text_ids,
 )
 from moe_lens.errors import DataError, warn
@@ -59,10 +60,11 @@ class Reading:
         texts = as_texts(input)
         if texts is None:
             raise DataError(f"to_tokens needs a text or a list of texts; got {input!r}.")
-        rows = [self._ids(text, prepend_bos) for text in texts]
+        rows = [torch.tensor(self._ids(text, prepend_bos)) for text in texts]
         if truncate:
             rows = [row[: self.cfg.n_ctx] for row in rows]
-        tokens = self._padded(rows, padding_side or self._tokenizer().padding_side)
+        tokenizer = self._tokenizer()
+        tokens = table_of_texts(tokenizer, rows, padding_side or tokenizer.padding_side)
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def to_string(self, tokens: Any) -> str | list[str]:
@@ -91,16 +93,6 @@ class Reading:
 
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
         return text_ids(self._tokenizer(), text, self.prepend_bos if prepend_bos is None else prepend_bos)
-
-    def _padded(self, rows: list[list[int]], side: str) -> Int[Tensor, "batch pos"]:
-        length = max(len(row) for row in rows)
-        pad = self._tokenizer().pad_token_id
-        if pad is None and any(len(row) < length for row in rows):
-            raise DataError(
-                "Texts of several lengths need a pad token, and this tokenizer has none; set one "
-                "(tokenizer.pad_token = tokenizer.eos_token), or run them one by one."
-            )
-        return padded_rows([torch.tensor(row) for row in rows], pad, side)[0]
 
     def _inputs(
         self,
@@ -180,9 +172,9 @@ class Reading:
             given = self._inputs(input, kwargs.get("prepend_bos"), kwargs.get("padding_side"), mask)
             input, mask = given["input_ids"], given.get("attention_mask")
             mask = torch.ones_like(input) if mask is None else mask
-        elif mask is None and isinstance(input, Tensor) and not input.is_floating_point():
-            rows = input if input.ndim == 2 else input[None]
-            mask = None if looks_padded(self.tokenizer, rows) else torch.ones_like(rows)
+        elif mask is None and (numbers := as_numbers(input)) is not None:
+            rows = numbers if numbers.ndim == 2 else numbers[None]
+            mask = None if may_be_padded(self.tokenizer, rows) else torch.ones_like(rows)
         if mask is None:
             return None
         pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
@@ -193,6 +185,14 @@ class Reading:
 def is_written(input: Any) -> bool:
     """Whether an input is words: a text or chat, or several."""
     return as_texts(input) is not None or prompts_among(input) is not None
+
+
+def as_numbers(input: Any) -> Int[Tensor, "*batch pos"] | None:
+    """Tokens, as a tensor or as lists; None for anything else."""
+    if is_encoding(input) or is_written(input) or input is None:
+        return None
+    tensor = _as_tensor(input)
+    return None if tensor.is_floating_point() else tensor
 
 
 def _as_tensor(input: Any) -> Tensor:

@@ -90,7 +90,8 @@ class Recorded:
             kwargs["past_key_values"] = self._cache(rows, joined, start)
         generation = Generation(n_prompt=n_pos)  # so that hooks know the columns
         state = running_of(self.model)
-        with state.of_prompts(rows), state.generation(generation), self._joining(rows, joined, start):
+        of_prompts = state.of_prompts(rows, len(self.tokens))
+        with of_prompts, state.generation(generation), self._joining(rows, joined, start):
             logits = self.model(self.tokens[rows][:, start:], **kwargs)[:n_rows]
         if not start:
             return logits

@@ -25,6 +25,7 @@ from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import AutoModelForCausalLM
 
 from moe_lens import hook_names
+from moe_lens.checks import may_be_padded
 from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model import registration
 from moe_lens.model.expert_points import uninstall_expert_out
@@ -33,6 +34,7 @@ from moe_lens.model.hf_models import decoder_of, numbered_layers
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.loading import own_tokenizer, with_quantisation
 from moe_lens.model.model_config import ModelConfig, config_of
+from moe_lens.model.reading import as_numbers
 from moe_lens.model.residual_points import install_residual, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
 from moe_lens.model.running import Running
@@ -290,7 +292,8 @@ class RoutedModel(Model, Generating, HookedRootModule):
     ) -> Any:
         """As in TransformerLens: (output, cache) of a forward; cache is an `ActivationCache` or a dictionary.
 
-        The cache has an attribute `attention_mask`, bool [batch pos] or None, as a `HookedMoE`'s has.
+        The cache has attributes `attention_mask`, bool [batch pos] or None, and `padding_unknown`, as a
+        `HookedMoE`'s has.
         """
         if isinstance(input, list) and not input:
             raise DataError("The list of prompts is empty; give at least one prompt.")
@@ -309,7 +312,9 @@ class RoutedModel(Model, Generating, HookedRootModule):
         if not return_cache_object:
             return output, tensors
         cache = ActivationCache(tensors, self, has_batch_dim=not remove_batch_dim)
-        vars(cache)["attention_mask"] = self._own_tokens(input, {**kwargs, "pos_slice": pos_slice})
+        mask = self._own_tokens(input, {**kwargs, "pos_slice": pos_slice})
+        unknown = mask is None and may_be_padded(self.tokenizer, as_numbers(input))
+        vars(cache).update(attention_mask=mask, padding_unknown=unknown)
         return output, cache
 
     def detach(self) -> nn.Module:
@@ -397,13 +402,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         )
 
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
-        try:
-            hooks = [(name, function) for name, function in hooks]
-        except (TypeError, ValueError) as error:
-            raise HookError(
-                f"Hooks must be a list of pairs (name or filter, function); got {hooks!r}. "
-                "For a steering plan, pass steer_hooks(plan)."
-            ) from error
+        hooks = hook_names.hook_list(hooks)
         for name, _ in hooks:
             self._check_name(name)
         return hooks

@@ -26,8 +26,10 @@ from moe_lens.model.state import (
     NAN_LOGITS,
     ForwardState,
     Generation,
+    Pass,
     as_prompts,
     check_weights,
+    copied,
 )
 from moe_lens.model.static_caches import refuse_static_cache
 from moe_lens.model.watching import Enter, Generate, Leave, padding_mask
@@ -40,7 +42,7 @@ class _Thread:
     forwards: list[ForwardState] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
     given: tuple[int, list[Any] | None] | None = None  # at which depth of forwards, and which texts
-    rows: tuple[int, Tensor] | None = None  # at which depth, and which rows
+    rows: tuple[int, tuple[Tensor, Pass]] | None = None  # at which depth, and which rows of which prompts
     disturbed: bool = False  # another thread changed the hooks of a forward that runs here
 
     @property
@@ -145,15 +147,22 @@ class Running:
                 self._contexts.remove(ident)
 
     @contextmanager
-    def of_prompts(self, rows: Any) -> Iterator[None]:
+    def of_prompts(self, rows: Any, among: Pass | int) -> Iterator[None]:
         """Within the context, the rows of a forward are these prompts, so that hooks find what is theirs.
 
         Within another such context, these of its prompts.
+
+        Args:
+            rows: numbers of prompts.
+            among: how many prompts the function that calls this runs in all; or its `Pass`.
         """
         with self._in_thread() as thread:
             before, depth = thread.rows, len(thread.forwards)
             rows = torch.as_tensor(rows, dtype=torch.int64).cpu()
-            thread.rows = (depth, before[1][rows] if before is not None and before[0] == depth else rows)
+            if before is not None and before[0] == depth:
+                outer, among = before[1]
+                rows = outer[rows]
+            thread.rows = (depth, (rows, among if isinstance(among, Pass) else Pass(among)))
             try:
                 yield
             finally:
@@ -335,16 +344,18 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
     n_rows = len(inputs) if isinstance(inputs, Tensor) else 0
     first = generation is not None and generation.n_prompt is None
     offset = _cached(kwargs) if needs_state or first else 0  # with some caches a look at a tensor
-    rows, texts = (
+    found, texts = (
         noted[1] if noted is not None and noted[0] == depth else None for noted in (thread.rows, thread.given)
     )
+    rows, among = cast(Any, found) or (None, None)
     forward = ForwardState(
         tokens=tokens if isinstance(tokens, Tensor) else None,
         attention_mask=padding_mask(kwargs.get("attention_mask")),
         offset=offset,
         n_prompt=offset or n_pos,
         texts=cast(Any, texts),
-        rows=cast(Any, rows),
+        rows=rows,
+        among=among,
         bridge=wrapper,
     )
     if generation is not None:
@@ -353,7 +364,7 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
         forward.n_prompt, forward.texts = generation.n_prompt, generation.texts
         forward.n_prompts, forward.generating = generation.n_prompts, 1
         if forward.attention_mask is None and generation.attention_mask is not None:
-            forward.attention_mask = forward.by_prompt(generation.attention_mask, n_rows)
+            forward.attention_mask = copied(generation.attention_mask, n_rows)
     return forward
 
 

@@ -2,6 +2,7 @@
 
     state.offset, state.n_prompt               # columns before these tokens; columns of the prompt
     state.columns(n_pos), state.own_tokens(), state.by_prompt(values, n_rows)
+    state.places(n_rows, n_pos), state.lengths(n_rows)     # of tokens in their own prompts, whatever padding
 
 Hooks inside a block see no more than [batch pos ...]; to tell the prompt from what the model has written,
 and column 5 of a prompt from column 0 of a cached step, they ask here.
@@ -68,6 +69,36 @@ class Generation:
 
 
 @dataclass(eq=False)
+class Pass:
+    """All prompts that a function runs, some at a time.
+
+    Attributes:
+        n_prompts: how many there are; None while a generator still gives them.
+        rows_too: whether hooks of the function itself have values for the rows of a forward instead.
+        longest: the most values one a prompt that a hook had, while that was not known.
+    """
+
+    n_prompts: int | None = None
+    rows_too: bool = False
+    longest: int = 0
+
+    def fits(self, n_values: int, highest: int) -> bool:
+        """Whether so many values, one a prompt, are for this pass, of whose prompts `highest` runs."""
+        if self.n_prompts is not None:
+            return n_values == self.n_prompts
+        self.longest = max(self.longest, n_values)
+        return highest < n_values
+
+    def end(self, n_prompts: int) -> None:
+        """All prompts have run. Raises HookError where a hook had values for more."""
+        if self.longest > n_prompts:
+            raise HookError(
+                f"A hook has {self.longest} plans, masks or other values, one a prompt, and {n_prompts} "
+                "prompts ran. Give as many, or one for all."
+            )
+
+
+@dataclass(eq=False)
 class ForwardState:
     """One forward.
 
@@ -85,6 +116,7 @@ class ForwardState:
         n_prompts: of how many prompts the rows are copies (beams, samples); None: each row is one.
         rows: which prompt each row of the batch is, int64 [batch], where a function runs some of its prompts,
             or some of them several times; None: row by row.
+        among: the prompts of which `rows` are some.
         memory: what hooks found out about this forward and need not find out again in the next layer.
         bridge: the wrapper around the model (HookedMoE, RoutedModel); None for a bare model.
         steered: what plans alone decided, (layer, weights [token k]), which is looked at once, at the end.
@@ -98,6 +130,7 @@ class ForwardState:
     generating: int = 0
     n_prompts: int | None = None
     rows: Tensor | None = None
+    among: Pass | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     bridge: Any = field(default=None, repr=False)
     steered: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
@@ -114,8 +147,37 @@ class ForwardState:
         if mask is None:
             return None
         stop = mask.shape[1] if self.tokens is None else self.offset + self.tokens.shape[1]
-        beyond = mask.new_ones(len(mask), max(stop - mask.shape[1], 0))  # what the model has written
-        return torch.cat([mask, beyond], dim=1)[:, self.offset : stop].bool()
+        return _up_to(stop, mask)[:, self.offset :]
+
+    def places(self, n_rows: int, n_pos: int) -> Tensor:
+        """The place of each of the `n_pos` tokens that are running in its own prompt and what follows it.
+
+        int64 [batch pos] on the CPU, from 0 on; -1 on padding.
+        """
+        own = self._own(n_rows, self.offset + n_pos)
+        if own is None:
+            return self.columns(n_pos).expand(n_rows, n_pos)
+        return (own.long().cumsum(1) - 1).masked_fill(~own, -1)[:, self.offset :]
+
+    def note_own(self, own: Tensor) -> None:
+        """Note which tokens are not padding, bool [batch pos], where no mask says so."""
+        self.memory["mask"] = own
+
+    def lengths(self, n_rows: int) -> Tensor:
+        """How many tokens each row's prompt has, without padding: int64 [batch] on the CPU."""
+        own = self._own(n_rows, self.n_prompt)
+        return torch.full((n_rows,), self.n_prompt) if own is None else own.sum(1)
+
+    def _own(self, n_rows: int, stop: int) -> Tensor | None:
+        """Which of the first columns are not padding, on the CPU; None without a mask."""
+        if "mask" not in self.memory:  # a look at another device, once a forward
+            self.memory["mask"] = None if self.attention_mask is None else self.attention_mask.cpu()
+        mask = self.memory["mask"]
+        if mask is None:
+            return None
+        if len(mask) not in (1, n_rows):
+            raise HookError(f"The attention mask has {len(mask)} rows, and {n_rows} run; give a bool mask.")
+        return _up_to(stop, mask).expand(n_rows, -1)
 
     def by_prompt(self, values: Tensor, n_rows: int) -> Tensor | None:
         """Those of `values` [prompt ...] that belong to the rows [batch ...]; None if they do not fit.
@@ -125,13 +187,25 @@ class ForwardState:
         if len(values) == 1:
             return values.expand(n_rows, *(-1,) * (values.ndim - 1))
         if self.rows is not None:
-            fits = len(self.rows) == n_rows and int(self.rows.max()) < len(values)
-            return values[self.rows.to(values.device)] if fits else None
+            among = self.among or Pass()
+            if len(self.rows) == n_rows and among.fits(len(values), int(self.rows.max())):
+                return values[self.rows.to(values.device)]
+            return values if among.rows_too and len(values) == n_rows else None
         if len(values) == n_rows:
             return values
-        if self.n_prompts == len(values) and n_rows % len(values) == 0:
-            return values.repeat_interleave(n_rows // len(values), dim=0)
-        return None
+        return copied(values, n_rows) if self.n_prompts == len(values) else None
+
+
+def copied(values: Tensor, n_rows: int) -> Tensor | None:
+    """One of `values` [prompt ...] for each of that prompt's copies [batch ...]; None if they do not fit."""
+    n_copies, rest = divmod(n_rows, len(values))
+    return None if rest else values.repeat_interleave(n_copies, dim=0)
+
+
+def _up_to(stop: int, mask: Tensor) -> Tensor:
+    """The first columns of a mask, bool [batch stop]; what is beyond it the model has written."""
+    beyond = mask.new_ones(len(mask), max(stop - mask.shape[1], 0))
+    return torch.cat([mask, beyond], dim=1)[:, :stop].bool()
 
 
 NAN_LOGITS: Final = (

@@ -117,11 +117,23 @@ def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = N
     unsteered, color = [report.unsteered.rate for report in in_order], COLORS["unsteered"]
     ax.hlines(unsteered, places - 0.1, places + 0.1, linewidth=2.5, color=color, label="unsteered")
     ax.set_xticks(places, [_caption(label, report) for label, report in reports.items()])
-    ax.set(xlim=(-0.6, len(in_order) - 0.4), ylim=(-0.04, 1.04))
-    ax.set_ylabel(f"{in_order[0].task}\n(share of held-out prompts)")
+    spare = (max(len(in_order), 3) - len(in_order)) / 2  # so that dots keep near their line, however few
+    ax.set_xlim(-0.6 - spare, len(in_order) - 0.4 + spare)
+    are_shares = all(low >= 0 and high <= 1 for low, high in map(_extremes, in_order))
+    if are_shares:
+        ax.set_ylim(-0.04, 1.04)
+    of = "share of" if are_shares else "mean over"
+    ax.set_ylabel(f"{in_order[0].task}\n({of} held-out prompts)")
     ax.set_title("Unsteered, steered both ways, and under random sets of as many experts")
-    legend_below(ax, down=0.2, ncols=3)
+    legend_below(ax, down=0.2, ncols=2 if len(in_order) <= 3 else 3)
     return ax
+
+
+def _extremes(report: SteeringReport) -> tuple[float, float]:
+    """The smallest and the largest value of any prompt under any condition."""
+    random = [outcome for sides in report.controls.values() for sets in sides.values() for outcome in sets]
+    values = [outcome.values for outcome in (report.unsteered, *report.steered.values(), *random)]
+    return min(map(np.min, values)), max(map(np.max, values))
 
 
 def _random_dots(ax: Axes, reports: Sequence[SteeringReport]) -> None:

@@ -49,10 +49,20 @@ def as_prompts(keep: Bool[Tensor, "*batch"]) -> Bool[Tensor, "prompt pos"]:
     return keep.reshape(-1, keep.shape[-1] if keep.ndim else 1).cpu()
 
 
-def every_token(real: Bool[Tensor, "*batch"] | None, batch: torch.Size) -> Bool[Tensor, "*batch"]:
-    """The prompts' own tokens; every position, with a warning, where padding is not known."""
+def every_token(cache: Any, real: Bool[Tensor, "*batch"] | None, batch: torch.Size) -> Bool[Tensor, "*batch"]:
+    """The prompts' own tokens; every position, with a warning, where padding is not known.
+
+    Raises DataError where the cache's run got padding as if it were text.
+    """
     if real is not None:
         return real
+    if getattr(cache, "padding_unknown", False):
+        raise DataError(
+            "The run of this cache got tokens that begin or end with the padding token, and no "
+            "attention_mask: which positions count is not known, and the model read padding as text. Run "
+            "texts, the tokenizer's whole output, or with attention_mask=; or say with mask= which positions "
+            "count."
+        )
     if len(batch) > 1 and batch[0] > 1:
         warn(
             "This cache does not say which positions are padding, so every position is counted. "

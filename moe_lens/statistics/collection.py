@@ -27,10 +27,11 @@ from tqdm.auto import tqdm
 
 from moe_lens.errors import DataError
 from moe_lens.files import check_writable
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.observing import Run, observing
 from moe_lens.model.registration import moe_shape, routing_layers, running_of, with_expert_out
 from moe_lens.model.resuming import is_bare
+from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.statistics.counting import RoutingCounter, Wanted, margins_of, moved
@@ -154,7 +155,7 @@ class Counting:
         check_hooked(self.model)
         self.device = self.model.cfg.device
         self.limits = Limits.of(self.batch_size, self.batch_tokens, self.device)
-        self.hooks = list(self.hooks)
+        self.hooks = hook_list(self.hooks)
         self.shape = moe_shape(self.model)
         self.now = self.counter()  # counts the batch that runs
 
@@ -176,8 +177,9 @@ class Counting:
         Between batches, the model has no hooks; with `between` it is not watched either.
         """
         once = not self.hooks and not between
+        among, n_prompts = Pass(how_many(prompts)), 0
         with (
-            tqdm(total=how_many(prompts), desc="routing", unit="prompt", disable=not progress) as bar,
+            tqdm(total=among.n_prompts, desc="routing", unit="prompt", disable=not progress) as bar,
             with_expert_out(self.model) if self.wanted.outputs else nullcontext(),
             self._watched() if once else nullcontext() as run,
         ):
@@ -188,9 +190,11 @@ class Counting:
                     yield None
                 else:
                     with nullcontext(run) if run is not None else self._watched() as run_batch:
-                        self.count(run_batch, batch)
+                        self.count(run_batch, batch, among)
                     yield self.now
+                n_prompts += len(batch.rows)
                 bar.update(len(batch.rows))
+        among.end(n_prompts)
 
     def batches(self, prompts: Prompts) -> Iterator[CountedPrompts]:
         """The batches that are to run, in order; prompts are read as they are needed."""
@@ -213,8 +217,8 @@ class Counting:
         see_outputs = (lambda *seen: self.now.see_outputs(*seen)) if self.wanted.outputs else None
         return observing(self.model, lambda *seen: self.now.see(*seen), self.hooks, see_outputs)
 
-    def count(self, run: Run, batch: CountedPrompts) -> None:
-        """Count one batch.
+    def count(self, run: Run, batch: CountedPrompts, among: Pass) -> None:
+        """Count one batch of these prompts.
 
         Under hooks, who may name columns of a batch, padding is on the left, as everywhere. Otherwise on the
         right, where nothing that counts sees it, so that every family computes what it does for one prompt.
@@ -223,7 +227,7 @@ class Counting:
         position = (mask.long().cumsum(1) - 1)[counted] if self.wanted.positions else None
         self.now.begin(counted, position, tokens[counted] if self.wanted.vocabulary else None)
         tell = self.hooked and not bool(mask.all())
-        with running_of(self.model).of_prompts(torch.tensor(batch.rows)):  # one plan a prompt, say
+        with running_of(self.model).of_prompts(torch.tensor(batch.rows), among):  # one plan a prompt, say
             run(moved(tokens, self.device), moved(mask.long(), self.device) if tell else None)
         self.now.end(batch.rows)
 
@@ -307,7 +311,7 @@ def collect_to_file(
 
 def _described(hooks: Hooks) -> list[str]:
     """What hooks do, where they say so (`hook.digest`, as a plan does); otherwise something new each time."""
-    return [f"{point} {getattr(hook, 'digest', None) or uuid4().hex}" for point, hook in hooks]
+    return [f"{point} {getattr(hook, 'digest', None) or uuid4().hex}" for point, hook in hook_list(hooks)]
 
 
 def _partials(path: Path, digest: str = "[0-9a-f]{16}") -> list[tuple[int, Path]]:

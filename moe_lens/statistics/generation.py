@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from moe_lens import hook_names
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.private_names import supports_padding
 from moe_lens.model.registration import moe_shape, routing_layers, running_of
+from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model
 from moe_lens.results import Result
 from moe_lens.routers.rule import RoutingRule
@@ -88,9 +89,11 @@ def collect_generation(
     prefill: RoutingStats | None = None
     decode: RoutingStats | None = None
     written: list[Tensor] = []
-    with tqdm(total=how_many(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
+    among = Pass(how_many(prompts))
+    with tqdm(total=among.n_prompts, desc="generating", unit="prompt", disable=not progress) as bar:
         for tokens, mask in padded_batches(model, prompts, batch_size):
-            with running_of(model).of_prompts(list(range(len(written), len(written) + len(tokens)))):
+            rows = list(range(len(written), len(written) + len(tokens)))
+            with running_of(model).of_prompts(rows, among):
                 new, record = generate_recorded(model, tokens, mask, max_new_tokens, hooks)
             unended = before_end(new, stops)
             part = _count(model, [step[0] for step in record.values()], mask, rules, list(record))
@@ -105,6 +108,7 @@ def collect_generation(
             lengths = (unended.sum(1) + 1).clamp(max=new.shape[1]).tolist()
             written += [row[:length] for row, length in zip(new.cpu(), lengths, strict=True)]
             bar.update(len(tokens))
+    among.end(len(written))
     assert prefill is not None  # padded_batches refuses an empty list
     texts = None
     if model.tokenizer is not None:
@@ -146,7 +150,7 @@ def generate_recorded(
     # Recorders come last: what they see is what the experts get.
     names = [hook_names.name(layer, point) for layer in routing_layers(model) for point in points]
     ends: Any = stops or None  # a list will do, whatever TransformerLens' annotation says
-    with torch.no_grad(), model.hooks([*hooks, *((name, keep) for name in names)]):
+    with torch.no_grad(), model.hooks([*hook_list(hooks), *((name, keep) for name in names)]):
         output: Any = model.generate(
             tokens,
             max_new_tokens=steps,

@@ -105,12 +105,13 @@ class RoutingStats(RoutingSums):
                 dimension of the batch are the positions of one prompt; a batch [pos] (remove_batch_dim=True)
                 is a single prompt.
             mask: [*batch], true (or 1) where a token counts. None: every position but padding, where that is
-                known. Otherwise every position counts, with a warning if there are several prompts.
+                known. Of a dictionary of tensors every position counts, with a warning if there are several
+                prompts.
             rules: the routing rule of each layer, for margins. None: those of the cache's model.
             tokens: [*batch], the tokens of the run, for `vocabulary`.
             attention_mask: [*batch], true where a prompt's own tokens are. None: what the cache of a
                 HookedMoE knows (`cache.attention_mask`: the run got a list of strings, an attention_mask, or
-                tokens without a pad token).
+                tokens that have no padding at their ends).
             per_prompt: also count each prompt by itself.
             positions: also count each position by itself, from each prompt's own first token on.
             vocabulary: also count by token of the vocabulary.
@@ -118,12 +119,13 @@ class RoutingStats(RoutingSums):
         Raises:
             DataError: no routing in the cache, a layer without one of the three tensors, a mask of another
                 shape or other values, or one that selects nothing, NaN logits, `vocabulary` without tokens,
-                `positions` under a mask where the padding is not known.
+                `positions` under a mask where the padding is not known; without a mask, a run that got
+                padded tokens without an attention_mask.
         """
         points = hook_names.points_of(cache)
         batch = next(iter(points.values()))[hook_names.TOPK_INDICES].shape[:-1]
         real = known_padding(cache, attention_mask, batch)
-        keep = checked_mask(every_token(real, batch) if mask is None else mask, batch)
+        keep = checked_mask(every_token(cache, real, batch) if mask is None else mask, batch)
         known = known_model(cache)
         if rules is None and known is not None:
             rules = known.rules

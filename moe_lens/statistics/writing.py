@@ -15,6 +15,7 @@ from moe_lens import hook_names
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
 from moe_lens.model.registration import moe_shape, running_of
+from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.generation import before_end, generate_recorded, stop_tokens
@@ -76,17 +77,20 @@ def generate_text(
     points = (hook_names.TOPK_INDICES, hook_names.TOPK_WEIGHTS) if routes else ()
     texts: list[str] = []
     records: list[RouteRecord | None] = []
-    with tqdm(total=how_many(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
+    among = Pass(how_many(prompts))
+    with tqdm(total=among.n_prompts, desc="generating", unit="prompt", disable=not progress) as bar:
         for tokens, mask in padded_batches(model, prompts, batch_size):
-            with running_of(model).of_prompts(list(range(len(texts), len(texts) + len(tokens)))):
+            rows = list(range(len(texts), len(texts) + len(tokens)))
+            with running_of(model).of_prompts(rows, among):
                 new, record = generate_recorded(model, tokens, mask, max_new_tokens, hooks, points, **options)
             n_before = before_end(new, stops).sum(1)
             lengths = (n_before + 1).clamp(max=new.shape[1]).tolist()
-            rows = [row[:length] for row, length in zip(new.cpu(), lengths, strict=True)]
-            texts += [model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+            written = [row[:length] for row, length in zip(new.cpu(), lengths, strict=True)]
+            texts += [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
             if routes:
                 records += _records(shape, new, n_before.clamp(max=new.shape[1] - 1).tolist(), record)
             bar.update(len(tokens))
+    among.end(len(texts))
     return (texts, records) if routes else texts
 
 

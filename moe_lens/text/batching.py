@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.checks import short, whole_number
+from moe_lens.checks import check_text, short, whole_number
 from moe_lens.encoding import encoded_rows, is_chat, is_encoding, padded_rows, without_special
 from moe_lens.errors import DataError, warn
 from moe_lens.text.prompts import Message, Prompt, as_prompt, render
@@ -64,8 +64,8 @@ def token_sequences(model: TextModel, prompts: Prompts) -> Iterator[Int[Tensor, 
 
     Raises:
         DataError: no prompts, an empty prompt, one longer than the model's context, a token outside the
-            vocabulary, text without a tokenizer, a chat without a chat template, or something that is neither
-            text nor tokens. Raised when that prompt's turn comes.
+            vocabulary, text without a tokenizer or with half a character (a lone surrogate), a chat without a
+            chat template, or something that is neither text nor tokens. Raised when that prompt's turn comes.
         DataError: rows of one length that begin or end with different numbers of a padding token which stands
             for something else, too (it is the EOS, say): which of them are padding cannot be known.
     """
@@ -278,12 +278,12 @@ def _tokens_of_prompt(model: TextModel, index: int, prompt: Prompt) -> Any:
     if model.tokenizer is None:
         raise DataError(f"Prompt {index} is text and the model has no tokenizer; give tokens instead.")
     if isinstance(prompt.content, str):
+        check_text(prompt.content, f"Prompt {index}")
         return model.to_tokens(prompt.content, move_to_device=False, truncate=False)[0]
     try:
-        text = render(model.tokenizer, prompt, names=()).text
+        return without_special(model.tokenizer, render(model.tokenizer, prompt, names=()).text)
     except DataError as error:
         raise DataError(f"Prompt {index}: {error}") from error
-    return without_special(model.tokenizer, text)
 
 
 def _checked_tokens(model: TextModel, index: int, prompt: Any) -> Int[Tensor, "pos"]:

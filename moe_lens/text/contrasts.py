@@ -11,6 +11,7 @@ holds under all of them. Where possible, what is counted (`pairs.span`) is the s
 after the wording that differs, since a causal model cannot see what comes later.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -366,14 +367,21 @@ def _together(pairs: list[ContrastivePair], span: str) -> ContrastivePairs:
 
 
 def _read_until(prompt: Prompt, span: str) -> Any:
-    """All of a prompt up to the end of a part; None if it has no such part."""
+    """All of a prompt up to the end of a part, as far as it can differ; None if it has no such part.
+
+    That is more than the texts: options of the chat template, and what else messages say (reasoning, tool
+    calls), of which a template may write any before the part.
+    """
     if span not in prompt.named:
         return None
     end = max(prompt.named[span])
     if prompt.messages is None:
         return prompt.content[: end[1]]
     message = prompt.messages[end[0]]
-    return [*prompt.messages[: end[0]], Message(message.role, message.content[: end[2]])]
+    rest = {name: more for name, more in message.given.items() if name not in ("role", "content")}
+    until = Message(message.role, message.content[: end[2]], json.dumps(rest, sort_keys=True) if rest else "")
+    options = [dict(prompt.template)] if prompt.template else []
+    return [*options, *prompt.messages[: end[0]], until]
 
 
 def _cluster(where: str, row: Mapping[str, Any], column: str | None, default: str) -> str:

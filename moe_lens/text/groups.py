@@ -145,14 +145,11 @@ class ContrastiveGroups(Result):
                 "`first` if they are labels, and leave prompts without an outcome out."
             )
         is_first = [bool(result == first) for result in results]
-        one, two = ([i for i, given in enumerate(is_first) if given is side] for side in (True, False))
-        return cls(
-            tuple(texts[i] for i in one),
-            tuple(texts[i] for i in two),
-            span,
-            tuple(labels[i] for i in one),
-            tuple(labels[i] for i in two),
+        (one, labels_1), (two, labels_2) = (
+            picked([i for i, given in enumerate(is_first) if given is side], texts, labels)
+            for side in (True, False)
         )
+        return cls(one, two, span, labels_1, labels_2)
 
     def swapped(self) -> "ContrastiveGroups":
         """The opposite contrast: both groups change places."""
@@ -184,11 +181,10 @@ class ContrastiveGroups(Result):
 
     def _part(self, chosen: set[str], inside: bool) -> "ContrastiveGroups":
         """The prompts whose clusters are among those chosen, or are not."""
-        parts = []
-        for prompts, labels in ((self.first, self.clusters_1), (self.second, self.clusters_2)):
-            kept = [i for i, label in enumerate(labels) if (label in chosen) is inside]
-            parts.append((tuple(prompts[i] for i in kept), tuple(labels[i] for i in kept)))
-        (first, clusters_1), (second, clusters_2) = parts
+        (first, clusters_1), (second, clusters_2) = (
+            picked([i for i, label in enumerate(labels) if (label in chosen) is inside], prompts, labels)
+            for prompts, labels in ((self.first, self.clusters_1), (self.second, self.clusters_2))
+        )
         return ContrastiveGroups(first, second, self.span, clusters_1, clusters_2)
 
     def to_dataframe(self) -> "pandas.DataFrame":

@@ -210,6 +210,16 @@ def chosen_numbers(given: Any, n: int) -> list[int]:
     return (numbers.astype(np.int64) % n).tolist()
 
 
+def picked(numbers: Iterable[int], *columns: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+    """Of each column, the entries at these places, in this order.
+
+    >>> picked([2, 0], "abc", (1, 2, 3))
+    (('c', 'a'), (3, 1))
+    """
+    places = list(numbers)
+    return tuple(tuple(column[place] for place in places) for column in columns)
+
+
 def drawn_clusters(labels: Iterable[str], fraction: float, seed: int) -> set[str]:
     """This share of the different labels, at least one and not all, drawn at random.
 

@@ -27,11 +27,12 @@ from moe_lens.text.pair_rows import (
     digest_of_pair,
     drawn_clusters,
     pair_columns,
+    picked,
     span_from_json,
     span_to_json,
 )
 from moe_lens.text.prompts import Prompt, to_json
-from moe_lens.text.rows import Row, at_least_one, csv_rows, jsonl_rows, parsed_json, records
+from moe_lens.text.rows import Row, at_least_one, csv_rows, ending, jsonl_rows, parsed_json, records
 from moe_lens.text.spans import Span
 
 if TYPE_CHECKING:
@@ -231,13 +232,10 @@ class ContrastivePairs(Result):
         Raises:
             DataError: a file with another ending, or as in `from_jsonl` and `from_csv`.
         """
-        ending = Path(path).suffix
-        if ending == ".jsonl":
+        if ending(path, "pairs", (".jsonl", ".csv")) == ".jsonl":
             return cls.from_jsonl(
                 path, first, second, span=span, cluster=cluster, template=template, spans=spans
             )
-        if ending != ".csv":
-            raise DataError(f"{path}: pairs are read from .jsonl and .csv files; got the ending {ending!r}.")
         span = "all" if isinstance(span, EllipsisType) else span
         return cls.from_csv(
             path, first, second, span=span, cluster=cluster, template=template, spans=spans, chat=chat
@@ -389,9 +387,8 @@ class ContrastivePairs(Result):
         Raises:
             DataError: none, one out of range, or another number of bools than of pairs.
         """
-        chosen = chosen_numbers(indices, len(self))
         fields = (self.first, self.second, self.clusters, self.templates)
-        first, second, clusters, templates = (tuple(field[i] for i in chosen) for field in fields)
+        first, second, clusters, templates = picked(chosen_numbers(indices, len(self)), *fields)
         return replace(self, first=first, second=second, clusters=clusters, templates=templates)
 
     @property

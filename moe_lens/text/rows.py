@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from moe_lens.checks import as_index, short
+from moe_lens.checks import as_index, check_text, short
 from moe_lens.errors import DataError
 
 Row = tuple[str, dict[str, Any]]
@@ -80,18 +80,22 @@ def label_of(where: str, content: Any) -> str:
 
 
 def parsed_json(where: str, text: str) -> Any:
-    """What a JSON text holds. Raises DataError, saying where the text stands."""
+    """What a JSON text holds. Raises DataError, also for half a character, saying where the text stands."""
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is no JSON: {error}.") from error
+    if "\\u" in text:  # the only way in for half a character
+        check_text(json.dumps(content, ensure_ascii=False), where)
+    return content
 
 
 def jsonl_rows(path: str | Path) -> list[Row]:
     """The objects of a file with one JSON object a line; empty lines are skipped.
 
     Raises:
-        DataError: a file that cannot be read, or a line that is not a JSON object, with its number.
+        DataError: a file that cannot be read, or a line that is not a JSON object or holds half a character
+            (a lone surrogate), with its number.
     """
     rows: list[Row] = []
     for where, content in _json_lines(path):
@@ -126,6 +130,15 @@ def csv_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+def ending(path: str | Path, what: str, known: Iterable[str]) -> str:
+    """A file's ending, which must be one of these, in capitals or not. Raises DataError for any other."""
+    found, endings = Path(path).suffix, list(known)
+    if found.lower() not in endings:
+        listed = f"{', '.join(endings[:-1])} and {endings[-1]}"
+        raise DataError(f"{path}: {what} are read from {listed} files; got the ending {found!r}.")
+    return found.lower()
+
+
 def at_least_one(what: str | Path, rows: list[Row]) -> list[Row]:
     """The rows. Raises DataError if there are none."""
     if not rows:
@@ -147,9 +160,7 @@ def read_prompts(path: str | Path, *, column: str | None = None) -> list[Any]:
     """
     path = Path(path)
     readers = {".txt": _prompts_of_txt, ".jsonl": _prompts_of_jsonl, ".csv": _prompts_of_csv}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: prompts are read from .txt, .jsonl and .csv files.")
-    prompts = readers[path.suffix](path, column)
+    prompts = readers[ending(path, "prompts", readers)](path, column)
     if not prompts:
         raise DataError(f"{path} holds no prompts.")
     return prompts

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from moe_lens.checks import may_be_padded, padding_at_ends, pads_only
 from moe_lens.encoding import encoded_rows
 from moe_lens.errors import DataError
 
@@ -35,14 +36,12 @@ def without_padding(tokenizer: Any, prompts: Any) -> Any:
     they begin or end with.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
-    rows = _rectangle(prompts) if pad is not None else None
-    if rows is None or not bool((rows[:, [0, -1]] == pad).any()):
+    rows = _rectangle(prompts)
+    if pad is None or rows is None or not bool((rows[:, [0, -1]] == pad).any()):
         return prompts
-    is_pad = rows == pad
-    before = is_pad.long().cumprod(1).sum(1)
-    after = is_pad.flip(1).long().cumprod(1).sum(1)
-    if pad in _other_meanings(tokenizer):
-        if len(set(before.tolist())) > 1 or len(set(after.tolist())) > 1:
+    before, after = padding_at_ends(pad, rows)
+    if not pads_only(tokenizer):
+        if may_be_padded(tokenizer, rows):
             raise DataError(
                 f"Some rows of these tokens begin or end with {tokenizer.pad_token!r}, which pads and "
                 "stands for something else, too, so what is padding cannot be known. Give the tokenizer's "
@@ -82,7 +81,3 @@ def only_row(index: int, encoding: Mapping[str, Any]) -> Int[Tensor, "pos"]:
             f"Prompt {index} is the encoding of {len(rows)} prompts; give that alone, or one for each prompt."
         )
     return rows[0]
-
-
-def _other_meanings(tokenizer: Any) -> set[Any]:
-    return {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")}

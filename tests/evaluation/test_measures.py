@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_lens import answer_task, collect_generation, collect_routing, generate_text
 from moe_lens.errors import DataError
 from moe_lens.evaluation.measures import answers_with, continuation_log_probs, text_loss
 from moe_lens.model.hooked_moe import HookedMoE
@@ -184,14 +185,54 @@ def test_prompts_may_be_tokens(hooked: Hooked) -> None:
         (["w1"], ["w3", "w4"], "1 prompts need"),
         (["w1", "w2"], ["w3", ""], "has no tokens"),
         (["w1"], ["  "], "has no tokens"),
+        (["w1"], [5], r"continuations\[0\] must be one text; got 5"),
+        (["w1"], [None], r"continuations\[0\] must be one text; got None"),
+        (["w1"], [["w3"]], r"continuations\[0\] must be one text"),
+        (["w1"], ["\ud83d"], "half of a character"),
         ([], [], "empty"),
     ],
 )
 def test_what_has_no_continuation_is_refused(
-    hooked: Hooked, prompts: list[str], continuations: list[str], says: str
+    hooked: Hooked, prompts: list[str], continuations: list[Any], says: str
 ) -> None:
+    unchecked: Any = inspect.unwrap(continuation_log_probs)
     with pytest.raises(DataError, match=says):
-        continuation_log_probs(hooked("olmoe"), prompts, continuations)
+        unchecked(hooked("olmoe"), prompts, continuations)
+
+
+def test_answers_are_texts_or_numbers_of_tokens(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    unchecked: Any = inspect.unwrap(answers_with)  # without the annotations, which tests check
+    numbers = [VOCABULARY.index("w3"), np.int64(VOCABULARY.index("w4"))]
+    by_text, by_number = (unchecked(model, PROMPTS[:2], given) for given in (["w3", "w4"], numbers))
+    assert by_text.tolist() == by_number.tolist()
+    for wrong in (True, 2.0, None, ["w3"]):
+        with pytest.raises(DataError, match=r"answers\[1\] must be one text or the number of a token"):
+            unchecked(model, ["w1"] * 2, ["w3", wrong])
+
+
+def test_what_does_not_fit_into_the_context_is_refused(hooked: Hooked) -> None:
+    """The model of 64 positions has no position for a 65th token; the last token of all is not run."""
+    model, long, room = hooked("olmoe"), prompt(59), " ".join(["w3"] * 5)  # 60 tokens with BOS
+    [fits] = continuation_log_probs(model, [long], [room], reduction="sum")
+    logits = logits_of_one(tiny_model("olmoe"), model, f"{long} w3 w3 w3 w3")
+    expected = logits.log_softmax(-1)[59:, VOCABULARY.index("w3")]
+    assert len(expected) == 5
+    assert fits == pytest.approx(float(expected.sum()), abs=1e-4)
+    with pytest.raises(DataError, match=r"Prompt 1 has 60 tokens and 6 follow it, .* context is 64"):
+        continuation_log_probs(model, ["w1", long], ["w3", f"{room} w3"])
+    task = answer_task(["w1", long], [f"{room} w3"] * 2, measure="whole_answer")
+    with pytest.raises(DataError, match="Prompt 1 has 60 tokens and 6 follow it"):
+        task.values(model)
+    for run in (
+        lambda: text_loss(model, [prompt(64)]),
+        lambda: answers_with(model, [prompt(64)], ["w3"]),
+        lambda: collect_routing(model, [prompt(64)], progress=False),
+        lambda: collect_generation(model, [prompt(60)], 4, progress=False),
+        lambda: generate_text(model, [prompt(60)], 4, progress=False),
+    ):
+        with pytest.raises(DataError, match="context"):
+            run()
 
 
 def test_a_continuation_outside_the_vocabulary_is_refused(hooked: Hooked) -> None:

@@ -214,6 +214,27 @@ def test_a_direction_that_activates_says_so() -> None:
     assert "direction −, by activating 1 expert, moves as meant" in words
 
 
+@pytest.mark.parametrize(
+    ("activate", "deactivate", "says"),
+    [
+        ([(0, 1)], [(1, 0)], "by activating 1 and deactivating 1 expert,"),
+        ([(0, 1), (1, 1)], [(1, 0)], "by activating 2 and deactivating 1 expert,"),
+        ([(0, 1)], [(1, 0), (0, 0)], "by activating 1 and deactivating 2 experts,"),
+        ([(0, 1), (1, 0)], [(1, 0)], "by activating 1 and deactivating 1 expert,"),  # deactivation wins
+        ([(0, 1), (1, 0)], [], "by activating 2 experts,"),
+        ([(0, 1)], [(0, 1)], ""),
+    ],
+)
+def test_what_a_direction_does_is_said_whole(activate: Any, deactivate: Any, says: str) -> None:
+    plans = {
+        "+": SteeringPlan(activate, deactivate, 0.01, SHAPE),
+        "-": SteeringPlan((), [(0, 1)], 0.01, SHAPE),
+    }
+    words = report(plans=plans).explanation
+    assert f"Direction +{', ' if says else ''}{says} moves as meant" in words
+    assert "direction − moves as meant" in words
+
+
 def test_intervals_are_those_of_the_differences_over_clusters() -> None:
     rng = np.random.default_rng(0)
     first, second, before = (Outcome(rng.random(20), {LOSS: 1.0, ACCURACY: 0.9}) for _ in range(3))

@@ -198,6 +198,26 @@ def test_swapped_names_shapes_and_dtypes_are_under_the_digest() -> None:
     assert digest_of({"a": (1, 2)}) == digest_of({"a": [1, 2]})
 
 
+def test_half_a_character_in_somebodys_text_comes_back(tmp_path: Path) -> None:
+    """What UTF-8 cannot hold is escaped, and other text is not."""
+    content = {"label": "half \ud83d", "other": "ü"}
+    KIND.save_json(tmp_path / "a.json", content)
+    assert KIND.load_json(tmp_path / "a.json") == {"schema": 2, **content}
+    KIND.save_tensors(tmp_path / "a", {"x": torch.ones(2)}, content)
+    assert KIND.load_tensors(tmp_path / "a")[0] == {"schema": 2, **content}
+    KIND.save_json(tmp_path / "b.json", {"other": "ü"})
+    assert "ü" in (tmp_path / "b.json").read_text(encoding="utf-8")
+
+
+def test_a_byte_order_mark_and_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes('\ufeff{"kind": "test.Kind", "schema": 1, "n": 3}'.encode())
+    assert KIND.load_json(path) == {"schema": 1, "n": 3}
+    for load in (KIND.load_json, KIND.load_tensors):
+        with pytest.raises(PlanError, match="cannot be read"):
+            load(tmp_path)
+
+
 def test_a_file_by_hand_needs_no_digest_and_an_edited_one_says_so(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"kind": "test.Kind", "schema": 1, "n": 3}')

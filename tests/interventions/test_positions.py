@@ -191,10 +191,50 @@ def test_a_run_within_a_hook_leaves_the_outer_one_its_prompt(hooked: Hooked, nes
     assert all(each[1] == 2 for each in seen if each not in outer)
 
 
-def test_columns_are_those_of_the_padded_batch(hooked: Hooked) -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_numbers_are_places_in_each_prompt_whatever_padding(hooked: Hooked, side: str) -> None:
+    """As in a slice, and as in the prompt by itself."""
+    model, texts = hooked("olmoe"), [prompt(2), prompt(5, 1)]  # 3 and 6 tokens
+    for position in (0, 1, 2, -1, -2, -3, [0, -1], [1, 2]):
+        found = in_forward(model, position, texts, padding_side=side)
+        for row, text, n_own in zip(found, texts, (3, 6), strict=True):
+            own = row[-n_own:] if side == "left" else row[:n_own]
+            assert [own] == in_forward(model, position, text)
+            assert sum(row) == sum(own)
+    for outside in (3, -4):
+        with pytest.raises(HookError, match=r"this prompt has 3 tokens \(row 0 of the batch\)"):
+            in_forward(model, outside, texts, padding_side=side)
+
+
+@pytest.mark.parametrize("wrapper", [HookedMoE, RoutedModel])
+@pytest.mark.parametrize("static", [False, True])
+def test_numbers_go_on_where_padded_prompts_are_written_on(wrapper: Any, static: bool) -> None:
+    """Position 4 of 3 own tokens is the second generated one, of 5 own tokens the last of the prompt."""
+    own = tokenizer()
+    model = wrapper.from_hf(tiny_model(), own) if wrapper is HookedMoE else wrapper(tiny_model(), own)
+    given = model.tokenizer([prompt(3), prompt(5, 1)], padding=True, padding_side="left", return_tensors="pt")
+    given = {name: given[name] for name in ("input_ids", "attention_mask")}
+    lengths = given["attention_mask"].sum(1).tolist()
+    options = {"cache_implementation": "static"} if static else {}
+    if static and wrapper is HookedMoE:
+        pytest.skip("a bridge refuses static caches")
+    steps = noted(
+        model,
+        [0, 4, -1],
+        lambda: model.original_model.generate(
+            **given, max_new_tokens=4, min_new_tokens=4, do_sample=False, **options
+        ),
+    )
+    for row, n_own in enumerate(lengths):
+        whole = [column for step in steps for column in step[row]]
+        before = max(lengths) - n_own
+        assert whole[:before] == [0] * before
+        assert whole[before:] == [int(at in (0, 4, n_own - 1)) for at in range(len(whole) - before)]
+
+
+def test_spans_choose_by_prompt_in_a_padded_batch(hooked: Hooked) -> None:
     model = hooked("olmoe")
     texts = [prompt(2), prompt(5, 1)]
-    assert in_forward(model, -1, texts) == [[0, 0, 0, 0, 0, 1]] * 2
     assert in_forward(model, "last", texts) == [[0, 0, 0, 0, 0, 1]] * 2
     assert in_forward(model, slice(0, 2), texts) == [[0, 0, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
     assert in_forward(model, slice(0, 2), texts, padding_side="right") == [[1, 1, 0, 0, 0, 0]] * 2
@@ -216,8 +256,8 @@ def test_what_is_no_positions_is_refused(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("outside", [5, -6, [0, 9]])
-def test_columns_outside_the_prompt_are_refused(hooked: Hooked, outside: Any) -> None:
-    with pytest.raises(HookError, match="this prompt has 5 columns"):
+def test_positions_outside_the_prompt_are_refused(hooked: Hooked, outside: Any) -> None:
+    with pytest.raises(HookError, match="this prompt has 5 tokens"):
         in_forward(hooked("olmoe"), outside)
 
 

@@ -171,7 +171,7 @@ def test_tokens_are_all_counted_unless_some_are_pad_tokens(hooked: Hooked) -> No
     padded = model.to_tokens(PROMPTS[:2])  # given without an attention mask
     _, cache = model.run_with_cache(padded)
     assert cache.attention_mask is None
-    with pytest.warns(UserWarning, match="padding"):
+    with pytest.raises(DataError, match="read padding as text"):
         RoutingStats.from_cache(cache)
 
 

@@ -4,7 +4,6 @@ SAELens up to 6.54 imports what TransformerLens 4 has removed or moved (its issu
 installed together. Here pip fetches it beside them, and it is imported with those names in place.
 """
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import transformer_lens
 from torch import Tensor
 
 from moe_lens import SteeringPlan, attach, hook_names, steer_hooks, zero_ablate
-from tests.promises.sdists import ROOT
+from tests.fetched import installed, made_once
 from tests.tiny_models import save, tiny_model, tokenizer, tokens
 
 pytestmark = pytest.mark.broad
@@ -41,14 +40,7 @@ PACKAGES = (
 
 def fetched() -> Path:
     """A folder with these packages; skips where pip cannot get them."""
-    folder = ROOT / ".sdists" / "sae-lens-6.54.0"
-    if not (folder / "complete").exists():
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(folder)]
-        done = subprocess.run([*command, *PACKAGES], capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            pytest.skip(f"pip cannot get SAELens: {''.join(done.stderr.strip().splitlines()[-1:])}")
-        (folder / "complete").touch()
-    return folder
+    return made_once("sae-lens-6.54.0", lambda scratch: installed(PACKAGES, scratch / "site"))
 
 
 @contextmanager

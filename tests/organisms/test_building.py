@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moe_lens import organisms
 from moe_lens.cli import parser as cli
@@ -22,6 +22,7 @@ from moe_lens.organisms.built import BUILT, built_path, cache_folder
 from moe_lens.organisms.distilling import Distillation
 from moe_lens.organisms.held_out import N_TEXTS, held_out_tokens, perplexities
 from moe_lens.organisms.split_corpus import REGISTERS, library_texts, openings, sample, windows
+from tests.organisms.dense import llama
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 RECIPE = SplitRecipe(
@@ -67,19 +68,16 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def dense(tokenizer: Any) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return llama(
         vocab_size=len(tokenizer),
-        hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=2,
         initializer_range=0.3,
+        tie_word_embeddings=False,
         eos_token_id=1,
         pad_token_id=1,
         bos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def test_a_build_is_an_ordinary_checkpoint_that_load_opens(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_lens.errors import DataError
 from moe_lens.organisms import distilling
 from moe_lens.organisms.distilling import Distillation, batches, distill, losses, rate, set_top_k
 from moe_lens.organisms.splitting import split
+from tests.organisms.dense import llama, tokens
 
 SETTINGS = Distillation(steps=6, batch_size=4, warmup=2, top_k=(2, 4))
 
@@ -25,21 +25,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def dense() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=16,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.4,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def tokens(n: int = 40, seed: int = 0) -> torch.Tensor:
-    return torch.randint(60, (n, 12), generator=torch.Generator().manual_seed(seed))
+    return llama(num_hidden_layers=2)
 
 
 def fresh(dense: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.model.hooked_moe import HookedMoE
@@ -13,22 +13,7 @@ from moe_lens.model.routed_model import RoutedModel
 from moe_lens.organisms import split_fit
 from moe_lens.organisms.distilling import set_top_k
 from moe_lens.organisms.splitting import groups, routed_activations, split
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.4,
-}
-
-
-def llama(**changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(**{**SHAPE, "tie_word_embeddings": True, **changes})
-    return LlamaForCausalLM(config).eval()
+from tests.organisms.dense import SHAPE, llama, tokens
 
 
 def qwen2() -> PreTrainedModel:
@@ -49,10 +34,6 @@ DENSE = {
     ),
     "qwen2": qwen2,
 }
-
-
-def tokens(n: int = 40, seed: int = 0) -> torch.Tensor:
-    return torch.randint(60, (n, 12), generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:

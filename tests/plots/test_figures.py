@@ -438,6 +438,33 @@ def test_rates_show_both_directions_and_every_random_set() -> None:
         assert f"gap {one.gap:.2f}" in caption
 
 
+@pytest.mark.parametrize("n_reports", [1, 2, 3, 5])
+def test_random_sets_stand_by_their_line_however_few_reports_there_are(n_reports: int) -> None:
+    """In inches: no dot is further from its own line than half of what lies between two lines of three."""
+    ax = plots.steering_rates({str(number): report() for number in range(n_reports)})
+    figure = laid_out(ax)
+    to_inches = ax.transData.transform(np.array([[0.0, 0.0], [0.36, 0.0], [1.0, 0.0]]))[:, 0] / figure.dpi
+    line, furthest, neighbour = to_inches
+    assert furthest - line < 0.75
+    assert neighbour - line < 2.0
+    low, high = ax.get_xlim()
+    assert (low + high) / 2 == pytest.approx((n_reports - 1) / 2)
+    found = ax.get_legend()
+    assert found is not None
+    box = found.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
+def test_rates_that_are_no_shares_are_all_shown() -> None:
+    """A measure of log-probabilities, say."""
+    ax = plots.steering_rates({"a": report(-7.0)})
+    low, high = ax.get_ylim()
+    points = np.concatenate(list(points_of(ax).values()))
+    assert low < points[:, 1].min() < points[:, 1].max() < high
+    assert "mean over held-out" in ax.get_ylabel()
+    assert "share of held-out" in plots.steering_rates({"a": report()}).get_ylabel()
+
+
 @pytest.mark.parametrize(
     ("mode", "words"), [("deactivate", "deactivated"), ("activate", "activated"), ("both", "activated and")]
 )

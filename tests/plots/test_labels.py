@@ -1,13 +1,20 @@
 """Labels of tokens: bytes put together, nothing invisible, no formulas, no missing letters."""
 
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 
 from moe_lens import plots
+from moe_lens.plots import labels
 from moe_lens.plots.labels import label_font, token_labels, wrapped
 from moe_lens.text import token_texts
 from tests.text.test_spans import model_with
@@ -35,15 +42,60 @@ def test_bytes_that_are_no_character_are_written_out() -> None:
 
 def test_no_label_is_a_formula_or_lacks_a_letter() -> None:
     tokens = [r"$\x$", "\n", " sea", "山", "\x00", "🙂"]
-    labels = token_labels(tokens)
-    assert labels[0] == r"\$\x\$"
-    assert labels[1:3] == ["↵", "␣sea"]
+    found = token_labels(tokens)
+    assert found[0] == r"\$\x\$"
+    assert found[1:3] == ["↵", "␣sea"]
     ax = plots.patching_map(torch.rand(2, len(tokens)), corrupted=0.0, columns=tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ax.figure.canvas.draw()
     plt.close("all")
     assert label_font(["sea"]) == {}
+
+
+@pytest.fixture
+def cjk_font(tmp_path: Path) -> Iterator[str]:
+    """A font with one Chinese letter, a full square, which matplotlib finds while the test runs."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "hill"])
+    font.setupCharacterMap({0x5C71: "hill"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "hill": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "hill": (1000, 0)})
+    font.setupHorizontalHeader(ascent=1000, descent=0)
+    font.setupNameTable({"familyName": "Test CJK", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    path = tmp_path / "test.ttf"
+    font.save(path)
+    known = list(font_manager.fontManager.ttflist)
+    font_manager.fontManager.addfont(path)
+    labels._cjk_fonts.cache_clear()
+    yield "Test CJK"
+    font_manager.fontManager.ttflist[:] = known
+    labels._cjk_fonts.cache_clear()
+
+
+def test_letters_are_shown_where_a_font_has_them(cjk_font: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A letter that only that font has is drawn, without a warning; one that none has is its number."""
+    only = tuple(font for font in labels._cjk_fonts() if font[0] == cjk_font)
+    assert len(only) == 1
+    monkeypatch.setattr(labels, "_cjk_fonts", lambda: only)
+    assert token_labels(["山", "a山水"]) == ["山", "a山U+6C34"]
+    assert cjk_font in label_font(["山"])["fontfamily"]
+    figure = plt.figure(figsize=(1, 1), dpi=100)
+    figure.text(0.2, 0.2, token_labels(["山"])[0], fontsize=40, **label_font(["山"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., 0]  # type: ignore[attr-defined]
+    size = 40 * 100 / 72  # of the square, in pixels
+    assert (pixels == 0).sum() == pytest.approx(size**2, rel=0.1)
+    plt.close("all")
 
 
 @pytest.mark.parametrize(("n", "width"), [(1, 40), (40, 40), (41, 40), (600, 80)])

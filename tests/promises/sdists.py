@@ -3,7 +3,7 @@
     folder = source_of("transformers")         # the installed version's sdist, unpacked
     outcomes = run_tests(folder, "tests/x.py", attached="yes")     # test id -> "passed", "failed", "skipped"
 
-Nothing of them is in this repository: pip fetches them into `.sdists/`, once a version.
+Nothing of them is in this repository (`tests/fetched.py`).
 """
 
 import os
@@ -15,39 +15,22 @@ import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
 from pathlib import Path
 
-import pytest
+from tests.fetched import ROOT, downloaded, made_once
 
-ROOT = Path(__file__).parents[2]
 PLUGIN = "tests_of_others_attached"
 
 
 def source_of(package: str) -> Path:
     """The folder of the installed version's source distribution; skips the test where pip cannot get it."""
     wanted = f"{package.replace('-', '_')}-{version(package)}"
-    folder = ROOT / ".sdists" / wanted
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        archive = _fetch(f"{package}=={version(package)}", Path(scratch))
+
+    def unpacked(scratch: Path) -> Path:
+        archive = downloaded(f"{package}=={version(package)}", scratch, binary=False)
         with tarfile.open(archive) as packed:
             packed.extractall(scratch, filter="data")
-        if not folder.exists():
-            (Path(scratch) / wanted).rename(folder)
-    return folder
+        return scratch / wanted
 
-
-def _fetch(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest"]
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        [*command, str(folder), requirement], capture_output=True, text=True, env=environment, timeout=300
-    )
-    archives = list(folder.glob("*.tar.gz"))
-    if done.returncode or not archives:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        pytest.skip(f"pip cannot get the source distribution of {requirement}: {''.join(last)}")
-    return archives[0]
+    return made_once(wanted, unpacked)
 
 
 def run_tests(

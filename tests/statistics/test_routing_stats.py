@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lens.errors import DataError
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.routed_model import RoutedModel
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.collection import collect_routing
 from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
@@ -24,6 +26,7 @@ from tests.tiny_models import (
     plain_bridge,
     prompt,
     tiny_model,
+    tokenizer,
     tokens,
 )
 
@@ -217,6 +220,48 @@ def test_what_is_no_cache_is_refused(hooked: Hooked) -> None:
     for wrong in (None, hooked("olmoe").run_with_cache(tokens(1, 3))):
         with pytest.raises(DataError, match="second of the two"):
             RoutingStats.from_cache(wrong)
+
+
+@pytest.mark.parametrize("wrapper", [HookedMoE.from_hf, RoutedModel])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>", "<bos>"])
+def test_a_run_on_padded_tokens_without_a_mask_is_refused(wrapper: Any, side: str, pad: str) -> None:
+    """As `collect_routing` leaves padding out, or refuses where what is padding cannot be known."""
+    own = tokenizer()
+    own.pad_token = pad
+    model, texts = wrapper(tiny_model("olmoe"), own), [prompt(2), prompt(5, 1)]
+    encoding = own(texts, padding=True, padding_side=side, return_tensors="pt")
+    padded, mask = encoding["input_ids"], encoding["attention_mask"]
+    assert own.pad_token_id in padded[0, [0, -1]]
+    expected = collect_routing(model, texts, progress=False).counts
+    given = [padded, padded.tolist()] if wrapper is RoutedModel else [padded]
+    for tokens_ in given:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model says that it reads padding as text
+            _, cache = model.run_with_cache(tokens_)
+        with pytest.raises(DataError, match=r"attention_mask=; or say with mask= which positions count"):
+            RoutingStats.from_cache(cache)
+        assert RoutingStats.from_cache(cache, mask).n_tokens == 9
+        assert RoutingStats.from_cache(cache, attention_mask=mask).n_tokens == 9
+    for cache in (model.run_with_cache(padded, attention_mask=mask)[1], model.run_with_cache(texts)[1]):
+        assert torch.equal(RoutingStats.from_cache(cache).counts, expected)
+
+
+@pytest.mark.parametrize("pad", ["<eos>", "<bos>", "<pad>", None])
+def test_rows_that_differ_in_no_padding_are_counted_whole(pad: str | None) -> None:
+    """Rows that all begin with a BOS which pads, too, and padding tokens within a row."""
+    own = tokenizer()
+    own.pad_token = pad
+    model = RoutedModel(tiny_model("olmoe"), own)
+    rows = model.to_tokens([prompt(4), prompt(4, 1)])
+    if own.pad_token_id is not None:
+        rows[0, 2] = own.pad_token_id
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, cache = model.run_with_cache(rows)
+        stats = RoutingStats.from_cache(cache)
+    assert stats.n_tokens == rows.numel()
+    assert torch.equal(stats.counts, collect_routing(model, rows, progress=False).counts)
 
 
 def test_a_cache_that_cannot_tell_padding_warns(hooked: Hooked) -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from moe_lens.errors import DataError
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.routed_model import RoutedModel
+from moe_lens.text.answers import single_token
 from moe_lens.text.batching import how_many, pad_sequences, padded_batches, padding, token_sequences
 from moe_lens.text.prompts import Message, Prompt
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
@@ -76,6 +78,26 @@ def test_a_bad_prompt_is_refused_by_its_number(hooked: Hooked, bad: Any) -> None
 def test_what_is_no_list_of_prompts_at_all_is_refused(hooked: Hooked, bad: Any) -> None:
     with pytest.raises(DataError):
         list(token_sequences(hooked("olmoe"), bad))
+
+
+@pytest.mark.parametrize("wrapper", [HookedMoE.from_hf, RoutedModel])
+def test_half_a_character_is_refused_wherever_text_comes_in(wrapper: Any) -> None:
+    """A lone surrogate, of which the tokenizer itself makes a TypeError."""
+    own = tokenizer()
+    own.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    model, half = wrapper(tiny_model("olmoe"), own), "w1 \ud83d"
+    chat = [{"role": "user", "content": half}]
+    for bad in (half, chat, Prompt(half), Prompt(chat, template={"mark": "x"})):
+        with pytest.raises(DataError, match=r"Prompt 1.* half of a character"):
+            list(token_sequences(model, ["w1", bad]))
+    for run in (model, model.to_tokens, model.run_with_cache, model.generate):
+        with pytest.raises(DataError, match="half of a character"):
+            run(half)
+    for bad in (chat, ["w1", half]):
+        with pytest.raises(DataError, match="half of a character"):
+            model(bad)
+    with pytest.raises(DataError, match="half of a character"):
+        single_token(model, "\udc00")
 
 
 def test_strings_need_a_tokenizer() -> None:

@@ -11,19 +11,21 @@ from jaxtyping import TypeCheckError
 
 from moe_lens.errors import DataError
 from moe_lens.text.contrasts import (
+    _together,
     calibrated_against_overconfident,
     cited_against_uncited,
     document_against_question,
     refusal_against_compliance,
     source_attributed_against_bluffing,
 )
-from moe_lens.text.pairs import ContrastivePairs
+from moe_lens.text.pairs import ContrastivePair, ContrastivePairs
 from moe_lens.text.prompts import Prompt
 from moe_lens.text.spans import counted_batches
 from moe_lens.text.templates import Template, default_templates, fill
 from tests.text.test_prompts import CHATML, LLAMA
 from tests.text.test_spans import KINDS, model_with
 
+ASKED = {"role": "user", "content": "{question}"}
 SQUAD = [
     {"id": "q1", "title": "mats", "context": "the cat sat on the mat", "question": "what is the mat?"},
     {"id": "q2", "title": "mats", "context": "what is it? a {cat} }{", "question": "what is it? {}"},
@@ -248,6 +250,43 @@ def test_default_refusals_differ(chat: bool) -> None:
     assert len({part(pair.first, "answer")[0] for pair in pairs}) == len(pairs) == 3
     assert [part(pair.second, "answer") for pair in pairs] == [["u"]] * 3
     assert all(part(pair.first, "question") == ["p"] for pair in pairs)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "tool_calls", "name"])
+def test_what_else_a_message_says_is_read_too(field: str) -> None:
+    """A template may write it before the content, so that the conditions differ where the texts do not."""
+
+    def template(*said: Any) -> Template:
+        return Template(
+            "t", *([ASKED, {"role": "assistant", "content": "{answer}", **more}] for more in said)
+        )
+
+    rows = [{"question": "q", "answer": "a"}]
+    pairs = calibrated_against_overconfident(rows, templates=[template({field: "doubt"}, {})])
+    assert len(pairs) == 1
+    for same in ({}, {field: "doubt"}):
+        with pytest.raises(DataError, match="both conditions read"):
+            calibrated_against_overconfident(rows, templates=[template(same, same)])
+
+
+def test_content_in_parts_is_read_as_its_text() -> None:
+    parts = [{"type": "text", "text": "{answer}"}]
+    whole, split = ({"role": "assistant", "content": content} for content in ("{answer}", parts))
+    later = {"role": "user", "content": "later"}
+    with pytest.raises(DataError, match="both conditions read"):
+        calibrated_against_overconfident(
+            [{"question": "q", "answer": "a"}],
+            templates=[Template("t", [ASKED, whole], [ASKED, split, later])],
+        )
+
+
+def test_options_of_the_chat_template_are_read_too() -> None:
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    prompts = [Prompt(chat), Prompt(chat, template={"enable_thinking": False})]
+    plain, without = (ContrastivePair(prompts[0], other, "c", "t") for other in prompts)
+    assert len(_together([without], "answer")) == 1
+    with pytest.raises(DataError, match="both conditions read"):
+        _together([plain], "answer")
 
 
 def test_unknown_contrasts_are_refused() -> None:

@@ -173,6 +173,15 @@ def test_bad_tables_are_named(tmp_path: Path, content: str, words: str) -> None:
         ContrastivePairs.from_csv(tmp_path / "pairs.csv")
 
 
+@pytest.mark.parametrize("name", ["pairs.CSV", "pairs.JSONL", "pairs.Jsonl"])
+def test_an_ending_may_be_in_capitals(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("first,second\na,b\n" if "CSV" in name else '{"first": "a", "second": "b"}\n')
+    assert [prompt.content for prompt in ContrastivePairs.from_file(path).first] == ["a"]
+    with pytest.raises(DataError, match=r"pairs are read from .jsonl and .csv files; got the ending '.txt'"):
+        ContrastivePairs.from_file(tmp_path / "pairs.txt")
+
+
 def test_long_cells_and_bad_chats_in_tables(tmp_path: Path) -> None:
     path, limit = tmp_path / "pairs.csv", csv.field_size_limit()
     path.write_text(f"first,second\n{'a ' * 100_000},b\n")

@@ -5,6 +5,7 @@ wrappers.
 """
 
 import functools
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
+import regex
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from moe_lens import cli, detection, evaluation, plots
 from moe_lens.errors import DataError
@@ -25,7 +28,7 @@ from moe_lens.text.answers import single_token
 from moe_lens.text.batching import token_sequences
 from moe_lens.text.pairs import ContrastivePairs
 from moe_lens.text.spans import TextSpan, span_mask
-from tests.real_tokenizers import HOSTILE, KINDS, real_model, real_tokenizer
+from tests.real_tokenizers import DEEP, HOSTILE, KINDS, real_model, real_tokenizer
 from tests.tiny_models import save, tiny_model
 
 mpl.use("Agg")
@@ -97,7 +100,9 @@ def test_padding_is_left_out_or_asked_for(kind: str, wrapper: Any) -> None:
     rows = [as_read(kind, text) for text in texts]
     assert [row.tolist() for row in token_sequences(model, encoded)] == rows
     assert collect_routing(model, encoded, progress=False).n_tokens == sum(map(len, rows))
-    if kind != "mixtral" or wrapper is HookedMoE:  # a RoutedModel's tokenizer stays without pad token
+    if (
+        kind not in ("mixtral", "tekken") or wrapper is HookedMoE
+    ):  # a RoutedModel's tokenizer stays without pad token
         with pytest.raises(DataError, match="what is padding cannot be known"):
             list(token_sequences(model, encoded["input_ids"]))
 
@@ -172,6 +177,52 @@ def test_the_command_line_reads_hostile_text(kind: str, wrapper: Any, tmp_path: 
     assert cli.main(["stats", str(folder), str(prompts), "--special-tokens", "--out", str(out), *kinds]) == 0
     chat = own(own.apply_chat_template(CHAT, tokenize=False), add_special_tokens=False)["input_ids"]
     assert RoutingStats.load(out).n_tokens == len(chat) + sum(len(as_read(kind, text)) for text in HOSTILE)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("kind", KINDS)
+def test_thirty_layers_of_eight_experts_count_what_hugging_face_routes(kind: str) -> None:
+    """Hostile text through a deep, narrow model: counts, a contrast and its figure."""
+    model = real_model(RoutedModel, kind, **DEEP)
+    rows = [as_read(kind, text) for text in HOSTILE]
+    expected = torch.zeros(30, 8, dtype=torch.int64)
+    network = tiny_model(vocab_size=len(tokenizer_of(kind)), max_position_embeddings=512, **DEEP)
+    with torch.no_grad():
+        for row in rows:
+            logits = network(torch.tensor([row]), output_router_logits=True).router_logits
+            for layer, of_layer in enumerate(logits):
+                expected[layer] += torch.bincount(of_layer.topk(2).indices.flatten(), minlength=8)
+    stats = collect_routing(model, HOSTILE, progress=False, per_prompt=True)
+    assert stats.n_tokens == sum(map(len, rows))
+    assert (stats.counts - expected).abs().sum() <= 4  # prompts that share a batch differ by rounding
+    assert expected.sum() == 30 * 2 * stats.n_tokens
+    routing = route_prompt(model, HOSTILE[1])
+    assert routing.indices.shape == (30, len(rows[1]), 2)
+    plots.token_routing(routing).figure.canvas.draw()
+
+
+@pytest.mark.broad
+def test_tekken_joins_the_bytes_that_its_ranks_say() -> None:
+    """Byte pairs joined by hand, the lowest rank first, in the pieces that the file's pattern cuts."""
+    own = tokenizer_of("tekken")
+    state = json.loads(own.backend_tokenizer.to_str())
+    [cut, _] = state["pre_tokenizer"]["pretokenizers"]
+    vocab, letters = own.get_vocab(), bytes_to_unicode()
+    for text in HOSTILE:
+        if "<" in text:  # with special tokens in it
+            continue
+        expected = []
+        for piece in regex.findall(cut["pattern"]["Regex"], text):
+            parts = [letters[byte] for byte in piece.encode()]
+            while True:
+                ranks = [vocab.get(a + b, len(vocab)) for a, b in itertools.pairwise(parts)]
+                if not ranks or min(ranks) == len(vocab):
+                    break
+                at = ranks.index(min(ranks))
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            expected += [vocab[part] for part in parts]
+        assert own(text, add_special_tokens=False)["input_ids"] == expected, text
+    assert len(own) == 131_072
 
 
 def test_an_answer_without_its_space_is_pointed_at() -> None:

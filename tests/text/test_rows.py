@@ -49,6 +49,10 @@ def test_a_named_column_wins(tmp_path: Path) -> None:
     [
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.json", "[]", ".txt, .jsonl and .csv"),
+        ("p", "text", ".txt, .jsonl and .csv"),
+        ("p.jsonl", '"a"\n"half \\ud83d"', r"line 2 holds '\\ud83d' at character 6"),
+        ("p.jsonl", '{"messages": [{"role": "user", "content": "\\udc00"}]}', "line 1 holds"),
+        ("p.csv", "\n\n", "holds no prompts"),
         ("p.jsonl", '"a"\n{', "line 2 is no JSON"),
         ("p.jsonl", '"a"\n{"id": 1}', "line 2 has no prompt or messages or text, only id"),
         ("p.jsonl", '{"prompt": 3}', "line 1: a prompt is text"),
@@ -61,6 +65,32 @@ def test_a_named_column_wins(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_file_is_said(name: str, text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=words):
         read_prompts(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("name", ["p.TXT", "p.Txt", "p.CSV", "p.JSONL"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_endings_marks_and_empty_lines_do_not_matter(name: str, line_end: str, tmp_path: Path) -> None:
+    """As other systems write files: capitals, a byte order mark, their line ends, lines without anything."""
+    lines = {"p.CSV": ["prompt", "", "ünïcode", "", "b"], "p.JSONL": ["", '"ünïcode"', "  ", '"b"', ""]}
+    text = line_end.join(lines.get(name, ["", "ünïcode", "", " ", "b", ""]))
+    path = tmp_path / name
+    path.write_bytes(("\ufeff" + text).encode())
+    assert read_prompts(path) == ["ünïcode", "b"]
+
+
+def test_a_whole_character_in_two_escapes_is_read(tmp_path: Path) -> None:
+    assert read_prompts(write(tmp_path / "p.jsonl", '"\\ud83d\\ude00"')) == ["\U0001f600"]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.CSV"])
+def test_a_folder_and_another_encoding_are_no_files(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        read_prompts(tmp_path / name)
+    other = tmp_path / f"utf16{name}"
+    other.write_bytes("prompt\nünïcode".encode("utf-16"))
+    with pytest.raises(DataError, match="in UTF-8"):
+        read_prompts(other)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
