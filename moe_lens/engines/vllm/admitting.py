@@ -1,7 +1,7 @@
-"""At the door of an engine: requests are read and checked, their plans written out, their caches kept apart.
+"""At the door of an engine: requests are read and checked, plans written out, caches kept apart.
 
-A request that cannot be served as it asks is refused: an exception in Python, HTTP 400 from a server. It never
-reaches the engine, which it would stop, and it never runs unsteered.
+A request that cannot be served as it asks is refused: an exception in Python, HTTP 400 from a server. It
+never reaches the engine, which it would stop, and it never runs unsteered.
 """
 
 import functools

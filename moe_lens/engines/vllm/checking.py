@@ -1,9 +1,9 @@
-"""The check at start: an engine steers requests of its own, and counts who ran, before it serves any other.
+"""The check at start: an engine steers requests of its own and counts who ran, before it serves others.
 
-It goes through the engine's scheduler, workers and compiled code in the mode that will serve. In one batch run
-a request whose plan puts the first k experts in, one whose plan puts the last k in, one whose plan keeps all but
-the last k out, and one without a plan; each has a prompt and new tokens. Of the first three it is known
-which experts must have run, at every token, in every layer and on every rank.
+It goes through the engine's scheduler, workers and compiled code in the mode that will serve. In one batch
+run a request whose plan puts the first k experts in, one whose plan puts the last k in, one whose plan keeps
+all but the last k out, and one without a plan; each has a prompt and new tokens. Of the first three it is
+known which experts must have run, at every token, in every layer and on every rank.
 """
 
 import functools

@@ -3,8 +3,8 @@
     check_server("http://127.0.0.1:8000")      # over HTTP; also from an environment without vLLM
     check_llm(llm)                             # a vllm.LLM
 
-vLLM takes arguments that it does not know without a word, and starts without a plugin that fails to load. So a
-client must not trust that a plan is carried out: it sends the canary, a plan that moe_lens alone refuses.
+vLLM takes arguments that it does not know without a word, and starts without a plugin that fails to load. So
+a client must not trust that a plan is carried out: it sends the canary, a plan that moe_lens alone refuses.
 """
 
 import json
@@ -50,8 +50,8 @@ def check_server(
     status, content = _answer(f"{base}/completions", asked, api_key, timeout)
     if status == 200:
         raise HookError(
-            f"The server {url} takes any plan and reads none: moe_lens is not installed in its environment, did "
-            "not load (see its log), or is left out by VLLM_PLUGINS. Everything would run unsteered."
+            f"The server {url} takes any plan and reads none: moe_lens is not installed in its environment, "
+            "did not load (see its log), or is left out by VLLM_PLUGINS. Everything would run unsteered."
         )
     return _words(f"The server {url}", f"HTTP {status}: {json.dumps(content, ensure_ascii=False)}")
 
@@ -67,18 +67,19 @@ def check_llm(llm: Any) -> str:
     Returns: the model in words, as `check_server`.
 
     Raises:
-        HookError: no LLM; it took the canary for a plan (so nobody reads plans), or says that it cannot steer.
+        HookError: no LLM; it took the canary for a plan (so nobody reads plans), or says that it cannot
+            steer.
     """
     if not hasattr(llm, "generate") or not hasattr(llm, "collective_rpc"):
         raise HookError(f"check_llm needs a vllm.LLM; got {type(llm).__name__}.")
     params = import_module("vllm").SamplingParams(max_tokens=1, extra_args={PLAN: CANARY})
     try:
         llm.generate({"prompt_token_ids": [1]}, params, use_tqdm=False)
-    except ValueError as error:
+    except Exception as error:  # vLLM's own classes, which this environment may not have
         return _words("The engine", str(error))
     raise HookError(
-        "The engine takes any plan and reads none: moe_lens' plugin did not load (see the log), or is left out "
-        "by VLLM_PLUGINS. Everything would run unsteered."
+        "The engine takes any plan and reads none: moe_lens' plugin did not load (see the log), or is left "
+        "out by VLLM_PLUGINS. Everything would run unsteered."
     )
 
 

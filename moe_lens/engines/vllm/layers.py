@@ -42,7 +42,7 @@ def refused_config(config: Any) -> str | None:
 def moe_layers(model: Any) -> dict[int, Any]:
     """Layer number -> vLLM's MoERunner, in order."""
     runners = [module for module in model.modules() if isinstance(module, private().MoERunner)]
-    return {number: runner for number, runner in sorted((runner.layer_id, runner) for runner in runners)}
+    return {runner.layer_id: runner for runner in sorted(runners, key=lambda runner: runner.layer_id)}
 
 
 def refused_layers(layers: dict[int, Any], text_config: Any) -> str | None:
@@ -59,10 +59,7 @@ def refused_layers(layers: dict[int, Any], text_config: Any) -> str | None:
     if expected is None:
         return "its config does not say which layers are MoE layers in a way that moe_lens knows"
     if list(layers) != expected:
-        return (
-            f"MoE layers {sorted({*expected} - {*layers}) or sorted({*layers} - {*expected})} of its config do "
-            "not run through vLLM's MoERunner, or are not in its config"
-        )
+        return f"the MoE layers of its config are {expected}, and {list(layers)} run through vLLM's MoERunner"
     return None
 
 

@@ -42,8 +42,8 @@ def private() -> Any:
     version = str(import_module("vllm").__version__)
     if version.partition("+")[0] not in VERSIONS:
         raise MoELensError(
-            f"moe_lens steers in vLLM {' or '.join(VERSIONS)}, and this is {version}, whose insides may differ. "
-            "Install that release, or keep moe_lens out of this one: VLLM_PLUGINS=''."
+            f"moe_lens steers in vLLM {' or '.join(VERSIONS)}, and this is {version}, whose insides may "
+            "differ. Install that release, or keep moe_lens out of this one: VLLM_PLUGINS=''."
         )
     found = {}
     for name, (module, attributes) in _NAMES.items():

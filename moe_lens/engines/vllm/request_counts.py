@@ -9,7 +9,7 @@ A prompt may come in many batches, in any order; each position of it is counted 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -86,7 +86,7 @@ class RequestCounts:
         rows = {part: torch.stack([self.sums[key][part] for key in keys]) for part in self.sums[keys[0]]}
         n_tokens = torch.tensor([self.n_tokens[key] for key in keys])
         per_prompt = PromptCounts(n_tokens, compact(rows["counts"]), rows["probability_sums"].float())
-        sums = {part: tensor.sum(dim=0) for part, tensor in rows.items()}
+        sums: dict[str, Any] = {part: tensor.sum(dim=0) for part, tensor in rows.items()}
         return RoutingStats(self.shape, int(n_tokens.sum()), **sums, per_prompt=per_prompt)
 
     def forget(self, name: str) -> None:

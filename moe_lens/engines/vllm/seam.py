@@ -1,8 +1,8 @@
 """Where vLLM's layers are entered: after the gate, and where the experts are chosen.
 
 `MoERunner._maybe_dispatch` gets hidden states and router logits right after the gate and before any exchange
-between ranks, so that its rows are the worker's own tokens. `_compute_routing` of a router returns weights and
-logical experts, before any are renamed for load balancing.
+between ranks, so that its rows are the worker's own tokens. `_compute_routing` of a router returns weights
+and logical experts, before any are renamed for load balancing.
 """
 
 import functools
@@ -35,9 +35,8 @@ def _wrap_dispatch(runner: Any) -> None:
 def _steered(layer: Any, logits: Any) -> Any:
     n_rows = logits.shape[0]
     if logits.shape[-1] != layer.moe_lens_sign.shape[-1]:
-        raise MoELensError(
-            f"{layer.layer_name}: {logits.shape[-1]} router logits for {layer.moe_lens_sign.shape[-1]} experts."
-        )
+        n_experts = layer.moe_lens_sign.shape[-1]
+        raise MoELensError(f"{layer.layer_name}: {logits.shape[-1]} router logits for {n_experts} experts.")
     slot = layer.moe_lens_slot[:n_rows]
     steered = steered_rows(
         logits, layer.moe_lens_sign[slot], layer.moe_lens_epsilon[slot], layer.moe_lens_strength[slot]

@@ -75,8 +75,8 @@ def checked_shape(engine: str) -> MoEShape:
         content: dict[str, Any] = json.loads(_file(engine).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise HookError(
-            "this engine left no word that its check at start passed, so that nothing is steered or counted in "
-            f"it ({error}). Are engine and front end on one machine, and was moe_lens installed in both?"
+            "this engine left no word that its check at start passed, so that nothing is steered or counted "
+            f"in it ({error}). Are engine and front end on one machine, and is moe_lens installed in both?"
         ) from error
     if content["refused"] is not None:
         raise HookError(f"nothing is steered or counted in this engine: {content['refused']}.")

@@ -30,10 +30,10 @@ def steered_rows(
     tensor([[1.0000, 4.5000, 0.5000],
             [1.0000, 2.0000, 4.0000]])
 
-    Activated experts get the row's largest logit + epsilon, deactivated ones its smallest − epsilon (SteerMoE,
-    arXiv 2509.09660, section 4; the log-softmax there shifts all of a row alike, which no softmax router
-    sees), in float32, then in the logits' dtype: at least by as much as that dtype tells apart. Where logits
-    lie more than 50 nats below the largest one, those are drawn together in their order, as in
+    Activated experts get the row's largest logit + epsilon, deactivated ones its smallest − epsilon
+    (SteerMoE, arXiv 2509.09660, section 4; the log-softmax there shifts all of a row alike, which no softmax
+    router sees), in float32, then in the logits' dtype: at least by as much as that dtype tells apart. Where
+    logits lie more than 50 nats below the largest one, those are drawn together in their order, as in
     `moe_lens.routers.transform.steer_logits`.
 
     Args:

@@ -2,7 +2,7 @@
 
     wish = read_wish(params.extra_args, folder="/plans")     # {"moe_plan": "doc", "moe_strength": 2.0}
     wish.salt                                                # differs between what computes different values
-    read_wish(wish.arguments()) == wish                      # how it travels to the workers, without the folder
+    read_wish(wish.arguments()) == wish                      # how it travels to the workers
 
 Every key begins with "moe_", and an unknown one is refused: a slip of the pen must not run unsteered.
 """
@@ -12,12 +12,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any, Final, SupportsFloat
 
 from moe_lens.checks import as_index, short
-from moe_lens.errors import DataError, MoELensError, PlanError
+from moe_lens.errors import DataError, PlanError
 from moe_lens.files import digest_of
 from moe_lens.steering.plan import SteeringPlan, plan_from_json
 
@@ -110,8 +111,8 @@ def read_wish(
         raise PlanError(f"{STRENGTH} and {POSITIONS} are about a plan, and there is none; give {PLAN}.")
     if positions is not None and positions not in PHASES:
         raise DataError(
-            f"{POSITIONS} must be 'prompt' or 'generated'; got {short(positions)}. Other positions are steered "
-            "in a RoutedModel only."
+            f"{POSITIONS} must be 'prompt' or 'generated'; got {short(positions)}. Other positions are "
+            "steered in a RoutedModel only."
         )
     return Wish(plan, strength, positions, *_counting(given))
 
@@ -130,7 +131,7 @@ def _counting(given: Mapping[str, Any]) -> tuple[str | None, int, Ranges | None]
 def _ranges(span: Any) -> Ranges:
     ends = [as_index(end) for end in span] if isinstance(span, list | tuple) else [None]
     known = [end for end in ends if end is not None]
-    in_order = all(first < second for first, second in zip(known, known[1:], strict=False))
+    in_order = all(first < second for first, second in pairwise(known))
     if len(known) < len(ends) or not ends or len(ends) % 2 or not in_order:
         raise DataError(
             f"{SPAN} must be [first, end, first, end, ...], ranges of the prompt's positions in ascending "
