@@ -79,7 +79,7 @@ def hooks_of(case: dict[str, Any]) -> Any:
 
 def written(model: RoutedModel, rows: Tensor, hooks: Any) -> tuple[Tensor, Tensor]:
     """New tokens [batch new], and the log-probability of each."""
-    hf = model.original_model
+    hf: Any = model.original_model
     hf.generation_config.eos_token_id = None
     with model.hooks(hooks):
         out = hf.generate(
@@ -105,7 +105,8 @@ def answers(model: RoutedModel, given: list[list[int]], case: dict[str, Any]) ->
         tokens += new.tolist()
         logprobs += logs.tolist()
     stats = collect_routing(model, given, batch_size=1, hooks=hooks, per_prompt=True, progress=False)
-    assert stats.per_prompt is not None and stats.entropy_sums is not None
+    assert stats.per_prompt is not None
+    assert stats.entropy_sums is not None
     return {
         "tokens": tokens,
         "logprobs": logprobs,
