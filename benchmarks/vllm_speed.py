@@ -3,7 +3,7 @@
     .venv-vllm/bin/python benchmarks/vllm_speed.py [--hidden 512] [--rounds 5]      # `make env-vllm` first
 
 One engine in this process, one thread, eager, float32: an OLMoE with random weights (8 layers of 32 experts,
-k = 4), 32 requests of 64 prompt and 48 new tokens, 16 at a time. All ways run in turn, each once before anything
+k = 4), 32 requests of 64 prompt and 48 new tokens, 16 at a time. All ways run in turn, each once before any
 counts; given are the median over rounds of the ratio within a round, and the smallest and largest.
 """
 

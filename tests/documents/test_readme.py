@@ -104,6 +104,7 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
         "tutorials/README.md",
         "docs/wrappers.md",
         "docs/prompts.md",
+        "docs/vllm.md",
     ],
     ids=str,
 )

@@ -5,7 +5,9 @@ writes what came out for a test in the main environment to judge.
 """
 
 import json
+import os
 import random
+import re
 import sys
 import time
 from importlib import import_module
@@ -158,11 +160,26 @@ def preempted(llm: Any, given: dict[str, Any], folder: Path) -> Any:
     return {"preemptions": metrics["vllm:num_preemptions"]}
 
 
+def page(llm: Any, given: dict[str, Any], folder: Path) -> Any:
+    """The code of docs/vllm.md, on this engine in place of the model that it names."""
+    text = (Path(__file__).parents[3] / "docs" / "vllm.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "LLM(" not in block]
+    names: dict[str, Any] = {"llm": llm}
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        for block in blocks:
+            exec(compile(block, "vllm.md", "exec"), names)
+    finally:
+        os.chdir(here)
+    return {"blocks": len(blocks), "texts": [new.outputs[0].text for new in names["outputs"]]}
+
+
 JOBS: dict[str, Any] = {
     **{"mixed": mixed, "counted": counted, "prefix": prefix},
-    **{"refused": refused, "collected": collected, "preempted": preempted},
+    **{"refused": refused, "collected": collected, "preempted": preempted, "page": page},
 }
-IN_FOLDER = ("counted", "collected", "preempted")
+IN_FOLDER = ("counted", "collected", "preempted", "page")
 """Those that write files beside the output."""
 
 

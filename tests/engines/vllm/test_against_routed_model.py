@@ -15,7 +15,7 @@ from tests.tiny_models import tokenizer
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 MODES: dict[str, tuple[str, list[str], dict[str, Any], dict[str, str]]] = {
-    "in process": ("olmoe", ["mixed", "counted", "prefix", "refused", "collected"], {}, IN_PROCESS),
+    "in process": ("olmoe", ["mixed", "counted", "prefix", "refused", "collected", "page"], {}, IN_PROCESS),
     "compiled": ("olmoe", ["mixed", "counted"], {"enforce_eager": False}, IN_PROCESS),
     "multiprocess": ("qwen3_moe", ["mixed", "counted", "preempted"], {"num_gpu_blocks_override": 14}, {}),
     "tensor parallel": (
@@ -173,6 +173,15 @@ def test_collect_vllm_counts_the_tokens_of_a_span(ran: Any, made: Any, name: str
     assert stats.per_prompt.n_tokens.tolist() == wanted.per_prompt.n_tokens.tolist()
     assert torch.equal(stats.per_prompt.counts, wanted.per_prompt.counts)
     assert found["collected"]["left"] == [[]]
+
+
+@needs_vllm
+def test_the_pages_code_runs(ran: Any) -> None:
+    found, out = ran("in process")
+    assert found["page"]["blocks"] == 2
+    steered, plain = found["page"]["texts"]
+    assert steered != plain
+    assert [RoutingStats.load(out / f"{name}.safetensors").n_tokens for name in ("with", "without")] == [2, 2]
 
 
 @needs_vllm
