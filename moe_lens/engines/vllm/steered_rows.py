@@ -34,7 +34,7 @@ def steered_rows(
     (SteerMoE, arXiv 2509.09660, section 4; the log-softmax there shifts all of a row alike, which no softmax
     router sees), in float32, then in the logits' dtype: at least by as much as that dtype tells apart. Where
     logits lie more than 50 nats below the largest one, those are drawn together in their order, as in
-    `moe_lens.routers.transform.steer_logits`.
+    `moe_lens.routers.transform.steer_logits`, and all of the row is shifted so that the largest is 0.
 
     Args:
         logits: of a softmax router, nats, finite.
@@ -49,9 +49,9 @@ def steered_rows(
     bottom = lowest - torch.maximum(epsilon, lowest.abs() * least)
     firm = torch.where(sign > 0, top, torch.where(sign < 0, bottom, z))
     under = top - _LOW - firm  # of low ones positive
-    drawn = torch.where(under > 0, top - _LOW - _ROOM * (under / (1 + under)), firm)
-    drawn = torch.where(sign < 0, top - _BELOW, drawn)
-    firm = torch.where((bottom < top - _LOW) & (sign < 0).any(dim=-1, keepdim=True), drawn, firm)
+    drawn = torch.where(under > 0, -_LOW - _ROOM * (under / (1 + under)), firm - top)
+    drawn = torch.where(sign < 0, -_BELOW, drawn)
+    firm = torch.where(bottom < top - _LOW, drawn, firm)
     spread = z.std(dim=-1, correction=0, keepdim=True)
     soft = z + sign * torch.where(strength.isfinite(), strength, 0.0) * spread
     moved = torch.where(strength.isfinite(), soft, firm).to(logits.dtype)

@@ -75,7 +75,7 @@ def test_a_server_that_cannot_steer_says_why(content: Any) -> None:
 
 def test_no_server_is_an_error_too() -> None:
     with pytest.raises(HookError, match="Is the server up"):
-        check_server("http://127.0.0.1:9", model="m", timeout=5)
+        check_server("http://127.0.0.1:9", model="m", timeout=5.0)
 
 
 def test_an_engine_in_python_is_asked_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

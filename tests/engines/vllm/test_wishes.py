@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens import DataError, MoELensError, MoEShape, PlanError, SteeringPlan
@@ -23,6 +23,7 @@ def test_a_request_without_arguments_wants_nothing() -> None:
     assert Wish().salt == ""
 
 
+@settings(deadline=None)
 @given(
     strength=st.none() | st.floats(0, 50),
     positions=st.sampled_from([None, "prompt", "generated"]),
@@ -122,8 +123,6 @@ def test_what_makes_no_sense_is_refused(extra: dict[str, Any], says: str) -> Non
 
 
 def test_arguments_are_checked_where_they_are_written() -> None:
-    with pytest.raises(PlanError, match="SteeringPlan"):
-        plan_args(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlanError, match="from 0 on"):
         plan_args(PLAN, strength=-1)
     with pytest.raises(DataError, match="moe_positions"):
