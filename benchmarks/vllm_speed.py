@@ -82,7 +82,7 @@ def without_moe_lens(llm: Any) -> Iterator[None]:
 def ways() -> dict[str, list[dict[str, Any]]]:
     """Name -> the arguments of each request."""
     from moe_lens import SteeringPlan
-    from moe_lens.engines.vllm import plan_args, stats_args
+    from moe_lens.engines import plan_args, stats_args
 
     plans = [
         plan_args(

@@ -58,6 +58,10 @@ def _admitted(config: Any, params: Any) -> Wish | None:
     wish = read_wish(extra, folder_of_plans(), default_plan())
     if wish.plan is None and wish.stats is None:
         return None
+    if wish.stats is not None and params.n != 1:
+        raise DataError(
+            f"n={params.n} answers would count the prompt {params.n} times; send one that counts."
+        )
     shape = checked_shape(config.instance_id)
     if wish.plan is not None:
         check_fits(wish.plan, shape)

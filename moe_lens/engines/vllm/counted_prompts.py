@@ -61,7 +61,7 @@ def collect_vllm(
     check_llm(llm)
     name = f"collect {uuid4().hex}"
     steering = plan_args(plan, strength=strength, positions=positions)
-    make, given, params = import_module("vllm").SamplingParams, [], []
+    make, given, params, n_tokens = import_module("vllm").SamplingParams, [], [], []
     reader = _Reader(llm)
     for number, (tokens, _, counted) in enumerate(
         counted_batches(reader, prompts, span, 1, special_tokens=special_tokens)
@@ -69,6 +69,7 @@ def collect_vllm(
         asked = {**steering, **stats_args(name, number, _ranges(counted[0]))}
         given.append({"prompt_token_ids": tokens[0].tolist()})
         params.append(make(max_tokens=1, temperature=0.0, extra_args=asked))
+        n_tokens.append(int(counted.sum()))
     try:
         llm.generate(given, params, use_tqdm=progress)
         with tempfile.TemporaryDirectory() as folder:
@@ -76,9 +77,19 @@ def collect_vllm(
             llm.collective_rpc("moe_lens_save", args=(name, str(path)))
             if not path.is_file():
                 raise DataError("The engine's first worker is not on this machine, so its file is not here.")
-            return RoutingStats.load(path)
+            return _complete(RoutingStats.load(path), n_tokens)
     finally:
         llm.collective_rpc("moe_lens_forget", args=(name,))
+
+
+def _complete(stats: RoutingStats, n_tokens: list[int]) -> RoutingStats:
+    """Statistics that hold all tokens of each prompt."""
+    found = [] if stats.per_prompt is None else stats.per_prompt.n_tokens.tolist()
+    if found != n_tokens:
+        raise DataError(
+            f"The engine counted {found} tokens of the prompts, not {n_tokens}; were some aborted?"
+        )
+    return stats
 
 
 class _Reader:

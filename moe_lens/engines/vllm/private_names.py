@@ -22,6 +22,7 @@ _NAMES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "VLLMValidationError": ("vllm.exceptions", ()),
     "EngineCoreRequest": ("vllm.v1.engine", ("cache_salt", "sampling_params", "prompt_token_ids")),
     "EngineCore": ("vllm.v1.engine.core", ("preprocess_add_request", "add_request", "collective_rpc")),
+    "EngineCoreProc": ("vllm.v1.engine.core", ("run_engine_core",)),
     "VllmConfig": ("vllm.config", ("use_v2_model_runner",)),
     "Worker": (f"{_WORKER}.gpu_worker", ("load_model",)),
     "GPUModelRunner": (f"{_WORKER}.gpu_model_runner", ("_prepare_inputs", "_dummy_run", "execute_model")),

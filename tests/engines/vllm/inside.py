@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens import SteeringPlan
-from moe_lens.engines.vllm import check_llm, collect_vllm, plan_args, stats_args
+from moe_lens.engines import check_llm, collect_vllm, plan_args, stats_args
 
 ENGINE: dict[str, Any] = {
     "dtype": "float32",

@@ -9,7 +9,7 @@ import pytest
 import moe_lens.engines.vllm.admitting as admitting
 import moe_lens.engines.vllm.settings as settings
 from moe_lens import HookError, MoEShape, SteeringPlan
-from moe_lens.engines.vllm import plan_args, stats_args
+from moe_lens.engines import plan_args, stats_args
 from moe_lens.engines.vllm.settings import begin_session, checked_shape, is_set_up, leave_word
 from moe_lens.engines.vllm.wishes import CANARY, read_wish
 
@@ -19,7 +19,7 @@ PLAN = SteeringPlan(deactivate=[(2, 5)])
 
 class SamplingParams:
     def __init__(self, extra_args: Any = None) -> None:
-        self.extra_args, self.skip_reading_prefix_cache = extra_args, None
+        self.extra_args, self.skip_reading_prefix_cache, self.n = extra_args, None, 1
 
 
 class PoolingParams:
@@ -112,6 +112,10 @@ def test_what_is_counted_does_not_come_from_the_cache(front: Any) -> None:
     assert request.cache_salt is None
     with pytest.raises(Refused, match="beyond the prompt's 4 tokens"):
         front(SamplingParams(stats_args("s", 2, [(1, 5)])))
+    twice = SamplingParams(stats_args("s"))
+    twice.n = 2
+    with pytest.raises(Refused, match="2 times"):
+        front(twice)
 
 
 @pytest.mark.parametrize(

@@ -89,15 +89,6 @@ def test_a_layer_that_loses_the_plan_is_found(monkeypatch: pytest.MonkeyPatch, l
         checked_shape("e")
 
 
-def test_rows_that_are_placed_for_another_request_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = Core()
-    place = core.tables.place
-    monkeypatch.setattr(core.tables, "place", lambda batch, states: place(batch[::-1], states))
-    checking._check_and_tell(core)
-    with pytest.raises(HookError, match="loses plans"):
-        checked_shape("e")
-
-
 def test_tokens_that_do_not_pass_by_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     core = Core()
     monkeypatch.setattr(core.tables, "count", lambda: None)

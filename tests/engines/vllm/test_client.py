@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moe_lens import HookError
-from moe_lens.engines.vllm import check_llm, check_server
+from moe_lens.engines import check_llm, check_server
 from moe_lens.engines.vllm.wishes import CANARY
 
 WORDS = "OLMoE, 16 layers × 64 experts, top 8"

@@ -1,5 +1,6 @@
 """Another vLLM than the one that was looked at is refused when the plugin is loaded."""
 
+import re
 from importlib import import_module as real
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ def test_the_release_that_was_run_is_taken(vllm: Any) -> None:
 @pytest.mark.parametrize("version", ["0.33.0", "0.32.1", "0.32", "0.20.2+cpu"])
 def test_another_release_is_refused(vllm: Any, version: str) -> None:
     vllm["vllm"].__version__ = version
-    with pytest.raises(MoELensError, match=f"this is {version}"):
+    with pytest.raises(MoELensError, match=re.escape(f"this is {version},")):
         private()
 
 
@@ -40,8 +41,8 @@ def test_another_release_is_refused(vllm: Any, version: str) -> None:
 def test_a_name_that_has_gone_is_refused(vllm: Any, name: str) -> None:
     module, attributes = _NAMES[name]
     delattr(getattr(vllm[module], name), attributes[-1])
-    with pytest.raises(MoELensError, match=f"{name}.{attributes[-1]}"):
+    with pytest.raises(MoELensError, match=re.escape(f"{name}.{attributes[-1]}")):
         private()
     delattr(vllm[module], name)
-    with pytest.raises(MoELensError, match=f"no {module}.{name},"):
+    with pytest.raises(MoELensError, match=re.escape(f"no {module}.{name},")):
         private()

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from moe_lens import SteeringPlan
-from moe_lens.engines.vllm import check_server, plan_args
+from moe_lens.engines import check_server, plan_args
 from tests.engines.vllm import expected
 from tests.engines.vllm.environment import PYTHON, needs_vllm, settings
 

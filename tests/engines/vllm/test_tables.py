@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens import DataError, MoEShape, PlanError, SteeringPlan
-from moe_lens.engines.vllm import plan_args, stats_args
+from moe_lens.engines import plan_args, stats_args
 from moe_lens.engines.vllm.tables import check_fits
 from tests.engines.vllm.fakes import LAYERS, N_EXPERTS, SHAPE, TOP_K, Layer, hidden, state, step, tables
 
@@ -76,7 +76,7 @@ def test_a_forward_for_no_request_is_not_steered_and_not_counted() -> None:
     assert made.counts.names() == []
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     cuts=st.lists(st.integers(1, 11), max_size=4, unique=True),
     again=st.integers(0, 11),

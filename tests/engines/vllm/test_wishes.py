@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens import DataError, MoELensError, MoEShape, PlanError, SteeringPlan
-from moe_lens.engines.vllm import plan_args, stats_args
+from moe_lens.engines import plan_args, stats_args
 from moe_lens.engines.vllm.wishes import Wish, has_wishes, read_wish
 
 PLAN = SteeringPlan(activate=[(0, 1)], deactivate=[(2, 5), (0, 1)], epsilon=0.5)
