@@ -121,6 +121,7 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
         "docs/prompts.md",
         "docs/explorer.md",
         "docs/many-processes.md",
+        "docs/vllm.md",
     ],
     ids=str,
 )
