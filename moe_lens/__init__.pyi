@@ -36,6 +36,7 @@ from .evaluation import evaluate_steering as evaluate_steering
 from .evaluation import load_task as load_task
 from .evaluation import split_clusters as split_clusters
 from .evaluation import sweep as sweep
+from .interventions import average_routes as average_routes
 from .interventions import bias_experts as bias_experts
 from .interventions import exclude_experts as exclude_experts
 from .interventions import force_experts as force_experts
@@ -43,10 +44,12 @@ from .interventions import keep_only as keep_only
 from .interventions import mean_ablate as mean_ablate
 from .interventions import mean_expert_outputs as mean_expert_outputs
 from .interventions import mediation as mediation
+from .interventions import noisy_routes as noisy_routes
 from .interventions import patch_expert_outputs as patch_expert_outputs
 from .interventions import patch_router as patch_router
 from .interventions import replay_hooks as replay_hooks
 from .interventions import route_around as route_around
+from .interventions import route_uncertainty as route_uncertainty
 from .interventions import scale_experts as scale_experts
 from .interventions import swap_experts as swap_experts
 from .interventions import zero_ablate as zero_ablate

@@ -78,6 +78,11 @@ def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedMode
     """
     if not isinstance(plan, SteeringPlan):
         raise PlanError(f"bake needs a SteeringPlan; got {type(plan).__name__}.")
+    if plan.strength is not None:
+        raise PlanError(
+            "bake: the plan is soft, and how far it moves a logit differs from token to token, which no "
+            "router's weights do. Bake it without strength, or keep it as steer_hooks."
+        )
     if how not in ("auto", *_WAYS):
         raise PlanError(f'how must be "auto", "prune" or "bias"; got {how!r}.')
     source = _source(model, plan)
