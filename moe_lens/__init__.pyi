@@ -39,11 +39,13 @@ from .evaluation import sweep as sweep
 from .interventions import average_routes as average_routes
 from .interventions import bias_experts as bias_experts
 from .interventions import exclude_experts as exclude_experts
+from .interventions import follow_dense as follow_dense
 from .interventions import force_experts as force_experts
 from .interventions import keep_only as keep_only
 from .interventions import mean_ablate as mean_ablate
 from .interventions import mean_expert_outputs as mean_expert_outputs
 from .interventions import mediation as mediation
+from .interventions import neighbour_routes as neighbour_routes
 from .interventions import noisy_routes as noisy_routes
 from .interventions import patch_expert_outputs as patch_expert_outputs
 from .interventions import patch_router as patch_router
@@ -57,11 +59,13 @@ from .model import HookedMoE as HookedMoE
 from .model import RoutedModel as RoutedModel
 from .model import attach as attach
 from .model import detach as detach
+from .model import swap_routers as swap_routers
 from .model import with_top_k as with_top_k
 from .routers import RoutingRule as RoutingRule
 from .routers import register_rule as register_rule
 from .routers import supported_models as supported_models
 from .shape import MoEShape as MoEShape
+from .statistics import DenseRoutes as DenseRoutes
 from .statistics import RouteRecord as RouteRecord
 from .statistics import RoutingStats as RoutingStats
 from .statistics import collect_generation as collect_generation
@@ -69,6 +73,7 @@ from .statistics import collect_routing as collect_routing
 from .statistics import domain_specialisation as domain_specialisation
 from .statistics import generate_text as generate_text
 from .statistics import is_routing_point as is_routing_point
+from .statistics import record_dense as record_dense
 from .statistics import route_prompt as route_prompt
 from .statistics import vocabulary_specialisation as vocabulary_specialisation
 from .steering import SteeringPlan as SteeringPlan

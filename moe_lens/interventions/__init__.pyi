@@ -12,6 +12,8 @@ from .forcing import bias_experts as bias_experts
 from .forcing import force_experts as force_experts
 from .forcing import scale_experts as scale_experts
 from .mediating import mediation as mediation
+from .neighbours import follow_dense as follow_dense
+from .neighbours import neighbour_routes as neighbour_routes
 from .noise import noisy_routes as noisy_routes
 from .patching import patch_expert_outputs as patch_expert_outputs
 from .patching import patch_router as patch_router
