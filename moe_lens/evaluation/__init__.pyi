@@ -1,3 +1,9 @@
+from .audit_report import AuditCondition as AuditCondition
+from .audit_report import AuditReport as AuditReport
+from .auditing import audit as audit
+from .error_prediction import CalibrationBin as CalibrationBin
+from .error_prediction import ErrorPrediction as ErrorPrediction
+from .error_prediction import predict_errors as predict_errors
 from .evaluating import evaluate_steering as evaluate_steering
 from .evaluating import measure_outcome as measure_outcome
 from .evaluating import opposite_plan as opposite_plan
@@ -18,6 +24,7 @@ from .outcomes import gap_p_value as gap_p_value
 from .plan_sizes import SweepPoint as SweepPoint
 from .plan_sizes import SweepResult as SweepResult
 from .report import SteeringReport as SteeringReport
+from .searching import GreedySearch as GreedySearch
 from .tasks import CLOSED_BOOK as CLOSED_BOOK
 from .tasks import LOSS as LOSS
 from .tasks import CollateralMeasure as CollateralMeasure

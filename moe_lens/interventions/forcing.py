@@ -72,6 +72,7 @@ class BiasEdit(RoutingEdit):
 
     bias: Float[Tensor, "expert"] = field(repr=False)
     in_stds: bool = False
+    shape: MoEShape | None = None
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
         if not self.in_stds:
@@ -79,6 +80,8 @@ class BiasEdit(RoutingEdit):
         return (value.float() + self.bias.to(value.device) * spread(value)).to(value.dtype)
 
     def check_fits(self, shape: MoEShape) -> None:
+        if self.shape is not None and (misfits := self.shape.misfits(shape)):
+            raise HookError(f"The bias was made for another model (bias / model): {'; '.join(misfits)}.")
         if len(self.bias) != shape.n_experts:
             raise HookError(
                 f"The bias for layer {self.layer} has {len(self.bias)} numbers; {shape.model} has "
@@ -166,7 +169,9 @@ def bias_experts(bias: Any, *, positions: Positions = None, scale: Scale = "logi
     where = checked_positions(positions)
     if scale not in get_args(Scale):
         raise DataError(f"scale must be one of {get_args(Scale)}; got {scale!r}.")
-    bias = getattr(bias, "mapping", bias)
+    shape, bias = getattr(bias, "shape", None), getattr(bias, "mapping", bias)
+    if shape is not None and not bias:
+        return []  # nothing was learned: a bias of zeros
     if not isinstance(bias, Mapping) or not bias:
         raise DataError(f"bias_experts needs a mapping from layers to vectors; got {bias!r}.")
     vectors = {whole_number(layer, "layer"): _vector(layer, vector) for layer, vector in bias.items()}
@@ -175,7 +180,7 @@ def bias_experts(bias: Any, *, positions: Positions = None, scale: Scale = "logi
         raise DataError(
             'bias_experts: with scale="std" numbers are finite; exclude_experts keeps experts out.'
         )
-    return [BiasEdit(layer, where, vector, in_stds).entry for layer, vector in sorted(vectors.items())]
+    return [BiasEdit(layer, where, each, in_stds, shape).entry for layer, each in sorted(vectors.items())]
 
 
 def scale_experts(
