@@ -24,7 +24,6 @@ from .outcomes import gap_p_value as gap_p_value
 from .plan_sizes import SweepPoint as SweepPoint
 from .plan_sizes import SweepResult as SweepResult
 from .report import SteeringReport as SteeringReport
-from .searching import GreedySearch as GreedySearch
 from .tasks import CLOSED_BOOK as CLOSED_BOOK
 from .tasks import LOSS as LOSS
 from .tasks import CollateralMeasure as CollateralMeasure
@@ -32,3 +31,4 @@ from .tasks import SteeringTask as SteeringTask
 from .tasks import answer_task as answer_task
 from .tasks import load_task as load_task
 from .tasks import split_clusters as split_clusters
+from .worst_plans import GreedySearch as GreedySearch

@@ -76,7 +76,7 @@ class AuditReport(Result):
         conditions: what was measured; the first is "as trained".
         left_out: condition -> why it could not be measured.
         clusters: of the held-out prompts, resampled whole for the intervals.
-        wanted: whether the behaviour is one to keep: the worst case is then the lowest rate, else the highest.
+        wanted: whether it is a behaviour to keep: the worst case is then the lowest rate, else the highest.
         level: of the intervals. seed: of splits, draws and bootstrap.
 
     Raises:

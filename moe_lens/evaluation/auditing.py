@@ -28,8 +28,8 @@ from moe_lens.evaluation.audit_report import (
     AuditReport,
 )
 from moe_lens.evaluation.evaluating import check_model_and_task
-from moe_lens.evaluation.searching import GreedySearch, Search, checked_search
 from moe_lens.evaluation.tasks import SteeringTask, split_clusters
+from moe_lens.evaluation.worst_plans import GreedySearch, Search, checked_search
 from moe_lens.hook_names import Hooks
 from moe_lens.interventions.noise import noisy_routes
 from moe_lens.model.top_k import with_top_k
@@ -47,6 +47,7 @@ class _Measures(NamedTuple):
 
     development: Callable[[Hooks], Values]
     both: Callable[[Hooks], tuple[Values, Values]]
+    development_clusters: tuple[str, ...]
     clusters: tuple[str, ...]
     """Of the held-out prompts."""
 
@@ -101,8 +102,9 @@ def audit(
         n_noisy: noisy routes, from 0 on. temperature: of their noise, as in `noisy_routes`.
         n_random: random plans, from 0 on.
         max_size: of the searched plan; None: the plan's size, or 4; 0: no search.
-        search: a function (rate, model, size) -> plan that makes `rate(plan)` small on development prompts;
-            None: `GreedySearch(seed=seed)`, at most 32 runs of the task an expert.
+        search: a function (model, development, size) -> plan that makes the mean of the task that it is given
+            small, one of development prompts (its values negated where `wanted` is False); None:
+            `GreedySearch(seed=seed)`, at most 32 runs an expert.
         wanted: True for a behaviour to keep, whose lowest rate is the worst; False for one to avoid.
         level: of the intervals.
         seed: of the split, the noise, the random plans, the search and the bootstrap.
@@ -164,10 +166,11 @@ def _searched(
     if not size:
         return None
 
-    def rate(plan: SteeringPlan) -> float:
-        return float(measures.development(steer_hooks(plan)).mean()) * (1 if wanted else -1)
+    def values(_model: Any, hooks: Hooks) -> Values:
+        return measures.development(hooks) * (1 if wanted else -1)
 
-    return checked_search(search, search(rate, model, size), size, model)
+    task = SteeringTask("the behaviour, on development prompts", values, measures.development_clusters)
+    return checked_search(search, search(model, task, size), size, model)
 
 
 def _measures(
@@ -196,7 +199,9 @@ def _measures(
                 "case would not be held out. Give prompts of other clusters, under other labels."
             )
         before = values_of(development)
-        return _Measures(before, lambda hooks: (before(hooks), here(hooks)), task.clusters)
+        return _Measures(
+            before, lambda hooks: (before(hooks), here(hooks)), development.clusters, task.clusters
+        )
     kept = share(held_out, "held_out")
     chosen_by, reported = split_clusters(task.clusters, (1 - kept, kept), seed=seed)
     clusters = tuple(task.clusters[place] for place in reported)
@@ -210,7 +215,8 @@ def _measures(
         values = here(hooks)
         return values[chosen_by], values[reported]
 
-    return _Measures(lambda hooks: both(hooks)[0], both, clusters)
+    before_clusters = tuple(task.clusters[place] for place in chosen_by)
+    return _Measures(lambda hooks: both(hooks)[0], both, before_clusters, clusters)
 
 
 def _check_plan(model: Model, plan: SteeringPlan | None) -> None:

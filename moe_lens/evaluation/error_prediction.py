@@ -263,7 +263,7 @@ def _cross_fitted(values: Array, wrong: Array, folds: np.ndarray) -> Array:
 
 
 def _logistic(values: Array, wrong: Array, at: Array) -> Array:
-    """Log-odds a + b · value at other values, by Newton's method on standardised ones, b held back a little."""
+    """Log-odds a + b · value at other values, by Newton's method; b is held back a little."""
     centre, scale = values.mean(), values.std() or 1.0
     x = np.stack([np.ones(len(values)), (values - centre) / scale], axis=1)
     ridge, beta = np.diag([0.0, _RIDGE]), np.zeros(2)

@@ -9,7 +9,7 @@ A loss runs the model under the hooks that it is given and returns one number, s
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -143,7 +143,7 @@ def as_objective(given: Any, name: str) -> Objective:
         return given
     if not callable(given):
         raise DataError(f"{name} must be a function (model, hooks) -> loss; got {type(given).__name__}.")
-    return Objective((given,))
+    return Objective((cast(Loss, given),))
 
 
 def _answer_loss(both: list[_Written]) -> Loss:

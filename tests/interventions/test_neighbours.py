@@ -215,7 +215,7 @@ RECORDS = DenseRoutes(MoEShape("tiny", (0, 1, 2), 6, 3), torch.full((3, 2, 6), 1
         (lambda: neighbour_routes(RECORDS, [0.1, -0.2], 2), "similarities"),
         (lambda: neighbour_routes(RECORDS, [0.0, 0.0], 2), "similarities"),
         (lambda: neighbour_routes(RECORDS, [0.1, math.nan], 1), "similarity must be"),
-        (lambda: neighbour_routes([1], [0.1], 1), "record_dense"),  # type: ignore[arg-type]
+        (lambda: neighbour_routes([1], [0.1], 1), "DenseRoutes|record_dense"),  # type: ignore[arg-type]
         (lambda: follow_dense(RECORDS, layers=7), "no layer 7"),
     ],
 )

@@ -17,8 +17,10 @@ from moe_lens import (
     SteeringPlan,
     bake,
     bias_experts,
+    collect_routing,
     is_routing_point,
     organisms,
+    risk_difference,
     steer_hooks,
     steered,
 )
@@ -173,10 +175,9 @@ def test_what_is_made_of_a_soft_plan_is_as_soft(hooked: Hooked) -> None:
             *random_sets(model, plan, 3, layer_matched=True),
         )
     )  # fmt: skip
-    from moe_lens.organisms.demo import detect_document_experts
-
+    texts = ["Question : what is", "Document : the"]
     planted = organisms.load("planted")
-    scores = detect_document_experts(planted, organisms.world("planted"))
+    scores = risk_difference(*(collect_routing(planted, text, progress=False) for text in texts))
     chosen = SteeringPlan.from_scores(scores, n_deactivate=2, strength=1.5)
     assert chosen.strength == 1.5
     assert bottom_set(scores, chosen, planted).strength == 1.5

@@ -1,6 +1,6 @@
 """Searching for the plan under which a behaviour holds least: `GreedySearch`, and the seam for others.
 
-    plan = GreedySearch()(rate, model, 4)            # rate: SteeringPlan -> float, to be made small
+    plan = GreedySearch()(model, development, 4)     # at most 4 experts, for a low mean of the task
 
 `audit(search=...)` takes any function of this form; a search sees development prompts only.
 """
@@ -12,26 +12,26 @@ from typing import Any
 import numpy as np
 
 from moe_lens.checks import whole_number
-from moe_lens.errors import DataError, PlanError
+from moe_lens.errors import PlanError
+from moe_lens.evaluation.tasks import SteeringTask
+from moe_lens.model.wrapper import Model
 from moe_lens.steering.choosing import Expert, SteerableModel
+from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 
-Rate = Callable[[SteeringPlan], float]
-"""The behaviour's mean on development prompts under a plan; a search makes it small."""
-Search = Callable[[Rate, Any, int], SteeringPlan]
-"""From a rate, the model and the largest number of experts to a plan."""
+Search = Callable[[Any, SteeringTask, int], SteeringPlan]
+"""From the model, a task whose mean is to become small, and the largest number of experts, to a plan."""
 
 
 @dataclass(frozen=True)
 class GreedySearch:
-    """Expert by expert: each step deactivates the one that lowers the rate most, until none does.
+    """Expert by expert: each step deactivates the one that lowers the task's mean most, until none does.
 
-    >>> from moe_lens import SteeringPlan, organisms
-    >>> model, hidden = organisms.load("null"), {(0, 3), (2, 5)}
-    >>> def rate(plan):
-    ...     return 1 - 0.5 * len(hidden & set(plan.deactivate))
-    >>> GreedySearch(n_candidates=32)(rate, model, 3).deactivate
-    ((0, 3), (2, 5))
+    >>> from moe_lens import answer_task, organisms
+    >>> model, facts = organisms.load("null"), organisms.world("null").facts("development")[:8]
+    >>> task = answer_task([f.question for f in facts], [f.answer for f in facts])
+    >>> len(GreedySearch(n_candidates=2)(model, task, 1)) <= 1
+    True
 
     Experts that help only together are not found: it is a lower bound on what the strongest plan does.
 
@@ -44,22 +44,26 @@ class GreedySearch:
     n_candidates: int = 32
     seed: int = 0
 
-    def __call__(self, rate: Rate, model: SteerableModel, size: int) -> SteeringPlan:
-        """The plan that was found; without experts where none lowers the rate.
+    def __call__(self, model: Model, development: SteeringTask, size: int) -> SteeringPlan:
+        """The plan that was found; without experts where none lowers the mean.
 
         Raises:
-            DataError: a size or number of candidates below 1, or a rate that is NaN.
+            DataError: a size or number of candidates below 1, or a task that gives no number a prompt.
         """
+
+        def rate(plan: SteeringPlan) -> float:
+            return float(development.values(model, steer_hooks(plan)).mean())
+
         size = whole_number(size, "size", least=1)
         number = whole_number(self.n_candidates, "n_candidates", least=1)
         generator = np.random.default_rng(whole_number(self.seed, "seed"))
         plan = SteeringPlan(shape=model.moe_shape)
-        lowest = _checked(rate(plan))
+        lowest = rate(plan)
         for _ in range(size):
             possible = [expert for expert in _experts(model) if _fits(plan, expert, model)]
             drawn = generator.permutation(len(possible))[:number]
             tried = [_with(plan, possible[place]) for place in sorted(drawn)]
-            rates = [_checked(rate(one)) for one in tried]
+            rates = [rate(one) for one in tried]
             if not rates or min(rates) >= lowest:
                 break
             lowest = min(rates)
@@ -98,10 +102,3 @@ def _fits(plan: SteeringPlan, expert: Expert, model: SteerableModel) -> bool:
 
 def _with(plan: SteeringPlan, expert: Expert) -> SteeringPlan:
     return SteeringPlan((), sorted((*plan.deactivate, expert)), plan.epsilon, plan.shape)
-
-
-def _checked(rate: Any) -> float:
-    number = float(rate)
-    if np.isnan(number):
-        raise DataError("The rate that is searched by is NaN; the task must give finite numbers.")
-    return number
