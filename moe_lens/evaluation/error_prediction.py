@@ -262,7 +262,7 @@ def _cross_fitted(values: Array, wrong: Array, folds: np.ndarray) -> Array:
     return found
 
 
-def _logistic(values: Array, wrong: Array, at: Array) -> Array:
+def _logistic(values: Array, wrong: Array, at: Float[np.ndarray, "other"]) -> Float[np.ndarray, "other"]:
     """Log-odds a + b · value at other values, by Newton's method; b is held back a little."""
     centre, scale = values.mean(), values.std() or 1.0
     x = np.stack([np.ones(len(values)), (values - centre) / scale], axis=1)

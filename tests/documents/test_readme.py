@@ -45,6 +45,18 @@ def test_the_page_on_prompts_runs() -> None:
     exec(compile(block, "prompts.md", "exec"), {})
 
 
+@pytest.mark.parametrize("page", ["audits.md", "methods-interventions.md"])
+def test_the_pages_on_published_methods_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
 def test_the_worked_example_in_contributing_runs() -> None:
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING, flags=re.DOTALL):
@@ -104,6 +116,8 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
         "tutorials/README.md",
         "docs/wrappers.md",
         "docs/prompts.md",
+        "docs/audits.md",
+        "docs/methods-interventions.md",
     ],
     ids=str,
 )
