@@ -1,3 +1,9 @@
+from .audit_report import AuditCondition as AuditCondition
+from .audit_report import AuditReport as AuditReport
+from .auditing import audit as audit
+from .error_prediction import CalibrationBin as CalibrationBin
+from .error_prediction import ErrorPrediction as ErrorPrediction
+from .error_prediction import predict_errors as predict_errors
 from .evaluating import evaluate_steering as evaluate_steering
 from .evaluating import measure_outcome as measure_outcome
 from .evaluating import opposite_plan as opposite_plan
@@ -28,3 +34,4 @@ from .tasks import SteeringTask as SteeringTask
 from .tasks import answer_task as answer_task
 from .tasks import load_task as load_task
 from .tasks import split_clusters as split_clusters
+from .worst_plans import GreedySearch as GreedySearch

@@ -6,6 +6,7 @@ size = sweep(model, scores, development_task, sizes=(2, 4, 8, 16)).best_size()
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Literal, get_args
 
@@ -204,7 +205,8 @@ def opposite_plan(scores: ExpertScores, plan: SteeringPlan) -> SteeringPlan:
         PlanError: fewer experts than that have the sign, or they do not fit their layers.
     """
     activated = [expert for expert in plan.activate if expert not in plan.deactivate]
-    return SteeringPlan.from_scores(-scores, len(activated), len(plan.deactivate), epsilon=plan.epsilon)
+    opposite = SteeringPlan.from_scores(-scores, len(activated), len(plan.deactivate))
+    return replace(plan, activate=opposite.activate, deactivate=opposite.deactivate, shape=opposite.shape)
 
 
 def _reverse(

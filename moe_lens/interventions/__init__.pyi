@@ -4,12 +4,17 @@ from .ablation import mean_expert_outputs as mean_expert_outputs
 from .ablation import route_around as route_around
 from .ablation import swap_experts as swap_experts
 from .ablation import zero_ablate as zero_ablate
+from .averaging import average_routes as average_routes
+from .averaging import route_uncertainty as route_uncertainty
 from .edits import RoutingEdit as RoutingEdit
 from .excluding import exclude_experts as exclude_experts
 from .forcing import bias_experts as bias_experts
 from .forcing import force_experts as force_experts
 from .forcing import scale_experts as scale_experts
 from .mediating import mediation as mediation
+from .neighbours import follow_dense as follow_dense
+from .neighbours import neighbour_routes as neighbour_routes
+from .noise import noisy_routes as noisy_routes
 from .patching import patch_expert_outputs as patch_expert_outputs
 from .patching import patch_router as patch_router
 from .positions import Positions as Positions
@@ -17,3 +22,4 @@ from .positions import checked_positions as checked_positions
 from .replay import replay_hooks as replay_hooks
 from .results import ExpertMeans as ExpertMeans
 from .results import Mediation as Mediation
+from .uncertainty import RouteUncertainty as RouteUncertainty

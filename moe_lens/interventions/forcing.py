@@ -11,7 +11,7 @@ overrides steering and biases of that layer, wherever it stands in the list.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, SupportsFloat
+from typing import Any, ClassVar, Literal, SupportsFloat, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,11 @@ from moe_lens.hook_names import HookList
 from moe_lens.interventions.edits import Experts, RoutingEdit, columns_of, experts_by_layer
 from moe_lens.interventions.positions import Positions, checked_positions
 from moe_lens.model.points import RoutingPoint
+from moe_lens.routers.transform import spread
 from moe_lens.shape import MoEShape
+
+Scale = Literal["logit", "std"]
+"""What a number of a bias counts: nats of logit, or standard deviations of the token's logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +66,22 @@ class ForceEdit(RoutingEdit):
 
 @dataclass(frozen=True, eq=False)
 class BiasEdit(RoutingEdit):
-    """Adds a vector to the router logits."""
+    """Adds a vector to the router logits, as it is or times the token's std(z)."""
 
     point: ClassVar[str] = hook_names.ROUTER_LOGITS
 
     bias: Float[Tensor, "expert"] = field(repr=False)
+    in_stds: bool = False
+    shape: MoEShape | None = None
 
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
-        return value + self.bias.to(value)
+        if not self.in_stds:
+            return value + self.bias.to(value)
+        return (value.float() + self.bias.to(value.device) * spread(value)).to(value.dtype)
 
     def check_fits(self, shape: MoEShape) -> None:
+        if self.shape is not None and (misfits := self.shape.misfits(shape)):
+            raise HookError(f"The bias was made for another model (bias / model): {'; '.join(misfits)}.")
         if len(self.bias) != shape.n_experts:
             raise HookError(
                 f"The bias for layer {self.layer} has {len(self.bias)} numbers; {shape.model} has "
@@ -135,7 +145,7 @@ def force_experts(
     return hooks
 
 
-def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> HookList:
+def bias_experts(bias: Any, *, positions: Positions = None, scale: Scale = "logit") -> HookList:
     """Add a vector to the router logits: selection and weights follow (softmax(z + delta), for many routers).
 
     >>> import torch
@@ -147,18 +157,30 @@ def bias_experts(bias: Mapping[int, Any], *, positions: Positions = None) -> Hoo
     Args:
         bias: layer -> a number for each expert (nats). It is added in the logits' own dtype. With -inf a
             router without a correction bias never chooses the expert; to exclude experts on every router, use
-            `exclude_experts`.
+            `exclude_experts`. Also what `learn_router_bias` gives, or anything else with such a `mapping`.
         positions: at which tokens; see `moe_lens.interventions.Positions`.
+        scale: "std": the numbers count standard deviations of the token's own logits, z + bias·std(z) (of
+            finite ones, correction 0), added in float32, as EasySteer's soft plans do. (All numbers finite.)
 
     Raises:
-        DataError: not such a mapping, NaN or +inf.
+        DataError: not such a mapping, NaN or +inf; another scale, or -inf with "std".
         HookError: not one number an expert. (Raised before the forward.)
     """
     where = checked_positions(positions)
+    if scale not in get_args(Scale):
+        raise DataError(f"scale must be one of {get_args(Scale)}; got {scale!r}.")
+    shape, bias = getattr(bias, "shape", None), getattr(bias, "mapping", bias)
+    if shape is not None and not bias:
+        return []  # nothing was learned: a bias of zeros
     if not isinstance(bias, Mapping) or not bias:
         raise DataError(f"bias_experts needs a mapping from layers to vectors; got {bias!r}.")
     vectors = {whole_number(layer, "layer"): _vector(layer, vector) for layer, vector in bias.items()}
-    return [BiasEdit(layer, where, vector).entry for layer, vector in sorted(vectors.items())]
+    in_stds = scale == "std"
+    if in_stds and any(bool(vector.isinf().any()) for vector in vectors.values()):
+        raise DataError(
+            'bias_experts: with scale="std" numbers are finite; exclude_experts keeps experts out.'
+        )
+    return [BiasEdit(layer, where, each, in_stds, shape).entry for layer, each in sorted(vectors.items())]
 
 
 def scale_experts(

@@ -8,5 +8,6 @@ from .points import RoutingPoint as RoutingPoint
 from .probing import closest_rules as closest_rules
 from .routed_model import RoutedModel as RoutedModel
 from .self_check import check_router as check_router
+from .swapping import swap_routers as swap_routers
 from .top_k import with_top_k as with_top_k
 from .wrapper import Model as Model

@@ -2,6 +2,9 @@ from .biased import BiasedSoftmaxTopK as BiasedSoftmaxTopK
 from .biased import FixedExperts as FixedExperts
 from .biased import GroupLimitedSoftmax as GroupLimitedSoftmax
 from .biased import SigmoidTopK as SigmoidTopK
+from .dense import dense_weights as dense_weights
+from .dense import logits_of_dense as logits_of_dense
+from .dense import no_dense_weights as no_dense_weights
 from .groups import GroupLimit as GroupLimit
 from .models import SupportedModel as SupportedModel
 from .models import supported_models as supported_models

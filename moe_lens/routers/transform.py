@@ -102,14 +102,24 @@ def soften(
     EasySteer's form of soft steering.
     """
     z = logits.float()
+    step = strength * spread(z)
+    moved = torch.where(inside, z + step, torch.where(outside, z - step, z)).to(logits.dtype)
+    return torch.where(inside | outside, moved, logits)
+
+
+def spread(logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch 1"]:
+    """std(z) of each token: the population's (correction 0), over its finite logits, in float32.
+
+    >>> spread(torch.tensor([1.0, 3.0])).tolist()
+    [1.0]
+    """
+    z = logits.float()
     finite = z.isfinite()
     n_finite = finite.sum(dim=-1, keepdim=True).clamp(min=1)
     mean = z.masked_fill(~finite, 0.0).sum(dim=-1, keepdim=True) / n_finite
     # experts at -inf stand at the mean, where they add nothing
-    spread = torch.where(finite, z, mean).std(dim=-1, correction=0, keepdim=True)
-    step = strength * spread * (z.shape[-1] / n_finite).sqrt()
-    moved = torch.where(inside, z + step, torch.where(outside, z - step, z)).to(logits.dtype)
-    return torch.where(inside | outside, moved, logits)
+    deviation = torch.where(finite, z, mean).std(dim=-1, correction=0, keepdim=True)
+    return deviation * (z.shape[-1] / n_finite).sqrt()
 
 
 def _masks(scores: Float[Tensor, "*batch expert"], *named: list[int]) -> list[Bool[Tensor, " expert"]]:

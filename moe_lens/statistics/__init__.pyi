@@ -14,6 +14,8 @@ from .counts import PositionCounts as PositionCounts
 from .counts import PromptCounts as PromptCounts
 from .counts import TokenCounts as TokenCounts
 from .counts import router_entropy as router_entropy
+from .dense import DenseRoutes as DenseRoutes
+from .dense_recording import record_dense as record_dense
 from .domain_evidence import DomainEvidence as DomainEvidence
 from .expert_outputs import ExpertOutputs as ExpertOutputs
 from .generation import GenerationRouting as GenerationRouting

@@ -3,6 +3,12 @@ from .context import steered as steered
 from .controls import bottom_set as bottom_set
 from .controls import random_sets as random_sets
 from .hooks import steer_hooks as steer_hooks
+from .learning import learn_router_bias as learn_router_bias
+from .objectives import Objective as Objective
+from .objectives import answer_objective as answer_objective
+from .objectives import text_objective as text_objective
 from .plan import SteeringPlan as SteeringPlan
 from .published import PublishedRanking as PublishedRanking
 from .published import read_published_ranking as read_published_ranking
+from .router_bias import LearningStep as LearningStep
+from .router_bias import RouterBias as RouterBias

@@ -24,6 +24,7 @@ from moe_lens.routers.plain import ByOrderOfLogits, SoftmaxTopK, SparseMixer, To
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.shape import MoEShape
 from moe_lens.steering.plan import SteeringPlan
+from moe_lens.steering.router_bias import RouterBias
 
 How = Literal["auto", "prune", "bias"]
 
@@ -40,7 +41,7 @@ class _CannotError(Exception):
     """Why one way of baking does not serve this model and plan; the message is a clause."""
 
 
-def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedModel:
+def bake(model: Any, plan: SteeringPlan | RouterBias, *, how: How = "auto") -> PreTrainedModel:
     """A new Hugging Face model that computes, without hooks, what the model computes without some experts.
 
     >>> from moe_lens import SteeringPlan, bake, organisms
@@ -62,7 +63,8 @@ def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedMode
     Args:
         model: a HookedMoE, a RoutedModel, or a Hugging Face model itself; it stays as it is.
         plan: which experts to leave out. It activates none: no weights of a router force an expert to run
-            at the weight that a plan gives it.
+            at the weight that a plan gives it. Or a `RouterBias`, which is added to the bias of routers that
+            have one on their logits (GPT-OSS); a correction bias decides the choice alone and will not do.
         how: "prune" cuts the experts out of routers, biases and batched experts, and lowers the config's
             number of experts, for a smaller checkpoint. That number is one for all layers, so every MoE layer
             must lose as many (with expert groups: every group). Experts behind a removed one move up.
@@ -76,8 +78,17 @@ def bake(model: Any, plan: SteeringPlan, *, how: How = "auto") -> PreTrainedMode
         MoELensError: a quantised or offloaded model, a bridge in compatibility mode, or no Hugging Face
             model.
     """
+    if isinstance(plan, RouterBias) and how in ("auto", "bias"):
+        return _with_bias(model, plan)
     if not isinstance(plan, SteeringPlan):
-        raise PlanError(f"bake needs a SteeringPlan; got {type(plan).__name__}.")
+        raise PlanError(
+            f"bake needs a SteeringPlan, or a RouterBias (not to be pruned by); got {type(plan).__name__}."
+        )
+    if plan.strength is not None:
+        raise PlanError(
+            "bake: the plan is soft, and how far it moves a logit differs from token to token, which no "
+            "router's weights do. Bake it without strength, or keep it as steer_hooks."
+        )
     if how not in ("auto", *_WAYS):
         raise PlanError(f'how must be "auto", "prune" or "bias"; got {how!r}.')
     source = _source(model, plan)
@@ -108,7 +119,7 @@ def _source(model: Any, plan: SteeringPlan) -> _Source:
     hf_model = hf_model_of(model)
     _refuse_unreadable(model, hf_model)
     layers = numbered_layers(hf_model)
-    plan.check_fits(_shape(model, hf_model, layers, plan))
+    plan.check_fits(_shape(model, hf_model, layers, plan.shape))
     out = {}
     for number, moe in layers.items():
         activate, deactivate = plan.in_layer(number)
@@ -149,7 +160,7 @@ def _quantized(hf_model: PreTrainedModel) -> bool:
 
 
 def _shape(
-    model: Any, hf_model: PreTrainedModel, layers: dict[int, MoELayer], plan: SteeringPlan
+    model: Any, hf_model: PreTrainedModel, layers: dict[int, MoELayer], known: MoEShape | None
 ) -> MoEShape:
     """The model's shape; a model that bears no name is taken for the plan's."""
     shape = getattr(model, "moe_shape", None)
@@ -157,8 +168,8 @@ def _shape(
         return shape
     rule = next(iter(layers.values())).rule
     name = str(hf_model.config.name_or_path or "").rstrip("/").rsplit("/", 1)[-1]
-    if not name and plan.shape is not None:
-        name = plan.shape.model
+    if not name and known is not None:
+        name = known.model
     return MoEShape(name, tuple(layers), rule.n_experts, rule.top_k)
 
 
@@ -308,10 +319,36 @@ def _choosing_bias(moe: MoELayer) -> Tensor | None:
         named = tensors_of(moe.block).items()
         biases = [tensor for name, tensor in named if name.rpartition(".")[-1] in _CORRECTION_BIASES]
         return biases[0] if len(biases) == 1 else None
+    return _bias_of_logits(moe)
+
+
+def _bias_of_logits(moe: MoELayer) -> Tensor | None:
     bias = getattr(moe.router, "bias", None)
-    if isinstance(rule, ByOrderOfLogits) and isinstance(bias, Tensor) and bias.numel() == rule.n_experts:
-        return bias
+    if isinstance(moe.rule, ByOrderOfLogits) and isinstance(bias, Tensor):
+        return bias if bias.numel() == moe.rule.n_experts else None
     return None
+
+
+def _with_bias(model: Any, bias: RouterBias) -> PreTrainedModel:
+    """A router bias added to the routers' own; in the model's dtype, so up to its rounding."""
+    hf_model = hf_model_of(model)
+    _refuse_unreadable(model, hf_model)
+    layers = numbered_layers(hf_model)
+    if misfits := bias.shape.misfits(_shape(model, hf_model, layers, bias.shape)):
+        raise PlanError(f"bake: the bias was made for another model (bias / model): {'; '.join(misfits)}.")
+    for number in bias.mapping:
+        if _bias_of_logits(layers[number]) is None:
+            raise PlanError(
+                f"bake: {type(layers[number].router).__name__} in layer {number} has no bias on its logits "
+                "to add to. Keep the bias as bias_experts(bias), or bake a plan, bias.to_plan(...)."
+            )
+    baked = _rebuilt(hf_model, copy.deepcopy(hf_model.config), _whole)
+    with torch.no_grad():
+        for number, values in bias.mapping.items():
+            own = _bias_of_logits(numbered_layers(baked)[number])
+            assert own is not None
+            own.view(-1).add_(values.to(own.device))
+    return baked
 
 
 _WAYS: Final[dict[str, Callable[[_Source], PreTrainedModel]]] = {"prune": _prune, "bias": _write_biases}

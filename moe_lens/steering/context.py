@@ -24,6 +24,7 @@ def steered(
     *,
     positions: Positions = None,
     strength: SupportsFloat | None = None,
+    only_unmet: bool | None = None,
     training: bool = False,
 ) -> Iterator[Any]:
     """Steer a Hugging Face model, a `RoutedModel` or a `HookedMoE` while the context lasts.
@@ -42,7 +43,7 @@ def steered(
     Args:
         model: where a Hugging Face model has no hook points, it gets them for the time; then it has no trace
             of them. (A deep copy made within has them for good: `detach(copy)`.)
-        plan, positions, strength: as in `steer_hooks`.
+        plan, positions, strength, only_unmet: as in `steer_hooks`.
         training: allow it in training mode; see `RoutedModel.hooks`.
 
     Yields: the model that it was given.
@@ -50,7 +51,7 @@ def steered(
     Raises:
         as in `steer_hooks` and `attach`.
     """
-    hooks = steer_hooks(plan, positions=positions, strength=strength)
+    hooks = steer_hooks(plan, positions=positions, strength=strength, only_unmet=only_unmet)
     with _borrowed(model) as wrapper, allow_training(wrapper, training, wrapper.hooks(hooks)):
         yield model
 

@@ -8,6 +8,7 @@ Random sets are not inert: a single one can move a behaviour as far as a plan do
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from moe_lens.checks import whole_number
 from moe_lens.detection.expert_scores import ExpertScores
@@ -64,7 +65,7 @@ def bottom_set(scores: ExpertScores, plan: SteeringPlan, model: SteerableModel |
         len(plan) - len(plan.deactivate),
         lambda layer, experts: fits(layer, experts, deactivated.in_layer(layer)[1]),
     )
-    return SteeringPlan(activate, deactivate, plan.epsilon, shape)
+    return replace(plan, activate=activate, deactivate=deactivate, shape=shape)
 
 
 def _fitting(experts: Sequence[Expert], number: int, fits: Callable[[int, list[int]], bool]) -> list[Expert]:

@@ -30,7 +30,7 @@ from moe_lens.routers.hold import Hold
 from moe_lens.routers.rule import RoutingRule
 from moe_lens.routers.transform import soften, steer_logits
 from moe_lens.shape import MoEShape
-from moe_lens.steering.plan import SteeringPlan
+from moe_lens.steering.plan import SteeringPlan, checked_only_unmet
 from moe_lens.steering.slices import plans_by_row, tokens_of
 from moe_lens.text.spans import TextSpan
 
@@ -58,6 +58,7 @@ class SteeringHook:
         layer: number of the layer.
         positions: at which tokens (checked).
         strength: of the soft form; None for the paper's transform.
+        only_unmet: soft only where the router does not do by itself what the plan wants.
         needs_place: whether it steers tokens differently, so that it must know which prompts and positions
             run.
     """
@@ -66,6 +67,7 @@ class SteeringHook:
     layer: int
     positions: Positions = None
     strength: Strength = None
+    only_unmet: bool = False
     _fits: set[MoEShape] = field(default_factory=set)  # of models; the hooks of all layers share it
     needs_place: bool = field(init=False)
     _tables: dict[Any, Wish] = field(default_factory=dict, init=False)
@@ -93,7 +95,7 @@ class SteeringHook:
                 f"those of all {n_experts} experts of some tokens, while the layer runs."
             )
         whole = router_logits if router_logits.shape[:-1] == batch else None
-        if whole is not None or (self.strength is not None and not self.needs_place):
+        if whole is not None or (self.strength is not None and not self.needs_place and not self.only_unmet):
             steered, hook.rule = self._steered(
                 hook.rule, router_logits, self._wish(router_logits, hook.state)
             )
@@ -145,7 +147,8 @@ class SteeringHook:
             return f"{plans} {self.layer}"
         where = _described(self.positions)
         strength = None if self.strength is None else _number(self.strength)
-        return None if where is None else f"{plans} {self.layer} at {where} strength {strength}"
+        unmet = " only unmet" * self.only_unmet
+        return None if where is None else f"{plans} {self.layer} at {where} strength {strength}{unmet}"
 
     def check_fits(self, shape: MoEShape) -> None:
         """Called by the hook point before the hook is added; raises PlanError where a plan does not fit."""
@@ -170,6 +173,7 @@ class SteeringHook:
         parts += [f"{len(self.plans)} plans"] if len(self.plans) > 1 else []
         parts += ["at positions"] if self.positions is not None else []
         parts += [f"strength {_number(self.strength):g}"] if self.strength is not None else []
+        parts += ["only where unmet"] if self.only_unmet else []
         return f"SteeringHook({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:
@@ -264,10 +268,19 @@ class SteeringHook:
     ) -> tuple[Float[Tensor, "*batch expert"], RoutingRule]:
         hold, epsilon = wish
         if self.strength is not None:
-            return soften(logits, hold.inside, hold.outside, self.strength), rule
+            return self._softened(rule, logits, hold), rule
         if isinstance(rule, HeldRule):
             return rule.steer_by(logits, hold, epsilon, watched)
         return self._by_value(rule, logits, hold)
+
+    def _softened(
+        self, rule: RoutingRule, logits: Float[Tensor, "*batch expert"], hold: Hold
+    ) -> Float[Tensor, "*batch expert"]:
+        inside, outside = hold.inside, hold.outside
+        if self.only_unmet:
+            chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, rule.select(logits), True)
+            inside, outside = inside & ~chosen, outside & chosen
+        return soften(logits, inside, outside, cast(Any, self.strength))
 
     def _by_value(
         self, rule: RoutingRule, logits: Float[Tensor, "*batch expert"], hold: Hold
@@ -305,6 +318,8 @@ class SteeringHook:
         """On logits of no model."""
         if self.needs_place:
             raise HookError(f"{self} needs a model's hook point, which tells the prompts and positions.")
+        if self.only_unmet:
+            raise HookError(f"{self} needs a model's hook point, whose rule tells who is chosen.")
         hold, epsilon = self._made(logits.shape[-1], logits.device)
         if self.strength is not None:
             return soften(logits, hold.inside, hold.outside, self.strength)
@@ -316,6 +331,7 @@ def steer_hooks(
     *,
     positions: Positions = None,
     strength: SupportsFloat | None = None,
+    only_unmet: bool | None = None,
 ) -> HookList:
     """The hooks that carry out a plan: one for each layer it names, on that layer's router logits.
 
@@ -349,21 +365,24 @@ def steer_hooks(
             several sequences of one prompt have that prompt's plan.
         positions: at which tokens; see `moe_lens.interventions.Positions`. All others keep their logits and
             weights bit for bit, and are not held.
-        strength: None for the paper's transform. A number λ ≥ 0 or a scalar tensor, which gets gradients, for
-            the soft form z ± λ·std(z): the standard deviation (correction 0) over the token's experts. It
-            raises and lowers logits and holds nobody, so that routers with a bias or groups may overrule it;
-            0 changes nothing, `math.inf` is the paper's transform.
+        strength: None for that of the plans, which must agree in it (`SteeringPlan.strength`; None there is
+            the paper's transform). A number λ ≥ 0 or a scalar tensor, which gets gradients, for the soft form
+            z ± λ·std(z): the standard deviation (correction 0) over the token's experts. It raises and lowers
+            logits and holds nobody, so that routers with a bias or groups may overrule it; 0 changes nothing,
+            `math.inf` is the paper's transform.
+        only_unmet: as `SteeringPlan.only_unmet`; None for that of the plans.
 
     Raises:
-        PlanError: not plans; a strength that is not such a number. DataError: positions of no known form.
+        PlanError: not plans; a strength that is not such a number; plans of different strengths; only_unmet
+            without a strength. DataError: positions of no known form.
         HookError: during the run, another number of prompts than plans, or positions outside the prompt.
     """
     plans = _checked_plans(plan)
-    where, soft = checked_positions(positions), _checked_strength(strength)
+    where, (soft, unmet) = checked_positions(positions), _softness(plans, strength, only_unmet)
     named = {layer for one in plans if one is not None for layer, _ in one.activate + one.deactivate}
     fits: set[MoEShape] = set()
     return [
-        (hook_names.router_logits(layer), SteeringHook(plans, layer, where, soft, fits))
+        (hook_names.router_logits(layer), SteeringHook(plans, layer, where, soft, unmet, fits))
         for layer in sorted(named)
     ]
 
@@ -378,6 +397,23 @@ def _checked_plans(given: Any) -> tuple[SteeringPlan | None, ...]:
         if plan is not None and not isinstance(plan, SteeringPlan):
             raise PlanError(f"steer_hooks: a list holds SteeringPlans and None; got {type(plan).__name__}.")
     return tuple(plans)
+
+
+def _softness(
+    plans: tuple[SteeringPlan | None, ...], strength: Any, only_unmet: bool | None
+) -> tuple[Strength, bool]:
+    """Strength and only_unmet: those that are given, else those of the plans that name experts."""
+    own = {(plan.strength, plan.only_unmet) for plan in plans if plan is not None and len(plan)}
+    if len(own) > 1 and (strength is None or only_unmet is None):
+        raise PlanError(
+            f"steer_hooks: the plans of one list differ in (strength, only_unmet): {sorted(map(str, own))}. "
+            "Give strength= and only_unmet= for all; or several lists, with None for the others' prompts."
+        )
+    plan_strength, plan_unmet = next(iter(own)) if len(own) == 1 else (None, False)
+    soft = _checked_strength(plan_strength if strength is None else strength)
+    if only_unmet is None:
+        only_unmet = plan_unmet and soft is not None
+    return soft, checked_only_unmet(only_unmet, soft)
 
 
 def _checked_strength(strength: Any) -> Strength:

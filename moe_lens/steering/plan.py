@@ -3,13 +3,14 @@
 plan = SteeringPlan.from_scores(scores, n_activate=0, n_deactivate=50)
 plan = SteeringPlan(activate=[(3, 17)], deactivate=[(5, 2), (5, 9)])     # (layer, expert)
 control = plan.random_like(seed=0)
+soft = SteeringPlan(deactivate=[(5, 2)], strength=1.5)                   # z − 1.5 · std(z), no guarantee
 plan.save("plan.json")
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat
@@ -34,10 +35,14 @@ from moe_lens.steering.choosing import (
 if TYPE_CHECKING:
     import pandas
 
+_FIELDS: Final = ("activate", "deactivate", "epsilon", "shape")
+"""Of every plan, in files and digests; strength and only_unmet follow where a plan is soft."""
 EPSILON_RANGE: Final = (1e-4, 30.0)
 """Nats; with a smaller or larger epsilon float32's rounding would merge scores that differ."""
-_KIND: Final = FileKind("moe_lens.SteeringPlan", 2, (1, 2), "a steering plan", error=PlanError)
+_KIND: Final = FileKind("moe_lens.SteeringPlan", 2, (1, 2, 3), "a steering plan", error=PlanError)
 """Schema 1 had no digest."""
+_SOFT_KIND: Final = replace(_KIND, schema=3)
+"""Soft plans, which a reader of schema 2 must refuse rather than take for the paper's transform."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -59,16 +64,25 @@ class SteeringPlan(Result):
             softmax routers, for others see the docstring of their rule.
         shape: the model that the plan was made for; None for a plan written by hand, which is checked when
             it is applied.
+        strength: None for the paper's transform, with its guarantee. A number λ ≥ 0 makes the plan soft:
+            activated experts' logits get + λ·std(z), deactivated ones' − λ·std(z), the standard deviation
+            (correction 0) over the token's experts (EasySteer's form). Nobody is held in or out, and epsilon
+            plays no part. Random sets like the plan are soft, too: EasySteer's control `soft_random`.
+        only_unmet: of a soft plan: nudge an activated expert only on tokens that the router would send
+            elsewhere, a deactivated one only where it is chosen. EasySteer's `soft_topk` says so of
+            activated experts; for deactivated ones this is its mirror.
 
     Raises:
         PlanError: an expert named twice, negative or missing in the model; more than k activated or more than
-            E − k deactivated in a layer; epsilon out of range.
+            E − k deactivated in a layer; epsilon or strength out of range; only_unmet without a strength.
     """
 
     activate: tuple[Expert, ...] = ()
     deactivate: tuple[Expert, ...] = ()
     epsilon: float = 0.01
     shape: MoEShape | None = None
+    strength: float | None = None
+    only_unmet: bool = False
 
     def __init__(
         self,
@@ -76,11 +90,15 @@ class SteeringPlan(Result):
         deactivate: Iterable[Any] = (),
         epsilon: SupportsFloat = 0.01,
         shape: MoEShape | None = None,
+        strength: SupportsFloat | None = None,
+        only_unmet: bool = False,
     ) -> None:
         for name, value in (("activate", activate), ("deactivate", deactivate)):
             object.__setattr__(self, name, _checked_experts(name, value))
         object.__setattr__(self, "epsilon", _checked_epsilon(epsilon))
         object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "strength", _checked_strength(strength))
+        object.__setattr__(self, "only_unmet", checked_only_unmet(only_unmet, self.strength))
         if shape is not None:
             self.check_fits(_checked_shape(shape))
 
@@ -94,6 +112,8 @@ class SteeringPlan(Result):
         q: float | None = None,
         epsilon: float = 0.01,
         on_excess: OnExcess = "raise",
+        strength: float | None = None,
+        only_unmet: bool = False,
     ) -> "SteeringPlan":
         """The experts with the `n_activate` most positive and the `n_deactivate` most negative scores.
 
@@ -116,6 +136,7 @@ class SteeringPlan(Result):
             on_excess: what to do with more than k activated or more than E − k deactivated experts in one
                 layer. "raise", or "drop" those of lower rank with a warning, as the paper's code does (which
                 drops activations beyond k without a word).
+            strength, only_unmet: of the plan.
 
         Raises:
             PlanError: a negative number, more experts asked for than have the sign (and the significance), an
@@ -133,7 +154,7 @@ class SteeringPlan(Result):
             on_excess=on_excess,
             condition="" if q is None else f" and a q-value up to {q:g}",
         )
-        return cls(activate, deactivate, epsilon, scores.shape)
+        return cls(activate, deactivate, epsilon, scores.shape, strength, only_unmet)
 
     def random_like(
         self,
@@ -145,6 +166,7 @@ class SteeringPlan(Result):
     ) -> "SteeringPlan":
         """A random plan of the same size, the control: as many activated and deactivated experts.
 
+        It is as soft as this plan.
         Experts are drawn in random order, passing over those of layers that are full. A shape does not
         tell expert groups or layers that cannot be steered. A model does: with it, only layers that can be
         steered are drawn from, and only plans that its routers accept are returned.
@@ -169,7 +191,7 @@ class SteeringPlan(Result):
         activate, deactivate = draw_like(
             self._activated, self.deactivate, shape, seed=seed, layer_matched=layer_matched, model=model
         )
-        return SteeringPlan(activate, deactivate, self.epsilon, shape)
+        return self._with(activate, deactivate, shape)
 
     def reversed(self) -> "SteeringPlan":
         """The same experts, activated ones deactivated and the other way round.
@@ -180,15 +202,21 @@ class SteeringPlan(Result):
         Raises:
             PlanError: more than k experts of a layer would be activated, or more than E − k deactivated.
         """
-        return SteeringPlan(self.deactivate, self._activated, self.epsilon, self.shape)
+        return self._with(self.deactivate, self._activated, self.shape)
 
     def in_layer(self, layer: int) -> tuple[list[int], list[int]]:
         """Activated and deactivated experts of a layer; deactivation wins."""
         return in_layer(self.activate, self.deactivate, layer)
 
     def refused_layers(self, model: SteerableModel) -> list[int]:
-        """The layers of a model whose rule cannot obey the plan (`RoutingRule.cannot_steer`)."""
-        return refused_layers(self.activate, self.deactivate, model)
+        """The layers of a model whose rule cannot obey the plan (`RoutingRule.cannot_steer`).
+
+        Of a soft plan, which promises nothing, those in which no logit decides who runs.
+        """
+        refused = refused_layers(self.activate, self.deactivate, model)
+        if self.strength is None:
+            return refused
+        return [layer for layer in refused if not model.routing_rule(layer).chooses_by_logits]
 
     def check_fits(self, shape: MoEShape) -> None:
         """Check that the plan was made for a model of this shape, or for none, and can be applied to it.
@@ -223,20 +251,39 @@ class SteeringPlan(Result):
 
     def made_for(self, shape: MoEShape) -> "SteeringPlan":
         """The same experts for another model, checked against its shape."""
-        return SteeringPlan(self.activate, self.deactivate, self.epsilon, shape)
+        return self._with(self.activate, self.deactivate, shape)
+
+    def _with(
+        self, activate: Iterable[Any], deactivate: Iterable[Any], shape: MoEShape | None
+    ) -> "SteeringPlan":
+        """Other experts, as strong as this plan."""
+        return SteeringPlan(activate, deactivate, self.epsilon, shape, self.strength, self.only_unmet)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the plan's content, in hexadecimal: equal plans have equal digests, in files too."""
-        return digest_of(asdict(self))
+        return digest_of(self._content)
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        """What goes into a file; of a plan without strength what schema 2 had."""
+        content = asdict(self)
+        return content if self.strength is not None else {name: content[name] for name in _FIELDS}
+
+    @property
+    def _kind(self) -> FileKind:
+        return _KIND if self.strength is None else _SOFT_KIND
 
     def summary(self) -> str:
         """How many experts the plan names, in which layers, of which model."""
         layers = sorted({layer for layer, _ in (*self.activate, *self.deactivate)})
         of_model = "" if self.shape is None else f" of {self.shape.model}"
+        how = f"epsilon {self.epsilon:g}"
+        if self.strength is not None:
+            how = f"softly, strength {self.strength:g}{', only where unmet' * self.only_unmet}"
         return (
             f"activates {len(self._activated)}, deactivates {len(self.deactivate)} experts in layers "
-            f"{layers}{of_model}, epsilon {self.epsilon:g}"
+            f"{layers}{of_model}, {how}"
         )
 
     def to_dataframe(self) -> "pandas.DataFrame":
@@ -249,11 +296,11 @@ class SteeringPlan(Result):
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically; equal plans give equal files."""
-        _KIND.save_json(path, asdict(self))
+        self._kind.save_json(path, self._content)
 
     def to_json(self) -> dict[str, Any]:
         """What `save` writes, as a JSON object."""
-        return _KIND.sealed(asdict(self))
+        return self._kind.sealed(self._content)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringPlan":
@@ -313,6 +360,30 @@ def _checked_epsilon(epsilon: SupportsFloat) -> float:
     return value
 
 
+def _checked_strength(strength: Any) -> float | None:
+    if strength is None:
+        return None
+    number = float(strength) if isinstance(strength, Real) and not isinstance(strength, bool) else math.nan
+    if not 0 <= number < math.inf:
+        raise PlanError(
+            "strength must be a finite number from 0 on, of standard deviations of a token's logits, or None "
+            f"for the paper's transform; got {strength!r}."
+        )
+    return number
+
+
+def checked_only_unmet(only_unmet: Any, strength: Any) -> bool:
+    """True or False; raises PlanError for anything else, and for True where nothing is soft."""
+    if not isinstance(only_unmet, bool):
+        raise PlanError(f"only_unmet must be True or False; got {only_unmet!r}.")
+    if only_unmet and strength is None:
+        raise PlanError(
+            "only_unmet=True is about soft plans: the paper's transform puts experts in and keeps them out "
+            "wherever they are. Give a strength."
+        )
+    return only_unmet
+
+
 def _significant(scores: ExpertScores, q: float | None) -> list[ExpertScore]:
     """All experts, ranked; with `q` those with a q-value up to it."""
     ranked = scores.ranked()
@@ -332,11 +403,13 @@ def plan_from_json(content: Any) -> SteeringPlan:
 
 
 def _from_content(content: dict[str, Any]) -> SteeringPlan:
-    expected = {"schema", "activate", "deactivate", "epsilon", "shape"}
+    expected = {"schema", *_FIELDS, *(("strength", "only_unmet") if content["schema"] == 3 else ())}
     if wrong := sorted(expected.symmetric_difference(content)):
-        raise PlanError(f"field {wrong[0]!r} is {'missing' if wrong[0] in expected else 'unknown'}.")
+        what = "missing" if wrong[0] in expected else "unknown"
+        raise PlanError(f"field {wrong[0]!r} is {what} in schema {content['schema']}.")
     for name in ("activate", "deactivate"):
         if not isinstance(content[name], list):
             raise PlanError(f"field {name!r} must be a list of [layer, expert]; got {content[name]!r}.")
     shape = None if content["shape"] is None else shape_from_json(content["shape"])
-    return SteeringPlan(content["activate"], content["deactivate"], content["epsilon"], shape)
+    soft = (content["strength"], content["only_unmet"]) if content["schema"] == 3 else ()
+    return SteeringPlan(content["activate"], content["deactivate"], content["epsilon"], shape, *soft)

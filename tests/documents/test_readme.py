@@ -58,6 +58,16 @@ def test_the_page_on_many_processes_runs(tmp_path: Path, monkeypatch: pytest.Mon
     [block] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(compile(block, "many-processes.md", "exec"), {})
     assert (tmp_path / "stats.safetensors").exists()
+@pytest.mark.parametrize("page", ["audits.md", "methods-interventions.md"])
+def test_the_pages_on_published_methods_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
 
 
 def test_the_worked_example_in_contributing_runs() -> None:
@@ -122,6 +132,8 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
         "docs/explorer.md",
         "docs/many-processes.md",
         "docs/vllm.md",
+        "docs/audits.md",
+        "docs/methods-interventions.md",
     ],
     ids=str,
 )
