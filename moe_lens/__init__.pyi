@@ -38,8 +38,8 @@ from .evaluation import answer_task as answer_task
 from .evaluation import audit as audit
 from .evaluation import evaluate_steering as evaluate_steering
 from .evaluation import load_task as load_task
-from .evaluation import required_prompts as required_prompts
 from .evaluation import predict_errors as predict_errors
+from .evaluation import required_prompts as required_prompts
 from .evaluation import split_clusters as split_clusters
 from .evaluation import sweep as sweep
 from .interventions import average_routes as average_routes
