@@ -6,7 +6,7 @@ size = sweep(model, scores, development_task, sizes=(2, 4, 8, 16)).best_size()
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
 
@@ -99,7 +99,9 @@ def evaluate_steering(
             clusters=task.clusters,
             unsteered=measure(SteeringPlan()),
             steered={direction: measure(steering) for direction, steering in plans.items()},
-            controls=run_controls(model, plans, measure, n_random, seed),
+            controls=run_controls(
+                model, plans, measure, n_random, seed, None if scores is None else scores.super_experts
+            ),
             bottom=None if bottom is None else measure(bottom),
             limits=_limits(task),
             alpha=alpha,
@@ -125,13 +127,21 @@ def run_controls(
     measure: Callable[[SteeringPlan], Outcome],
     n_random: int,
     seed: int,
+    super_experts: Any = None,
 ) -> dict[str, dict[str, list[Outcome]]]:
     """Kind -> direction -> outcomes of random sets; each of the four lists has draws of its own."""
     lists = [(kind, direction) for kind in (LAYER_MATCHED, ANY_LAYER) for direction in DIRECTIONS]
     controls: dict[str, dict[str, list[Outcome]]] = {LAYER_MATCHED: {}, ANY_LAYER: {}}
     for (kind, direction), list_seed in zip(lists, spawned_seeds(seed, len(lists)), strict=True):
         matched = kind == LAYER_MATCHED
-        sets = random_sets(model, plans[direction], n_random, seed=list_seed, layer_matched=matched)
+        sets = random_sets(
+            model,
+            plans[direction],
+            n_random,
+            seed=list_seed,
+            layer_matched=matched,
+            super_experts=super_experts,
+        )
         controls[kind][direction] = [measure(random) for random in sets]
     return controls
 

@@ -4,5 +4,6 @@ from .controls import bottom_set as bottom_set
 from .controls import random_sets as random_sets
 from .hooks import steer_hooks as steer_hooks
 from .plan import SteeringPlan as SteeringPlan
+from .pruning import pruned as pruned
 from .published import PublishedRanking as PublishedRanking
 from .published import read_published_ranking as read_published_ranking

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import moe_lens
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.self_check import check_router
 from moe_lens.organisms.demo import DemoResult
@@ -43,6 +44,17 @@ def test_the_page_on_prompts_runs() -> None:
     page = (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8")
     [block] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(compile(block, "prompts.md", "exec"), {})
+
+
+def test_the_page_on_methods_runs_and_names_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "methods.md", "exec"), {})
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("|")]
+    named = {match for row in rows for cell in row for match in re.findall(r"`(\w+)\(", cell)}
+    methods = {"from_scores", "SteeringPlan"}
+    assert {"npmi", "search_plan", "route_probe"} <= named
+    assert [name for name in named - methods if not hasattr(moe_lens, name)] == []
 
 
 def test_the_worked_example_in_contributing_runs() -> None:
@@ -104,6 +116,7 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
         "tutorials/README.md",
         "docs/wrappers.md",
         "docs/prompts.md",
+        "docs/methods.md",
     ],
     ids=str,
 )
