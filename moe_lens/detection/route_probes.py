@@ -5,7 +5,7 @@ probe = route_probe(units, labels, groups=topics)
 probe.auroc, probe.bag_auroc, probe.difference
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -85,10 +85,10 @@ class RouteProbe(Result):
 
 def route_probe(
     stats: Units,
-    labels: Sequence[Any],
+    labels: Iterable[Any],
     *,
-    groups: Sequence[Any] | None = None,
-    tokens: Sequence[Any] | None = None,
+    groups: Iterable[Any] | None = None,
+    tokens: Iterable[Any] | None = None,
     layers: Any = None,
     level: float = 0.95,
     n_resamples: int = 1000,

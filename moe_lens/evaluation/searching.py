@@ -53,9 +53,9 @@ def search_plan(
     >>> from moe_lens import organisms, search_plan
     >>> from moe_lens.organisms import document_task
     >>> model, world = organisms.load("planted"), organisms.world("planted")
-    >>> tasks = [document_task(world, split) for split in ("development", "test")]
+    >>> development, test = document_task(world, "development"), document_task(world, "test")
     >>> experts = [(2, expert) for expert in range(3)]
-    >>> found = search_plan(model, *tasks, experts, size=1, n_random=2, progress=False)
+    >>> found = search_plan(model, development, test, experts, size=1, n_random=2, progress=False)
     >>> len(found.plan), found.held_out.low <= found.held_out.value <= found.held_out.high
     (1, True)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from moe_lens.model.registration import moe_shape, routing_layers, running_of
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.routers.layouts import RouterOutput
 from moe_lens.statistics.agreement import RouteAgreement
-from moe_lens.statistics.units import with_interval
+from moe_lens.statistics.units import of_all, with_interval
 from moe_lens.text.batching import Limits, Prompts
 from moe_lens.text.spans import Span, batches_by_length
 
@@ -98,22 +97,23 @@ def route_agreement(
         second = _routes(b, row, theirs[row], other_hooks)
         sums.append(_compared(first, second, rng))
     tables = {name: np.stack([each[name] for each in sums]) for name in sums[0]}
-    settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
+    jaccard, low, high = with_interval(
+        _ratio, [tables["jaccard"], tables["n"]], level=level, n_resamples=n_resamples, seed=seed
+    )
 
-    def mean(of: str, over: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return with_interval(lambda x, n: x / n, [tables[of], tables[over]], **settings)
+    def mean(of: str, over: str) -> Tensor:
+        return of_all(_ratio, [tables[of], tables[over]])
 
-    jaccard, low, high = mean("jaccard", "n")
     return RouteAgreement(
         shapes[0],
         shapes[1].model,
         jaccard,
         low,
         high,
-        mean("chance", "n_chance")[0],
-        mean("n_same", "n")[0],
-        mean("margin_same", "n_same")[0],
-        mean("margin_differ", "n_differ")[0],
+        mean("chance", "n_chance"),
+        mean("n_same", "n"),
+        mean("margin_same", "n_same"),
+        mean("margin_differ", "n_differ"),
         int(tables["n"][:, 0].sum()),
         len(sums),
         level,
@@ -192,6 +192,10 @@ def _compared(first: _Routes, second: _Routes, rng: np.random.Generator) -> dict
         "margin_differ": first.margins.where(~same, 0.0).sum(-1),
     }
     return {name: part.double().numpy() for name, part in parts.items()}
+
+
+def _ratio(sums: np.ndarray, n: np.ndarray) -> np.ndarray:
+    return sums / n
 
 
 def _jaccard(

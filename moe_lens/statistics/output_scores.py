@@ -132,7 +132,8 @@ def saliency(
       "max_norm": the largest ‖f_e(x)‖₂.
 
     g_e is the weight that the model's own rule gives, divided by the sum of the chosen ones or not as the
-    model does. An expert that was never chosen has 0 everywhere, as in the code, and is pruned first.
+    model does (in Llama 4, whose experts read what is weighted already, it is 1, and REAP is "ean"). An
+    expert that was never chosen has 0 everywhere, as in the code, and is pruned first.
 
     Args:
         stats: from `collect_routing(..., outputs=True)` (frequencies need no outputs); or a list, one a
@@ -197,7 +198,7 @@ class SuperExperts(Result):
 
     def among(self, experts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Those of the experts given that are super, in the order given."""
-        return [expert for expert in map(tuple, experts) if expert in self.experts]
+        return [(layer, expert) for layer, expert in experts if (layer, expert) in self.experts]
 
     def __len__(self) -> int:
         return len(self.experts)

@@ -154,13 +154,7 @@ def route_divergence(
         return RouteDivergence(a.shape, mean, None, low, high, None, normalise, True, n_units, level)
     shares = np.stack([(s.probability_sums / s.n_tokens).numpy() for s in (a, b)])
     observed = torch.from_numpy(_finite(measure(shares, _HALVES)))
-    given = (None, None) if clusters is None else tuple(clusters)
-    if len(given) != 2:
-        raise DataError("Collections that are not paired need two lists of cluster labels, one for each.")
-    if clusters is not None and (shared := {str(x) for x in given[0]} & {str(x) for x in given[1]}):
-        raise DataError(
-            f"Cluster {min(shared)!r} is in both collections, which are resampled apart; use paired=True."
-        )
+    given = (None, None) if clusters is None else _two_lists(clusters)
     groups = [_group(stats, labels) for stats, labels in zip((a, b), given, strict=True)]
     if any(group is None or len(group[1]) < 2 for group in groups):
         return RouteDivergence(a.shape, observed, None, None, None, None, normalise, False, (), level)
@@ -186,6 +180,17 @@ def route_divergence(
         found.n_units,
         level,
     )
+
+
+def _two_lists(clusters: Sequence[Any]) -> tuple[list[str], list[str]]:
+    if len(clusters) != 2:
+        raise DataError("Collections that are not paired need two lists of cluster labels, one for each.")
+    one, two = ([str(label) for label in labels] for labels in clusters)
+    if shared := set(one) & set(two):
+        raise DataError(
+            f"Cluster {min(shared)!r} is in both collections, which are resampled apart; use paired=True."
+        )
+    return one, two
 
 
 def _group(stats: RoutingSums, clusters: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray] | None:

@@ -82,7 +82,8 @@ def stable_candidates(
     columns = [rows[score.layer] * scores.shape.n_experts + score.expert for score in ranked]
     drawn = bootstrap_scores(formula, counts, n_resamples, seed)[:, columns]
     frequency = np.zeros(len(columns))
-    for sign, number in ((1, n_activate), (-1, n_deactivate)):
+    wanted: tuple[tuple[int, HowMany], ...] = ((1, n_activate), (-1, n_deactivate))
+    for sign, number in wanted:
         own = np.array([score.delta * sign > 0 for score in ranked], dtype=bool)
         frequency[own] = _selected(sign * drawn, number)[:, own].mean(0)
     kept = [score for score, often in zip(ranked, frequency, strict=True) if often >= share - 1e-12]

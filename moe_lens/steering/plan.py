@@ -146,7 +146,8 @@ class SteeringPlan(Result):
         if q is not None and n_activate is None and n_deactivate is None:
             n_activate = n_deactivate = "all"
         ranked = candidates(scores, q, layers)
-        n_on, n_off = (0 if number is None else number for number in (n_activate, n_deactivate))
+        n_on: HowMany = 0 if n_activate is None else n_activate
+        n_off: HowMany = 0 if n_deactivate is None else n_deactivate
         if stable is not None:
             ranked = stable_candidates(
                 scores, ranked, n_on, n_off, share=stable, n_resamples=n_resamples, seed=seed

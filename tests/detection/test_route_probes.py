@@ -41,7 +41,7 @@ def test_held_out_prompts_are_not_learnt_from() -> None:
     """Other labels of the held-out prompts change nothing; they are separated where training prompts are."""
     rng = np.random.default_rng(2)
     features, labels = rng.normal(size=(40, 100)), np.arange(40) % 2 == 0
-    features[:, 0] += 6 * labels
+    features[:, :30] += 2 * labels[:, None]
     test = np.arange(40) < 10
     scores = held_out_scores(features, labels, test, 0)
     np.testing.assert_array_equal(scores, held_out_scores(features, labels ^ test, test, 0))
@@ -56,7 +56,9 @@ def unit(seed: int, routes_tell: bool, words_tell: bool, positive: bool) -> Rout
     share[0] += 4.0 * (routes_tell and positive)
     words = np.full(20, 1.0)
     words[0] += 9.0 * (words_tell and positive)
-    layer = torch.tensor([rng.choice(6, 2, replace=False, p=share / share.sum()) for _ in range(30)])
+    layer = torch.tensor(
+        np.array([rng.choice(6, 2, replace=False, p=share / share.sum()) for _ in range(30)])
+    )
     return stats_of([layer], torch.tensor(rng.choice(20, 30, p=words / words.sum())), 6)
 
 

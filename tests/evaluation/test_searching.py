@@ -61,9 +61,11 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[SteeringTask, 
 
 
 def search(tasks: Any, **settings: Any) -> PlanSearch:
+    development, held_out = tasks
     return search_plan(
         organisms.load("null"),
-        *tasks,
+        development,
+        held_out,
         settings.pop("candidates", EXPERTS),
         progress=False,
         n_random=9,
@@ -142,10 +144,10 @@ def test_sets_that_do_not_fit_are_passed_over(known: Any) -> None:
 
 def test_a_planted_model_gives_up_its_experts_on_held_out_prompts_too() -> None:
     model, world = organisms.load("planted"), organisms.world("planted")
-    tasks = [document_task(world, split) for split in ("development", "test")]
-    candidates = [(2, e) for e in range(4)]
-    found = search_plan(model, *tasks, candidates, size=2, toward="lower", n_random=3, progress=False)
-    before, after = (measure_outcome(model, tasks[1], p) for p in (SteeringPlan(), found.plan))
+    development, held_out = (document_task(world, split) for split in ("development", "test"))
+    candidates = [(2, e) for e in range(3)]
+    found = search_plan(model, development, held_out, candidates, size=2, n_random=3, progress=False)
+    before, after = (measure_outcome(model, held_out, p) for p in (SteeringPlan(), found.plan))
     assert found.held_out.value == pytest.approx(after.rate - before.rate)
     assert found.held_out.low <= found.held_out.value <= found.held_out.high
     assert found.unsteered[1] == before.rate

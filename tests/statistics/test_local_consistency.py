@@ -1,6 +1,6 @@
 """Segments and caches against plain loops written from the descriptions."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -152,7 +152,7 @@ def test_a_padded_record_is_its_prompts_one_by_one() -> None:
         (lambda r: segment_consistency(r, 1, mask=[[0] * 6]), "selects no token"),
         (lambda r: segment_consistency([r, r], 1, mask=[[1] * 6]), "one by one"),
         (lambda r: cache_hits(r, 1), "size must be a whole number from 2 to 6"),
-        (lambda r: cache_hits(r, 3, "fifo"), "policy must be one of lru, lfu, segment|parameter"),
+        (lambda r: cache_hits(r, 3, cast(Any, "fifo")), "policy must be one of lru, lfu, segment|parameter"),
         (lambda r: cache_hits(r, 3, "segment"), "needs and no other"),
         (lambda r: cache_hits(r, 3, m=2), "needs and no other"),
         (lambda r: cache_hits(r, 3, "segment", m=7), "No prompt has 7 tokens"),

@@ -39,10 +39,10 @@ def scores() -> ExpertScores:
 def test_layers_are_chosen_by_name(scores: ExpertScores) -> None:
     bare = replace(scores, stats_1=scores.stats_1.without("outputs"))
     for name, wanted in (("early", {0}), ("middle", {1, 2}), ("late", {3}), ([0, 3], {0, 3})):
-        plan = SteeringPlan.from_scores(bare, n_deactivate=3, layers=name)
+        plan = SteeringPlan.from_scores(bare, n_deactivate=2, layers=name)
         assert {layer for layer, _ in plan.deactivate} <= wanted
         ranked = [(s.layer, s.expert) for s in scores.ranked() if s.delta < 0 and s.layer in wanted]
-        assert list(plan.deactivate) == ranked[:3]
+        assert list(plan.deactivate) == ranked[:2]
     with pytest.raises(PlanError, match="Layers have the names early, middle, late; got 'top'"):
         SteeringPlan.from_scores(bare, n_deactivate=1, layers="top")
     with pytest.raises(PlanError, match="layers 'early'; ask for at most that many"):
