@@ -103,14 +103,19 @@ def chosen_layers(layers: Any, among: Sequence[int]) -> list[int]:
 
     >>> chosen_layers(slice(2, None), [1, 2, 5]), chosen_layers([5, 1], [1, 2, 5])
     ([2, 5], [5, 1])
+    >>> [chosen_layers(name, range(8)) for name in ("early", "middle", "late")]
+    [[0, 1], [2, 3, 4, 5], [6, 7]]
 
     Args:
-        layers: a number, several (a list, range, tensor or array), or a slice of numbers.
+        layers: a number, several (a list, range, tensor or array), or a slice of numbers. Or a third of them
+            by name: "early" and "late", ⌊n / 3⌋ of n layers each, and "middle", the others between them.
         among: those that can be named.
 
     Raises:
         DataError: none, one named twice, or one that is not there.
     """
+    if isinstance(layers, str):
+        return _third(layers, among)
     if isinstance(layers, slice):
         wanted = range(*layers.indices(max(among) + 1))
         layers = [layer for layer in wanted if layer in among]
@@ -119,6 +124,22 @@ def chosen_layers(layers: Any, among: Sequence[int]) -> list[int]:
     if not found or len(set(known)) < len(found):
         raise DataError(f"layers must name some of the layers {list(among)}, each once; got {short(layers)}.")
     return known
+
+
+def _third(name: str, among: Sequence[int]) -> list[int]:
+    """The layers of this part of the model, ascending."""
+    ordered = sorted(among)
+    third = len(ordered) // 3
+    parts = {
+        "early": ordered[:third],
+        "middle": ordered[third : len(ordered) - third],
+        "late": ordered[len(ordered) - third :] if third else [],
+    }
+    if name not in parts:
+        raise DataError(f"Layers have the names {', '.join(parts)}; got {name!r}.")
+    if not parts[name]:
+        raise DataError(f"{len(ordered)} layers have no third to be called {name!r}; name them by number.")
+    return parts[name]
 
 
 def chosen_positions(positions: Any, n_pos: int) -> list[int]:

@@ -1,5 +1,7 @@
 from .direct_paths import DirectPath as DirectPath
 from .direct_paths import direct_path as direct_path
+from .expert_effects import ExpertEffects as ExpertEffects
+from .expert_effects import effects_by_expert as effects_by_expert
 from .gradients import gradient_attribution as gradient_attribution
 from .logits import expert_logit_attribution as expert_logit_attribution
 from .logits import expert_logit_lens as expert_logit_lens

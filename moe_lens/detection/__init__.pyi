@@ -3,6 +3,8 @@ from .detecting import compare_routing as compare_routing
 from .detecting import detect as detect
 from .detecting import selection_stability as selection_stability
 from .detecting import template_agreement as template_agreement
+from .drivers import DriverExperts as DriverExperts
+from .drivers import driver_experts as driver_experts
 from .expert_scores import Evidence as Evidence
 from .expert_scores import ExpertScore as ExpertScore
 from .expert_scores import ExpertScores as ExpertScores
@@ -17,6 +19,8 @@ from .paired_statistics import sign_flip_p as sign_flip_p
 from .power import AssumedRouting as AssumedRouting
 from .power import RequiredPairs as RequiredPairs
 from .power import required_pairs as required_pairs
+from .route_probes import RouteProbe as RouteProbe
+from .route_probes import route_probe as route_probe
 from .scores import SCORES as SCORES
 from .scores import Score as Score
 from .token_alignment import TokenAlignment as TokenAlignment

@@ -59,6 +59,7 @@ def detect(
     seed: int = 0,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
+    outputs: bool = False,
     progress: bool = True,
 ) -> ExpertScores:
     """Score every expert on contrastive pairs, with an interval, a p-value and a q-value each.
@@ -89,6 +90,7 @@ def detect(
         seed: of both; the same seed gives the same numbers.
         batch_size: prompts per forward pass, at most; see `collect_routing`.
         batch_tokens: tokens per forward pass, at most.
+        outputs: also sum up how large the experts' outputs are, for `scores.super_experts`.
         progress: show a progress bar.
 
     Warns before the model runs if the clusters are too few for any expert to be significant by itself, and if
@@ -111,6 +113,7 @@ def detect(
             per_prompt=True,
             batch_size=batch_size,
             batch_tokens=batch_tokens,
+            outputs=outputs,
             progress=progress,
         )
 

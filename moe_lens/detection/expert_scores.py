@@ -21,6 +21,7 @@ from moe_lens.errors import DataError
 from moe_lens.files import FileKind
 from moe_lens.results import Result
 from moe_lens.shape import MoEShape
+from moe_lens.statistics.output_scores import SuperExperts, super_experts
 from moe_lens.statistics.routing_stats import RoutingStats
 
 if TYPE_CHECKING:
@@ -181,6 +182,13 @@ class ExpertScores(Result):
     def q(self) -> Float[Tensor, "layer expert"] | None:
         """Benjamini–Hochberg q-values over all experts; None without evidence."""
         return self.evidence.q if self.evidence else None
+
+    @property
+    def super_experts(self) -> SuperExperts | None:
+        """Of the routing under both conditions; None where it was not collected with outputs=True."""
+        if self.stats_1.outputs is None or self.stats_2.outputs is None:
+            return None
+        return super_experts([self.stats_1, self.stats_2])
 
     def ranked(self) -> list[ExpertScore]:
         """All experts by |delta|, largest first; ties in the order of layer and expert."""

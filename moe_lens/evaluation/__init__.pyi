@@ -24,9 +24,13 @@ from .outcomes import Outcome as Outcome
 from .outcomes import cluster_weights as cluster_weights
 from .outcomes import clustered_interval as clustered_interval
 from .outcomes import gap_p_value as gap_p_value
+from .plan_search import Change as Change
+from .plan_search import PlanSearch as PlanSearch
+from .plan_search import Step as Step
 from .plan_sizes import SweepPoint as SweepPoint
 from .plan_sizes import SweepResult as SweepResult
 from .report import SteeringReport as SteeringReport
+from .searching import search_plan as search_plan
 from .tasks import CLOSED_BOOK as CLOSED_BOOK
 from .tasks import LOSS as LOSS
 from .tasks import CollateralMeasure as CollateralMeasure

@@ -8,7 +8,7 @@ size = sweep(model, scores, development_task, sizes=(2, 4, 8, 16)).best_size()
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
 
@@ -130,7 +130,7 @@ def evaluated_by(
     bottom = None if scores is None else bottom_set(scores, plan, model)
     task = task.on(model)
     random: list[SteeringPlan] = []
-    kinds = _controls(model, plans, n_random, seed)
+    kinds = _controls(model, plans, n_random, seed, None if scores is None else scores.super_experts)
     for _, _, sets in kinds:
         random += sets
     conditions = [SteeringPlan(), *plans.values(), *([] if bottom is None else [bottom]), *random]
@@ -170,21 +170,29 @@ def run_controls(
     measure: Callable[[SteeringPlan], Outcome],
     n_random: int,
     seed: int,
+    super_experts: Any = None,
 ) -> dict[str, dict[str, list[Outcome]]]:
     """Kind -> direction -> outcomes of random sets; each of the four lists has draws of its own."""
-    kinds = _controls(model, plans, n_random, seed)
+    kinds = _controls(model, plans, n_random, seed, super_experts)
     return _by_kind((kind, direction, [measure(set_) for set_ in sets]) for kind, direction, sets in kinds)
 
 
 def _controls(
-    model: Model, plans: dict[str, SteeringPlan], n_random: int, seed: int
+    model: Model, plans: dict[str, SteeringPlan], n_random: int, seed: int, super_experts: Any
 ) -> list[tuple[str, str, list[SteeringPlan]]]:
     """(kind, direction, random sets)."""
     lists = [(kind, direction) for kind in (LAYER_MATCHED, ANY_LAYER) for direction in DIRECTIONS]
     found = []
     for (kind, direction), list_seed in zip(lists, spawned_seeds(seed, len(lists)), strict=True):
         matched = kind == LAYER_MATCHED
-        sets = random_sets(model, plans[direction], n_random, seed=list_seed, layer_matched=matched)
+        sets = random_sets(
+            model,
+            plans[direction],
+            n_random,
+            seed=list_seed,
+            layer_matched=matched,
+            super_experts=super_experts,
+        )
         found.append((kind, direction, sets))
     return found
 

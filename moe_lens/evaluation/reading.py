@@ -4,7 +4,7 @@
     values = next_tokens(model, asked, n_prompts, hooks, limits, log_probs)    # [read candidate] of each
     after = Continuations.of(prompts, [[[8, 9], [5]], ...])           # two of each prompt, by their tokens
     values = after.values(model, hooks, limits, log_probs)            # [read] of each of each
-    reading = Reading(model, asked, n_prompts, limits, log_probs, finish)      # all of it, a measure of a task
+    reading = Reading(model, asked, n_prompts, limits, log_probs, finish)   # all of it, a measure of a task
 
 Measures (measures.py) and tasks ask; how they are batched and which logits are computed is decided here.
 """

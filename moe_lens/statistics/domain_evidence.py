@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Num
 from torch import Tensor
 
 from moe_lens.checks import share, whole_number
@@ -88,6 +88,7 @@ def domain_evidence(
     n_resamples: int = 1000,
     n_permutations: int = 1000,
     seed: int = 0,
+    normalise: bool = False,
 ) -> DomainEvidence:
     """Bootstrap and permutation of whole units; `domain_specialisation` says what is computed.
 
@@ -102,6 +103,7 @@ def domain_evidence(
         groups: of each, how often every unit chose each expert, and how many choices (tokens × k) it made;
             two units or more, each with some.
         weights: of the groups in the mixture; they sum to 1.
+        normalise: all but p and q are of the divergence divided by the groups' mean entropy.
 
     Raises:
         DataError: bad settings.
@@ -121,12 +123,12 @@ def domain_evidence(
     drawn = _bootstrap(sizes, draws, np.random.default_rng([seed, 0]))
     labels = _labellings(sizes, permutations, np.random.default_rng([seed, 1]))
     t = float(stats.t.ppf((1 + level) / 2, min(sizes) - 1))
-    columns = []
+    columns, measure = [], normalised_divergence if normalise else divergence_of
     for layer in range(len(shape.layers)):
         of_layer = [(counts[:, layer], choices) for counts, choices in groups]
         p = _permutation_p(of_layer, weights, labels)
-        observed = _divergence(np.stack([c.sum(0, keepdims=True) / n.sum() for c, n in of_layer]), weights)[0]
-        resampled = _divergence(
+        observed = measure(np.stack([c.sum(0, keepdims=True) / n.sum() for c, n in of_layer]), weights)[0]
+        resampled = measure(
             np.stack([w @ c / (w @ n)[:, None] for w, (c, n) in zip(drawn, of_layer, strict=True)]), weights
         )
         corrected = 2 * observed - resampled.mean()
@@ -141,7 +143,7 @@ def domain_evidence(
 
 
 def clustered(
-    counts: Integer[np.ndarray, "prompt layer expert"],
+    counts: Num[np.ndarray, "prompt layer expert"],
     choices: Integer[np.ndarray, "prompt"],
     clusters: Sequence[str],
 ) -> Group:
@@ -195,7 +197,7 @@ def _permutation_p(
         shares.append(rate)
         variances.append(n / (n - 1) * spread / total**2)
     chance = _chance(np.stack(shares), np.stack(variances), weights)
-    divergence = _divergence(np.stack(shares), weights)
+    divergence = divergence_of(np.stack(shares), weights)
     none = divergence <= _ROUNDING
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = np.where(none, 0.0, divergence / chance)
@@ -212,7 +214,16 @@ def _chance(
     return 0.5 * (inverse * np.einsum("g,gre->re", weights * (1 - weights), variances)).sum(-1)
 
 
-def _divergence(shares: Shares, weights: Float[np.ndarray, "group"]) -> Float[np.ndarray, "row"]:
+def normalised_divergence(shares: Shares, weights: Float[np.ndarray, "group"]) -> Float[np.ndarray, "row"]:
+    """The divergence of each row, divided by the groups' mean entropy; NaN where that is 0."""
+    from scipy.special import entr
+
+    within = np.einsum("g,gr->r", weights, entr(shares).sum(-1))
+    divergence = divergence_of(shares, weights)
+    return np.divide(divergence, within, out=np.full_like(within, np.nan), where=within > 0)
+
+
+def divergence_of(shares: Shares, weights: Float[np.ndarray, "group"]) -> Float[np.ndarray, "row"]:
     """Generalised Jensen–Shannon divergence of each row, nats."""
     from scipy.special import entr
 

@@ -8,6 +8,7 @@ from .objectives import Objective as Objective
 from .objectives import answer_objective as answer_objective
 from .objectives import text_objective as text_objective
 from .plan import SteeringPlan as SteeringPlan
+from .pruning import pruned as pruned
 from .published import PublishedRanking as PublishedRanking
 from .published import read_published_ranking as read_published_ranking
 from .router_bias import LearningStep as LearningStep

@@ -9,17 +9,25 @@ Random sets are not inert: a single one can move a behaviour as far as a plan do
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moe_lens.checks import whole_number
 from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import PlanError
 from moe_lens.resampling import spawned_seeds
+from moe_lens.steering.candidates import warn_of_super_experts
 from moe_lens.steering.choosing import Expert, SteerableModel
 from moe_lens.steering.plan import SteeringPlan
 
 
 def random_sets(
-    model: SteerableModel, plan: SteeringPlan, n: int, *, seed: int = 0, layer_matched: bool = False
+    model: SteerableModel,
+    plan: SteeringPlan,
+    n: int,
+    *,
+    seed: int = 0,
+    layer_matched: bool = False,
+    super_experts: Any = None,
 ) -> list[SteeringPlan]:
     """`n` random plans of the size of `plan`, all of which the model's routers accept.
 
@@ -29,13 +37,20 @@ def random_sets(
         n: how many sets; may be 0.
         seed: the same seed gives the same sets, and a larger `n` only adds to them.
         layer_matched: as many experts in each layer as the plan has; otherwise any MoE layer may be drawn.
+        super_experts: from `moe_lens.super_experts`, or `scores.super_experts`; a warning tells how many of
+            the sets deactivate one. They stay: a control without them would be no random set.
 
     Raises:
         DataError: n or seed is not a number from 0 on.
         PlanError: the model has no room for such sets.
     """
     seeds = spawned_seeds(whole_number(seed, "seed"), whole_number(n, "n"))
-    return [plan.random_like(seed=number, layer_matched=layer_matched, model=model) for number in seeds]
+    sets = [plan.random_like(seed=number, layer_matched=layer_matched, model=model) for number in seeds]
+    if super_experts is not None:
+        hit = [off for set_ in sets if (off := super_experts.among(set_.deactivate))]
+        off = list(dict.fromkeys(expert for experts in hit for expert in experts))
+        warn_of_super_experts(off, super_experts, f"A random set ({len(hit)} of {n})")
+    return sets
 
 
 def bottom_set(scores: ExpertScores, plan: SteeringPlan, model: SteerableModel | None = None) -> SteeringPlan:

@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat
 
 from moe_lens.checks import as_index
-from moe_lens.detection.expert_scores import ExpertScore, ExpertScores
+from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError, PlanError
 from moe_lens.files import FileKind, digest_of
 from moe_lens.results import Result
 from moe_lens.shape import MoEShape, shape_from_json
+from moe_lens.steering.candidates import (
+    at_most,
+    candidates,
+    stable_candidates,
+    warn_of_super_experts,
+)
 from moe_lens.steering.choosing import (
     Expert,
     HowMany,
@@ -110,6 +116,10 @@ class SteeringPlan(Result):
         n_deactivate: HowMany | None = None,
         *,
         q: float | None = None,
+        layers: Any = None,
+        stable: float | None = None,
+        n_resamples: int = 1000,
+        seed: int = 0,
         epsilon: float = 0.01,
         on_excess: OnExcess = "raise",
         strength: float | None = None,
@@ -132,6 +142,13 @@ class SteeringPlan(Result):
             n_deactivate: the same for negative scores (at most E − k deactivated in a layer).
             q: take significant experts only, those with a q-value up to this; needs scores from `detect`.
                 With neither number given, "all" of both signs.
+            layers: choose among these only: numbers, a slice, or "early", "middle" or "late" (the first and
+                the last third of the MoE layers, and those between).
+            stable: keep only experts that at least this share of bootstrap resamples of the prompts selects,
+                too (above 0, at most 1); then the plan may name fewer experts than asked for. Needs scores
+                from `detect` or `compare_routing`.
+            n_resamples: of `stable`.
+            seed: of `stable`; the same seed gives the same plan.
             epsilon: of the plan.
             on_excess: what to do with more than k activated or more than E − k deactivated experts in one
                 layer. "raise", or "drop" those of lower rank with a warning, as the paper's code does (which
@@ -140,20 +157,33 @@ class SteeringPlan(Result):
 
         Raises:
             PlanError: a negative number, more experts asked for than have the sign (and the significance), an
-                excess, or scores without q-values where `q` is given.
+                excess, scores without q-values where `q` is given, or no stable expert.
+
+        Warns if the scores know how large the experts' outputs are (`detect(..., outputs=True)`) and the plan
+        deactivates `super_experts`.
         """
         if not isinstance(scores, ExpertScores):
             raise PlanError(f"from_scores needs ExpertScores; got {type(scores).__name__}.")
         if q is not None and n_activate is None and n_deactivate is None:
             n_activate = n_deactivate = "all"
+        ranked = candidates(scores, q, layers)
+        n_on: HowMany = 0 if n_activate is None else n_activate
+        n_off: HowMany = 0 if n_deactivate is None else n_deactivate
+        if stable is not None:
+            ranked = stable_candidates(
+                scores, ranked, n_on, n_off, share=stable, n_resamples=n_resamples, seed=seed
+            )
+            n_on, n_off = at_most(n_on, ranked, 1), at_most(n_off, ranked, -1)
+        where = "" if layers is None else f" in the layers {layers!r}"
         activate, deactivate = select(
-            _significant(scores, q),
-            0 if n_activate is None else n_activate,
-            0 if n_deactivate is None else n_deactivate,
+            ranked,
+            n_on,
+            n_off,
             scores.shape,
             on_excess=on_excess,
-            condition="" if q is None else f" and a q-value up to {q:g}",
+            condition=where if q is None else f" and a q-value up to {q:g}{where}",
         )
+        warn_of_super_experts(deactivate, scores.super_experts)
         return cls(activate, deactivate, epsilon, scores.shape, strength, only_unmet)
 
     def random_like(
@@ -382,19 +412,6 @@ def checked_only_unmet(only_unmet: Any, strength: Any) -> bool:
             "wherever they are. Give a strength."
         )
     return only_unmet
-
-
-def _significant(scores: ExpertScores, q: float | None) -> list[ExpertScore]:
-    """All experts, ranked; with `q` those with a q-value up to it."""
-    ranked = scores.ranked()
-    if q is None:
-        return ranked
-    if isinstance(q, bool) or not isinstance(q, Real) or not 0 < q <= 1:
-        raise PlanError(f"q must be a number above 0, at most 1; got {q!r}.")
-    if scores.q is None:
-        raise PlanError("These scores carry no q-values to choose by; use scores from detect(...), or no q.")
-    rows = {layer: row for row, layer in enumerate(scores.shape.layers)}
-    return [score for score in ranked if float(scores.q[rows[score.layer], score.expert]) <= q]
 
 
 def plan_from_json(content: Any) -> SteeringPlan:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import moe_lens
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.self_check import check_router
 from moe_lens.organisms.demo import DemoResult
@@ -52,12 +53,16 @@ def test_the_page_on_the_explorer_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         exec(compile(block, "explorer.md", "exec"), names)
     assert (tmp_path / "page.html").stat().st_size > 50_000
+
+
 def test_the_page_on_many_processes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "many-processes.md").read_text(encoding="utf-8")
     [block] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(compile(block, "many-processes.md", "exec"), {})
     assert (tmp_path / "stats.safetensors").exists()
+
+
 @pytest.mark.parametrize("page", ["audits.md", "methods-interventions.md"])
 def test_the_pages_on_published_methods_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,6 +73,17 @@ def test_the_pages_on_published_methods_run(
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def test_the_page_on_methods_runs_and_names_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "methods.md", "exec"), {})
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("|")]
+    named = {match for row in rows for cell in row for match in re.findall(r"`(\w+)\(", cell)}
+    methods = {"from_scores", "SteeringPlan"}
+    assert {"npmi", "search_plan", "route_probe"} <= named
+    assert [name for name in named - methods if not hasattr(moe_lens, name)] == []
 
 
 def test_the_worked_example_in_contributing_runs() -> None:
@@ -134,6 +150,7 @@ def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
         "docs/vllm.md",
         "docs/audits.md",
         "docs/methods-interventions.md",
+        "docs/methods.md",
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lens.checks import short, whole_number
+from moe_lens.checks import chosen_layers, short, whole_number
 from moe_lens.errors import DataError, PlanError
 
 
@@ -57,3 +57,20 @@ def test_a_long_value_is_cut() -> None:
     assert len(str(error.value)) < 140
     assert short("x" * 1000).endswith("...")
     assert short([1, 2]) == "[1, 2]"
+
+
+@pytest.mark.parametrize("n_layers", range(1, 14))
+def test_thirds_by_name_are_all_layers_once_in_order(n_layers: int) -> None:
+    among = list(range(1, 2 * n_layers, 2))
+    parts: list[list[int]] = []
+    for name in ("early", "middle", "late"):
+        if n_layers < 3 and name != "middle":
+            with pytest.raises(DataError, match=f"no third to be called '{name}'"):
+                chosen_layers(name, among)
+        else:
+            parts.append(chosen_layers(name, among))
+    assert [layer for part in parts for layer in part] == among
+    if n_layers >= 3:
+        assert len(parts[0]) == len(parts[2]) == n_layers // 3
+    with pytest.raises(DataError, match="Layers have the names early, middle, late; got 'lat'"):
+        chosen_layers("lat", among)
