@@ -1,0 +1,88 @@
+"""Parts of pages that the code itself says: a page holds `<!-- generated: NAME ... -->` in their place."""
+
+import argparse
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import moe_lens
+from moe_lens.cli.parser import _parser
+
+_MARK = re.compile(r"<!-- generated: ([\w. ]+) -->")
+
+
+def room(name: str) -> str:
+    """Everything public of one room, each with its docstring."""
+    names = importlib.import_module(f"moe_lens.{name}").__all__
+    public = [each for each in names if not inspect.ismodule(getattr(importlib.import_module(f"moe_lens.{name}"), each))]
+    return "\n\n".join(f"::: moe_lens.{name}.{each}" for each in public)
+
+
+def module(name: str) -> str:
+    """What a file of the ground defines, each with its docstring."""
+    path = f"moe_lens.{name}"
+    public = [key for key, thing in vars(importlib.import_module(path)).items() if getattr(thing, "__module__", "") == path]
+    return "\n\n".join(f"::: {path}.{each}" for each in public if not each.startswith("_") and each != "warn")
+
+
+def text(name: str) -> str:
+    """The docstring of a file that is no page by itself, as it is written: what it measured of what it computes."""
+    lines = (inspect.getdoc(importlib.import_module(f"moe_lens.{name}")) or "").split("\n")
+    return "\n".join(lines[2:])
+
+
+def names() -> str:
+    """The names that `import moe_lens` gives, by room."""
+    rows = ["| name | room | what it is |", "|---|---|---|"]
+    for name in moe_lens.__all__:
+        thing = getattr(moe_lens, name)
+        if inspect.ismodule(thing):
+            continue
+        home = thing.__module__.split(".")[1]
+        first = re.split(r"(?<=[.?])\s", " ".join((inspect.getdoc(thing) or "").split()))[0]
+        page = f"{home}.md" if home not in ("errors", "shape") else "ground.md"
+        anchor = f"moe_lens.{home}.{name}"
+        rows.append(f"| [`{name}`]({page}#{anchor}) | `{home}` | {first.replace('|', '&#124;')} |")
+    return "\n".join(rows)
+
+
+def command_line() -> str:
+    """The help of `moe-lens` and of each of its commands."""
+    parser = _parser()
+    [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    parts = [_help(parser)]
+    for name, command in commands.choices.items():
+        parts.append(f"## moe-lens {name}\n\n{_help(command)}")
+    return "\n\n".join(parts)
+
+
+def _help(parser: argparse.ArgumentParser) -> str:
+    parser.formatter_class = _width(parser.formatter_class)
+    return f"```text\n{parser.format_help()}```"
+
+
+def _width(formatter: Any) -> Any:
+    return lambda prog: formatter(prog, width=100, max_help_position=28)
+
+
+GENERATED: dict[str, Callable[..., str]] = {
+    "room": room,
+    "module": module,
+    "text": text,
+    "names": names,
+    "command line": command_line,
+}
+
+
+def with_generated(markdown: str) -> str:
+    """The page with its marks replaced. Raises KeyError for a mark that nothing here writes."""
+
+    def written(match: re.Match[str]) -> str:
+        if match[1] in GENERATED:
+            return GENERATED[match[1]]()
+        kind, _, argument = match[1].partition(" ")
+        return GENERATED[kind](argument)
+
+    return _MARK.sub(written, markdown)
