@@ -1,4 +1,4 @@
-"""Examples in docstrings as code: griffe takes a docstring for Markdown, in which `>>>` would be three quotations.
+"""Examples in docstrings as code: to griffe a docstring is Markdown, in which `>>>` is three quotations.
 
 Docstrings stay as people and doctest read them; this rewrites griffe's copy of them only.
 """

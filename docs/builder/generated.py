@@ -10,25 +10,29 @@ from typing import Any
 import moe_lens
 from moe_lens.cli.parser import _parser
 
+_PRIVATE = {"warn", "unknown"}  # helpers without an underscore
 _MARK = re.compile(r"<!-- generated: ([\w. ]+) -->")
 
 
 def room(name: str) -> str:
     """Everything public of one room, each with its docstring."""
-    names = importlib.import_module(f"moe_lens.{name}").__all__
-    public = [each for each in names if not inspect.ismodule(getattr(importlib.import_module(f"moe_lens.{name}"), each))]
+    face = importlib.import_module(f"moe_lens.{name}")
+    public = [each for each in face.__all__ if not inspect.ismodule(getattr(face, each))]
     return "\n\n".join(f"::: moe_lens.{name}.{each}" for each in public)
 
 
 def module(name: str) -> str:
     """What a file of the ground defines, each with its docstring."""
     path = f"moe_lens.{name}"
-    public = [key for key, thing in vars(importlib.import_module(path)).items() if getattr(thing, "__module__", "") == path]
-    return "\n\n".join(f"::: {path}.{each}" for each in public if not each.startswith("_") and each != "warn")
+    things = vars(importlib.import_module(path)).items()
+    public = [
+        key for key, thing in things if getattr(thing, "__module__", "") == path and key not in _PRIVATE
+    ]
+    return "\n\n".join(f"::: {path}.{each}" for each in public if not each.startswith("_"))
 
 
 def text(name: str) -> str:
-    """The docstring of a file that is no page by itself, as it is written: what it measured of what it computes."""
+    """What the docstring of a file says after its first lines: how well what it computes was measured to hold."""
     lines = (inspect.getdoc(importlib.import_module(f"moe_lens.{name}")) or "").split("\n")
     return "\n".join(lines[2:])
 
@@ -42,7 +46,7 @@ def names() -> str:
             continue
         home = thing.__module__.split(".")[1]
         first = re.split(r"(?<=[.?])\s", " ".join((inspect.getdoc(thing) or "").split()))[0]
-        page = f"{home}.md" if home not in ("errors", "shape") else "ground.md"
+        page = "ground.md" if home == "shape" else f"{home}.md"
         anchor = f"moe_lens.{home}.{name}"
         rows.append(f"| [`{name}`]({page}#{anchor}) | `{home}` | {first.replace('|', '&#124;')} |")
     return "\n".join(rows)

@@ -1,8 +1,9 @@
 """What mkdocs calls while it builds the site (mkdocs.yml names this file).
 
-Some pages stand elsewhere in the repository: notebooks, CONTRIBUTING.md, the changelog, model cards. Links are written
-as they work in the repository; here they are turned to where the pages stand in the site, and one that leads to no
-page is a warning, which `--strict` makes an error. `<!-- generated: ... -->` is replaced by what generated.py writes.
+Some pages stand elsewhere in the repository: notebooks, CONTRIBUTING.md, the changelog, model cards. Links are
+written as they work in the repository; here they are turned to where the pages stand in the site, and one that
+leads to no page is a warning, which `--strict` makes an error. `<!-- generated: ... -->` is replaced by what
+generated.py writes.
 """
 
 import logging
@@ -11,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from generated import GENERATED, with_generated
+from formulas import with_formulas
+from generated import with_generated
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
@@ -62,7 +64,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Turn the links of notebooks, which mkdocs does not read."""
+    """Turn the links of notebooks, which mkdocs does not read, and set their formulas."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
 
@@ -70,7 +72,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
         file = files.get_file_from_path(target)
         return file.url_relative_to(page.file) if file else target
 
-    return _turned(html, _HREF, page.file.src_uri, files, turned)
+    return _turned(with_formulas(html), _HREF, page.file.src_uri, files, turned)
 
 
 def _turned(text: str, link: re.Pattern[str], here: str, files: Files, turned: Any) -> str:
@@ -88,6 +90,3 @@ def _turned(text: str, link: re.Pattern[str], here: str, files: Files, turned: A
         return f"{before}{turned(page)}{mark}{anchor}{after}"
 
     return link.sub(replaced, text)
-
-
-__all__ = ["GENERATED", "on_files", "on_page_content", "on_page_markdown"]

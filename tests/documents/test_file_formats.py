@@ -42,7 +42,8 @@ SECTIONS = dict(re.findall(r"^## (.+)\n\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE |
 CONFLICTS = organisms.world("specialised").conflicts("test")[:12]
 OPEN, CLOSED = [c.open_book for c in CONFLICTS], [c.closed_book for c in CONFLICTS]
 TYPES: dict[str, Any] = {
-    "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None), "object": dict,
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None),
+    "object": dict,
 }  # fmt: skip
 NUMBERED = {"layer": 4, "expert": 8, "gap": 3, "k": 2}
 """Sizes of the specialised organism; other dimensions must only agree with each other."""
@@ -54,7 +55,9 @@ def rows(section: str, first: str) -> list[Row]:
     """The rows of all tables of a section whose first column has this name."""
     found: list[Row] = []
     for table in re.findall(r"(?:^\|.*\n)+", SECTIONS[section] + "\n", re.MULTILINE):
-        header, _, *lines = (tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines())
+        header, _, *lines = (
+            tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines()
+        )
         if header[0] == first:
             found += lines
     return [(row[0].strip("`"), *row[1:]) for row in found]
@@ -84,17 +87,23 @@ def check_type(value: Any, said: str) -> None:
     for words in said.split(" or "):
         if words.startswith("list of "):
             inner = words.removeprefix("list of ").rstrip("s")
-            if isinstance(value, list) and all(isinstance(each, {**TYPES, "list": list}[inner]) for each in value):
+            if isinstance(value, list) and all(
+                isinstance(each, {**TYPES, "list": list}[inner]) for each in value
+            ):
                 return
         elif isinstance(value, TYPES[words]) and (words == "boolean" or not isinstance(value, bool)):
             return
     raise AssertionError(f"{value!r} is no {said}")
 
 
-def check_fields(content: dict[str, Any], section: str, first: str = "field", missing: tuple[str, ...] = ()) -> None:
+def check_fields(
+    content: dict[str, Any], section: str, first: str = "field", missing: tuple[str, ...] = ()
+) -> None:
     """The content's fields are those of the section's table, with values of the types that it says."""
     said = {row[0]: row[1] for row in rows(section, first)}
-    assert set(content) - {"kind", "schema", "digest"} == {name for name in said if "." not in name} - {*missing}
+    assert set(content) - {"kind", "schema", "digest"} == {name for name in said if "." not in name} - {
+        *missing
+    }
     for name, words in said.items():
         value: Any = content
         for part in name.split("."):
@@ -136,7 +145,11 @@ def test_a_section_names_the_kind_and_every_schema_that_is_read(kind: FileKind, 
     text = " ".join(SECTIONS[section].split())
     assert f"`{kind.name}`, schema {kind.schema}" in text
     if len(kind.reads) > 1:
-        words = f"{kind.reads[0]} to {kind.reads[-1]}" if len(kind.reads) > 2 else " and ".join(map(str, kind.reads))
+        words = (
+            f"{kind.reads[0]} to {kind.reads[-1]}"
+            if len(kind.reads) > 2
+            else " and ".join(map(str, kind.reads))
+        )
         assert f"; {words} are read." in text
 
 
@@ -229,7 +242,9 @@ def test_a_plan_and_a_report_and_a_sweep_hold_what_the_page_says(tmp_path: Path)
         clusters=[c.entity for c in CONFLICTS],
         neutral_texts=["the capital"],
     )
-    evaluated = evaluate_steering(model(), plan, task, reverse=reverse, scores=scores, n_random=2, progress=False)
+    evaluated = evaluate_steering(
+        model(), plan, task, reverse=reverse, scores=scores, n_random=2, progress=False
+    )
     evaluated.save(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     check_head(content, "Steering report")

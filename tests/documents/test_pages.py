@@ -1,4 +1,4 @@
-"""Every Python block of every page runs, every link leads somewhere, and tables are what they say they are of."""
+"""Every Python block of every page runs, every link leads somewhere, and tables hold what they say."""
 
 import re
 import runpy
@@ -145,7 +145,9 @@ def test_the_readme_gives_the_verdicts_of_that_table() -> None:
     said = {
         name.strip(): verdict
         for names, verdict in re.findall(
-            r"^\| ([\w, -]+) \| [^|]+ \| (exceeds controls|not beyond controls) \|$", page("README.md"), re.MULTILINE
+            r"^\| ([\w, -]+) \| [^|]+ \| (exceeds controls|not beyond controls) \|$",
+            page("README.md"),
+            re.MULTILINE,
         )
         for name in names.split(",")
     }
@@ -172,13 +174,17 @@ def markdown(path: Path) -> str:
     if path.suffix == ".ipynb":
         cells = nbformat.reads(text, as_version=4).cells
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    return re.sub(r"```.*?```|`[^`\n]*`", lambda match: re.sub(r"[\[\]()#]", "", match[0]), text, flags=re.DOTALL)
+    return re.sub(
+        r"```.*?```|`[^`\n]*`", lambda match: re.sub(r"[\[\]()#]", "", match[0]), text, flags=re.DOTALL
+    )
 
 
 def anchors(path: Path) -> set[str]:
     """What headings are called, as GitHub and Python-Markdown both call them."""
     headings = re.findall(r"^#+ (.+)$", markdown(path), re.MULTILINE)
-    words = [re.sub(r"[^\w\s-]", "", re.sub(r"\]\([^)]*\)", "", heading)).strip().lower() for heading in headings]
+    words = [
+        re.sub(r"[^\w\s-]", "", re.sub(r"\]\([^)]*\)", "", heading)).strip().lower() for heading in headings
+    ]
     return {re.sub(r"\s+", "-", word) for word in words}
 
 
