@@ -32,7 +32,7 @@ def module(name: str) -> str:
 
 
 def text(name: str) -> str:
-    """What the docstring of a file says after its first lines: how well what it computes was measured to hold."""
+    """What the docstring of a file says after its first lines: how well what it computes holds."""
     lines = (inspect.getdoc(importlib.import_module(f"moe_lens.{name}")) or "").split("\n")
     return "\n".join(lines[2:])
 

@@ -1,9 +1,9 @@
 """What mkdocs calls while it builds the site (mkdocs.yml names this file).
 
-Some pages stand elsewhere in the repository: notebooks, CONTRIBUTING.md, the changelog, model cards. Links are
-written as they work in the repository; here they are turned to where the pages stand in the site, and one that
-leads to no page is a warning, which `--strict` makes an error. `<!-- generated: ... -->` is replaced by what
-generated.py writes.
+Some pages stand elsewhere in the repository: notebooks, CONTRIBUTING.md, the changelog, model cards. Links
+are written as they work in the repository; here they are turned to where the pages stand in the site, and
+one that leads to no page is a warning, which `--strict` makes an error. `<!-- generated: ... -->` is replaced
+by what generated.py writes.
 """
 
 import logging

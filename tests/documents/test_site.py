@@ -1,4 +1,4 @@
-"""The site: what its builder writes; that every page has its place; that, built, every link leads somewhere."""
+"""The site: what its builder writes; every page has its place; built, every link of it leads somewhere."""
 
 import doctest
 import importlib
