@@ -11,7 +11,7 @@ import moe_lens
 from moe_lens.cli.parser import _parser
 
 _PRIVATE = {"warn", "unknown"}  # helpers without an underscore
-_MARK = re.compile(r"<!-- generated: ([\w. ]+) -->")
+_MARK = re.compile(r"^<!-- generated: ([\w. ]+) -->$", re.MULTILINE)
 
 
 def room(name: str) -> str:
