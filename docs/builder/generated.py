@@ -32,9 +32,9 @@ def module(name: str) -> str:
 
 
 def text(name: str) -> str:
-    """What the docstring of a file says after its first lines: how well what it computes holds."""
-    lines = (inspect.getdoc(importlib.import_module(f"moe_lens.{name}")) or "").split("\n")
-    return "\n".join(lines[2:])
+    """What the docstring of a file says after its sentence and its code: how well what it computes holds."""
+    paragraphs = (inspect.getdoc(importlib.import_module(f"moe_lens.{name}")) or "").split("\n\n")
+    return "\n\n".join(paragraphs[2:])
 
 
 def names() -> str:
@@ -68,7 +68,7 @@ def _help(parser: argparse.ArgumentParser) -> str:
 
 
 def _width(formatter: Any) -> Any:
-    return lambda prog: formatter(prog, width=100, max_help_position=28)
+    return lambda prog: formatter(prog, width=88, max_help_position=26)
 
 
 GENERATED: dict[str, Callable[..., str]] = {
