@@ -38,7 +38,7 @@ from moe_lens.text import pairs as pair_files
 from tests.notebooks import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "file-formats.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## (.+)\n\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^## ([^\n]+)\n\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 CONFLICTS = organisms.world("specialised").conflicts("test")[:12]
 OPEN, CLOSED = [c.open_book for c in CONFLICTS], [c.closed_book for c in CONFLICTS]
 TYPES: dict[str, Any] = {
@@ -84,7 +84,7 @@ def check_head(content: dict[str, Any], section: str) -> None:
 
 def check_type(value: Any, said: str) -> None:
     """A value against words such as "list of strings or null"."""
-    for words in said.split(" or "):
+    for words in re.split(r", | or ", said):
         if words.startswith("list of "):
             inner = words.removeprefix("list of ").rstrip("s")
             if isinstance(value, list) and all(
@@ -290,7 +290,8 @@ def test_a_task_of_the_fields_on_the_page_is_read_and_no_others(tmp_path: Path) 
 
 
 def test_pairs_hold_what_the_page_says(tmp_path: Path) -> None:
-    named = [Prompt(text, {"question": "Question"}, {"mark": "x"}) for text in CLOSED]
+    chats = [Prompt([{"role": "user", "content": text}], template={"mark": "x"}) for text in CLOSED[1:]]
+    named = [Prompt(CLOSED[0], {"question": "Question"}), *chats]
     pairs = ContrastivePairs.from_lists(named, OPEN, span=slice(0, 2), clusters=[c.entity for c in CONFLICTS])
     pairs.save_jsonl(tmp_path / "pairs.jsonl")
     head, *lines = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
@@ -299,7 +300,7 @@ def test_pairs_hold_what_the_page_says(tmp_path: Path) -> None:
     assert head["span"] == {"slice": [0, 2, None]}
     for line in lines:
         check_fields(line, "Pairs", "field of a pair")
-    assert set(lines[0]["first"]) == {"content", "spans", "template"}
+    assert (set(lines[0]["first"]), set(lines[1]["first"])) == ({"content", "spans"}, {"content", "template"})
     [[start, end]] = lines[0]["first"]["spans"]["question"]
     assert lines[0]["first"]["content"][start:end] == "Question"
 
