@@ -4,7 +4,7 @@ BIN := .venv/bin
 # By file, so that models which a file's tests share are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: env env-vllm demo test test-all bench bench-real lint tutorials
+.PHONY: env env-vllm demo test test-all test-lowest bench bench-real lint docs docs-serve tutorials
 
 env: .venv/installed  ## create .venv with the tested versions
 
@@ -35,6 +35,21 @@ test: env  ## the first tier, in less than 8 minutes on 2 cores
 test-all: env env-vllm  ## every family, dtype and promise, and ten times the examples of each property; within 40 minutes
 	$(PYTEST) --examples=10
 
+# What the oldest versions could break: arithmetic, files, figures, light imports, and every example.
+LOWEST_TESTS := tests/ground tests/routers tests/statistics/test_stats_files.py tests/detection/test_scores.py \
+	tests/detection/test_paired_statistics.py tests/steering/test_plan.py tests/plots tests/documents/test_docstrings.py
+LOWEST := .venv-lowest/bin
+
+test-lowest:  ## part of the first tier with the oldest versions that pyproject.toml admits; TORCH=2.13.0 takes another torch
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/python -m pip install --quiet uv
+	$(LOWEST)/uv pip compile --quiet --no-deps --no-annotate --no-header --resolution=lowest-direct \
+		--python-version=3.11 pyproject.toml --output-file=.venv-lowest/lowest.txt
+	$(if $(TORCH),sed -i 's/^torch==.*/torch==$(TORCH)/' .venv-lowest/lowest.txt)
+	$(LOWEST)/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable . \
+		pytest pytest-xdist hypothesis beartype pyyaml nbformat nbclient parameterized
+	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses=auto --dist=loadfile -m "not broad" $(LOWEST_TESTS)
+
 bench: env  ## what counting, steering and patching cost: one table, in about a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 
@@ -48,3 +63,9 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: env  ## build the site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: env  ## show the site while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

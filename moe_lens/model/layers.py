@@ -96,7 +96,7 @@ def _why_refused(where: str, block: nn.Module, children: list[nn.Module]) -> str
     return (
         f"{where}: {type(block).__name__} holds experts but no router that moe_lens has a rule for (its "
         f"parts: {parts}). {hint}. Known router classes: {', '.join(sorted(RULES))}. If a rule fits yours, "
-        "add it with moe_lens.register_rule(router_class_name, factory); CONTRIBUTING.md shows how."
+        "add it with moe_lens.register_rule(router_class_name, factory); docs/how-to/add-a-rule.md shows how."
     )
 
 

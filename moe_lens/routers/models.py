@@ -3,7 +3,7 @@
     for model in supported_models():
         print(model.architecture, model.router, model.rule)
 
-`moe-lens models` prints it as Markdown, the table that stands in the README.
+`moe-lens models` prints it as Markdown, the table in docs/reference/supported-models.md.
 """
 
 from collections.abc import Iterable
@@ -86,7 +86,7 @@ def _wrong(families: Iterable[Family]) -> tuple[str, ...]:
 
 
 def markdown_table() -> str:
-    """The table of supported models as Markdown: what stands in the README."""
+    """The table of supported models as Markdown: what stands in docs/reference/supported-models.md."""
     lines = ["| architecture | router | rule | k | special cases | refused |", "|---|---|---|---|---|---|"]
     for model in supported_models():
         refused = [model.refused] if model.refused else []
@@ -99,7 +99,7 @@ def markdown_table() -> str:
 
 
 def with_table(text: str) -> str:
-    """A README's text with the table written anew between its two marks.
+    """A page's text with the table written anew between its two marks.
 
     Raises:
         DataError: the text does not hold each mark once.

@@ -4,9 +4,9 @@
     indices, weights = rule.route(logits)      # [*batch expert] -> [*batch k], int64, and [*batch k]
     register_rule("MyRouter", lambda router: SoftmaxTopK(router.n, router.k, renormalize=True))
 
-From the rows follow the rules that attached models route by, `supported_models()`, the README's table, and
-what `HookedMoE.enable_compatibility_mode` refuses. The rules themselves, pure functions of logits, are in
-`routers/plain.py` and `routers/biased.py`.
+From the rows follow the rules that attached models route by, `supported_models()`, the table of the
+documentation, and what `HookedMoE.enable_compatibility_mode` refuses. The rules themselves, pure functions of
+logits, are in `routers/plain.py` and `routers/biased.py`.
 """
 
 import dataclasses

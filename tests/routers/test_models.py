@@ -1,4 +1,4 @@
-"""The table of supported models against both packages, the rules, the recipes and the README."""
+"""The table of supported models against both packages, the rules, the recipes and the page."""
 
 import inspect
 import re
@@ -234,9 +234,10 @@ def test_a_registered_rule_names_no_model_and_a_replaced_one_keeps_them(
 # What it says elsewhere
 
 
-def test_the_readme_has_the_table() -> None:
-    readme = (Path(moe_lens.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    [table] = re.findall(r"<!-- supported models -->\n(.*?)<!-- /supported models -->", readme, re.DOTALL)
+def test_the_documentation_has_the_table() -> None:
+    page = Path(moe_lens.__file__).parents[1] / "docs" / "reference" / "supported-models.md"
+    text = page.read_text(encoding="utf-8")
+    [table] = re.findall(r"<!-- supported models -->\n(.*?)<!-- /supported models -->", text, re.DOTALL)
     assert table.strip() == markdown_table().strip()
 
 
