@@ -71,7 +71,7 @@ class ScoredTask:
     def labels(self) -> Iterator[str]:
         """The cluster of each document. Raises DataError for a column that is not there."""
         for task in self.tasks:
-            with _seeded():
+            with _seeded():  # a look at the documents may shuffle them anew
                 documents = list(task.doc_iterator(rank=0, limit=self.limit, world_size=1))
             for number, document in documents:
                 if self.clusters is None:
@@ -89,12 +89,13 @@ class ScoredTask:
 
     def on(self, model: Any) -> Callable[[Hooks], Float[np.ndarray, "document"]]:
         """For a model, from hooks to the value of each document."""
-        lm = WrappedLM(model, self.batch_size)
-        built = [(task, self._requests(task, lm)) for task in self.tasks]
+        with _seeded():
+            lm = WrappedLM(model, self.batch_size)
+            built = [(task, self._requests(task, lm)) for task in self.tasks]
 
         def run(hooks: Hooks) -> Float[np.ndarray, "document"]:
             values: list[float] = []
-            with steered_requests(lm, hooks):
+            with steered_requests(lm, hooks), _seeded():
                 for task, requests in built:
                     values += self._values(task, self._answered(lm, task, requests))
             return np.array(values, dtype=np.float64)
@@ -103,7 +104,7 @@ class ScoredTask:
 
     def _requests(self, task: Any, lm: WrappedLM) -> list[Instance]:
         task.set_fewshot_seed(SEED)  # anew for each model, so that all see the same examples
-        with quiet(), _seeded():
+        with quiet():
             task.build_all_requests(
                 limit=self.limit,
                 rank=0,
@@ -164,10 +165,11 @@ def scored_task(
     system_instruction: str | None = None,
 ) -> ScoredTask:
     """A task with its data loaded; the arguments are those of `harness_task`, and so are the errors."""
-    tasks, labels = _loaded(task, include_path, data, columns, template, clusters)
-    for each in tasks:
-        _configure(each, num_fewshot, gen_kwargs)
-        _check_kind(each, judge)
+    with _seeded():
+        tasks, labels = _loaded(task, include_path, data, columns, template, clusters)
+        for each in tasks:
+            _configure(each, num_fewshot, gen_kwargs)
+            _check_kind(each, judge)
     if judge is not None:
         metric, higher = metric or "judge", True
     else:
@@ -206,7 +208,7 @@ def _loaded(
                 f"{', '.join(benchmark_named(task).columns)}."
             )
         column = clusters if isinstance(clusters, str) else None
-        with quiet(), _seeded():
+        with quiet():
             one = BenchmarkTask.of(task, data, columns=columns, template=template, clusters=column)
         return [one], (None if column else clusters)
     for name, value in (("data", data), ("columns", columns), ("template", template)):
@@ -214,7 +216,7 @@ def _loaded(
             raise DataError(f"{name}= belongs to benchmarks of moe_lens ({PREFIX}NAME); {task} has its own.")
     manager, name = _manager(task, include_path)
     try:
-        with quiet(), _seeded():
+        with quiet():
             found = list(manager.load([name])["tasks"].values())
     except Exception as error:  # the harness, datasets and the task's own code raise all kinds
         raise DataError(f"The harness cannot load {task}: {_first_line(error)}") from error
@@ -250,7 +252,7 @@ def _default_tasks() -> TaskManager:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """The harness' seeds, for tasks that shuffle options; afterwards the user's random numbers go on."""
+    """The harness' seeds, for tasks that shuffle or guess; afterwards the user's random numbers go on."""
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(0)
     np.random.seed(SEED)  # noqa: NPY002

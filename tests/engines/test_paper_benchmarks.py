@@ -161,7 +161,8 @@ def test_answers_at_fault_are_named() -> None:
 
 
 def test_a_yaml_file_gives_a_benchmark_to_the_harness_itself(tmp_path: Path, model: Any) -> None:
-    rows = [row_of("mctest"), {**row_of("mctest"), "answer": "Kyoto"}]
+    row = {**row_of("mctest"), "choices": ["Kyoto", "Bergen"]}
+    rows = [row, {**row, "answer": "Kyoto"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     about = {"benchmark": "mctest", "data": str(tmp_path / "rows.jsonl")}
     (tmp_path / "mine.yaml").write_text(
