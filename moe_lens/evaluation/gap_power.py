@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from jaxtyping import Float
@@ -178,7 +178,7 @@ def required_prompts(
     return RequiredPrompts(gap, power, level, by, per_cluster, n_clusters, tuple(sorted(tried.items())))
 
 
-def _positive(gap: float) -> float:
+def _positive(gap: Any) -> float:
     if isinstance(gap, bool) or not isinstance(gap, int | float | np.number) or not 0 < gap < math.inf:
         raise DataError(
             f"gap must be a number above 0: mean behaviour under the plan minus that under its reverse; got "

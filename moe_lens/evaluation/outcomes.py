@@ -23,6 +23,8 @@ DIRECTIONS: Final = ("+", "-")
 """The plan's own direction, and the opposite one."""
 LAYER_MATCHED: Final = "layer-matched"
 ANY_LAYER: Final = "any layer"
+ROUNDING: Final = 1e-12
+"""Zeros and ones often tie, and a difference of exactly 0 may come out a little above it."""
 _N_RESAMPLES: Final = 1000
 _MINUS_SIGN: Final = "−"
 
@@ -235,9 +237,9 @@ class SteeringOutcomes:
         all but a share alpha of the random sets' gaps, of both kinds. The p-values alone hold for the prompts
         at hand: a plan that does a little more than random sets on these may do no more on others.
         """
-        if max(self.p_matched, self.p_any) > self.alpha or not self.gap_interval[0] > 0:
+        if max(self.p_matched, self.p_any) > self.alpha or not self.gap_interval[0] > ROUNDING:
             return False
-        return all(excess.low > 0 for excess in self.excesses.values())
+        return all(excess.low > ROUNDING for excess in self.excesses.values())
 
     @cached_property
     def saturation(self) -> str | None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from moe_lens.evaluation.outcomes import DIRECTIONS, SATURATED, Outcome, SteeringOutcomes
+from moe_lens.evaluation.outcomes import DIRECTIONS, ROUNDING, SATURATED, Outcome, SteeringOutcomes
 
 if TYPE_CHECKING:
     import pandas
@@ -89,7 +89,7 @@ def shown(value: Any) -> str:
 
 def _failed_criteria(outcomes: SteeringOutcomes) -> list[str]:
     failed = []
-    if not outcomes.gap_interval[0] > 0:
+    if not outcomes.gap_interval[0] > ROUNDING:
         failed.append("its interval reaches 0 or lies below")
     for words, p, excess in (
         ("layer-matched random sets", outcomes.p_matched, outcomes.excess_matched),
@@ -97,7 +97,7 @@ def _failed_criteria(outcomes: SteeringOutcomes) -> list[str]:
     ):
         if p > outcomes.alpha:
             failed.append(f"{words} do as much")
-        elif not excess.low > 0:
+        elif not excess.low > ROUNDING:
             failed.append(f"on other prompts {words} may do as much")
     return failed
 
