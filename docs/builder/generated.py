@@ -16,8 +16,7 @@ _MARK = re.compile(r"^<!-- generated: ([\w. ]+) -->$", re.MULTILINE)
 
 def room(name: str) -> str:
     """Everything public of one room, each with its docstring."""
-    face = importlib.import_module(f"moe_lens.{name}")
-    public = [each for each in face.__all__ if not inspect.ismodule(getattr(face, each))]
+    public = importlib.import_module(f"moe_lens.{name}").__all__
     return "\n\n".join(f"::: moe_lens.{name}.{each}" for each in public)
 
 

@@ -243,7 +243,7 @@ def test_a_plan_and_a_report_and_a_sweep_hold_what_the_page_says(tmp_path: Path)
         neutral_texts=["the capital"],
     )
     evaluated = evaluate_steering(
-        model(), plan, task, reverse=reverse, scores=scores, n_random=2, progress=False
+        model(), plan, task, reverse=reverse, scores=scores, n_random=4, progress=False
     )
     evaluated.save(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
