@@ -54,7 +54,7 @@ def _install(worker: Any) -> None:
     shape = shape_of_layers(layers, config.model_config.model)
     device = on_device(layers).device
     runner.moe_lens = Tables(layers, shape, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
-    # This goes into the key of vLLM's cache of compiled graphs: none without tables, or of other code, is taken.
+    # Goes into the key of vLLM's cache of compiled graphs, so that none without tables or of other code is taken.
     if isinstance(config.additional_config, dict):
         traced = (seam.__file__, steered_rows.__file__)
         config.additional_config["moe_lens"] = [digest_of_file(path) for path in traced]
