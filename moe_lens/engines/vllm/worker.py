@@ -54,7 +54,7 @@ def _install(worker: Any) -> None:
     shape = shape_of_layers(layers, config.model_config.model)
     device = on_device(layers).device
     runner.moe_lens = Tables(layers, shape, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
-    # Goes into the key of vLLM's cache of compiled graphs, so that none without tables or of other code is taken.
+    # For the key of vLLM's cache: graphs compiled without tables, or by other code, are not taken from it.
     if isinstance(config.additional_config, dict):
         traced = (seam.__file__, steered_rows.__file__)
         config.additional_config["moe_lens"] = [digest_of_file(path) for path in traced]
