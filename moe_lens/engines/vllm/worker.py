@@ -8,11 +8,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from moe_lens import __version__
+from moe_lens.engines.vllm import seam, steered_rows
 from moe_lens.engines.vllm.layers import moe_layers, refused_config, refused_layers
 from moe_lens.engines.vllm.private_names import private
 from moe_lens.engines.vllm.tables import Tables, on_device, shape_of_layers
 from moe_lens.errors import MoELensError
+from moe_lens.files import digest_of_file
 
 
 def wrap_workers() -> None:
@@ -53,9 +54,10 @@ def _install(worker: Any) -> None:
     shape = shape_of_layers(layers, config.model_config.model)
     device = on_device(layers).device
     runner.moe_lens = Tables(layers, shape, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
-    # Graphs compiled without these tables must not be taken from vLLM's cache, whose key this goes into.
+    # For the key of vLLM's cache: graphs compiled without tables, or by other code, are not taken from it.
     if isinstance(config.additional_config, dict):
-        config.additional_config["moe_lens"] = __version__
+        traced = (seam.__file__, steered_rows.__file__)
+        config.additional_config["moe_lens"] = [digest_of_file(path) for path in traced]
 
 
 def _wrap_prepare(runner: Any) -> None:

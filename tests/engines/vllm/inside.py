@@ -107,7 +107,10 @@ def refused(llm: Any, given: dict[str, Any]) -> Any:
     """Requests that must not be served, what was said of each, and whether the engine still serves."""
     plan, wrong = arguments(given["cases"][1]), {}
     layer, expert = SteeringPlan(deactivate=[(77, 0)]), SteeringPlan(deactivate=[(0, 70)])
-    other = {**given["cases"][1]["plan"], "shape": {"model": "m", "layers": [0], "n_experts": 64, "top_k": 8}}
+    other = {
+        **given["cases"][1]["plan"],
+        "shape": {"model": "m", "layers": [0, 1, 2, 3], "n_experts": 64, "top_k": 8},
+    }
     asked = {
         "layer": plan_args(layer),
         "expert": plan_args(expert),
