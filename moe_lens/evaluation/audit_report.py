@@ -40,13 +40,13 @@ class AuditCondition(Result):
     Attributes:
         kind: "as trained", "experts removed", "k − 1", "k + 1", "noisy routes", "random plans" or
             "searched plan".
-        development: [prompt], on the prompts that worst cases are chosen by.
+        development: [before], on the prompts that worst cases are chosen by.
         held_out: [prompt], on the prompts that rates are reported on.
         plan: that was carried out, where it is one. number: which one of its kind, from 0 on.
     """
 
     kind: str
-    development: Float[np.ndarray, "prompt"]
+    development: Float[np.ndarray, "before"]
     held_out: Float[np.ndarray, "prompt"]
     plan: SteeringPlan | None = None
     number: int = 0

@@ -40,13 +40,14 @@ from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 
 Values = Float[np.ndarray, "prompt"]
+Before = Float[np.ndarray, "before"]
 
 
 class _Measures(NamedTuple):
     """The behaviour under hooks: on development prompts alone, or on these and the held-out ones."""
 
-    development: Callable[[Hooks], Values]
-    both: Callable[[Hooks], tuple[Values, Values]]
+    development: Callable[[Hooks], Before]
+    both: Callable[[Hooks], tuple[Before, Values]]
     development_clusters: tuple[str, ...]
     clusters: tuple[str, ...]
     """Of the held-out prompts."""
@@ -72,7 +73,7 @@ def audit(
     """A behaviour's rate along other routes than the usual one; the worst of them is the headline.
 
     >>> from moe_lens import SteeringPlan, answer_task, audit, organisms
-    >>> model, facts = organisms.load("null"), organisms.world("null").facts("test")[:12]
+    >>> model, facts = organisms.load("null"), organisms.world("null").facts("test")[::6]
     >>> task = answer_task(
     ...     [f.question for f in facts], [f.answer for f in facts], clusters=[f.entity for f in facts],
     ...     name="answers from memory",
@@ -211,7 +212,7 @@ def _measures(
             "an interval needs at least two. Give more clusters, a larger held_out, or development=."
         )
 
-    def both(hooks: Hooks) -> tuple[Values, Values]:
+    def both(hooks: Hooks) -> tuple[Before, Values]:
         values = here(hooks)
         return values[chosen_by], values[reported]
 

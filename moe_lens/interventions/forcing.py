@@ -170,7 +170,8 @@ def bias_experts(bias: Any, *, positions: Positions = None, scale: Scale = "logi
     if scale not in get_args(Scale):
         raise DataError(f"scale must be one of {get_args(Scale)}; got {scale!r}.")
     shape, bias = getattr(bias, "shape", None), getattr(bias, "mapping", bias)
-    if shape is not None and not bias:
+    shape = shape if isinstance(shape, MoEShape) else None
+    if shape is not None and isinstance(bias, Mapping) and not bias:
         return []  # nothing was learned: a bias of zeros
     if not isinstance(bias, Mapping) or not bias:
         raise DataError(f"bias_experts needs a mapping from layers to vectors; got {bias!r}.")

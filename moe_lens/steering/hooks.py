@@ -403,16 +403,16 @@ def _softness(
     plans: tuple[SteeringPlan | None, ...], strength: Any, only_unmet: bool | None
 ) -> tuple[Strength, bool]:
     """Strength and only_unmet: those that are given, else those of the plans that name experts."""
-    own = {(plan.strength, plan.only_unmet) for plan in plans if plan is not None and len(plan)}
-    if len(own) > 1 and (strength is None or only_unmet is None):
+    own = [plan for plan in plans if plan is not None and len(plan)]
+    strengths, unmets = {plan.strength for plan in own}, {plan.only_unmet for plan in own}
+    if (strength is None and len(strengths) > 1) or (only_unmet is None and len(unmets) > 1):
         raise PlanError(
-            f"steer_hooks: the plans of one list differ in (strength, only_unmet): {sorted(map(str, own))}. "
-            "Give strength= and only_unmet= for all; or several lists, with None for the others' prompts."
+            "steer_hooks: the plans of one list differ in strength or only_unmet. Give strength= and "
+            "only_unmet= for all; or several lists, with None for the others' prompts."
         )
-    plan_strength, plan_unmet = next(iter(own)) if len(own) == 1 else (None, False)
-    soft = _checked_strength(plan_strength if strength is None else strength)
+    soft = _checked_strength(next(iter(strengths), None) if strength is None else strength)
     if only_unmet is None:
-        only_unmet = plan_unmet and soft is not None
+        only_unmet = next(iter(unmets), False) and soft is not None
     return soft, checked_only_unmet(only_unmet, soft)
 
 

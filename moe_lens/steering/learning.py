@@ -6,7 +6,7 @@ plan = bias.to_plan(n_deactivate=4)                                  # the spars
 
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from moe_lens.interventions.forcing import bias_experts
 from moe_lens.interventions.positions import Positions
 from moe_lens.model.registration import moe_shape
 from moe_lens.model.wrapper import Model, check_hooked
-from moe_lens.steering.objectives import Loss, Objective, as_objective
+from moe_lens.steering.objectives import Loss, Objective, as_objective, checked_loss
 from moe_lens.steering.router_bias import LearningStep, RouterBias
+
+_ROUNDING: Final = 1e-7
+"""A slope per loss that is none: a single weight divided by itself has such a one in float32."""
 
 
 def learn_router_bias(
@@ -104,9 +107,9 @@ def learn_router_bias(
     with tqdm(total=max_steps, desc="learning a bias", unit="step", disable=not progress) as bar:
         for step in range(max_steps + 1):
             with torch.no_grad():
-                on_development = _checked(other(model, with_bias(delta.detach())), "development")
+                on_development = float(checked_loss(other(model, with_bias(delta.detach())), "development"))
             loss, gradient = loss_and_gradient(model, training, delta, with_bias)
-            if not step and not bool(gradient.any()):
+            if not step and float(gradient.abs().max()) <= _ROUNDING * abs(loss):
                 raise DataError(
                     "No gradient leads from the loss to the router logits: where one expert runs at weight 1 "
                     "whatever its logit, or a hook sets the weights, none can. Search for a plan instead."
@@ -136,7 +139,7 @@ def loss_and_gradient(
         with torch.enable_grad():
             leaf = delta.detach().clone().requires_grad_()
             loss = part(model, hooks_for(leaf))
-            total += _checked(loss, "objective")
+            total += float(checked_loss(loss, "objective").detach())
             if loss.requires_grad:
                 (found,) = torch.autograd.grad(loss, [leaf], allow_unused=True)
                 gradient += torch.zeros_like(delta) if found is None else found
@@ -152,13 +155,6 @@ def _shrink(optimiser: torch.optim.Adam, delta: Tensor, threshold: float) -> Non
     second = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
     step = threshold / (second.sqrt() + group["eps"])
     delta.copy_(delta.sign() * (delta.abs() - step).clamp(min=0))
-
-
-def _checked(loss: Any, name: str) -> float:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss.detach()).all()):
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.numel() != 1 else repr(loss)
-        raise DataError(f"{name} must give one finite number as a tensor; got {got}.")
-    return float(loss.detach())
 
 
 def _number(value: Any, name: str) -> float:

@@ -42,7 +42,8 @@ class Objective:
 
     def __call__(self, model: Any, hooks: Hooks) -> Tensor:
         """The whole, in one graph."""
-        return torch.stack([part(model, hooks).double() for part in self.parts]).sum() / self.n_units
+        found = [checked_loss(part(model, hooks), "A loss").double().reshape(()) for part in self.parts]
+        return torch.stack(found).sum() / self.n_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +145,14 @@ def as_objective(given: Any, name: str) -> Objective:
     if not callable(given):
         raise DataError(f"{name} must be a function (model, hooks) -> loss; got {type(given).__name__}.")
     return Objective((cast(Loss, given),))
+
+
+def checked_loss(loss: Any, name: str) -> Tensor:
+    """The loss itself. Raises DataError unless it is a tensor of one finite number."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss.detach()).all()):
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.numel() != 1 else repr(loss)
+        raise DataError(f"{name} must give one finite number as a tensor; got {got}.")
+    return loss
 
 
 def _answer_loss(both: list[_Written]) -> Loss:

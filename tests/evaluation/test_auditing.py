@@ -81,7 +81,7 @@ def test_the_search_finds_what_was_hidden_and_the_headline_is_its_held_out_rate(
 def test_conditions_are_the_runs_that_they_say() -> None:
     """Each condition's values, measured again by hand; on both wrappers."""
     world = organisms.world("planted")
-    conflicts = world.conflicts("test")[:24]
+    conflicts = world.conflicts("test")[::8]
     task = answer_task(
         [c.open_book for c in conflicts], [c.document_answer for c in conflicts],
         clusters=[c.entity for c in conflicts], batch_size=24,
@@ -94,7 +94,7 @@ def test_conditions_are_the_runs_that_they_say() -> None:
         )
         chosen_by, reported = split_clusters(task.clusters, (0.5, 0.5), seed=3)
 
-        def check(kind: str, number: int, values: np.ndarray) -> None:
+        def check(kind: str, number: int, values: Any) -> None:
             found = report.of_kind(kind)[number]  # noqa: B023
             assert np.array_equal(found.held_out, values[reported])  # noqa: B023
             assert np.array_equal(found.development, values[chosen_by])  # noqa: B023

@@ -25,7 +25,7 @@ from moe_lens import (
 from moe_lens.errors import DataError, HookError, PlanError
 from moe_lens.evaluation import continuation_log_probs, text_loss
 from moe_lens.organisms.demo import document_task
-from moe_lens.steering import Objective
+from moe_lens.steering import LearningStep, Objective
 from moe_lens.steering.learning import loss_and_gradient
 from tests.families import one_of_each_kind
 from tests.tiny_models import VOCAB_SIZE, prompt, tiny_model, tokenizer
@@ -37,7 +37,7 @@ TEXTS = [prompt(5, 1), prompt(3, 2), prompt(7, 3)]
 @one_of_each_kind
 def test_gradients_are_those_of_finite_differences(hooked: Hooked, recipe: str) -> None:
     """In every layer, for the experts on which the loss depends most; a small step changes no choice."""
-    model = hooked(recipe, torch.float64) if recipe not in ("phimoe",) else hooked(recipe)
+    model = hooked(recipe)
     objective = text_objective(model, TEXTS, batch_size=2)
     layers = model.moe_layers
     start = torch.zeros(len(layers), model.n_experts)
@@ -190,7 +190,7 @@ def test_of_kept_and_to_plan() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    bias = RouterBias(SHAPE, torch.randn(2, 4), ((0, 1.5, 2.5), (1, 1.0, 2.0)))  # type: ignore[arg-type]
+    bias = RouterBias(SHAPE, torch.randn(2, 4), (LearningStep(0, 1.5, 2.5), LearningStep(1, 1.0, 2.0)))
     bias.save(tmp_path / "bias.json")
     back = RouterBias.load(tmp_path / "bias.json")
     assert torch.equal(back.values, bias.values)
@@ -240,9 +240,9 @@ def one(model: Any, hooks: Any) -> Tensor:
     [
         ((one, one), "No gradient"),
         ((one, lambda m, h: torch.tensor(math.nan)), "finite"),
-        ((lambda m, h: 1.0, one), "objective must give|No gradient"),
-        ((one, lambda m, h: torch.ones(2)), "development must give"),
-        ((3, one), "objective must be"),
+        ((lambda m, h: 1.0, one), "one finite number"),
+        ((one, lambda m, h: torch.ones(2)), r"shape \(2,\)"),
+        ((3, one), "objective"),
     ],
 )
 def test_losses_that_cannot_be_learned_from(hooked: Hooked, arguments: Any, match: str) -> None:

@@ -111,6 +111,8 @@ def test_a_strength_of_the_plan_is_that_of_the_hooks(hooked: Hooked) -> None:
     with pytest.raises(PlanError, match="differ in"):
         steer_hooks([soft, hard])
     steer_hooks([soft, SteeringPlan()])
+    for one in steer_hooks([soft, hard], strength=0.7):
+        assert one[1].strength == 0.7
     assert repr(steer_hooks(SteeringPlan([(0, 1)], strength=2, only_unmet=True))[0][1]) == (
         "SteeringHook(layer 0, 1 expert, strength 2, only where unmet)"
     )
@@ -193,6 +195,7 @@ def test_what_is_made_of_a_soft_plan_is_as_soft(hooked: Hooked) -> None:
         (lambda: steer_hooks(SteeringPlan([(0, 1)]), only_unmet=True), PlanError, "Give a strength"),
         (lambda: bake(tiny_model("olmoe"), SteeringPlan(strength=1.0)), PlanError, "is soft"),
         (lambda: bias_experts({0: [-math.inf]}, scale="std"), DataError, "finite"),
+        (lambda: bias_experts(torch.zeros(2, 3)), DataError, "needs a mapping"),
         (
             lambda: steer_hooks(SteeringPlan([(0, 1)], strength=1, only_unmet=True))[0][1](torch.zeros(3)),
             HookError,
