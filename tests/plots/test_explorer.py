@@ -343,13 +343,3 @@ def test_hooks_hold_in_both_runs(hooked: Callable[..., HookedMoE]) -> None:
     plain: Tensor = route_prompt(model, prompt(9)).indices
     assert bool((plain[1] == 4).any())
     assert bool((plain[0] == 2).any())
-
-
-def test_sentencepiece_texts_keep_their_spaces() -> None:
-    from moe_lens.text import token_texts
-
-    for kind in ("always", "first", "prepended"):
-        made = model_with(kind).tokenizer
-        for text in ("the cat sat on the mat", "the  cat", "what is it? answer: 42"):
-            ids = made(text, add_special_tokens=False)["input_ids"]
-            assert "".join(token_texts(made, ids)).removeprefix(" ") == text, kind

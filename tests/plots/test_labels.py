@@ -12,12 +12,13 @@ import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
+from tokenizers import decoders
 
 from moe_lens import plots
 from moe_lens.plots import labels
 from moe_lens.plots.labels import label_font, token_labels, wrapped
 from moe_lens.text import token_texts
-from tests.text.test_spans import model_with
+from tests.text.test_spans import model_with, trained
 
 mpl.use("Agg")
 
@@ -31,6 +32,20 @@ def test_texts_of_pieces_give_every_character_once(text: str) -> None:
     assert "\ufffd" not in "".join(texts)
     last = [t for t in texts if not t.endswith(")") or (n := t[-4:-1].split("/"))[0] == n[1]]
     assert "".join(t[:-5] if t.endswith(")") else t for t in last) == text
+
+
+@pytest.mark.parametrize("text", ["the cat sat on the mat", "the  cat", "what is it? answer: 42"])
+@pytest.mark.parametrize("kind", ["always", "prepended"])
+def test_sentencepiece_texts_keep_their_spaces(kind: str, text: str) -> None:
+    """Its decoders drop the space at the beginning, also where a single token is decoded."""
+    tokenizer = trained(kind)
+    llama = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = (
+        decoders.Metaspace() if kind == "always" else decoders.Sequence(llama)
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not tokenizer.decode(ids[:1]).startswith(" ")
+    assert "".join(token_texts(tokenizer, ids)) == f" {text}"
 
 
 def test_bytes_that_are_no_character_are_written_out() -> None:
