@@ -41,6 +41,7 @@ def test_the_same_model_has_the_same_digest_before_and_after_it_ran(recipe: str)
         assert digest(one) == before == digest(other)
 
 
+OTHER = torch.full((7,), 0.5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
 
@@ -51,17 +52,17 @@ def test_any_bit_of_any_tensor_counts(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     values = torch.randint(0, 2, shape, generator=generator).to(dtype)
-    network = Weights(a=values, b=torch.zeros(3))
+    network = Weights(a=values, b=OTHER)
     before = weights_digest(network)
-    assert weights_digest(Weights(b=torch.zeros(3), a=values.clone())) == before
+    assert weights_digest(Weights(b=OTHER, a=values.clone())) == before
     changed = values.clone()
     flat = changed.reshape(-1).view(torch.uint8)
     place = data.draw(st.integers(0, len(flat) - 1))
     flat[place] ^= 1 if dtype == torch.bool else 1 << data.draw(st.integers(0, 7))
-    assert weights_digest(Weights(a=changed, b=torch.zeros(3))) != before
-    assert weights_digest(Weights(c=values, b=torch.zeros(3))) != before
-    assert weights_digest(Weights(a=values[None], b=torch.zeros(3))) != before
-    assert weights_digest(Weights(a=torch.zeros(3), b=values)) != before
+    assert weights_digest(Weights(a=changed, b=OTHER)) != before
+    assert weights_digest(Weights(c=values, b=OTHER)) != before
+    assert weights_digest(Weights(a=values[None], b=OTHER)) != before
+    assert weights_digest(Weights(a=OTHER, b=values)) != before
 
 
 def test_views_and_tied_weights_are_read_as_what_they_hold() -> None:
