@@ -49,8 +49,8 @@ function tokenNodes(tokens, at) {
   let from = 0;
   for (const found of text.matchAll(PIECE)) {
     if (!isPiece(tokens, at, found)) continue;
-    plain(text.slice(from, found.index) + found[1]);
-    nodes.push(element("i", { class: "part" }, `${found[2]}/${found[3]}`));
+    plain(text.slice(from, found.index) + (found[2] === "1" ? found[1] : "")); // the first piece shows the character
+    nodes.push(element("i", { class: "part", "data-part": `${found[2]}/${found[3]}` }));
     from = found.index + found[0].length;
   }
   plain(text.slice(from));
@@ -65,7 +65,7 @@ function hasNoSpaces(tokens) {
 function buildTexts(reading) {
   for (const run of RUNS) {
     run.spans = run.tokens.map((_, at) =>
-      element("span", { class: "t", role: "option", id: `t${run.number}-${at}`, "data-at": at, "aria-selected": "false" }, ...tokenNodes(run.tokens, at)));
+      element("span", { class: "t", role: "option", id: `t${run.number}-${at}`, "data-at": at, "aria-selected": "false", "aria-label": inline(run.tokens[at]) }, ...tokenNodes(run.tokens, at)));
     const spaced = hasNoSpaces(run.tokens);
     run.box = element("div", {
       class: spaced ? "tokens spaced" : "tokens", dir: "auto", role: "listbox", tabindex: 0, "data-run": run.number,
