@@ -125,7 +125,7 @@ def required_prompts(
     """How many clusters of prompts `evaluate_steering` needs to show a two-way gap of this size.
 
     >>> assumed = AssumedAnswers(rate=0.5, prompts_per_cluster=4, correlation=0.2)
-    >>> needed = required_prompts(assumed, gap=0.4, n_simulations=40)
+    >>> needed = required_prompts(assumed, gap=0.25, n_simulations=40)   # by a normal's formula 24
     >>> 14 <= needed.n_clusters <= 40, needed.n_prompts == 4 * needed.n_clusters
     (True, True)
 

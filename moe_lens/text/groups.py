@@ -21,6 +21,7 @@ from moe_lens.text.pair_rows import (
     checked_prompts,
     digest_of_prompt,
     drawn_clusters,
+    picked,
 )
 from moe_lens.text.prompts import Prompt, to_json
 from moe_lens.text.spans import Span
