@@ -14,15 +14,8 @@ _EXAMPLE = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.MULTILINE)
 def fenced(text: str) -> str:
     """A docstring with each of its examples (from `>>>` to the next empty line) in a fence.
 
-    >>> print(fenced("One and one.\\n\\n>>> 1 + 1\\n2\\n\\nMore."))
-    One and one.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    <BLANKLINE>
-    More.
+    >>> fenced("One and one.\\n\\n>>> 1 + 1\\n2")
+    'One and one.\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```'
     """
     return _EXAMPLE.sub(lambda match: f"{match[1]}```pycon\n{match[0]}\n{match[1]}```", text)
 

@@ -12,7 +12,7 @@ _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 def with_formulas(page: str) -> str:
     """A page of HTML with `$...$` and `$$...$$` of its text set; code and outputs are left as they are.
 
-    >>> with_formulas("<p>the $k$ experts</p> <code>$k$</code>")[:70]
+    >>> with_formulas("<p>the $k$ experts</p> <code>$k$</code>")[:71]
     '<p>the <math xmlns="http://www.w3.org/1998/Math/MathML" display="inline'
     >>> with_formulas("<code>$k$</code>")
     '<code>$k$</code>'
