@@ -208,11 +208,12 @@ def _task(options: Options) -> Any:
         return evaluation.load_task(options.task, measure=options.measure)
     if options.measure is not None:
         raise DataError("--measure is for a TASK in JSON; a benchmark has a --metric.")
-    chat = bool(settings.pop("chat"))
-    return engines.harness_task(str(options.task), apply_chat_template=chat, **settings)
+    chat, n_tokens = bool(settings.pop("chat")), settings.pop("max_gen_toks")
+    writing = None if n_tokens is None else {"max_gen_toks": n_tokens}
+    return engines.harness_task(str(options.task), apply_chat_template=chat, gen_kwargs=writing, **settings)
 
 
-_OF_THE_HARNESS = ("metric", "filter", "include_path", "data", "clusters", "limit", "chat")
+_OF_THE_HARNESS = ("metric", "filter", "include_path", "data", "clusters", "limit", "chat", "max_gen_toks")
 
 
 def sweep(options: Options) -> None:

@@ -317,6 +317,7 @@ def _task(command: Any) -> None:
     ):
         harness.add_argument(f"--{name}", metavar=metavar, help=text)
     harness.add_argument("--limit", type=_number, metavar="N", help="the first N documents only")
+    harness.add_argument("--max-gen-toks", type=_number, metavar="N", help="tokens of a written answer")
     harness.add_argument(
         "--chat", action="store_true", default=None, help="put each prompt into the tokenizer's chat template"
     )

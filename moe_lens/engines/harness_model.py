@@ -110,6 +110,13 @@ class WrappedLM(AnyHFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """As the harness has it, without a bar; sampled answers are the same each time."""
+        for request in requests:
+            asked = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if asked >= self.max_length:
+                raise DataError(
+                    f"An answer of up to {asked} tokens leaves no room for the prompt in the model's "
+                    f'{self.max_length}; ask for fewer: gen_kwargs={{"max_gen_toks": 32}}.'
+                )
         if not any(request.args[1].get("do_sample") for request in requests):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         with torch.random.fork_rng():

@@ -11,7 +11,7 @@ from moe_lens import RoutedModel, SteeringPlan, SteeringReport, evaluate_steerin
 from moe_lens.cli import parser as cli
 from tests.engines.harness_files import write_tasks
 
-CONFLICTS = organisms.world("specialised").conflicts("test")[:6]
+CONFLICTS = organisms.world("specialised").conflicts("test")[:48:8]
 FEW = ("--n-random", 1, "--alpha", 0.3, "--wrapper", "routed")
 
 
@@ -47,7 +47,10 @@ def test_a_benchmark_gives_the_librarys_report(files: Path) -> None:
 def test_a_benchmark_of_moe_lens_with_a_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the", "a")))
     plans = (files / "plan.json", "moe_lens/harmless", "--reverse", files / "reverse.json")
-    assert run("evaluate", "null", *plans, "--harness", "--data", files / "rows.jsonl", *FEW) == 0
+    assert run("evaluate", "null", *plans, "--harness", "--data", files / "rows.jsonl", *FEW) == 1
+    assert "leaves no room for the prompt in the model's 128" in capsys.readouterr().err
+    options = ("--data", files / "rows.jsonl", "--max-gen-toks", 2)
+    assert run("evaluate", "null", *plans, "--harness", *options, *FEW) == 0
     assert "moe_lens/harmless" in capsys.readouterr().out
 
 
