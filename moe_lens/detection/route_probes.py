@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from moe_lens.checks import chosen_layers, share, whole_number
 from moe_lens.detection.ridge_logistic import auroc, concordance, held_out_scores, stratified_folds
@@ -118,8 +118,8 @@ def route_probe(
     the same (`pooled`), which is biased down where nothing can be read. Without groups: 10 random folds; then
     prompts alike in all but the label (pairs, templates) may be in training and test, and inflate both areas.
 
-    Intervals resample the held-out prompts of each label in each group (the regressions are not run again):
-    they are about these groups, not about others; `by_group` shows how much those differ.
+    Intervals resample whole groups, and in each of these its prompts of either label (the regressions are not
+    run again). They want ten groups or so; of few they are too short, and `by_group` shows all there is.
 
     Args:
         stats: from `collect_by_prompt(..., vocabulary=True)`, one a prompt; or RoutingStats with per_prompt
@@ -159,7 +159,8 @@ def route_probe(
     pooled = not whole
     sets = [np.ones(len(routes), dtype=bool)] if pooled else whole
     tables = [[concordance(s[m], is_positive[m]) for m in sets] for s in (scores, bag_scores)]
-    areas = _areas(tables, draws, level, seed)
+    owners = [(group[m & is_positive], group[m & ~is_positive]) for m in sets]
+    areas = _areas(tables, owners, draws, level, seed)
     by_group = tuple(
         (_area_of(scores[m], is_positive[m]), _area_of(bag_scores[m], is_positive[m])) for m in members
     )
@@ -248,16 +249,26 @@ def _groups(groups: Any, labels: Bool[np.ndarray, "prompt"], seed: int) -> tuple
 
 
 def _areas(
-    tables: list[list[Float[np.ndarray, "_ _"]]], n_resamples: int, level: float, seed: int
+    tables: list[list[Float[np.ndarray, "_ _"]]],
+    owners: list[tuple[np.ndarray, np.ndarray]],
+    n_resamples: int,
+    level: float,
+    seed: int,
 ) -> tuple[Area, Area, Area]:
-    """Both areas and their difference, from the same draws of prompts."""
+    """Both areas and their difference, from the same draws of groups and of prompts in them.
+
+    Args:
+        tables: of either probe, the concordance of the pairs of each set that is compared.
+        owners: of each set, the groups of its positive and of its negative prompts.
+    """
     rng = np.random.default_rng([seed, 1])
     sums, pairs = np.zeros((2, n_resamples)), np.zeros(n_resamples)
-    for both in zip(*tables, strict=True):
-        drawn = [rng.multinomial(n, np.full(n, 1 / n), n_resamples).astype(np.float64) for n in both[0].shape]
+    sets = _uniform(rng, len(owners), n_resamples)
+    for number, (both, sides) in enumerate(zip(zip(*tables, strict=True), owners, strict=True)):
+        drawn = [_drawn(rng, side, n_resamples) for side in sides]
         for row, table in enumerate(both):
-            sums[row] += ((drawn[0] @ table) * drawn[1]).sum(1)
-        pairs += drawn[0].sum(1) * drawn[1].sum(1)
+            sums[row] += sets[:, number] * ((drawn[0] @ table) * drawn[1]).sum(1)
+        pairs += sets[:, number] * drawn[0].sum(1) * drawn[1].sum(1)
     values = [auroc(table) for table in tables]
     draws = sums / pairs
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -271,3 +282,18 @@ def _areas(
         area(values[1], draws[1]),
         area(values[0] - values[1], draws[0] - draws[1]),
     )
+
+
+def _uniform(rng: np.random.Generator, n: int, n_resamples: int) -> Float[np.ndarray, "draw unit"]:
+    """How often each of n units is drawn."""
+    return rng.multinomial(n, np.full(n, 1 / n), n_resamples).astype(np.float64)
+
+
+def _drawn(
+    rng: np.random.Generator, owner: Int[np.ndarray, "prompt"], n_resamples: int
+) -> Float[np.ndarray, "draw prompt"]:
+    """How often each prompt is drawn: with its whole group where prompts are of several, else by itself."""
+    numbers, place = np.unique(owner, return_inverse=True)
+    if len(numbers) > 1:
+        return _uniform(rng, len(numbers), n_resamples)[:, place]
+    return _uniform(rng, len(owner), n_resamples)

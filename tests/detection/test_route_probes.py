@@ -99,7 +99,10 @@ def test_areas_are_of_pairs_within_groups() -> None:
                 )
                 total += 1
     assert probe.auroc.value == pytest.approx(right / total)
+    couples = route_probe(units, labels, groups=[i // 2 for i in range(24)])  # one of each label in a group
+    assert couples.difference.low < couples.difference.value < couples.difference.high
     alone = route_probe(units, labels, groups=list(range(24)))
+    assert alone.auroc.low < alone.auroc.value <= alone.auroc.high
     assert alone.pooled
     assert all(np.isnan(area) for areas in alone.by_group for area in areas)
     assert len(route_probe(units, labels).groups) == 10
