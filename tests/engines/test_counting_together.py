@@ -214,7 +214,8 @@ def test_hooks_that_do_not_say_what_they_do_need_about(
         together(model, tmp_path, hooks=hooks)
     with model.hooks(hooks), pytest.raises(DataError, match=r"1 of the hooks .* about="):
         together(model, tmp_path)
-    handle = model.original_model.model.layers[0].register_forward_hook(lambda *seen: None)
+    network: Any = model.original_model
+    handle = network.model.layers[0].register_forward_hook(lambda *seen: None)
     with pytest.raises(DataError, match=r"1 of the hooks .* about="):
         together(model, tmp_path)
     handle.remove()
@@ -357,9 +358,11 @@ def test_detection_is_detect(tmp_path: Path, ran: list[int]) -> None:
         (found, expected),
         (detect_distributed(model, pairs(), tmp_path, unit=2, **numbers), found),
     ):
-        one.save(tmp_path / "one"), other.save(tmp_path / "other")
+        one.save(tmp_path / "one")
+        other.save(tmp_path / "other")
         assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
         assert one.alignment is not None
+        assert other.alignment is not None
         assert one.alignment.to_dataframe().equals(other.alignment.to_dataframe())
     assert len(ran) == n_ran > 4
 
@@ -372,4 +375,6 @@ def test_detection_of_groups_is_detect(tmp_path: Path) -> None:
     expected = detect(_specialised(), groups, **numbers)
     found = detect_distributed(_specialised(), groups, tmp_path, unit=1, **numbers)
     assert torch.equal(found.delta, expected.delta)
+    assert found.q is not None
+    assert expected.q is not None
     assert torch.equal(found.q, expected.q)

@@ -27,7 +27,7 @@ def model() -> RoutedModel:
     return organisms.load(NAME, wrapper=RoutedModel)
 
 
-def task(measure: str | None, n: int = 24) -> SteeringTask:
+def task(measure: Any, n: int = 24) -> SteeringTask:
     conflicts = CONFLICTS[:n]
     alternatives = [c.memory_answer for c in conflicts] if measure in ("sum", "first_difference") else None
     return answer_task(
@@ -56,7 +56,8 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def same_file(one: Any, other: Any, folder: Path) -> bool:
-    one.save(folder / "one"), other.save(folder / "other")
+    one.save(folder / "one")
+    other.save(folder / "other")
     return (folder / "one").read_bytes() == (folder / "other").read_bytes()
 
 
@@ -100,7 +101,7 @@ def test_workers_share_the_units(tmp_path: Path, parts: list[int]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert same_file(*reports, tmp_path)
+    assert same_file(reports[0], reports[1], tmp_path)
     assert len(parts) == len([*(tmp_path / "runs").glob("measure-*")])
 
 
@@ -120,7 +121,8 @@ def test_nothing_stale_is_used(change: str, tmp_path: Path, parts: list[int]) ->
     elif change == "measure":
         changed = task("whole_answer")
     else:
-        model.hf_model.model.layers[0].mlp.gate.weight.data[0] += 0.5
+        network: Any = model.hf_model
+        network.model.layers[0].mlp.gate.weight.data[0] += 0.5
     found = evaluate_distributed(model, PLAN, changed, tmp_path / "runs", **QUICK)
     assert same_file(found, evaluate_steering(model, PLAN, changed, **QUICK), tmp_path)
     assert len(parts) > n_parts

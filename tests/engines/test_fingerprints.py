@@ -95,7 +95,8 @@ def changes() -> dict[str, Callable[[Any], object]]:
 @pytest.mark.parametrize("what", changes())
 def test_what_is_computed_otherwise_has_another_digest(what: str) -> None:
     model = RoutedModel(tiny_model("olmoe"), tokenizer())
-    model.hf_model.set_attn_implementation("eager")
+    network: Any = model.hf_model
+    network.set_attn_implementation("eager")
     before = digest(model)
     changes()[what](model)
     assert digest(model) != before

@@ -47,7 +47,8 @@ def units(folder: Path) -> int:
 @pytest.mark.parametrize("resumed_by", [1, 3])
 def test_torchrun_with_one_of_two_killed_goes_on_with_any_number(resumed_by: int, tmp_path: Path) -> None:
     folder, out, later = tmp_path / "counts", tmp_path / "out", tmp_path / "later"
-    out.mkdir(), later.mkdir()
+    out.mkdir()
+    later.mkdir()
     draw = random.Random(resumed_by)
     n_before = draw.randint(1, 4)
     job = start(2, folder, out, pause=0.3)
