@@ -12,7 +12,7 @@ pairs swap their conditions (scores.py and paired_statistics.py have the formula
 prompts each is resampled, and prompts change their groups (unpaired_statistics.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
