@@ -69,18 +69,15 @@ def test_an_engine_that_carries_plans_out_passes() -> None:
 
 @pytest.mark.parametrize("lost", [1, 4])
 def test_a_layer_that_loses_the_plan_is_found(monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
-    core, steered = Core(), seam.steered_rows
-    zero = core.tables.layers[lost].moe_lens_sign
-
-    def in_all_but_one(logits: Any, sign: Any, *rest: Any) -> Any:
-        return logits if in_all_but_one.layer is zero else steered(logits, sign, *rest)
-
-    in_all_but_one.layer = None  # pyright: ignore[reportFunctionMemberAccess]
-    inner = seam._steered
+    core, inner, steered = Core(), seam._steered, seam.steered_rows
+    running: list[Any] = []
 
     def noting(layer: Any, logits: Any) -> Any:
-        in_all_but_one.layer = layer.moe_lens_sign  # pyright: ignore[reportFunctionMemberAccess]
+        running[:] = [layer]
         return inner(layer, logits)
+
+    def in_all_but_one(logits: Any, *tables: Any) -> Any:
+        return logits if running[0] is core.tables.layers[lost] else steered(logits, *tables)
 
     monkeypatch.setattr(seam, "steered_rows", in_all_but_one)
     monkeypatch.setattr("tests.engines.vllm.fakes._steered", noting)

@@ -38,7 +38,7 @@ def server(status: int, content: Any, seen: list[Any] | None = None) -> Iterator
                 seen.append((self.path, self.headers.get("Authorization"), body))
             self._send(status, content)
 
-        def log_message(self, *_: Any) -> None: ...
+        def log_message(self, format: str, *args: Any) -> None: ...
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
