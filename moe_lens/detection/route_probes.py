@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from moe_lens.checks import chosen_layers, share, whole_number
 from moe_lens.detection.ridge_logistic import auroc, concordance, held_out_scores, stratified_folds
@@ -47,7 +47,6 @@ class RouteProbe(Result):
         difference: auroc − bag_auroc, on the same draws of prompts.
         groups: name of each held-out group (fold 0, 1, ... where none were given).
         by_group: (auroc, bag_auroc) of each group; NaN where it holds one label only.
-        pooled: scores of different groups were compared, since none holds both labels.
         scores, bag_scores: [prompt], log odds when its group was held out.
         n_prompts: prompts.
         level: of the intervals.
@@ -61,7 +60,6 @@ class RouteProbe(Result):
     difference: Area
     groups: tuple[str, ...]
     by_group: tuple[tuple[float, float], ...]
-    pooled: bool
     scores: Float[np.ndarray, "prompt"]
     bag_scores: Float[np.ndarray, "prompt"]
     n_prompts: int
@@ -114,9 +112,10 @@ def route_probe(
     the training prompts, the ridge chosen there from five by 5 folds.
 
     Each group is held out once. Only prompts of one held-out group are compared with each other: scores of
-    different regressions need not be on one scale. Where no group holds both labels, they are compared all
-    the same (`pooled`), which is biased down where nothing can be read. Without groups: 10 random folds; then
-    prompts alike in all but the label (pairs, templates) may be in training and test, and inflate both areas.
+    different regressions are not on one scale, and where single prompts are left out, each is pushed away
+    from its own label (nothing at all to read then looks like an AUROC of 0). So one group at least must hold
+    both labels. Without groups: 10 random folds; then prompts alike in all but the label (pairs, templates)
+    may be in training and test, and inflate both areas.
 
     Intervals resample whole groups, and in each of these its prompts of either label (the regressions are not
     run again). They want ten groups or so; of few they are too short, and `by_group` shows all there is.
@@ -156,17 +155,16 @@ def route_probe(
         bag_scores[test] = held_out_scores(bag, is_positive, test, seed)
     members = [group == number for number in range(len(group_names))]
     whole = [m for m in members if is_positive[m].any() and not is_positive[m].all()]
-    pooled = not whole
-    sets = [np.ones(len(routes), dtype=bool)] if pooled else whole
-    tables = [[concordance(s[m], is_positive[m]) for m in sets] for s in (scores, bag_scores)]
-    owners = [(group[m & is_positive], group[m & ~is_positive]) for m in sets]
-    areas = _areas(tables, owners, draws, level, seed)
+    if not whole:
+        raise DataError(
+            "No group holds both labels, so no held-out prompts can be compared; join groups of either label."
+        )
+    tables = [[concordance(s[m], is_positive[m]) for m in whole] for s in (scores, bag_scores)]
+    areas = _areas(tables, draws, level, seed)
     by_group = tuple(
         (_area_of(scores[m], is_positive[m]), _area_of(bag_scores[m], is_positive[m])) for m in members
     )
-    return RouteProbe(
-        shape, *names, *areas, group_names, by_group, pooled, scores, bag_scores, len(routes), level
-    )
+    return RouteProbe(shape, *names, *areas, group_names, by_group, scores, bag_scores, len(routes), level)
 
 
 def _area_of(scores: Float[np.ndarray, "_"], labels: Bool[np.ndarray, "_"]) -> float:
@@ -249,26 +247,21 @@ def _groups(groups: Any, labels: Bool[np.ndarray, "prompt"], seed: int) -> tuple
 
 
 def _areas(
-    tables: list[list[Float[np.ndarray, "_ _"]]],
-    owners: list[tuple[np.ndarray, np.ndarray]],
-    n_resamples: int,
-    level: float,
-    seed: int,
+    tables: list[list[Float[np.ndarray, "_ _"]]], n_resamples: int, level: float, seed: int
 ) -> tuple[Area, Area, Area]:
     """Both areas and their difference, from the same draws of groups and of prompts in them.
 
     Args:
-        tables: of either probe, the concordance of the pairs of each set that is compared.
-        owners: of each set, the groups of its positive and of its negative prompts.
+        tables: of either probe, the concordance of the pairs of each group.
     """
     rng = np.random.default_rng([seed, 1])
     sums, pairs = np.zeros((2, n_resamples)), np.zeros(n_resamples)
-    sets = _uniform(rng, len(owners), n_resamples)
-    for number, (both, sides) in enumerate(zip(zip(*tables, strict=True), owners, strict=True)):
-        drawn = [_drawn(rng, side, n_resamples) for side in sides]
+    groups = _drawn(rng, len(tables[0]), n_resamples)
+    for number, both in enumerate(zip(*tables, strict=True)):
+        positive, negative = (_drawn(rng, n, n_resamples) for n in both[0].shape)
         for row, table in enumerate(both):
-            sums[row] += sets[:, number] * ((drawn[0] @ table) * drawn[1]).sum(1)
-        pairs += sets[:, number] * drawn[0].sum(1) * drawn[1].sum(1)
+            sums[row] += groups[:, number] * ((positive @ table) * negative).sum(1)
+        pairs += groups[:, number] * both[0].size
     values = [auroc(table) for table in tables]
     draws = sums / pairs
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -284,16 +277,6 @@ def _areas(
     )
 
 
-def _uniform(rng: np.random.Generator, n: int, n_resamples: int) -> Float[np.ndarray, "draw unit"]:
+def _drawn(rng: np.random.Generator, n: int, n_resamples: int) -> Float[np.ndarray, "draw unit"]:
     """How often each of n units is drawn."""
     return rng.multinomial(n, np.full(n, 1 / n), n_resamples).astype(np.float64)
-
-
-def _drawn(
-    rng: np.random.Generator, owner: Int[np.ndarray, "prompt"], n_resamples: int
-) -> Float[np.ndarray, "draw prompt"]:
-    """How often each prompt is drawn: with its whole group where prompts are of several, else by itself."""
-    numbers, place = np.unique(owner, return_inverse=True)
-    if len(numbers) > 1:
-        return _uniform(rng, len(numbers), n_resamples)[:, place]
-    return _uniform(rng, len(owner), n_resamples)

@@ -84,7 +84,6 @@ def test_it_tells_what_the_route_shows_from_what_the_words_show() -> None:
     neither = route_probe(*data(False, False)[:2], groups=data(False, False)[2])
     assert neither.auroc.low < 0.5 < neither.auroc.high
     assert len(neither.by_group) == 4
-    assert not neither.pooled
 
 
 def test_areas_are_of_pairs_within_groups() -> None:
@@ -101,10 +100,8 @@ def test_areas_are_of_pairs_within_groups() -> None:
     assert probe.auroc.value == pytest.approx(right / total)
     couples = route_probe(units, labels, groups=[i // 2 for i in range(24)])  # one of each label in a group
     assert couples.difference.low < couples.difference.value < couples.difference.high
-    alone = route_probe(units, labels, groups=list(range(24)))
-    assert alone.auroc.low < alone.auroc.value <= alone.auroc.high
-    assert alone.pooled
-    assert all(np.isnan(area) for areas in alone.by_group for area in areas)
+    with pytest.raises(DataError, match="No group holds both labels"):
+        route_probe(units, labels, groups=list(range(24)))
     assert len(route_probe(units, labels).groups) == 10
 
 
