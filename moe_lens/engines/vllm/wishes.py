@@ -114,7 +114,19 @@ def read_wish(
             f"{POSITIONS} must be 'prompt' or 'generated'; got {short(positions)}. Other positions are "
             "steered in a RoutedModel only."
         )
+    if plan is not None and plan.strength is not None:
+        plan, strength = _firm(plan), strength if STRENGTH in given else plan.strength
     return Wish(plan, strength, positions, *_counting(given))
+
+
+def _firm(plan: SteeringPlan) -> SteeringPlan:
+    """The plan without its own strength, which the wish carries."""
+    if plan.only_unmet:
+        raise PlanError(
+            "A plan with only_unmet=True steers where an expert is not where the plan wants it, which vLLM's "
+            "layers are not asked; use a RoutedModel, or a plan without it."
+        )
+    return SteeringPlan(plan.activate, plan.deactivate, plan.epsilon, plan.shape)
 
 
 def _counting(given: Mapping[str, Any]) -> tuple[str | None, int, Ranges | None]:
@@ -191,7 +203,8 @@ def plan_args(
     Args:
         plan: a plan, which travels as JSON; the name of a file NAME.json in the server's folder of plans; or
             None, not to be steered even where the server has a default plan.
-        strength: λ ≥ 0 of the soft form z ± λ·std(z), as in `steer_hooks`; None for the paper's transform.
+        strength: λ ≥ 0 of the soft form z ± λ·std(z), as in `steer_hooks`; None for the plan's own, which is
+            None for the paper's transform.
         positions: "prompt" or "generated" tokens only; None for both.
 
     Raises:

@@ -129,3 +129,19 @@ def test_arguments_are_checked_where_they_are_written() -> None:
         plan_args("doc", positions="last")
     with pytest.raises(DataError, match="moe_span"):
         stats_args("s", 0, [(3, 1)])
+
+
+def test_a_soft_plan_stays_soft() -> None:
+    soft = SteeringPlan(PLAN.activate, PLAN.deactivate, PLAN.epsilon, strength=1.5)
+    firm = SteeringPlan(PLAN.activate, PLAN.deactivate, PLAN.epsilon)
+    for given_ in (plan_args(soft), plan_args(firm, strength=1.5)):
+        wish = read_wish(given_)
+        assert (wish.strength, wish.plan) == (1.5, firm)
+        assert read_wish(wish.arguments()) == wish
+    assert read_wish(plan_args(soft, strength=2.0)).strength == 2.0
+    assert read_wish(plan_args(soft)).salt != read_wish(plan_args(firm)).salt
+
+
+def test_what_looks_at_the_choice_before_it_steers_is_refused() -> None:
+    with pytest.raises(PlanError, match="only_unmet"):
+        plan_args(SteeringPlan(deactivate=[(2, 5)], strength=1.5, only_unmet=True))
