@@ -14,7 +14,7 @@ env: .venv/installed  ## create .venv with the tested versions
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-env-vllm:  ## vLLM's own environment, .venv-vllm (2 GB), for the tests of the plugin; says why where it cannot be had
+env-vllm:  ## vLLM's own environment, .venv-vllm (2.5 GB), for the tests of the plugin; says why where it cannot be had
 	@$(MAKE) --no-print-directory .venv-vllm/installed >.venv-vllm.log 2>&1 \
 		|| { mkdir -p .venv-vllm && tail -n 3 .venv-vllm.log | tee .venv-vllm/failed; \
 		echo "so there is no .venv-vllm, and tests in vLLM are skipped (.venv-vllm.log)"; }
