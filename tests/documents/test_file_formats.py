@@ -45,6 +45,7 @@ from moe_lens.engines import (
 from moe_lens.engines.vllm.request_counts import Recorded, RequestCounts
 from moe_lens.evaluation import SweepResult, tasks
 from moe_lens.files import FileKind
+from moe_lens.steering import LearningStep
 from tests.documents.format_page import (
     PAGE,
     SECTIONS,
@@ -247,7 +248,7 @@ def test_dense_routes_and_a_bias_hold_what_the_page_says(tmp_path: Path) -> None
     assert DenseRoutes.load(tmp_path / "dense.safetensors").n_prompts == 2
 
     bias = RouterBias.of({(0, 3): 1.5}, model().moe_shape)
-    for one in (bias, replace(bias, history=[(0, 2.0, 3.0)])):
+    for one in (bias, replace(bias, history=(LearningStep(0, 2.0, 3.0),))):
         one.save(tmp_path / "bias.json")
         content = json.loads((tmp_path / "bias.json").read_text())
         check_head(content, "Router bias")
@@ -310,8 +311,9 @@ def test_units_of_statistics_and_their_list_hold_what_the_page_says(tmp_path: Pa
         whole = {name: x for name, x in tensors.items() if not name.startswith("batches.")}
         assert torch.float64 not in {x.dtype for x in whole.values()}
         check_tensors({**whole, **{name: x[0] for name, x in batches.items()}}, "Routing statistics")
-        lengths = [len(model().to_tokens(OPEN[row])[0]) for row in own["rows"]]
-        assert [n + 1 for n in whole["per_prompt.n_tokens"].tolist()] == lengths  # and the BOS
+        counted = stats.per_prompt.of(own["rows"]) if stats.per_prompt else None
+        assert counted is not None
+        assert torch.equal(whole["per_prompt.counts"], counted.counts)
     assert merge_distributed(tmp_path).n_tokens == stats.n_tokens
 
 
