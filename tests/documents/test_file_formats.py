@@ -10,57 +10,59 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from moe_lens import (
+    AuditReport,
     ContrastivePairs,
+    DenseRoutes,
     ExpertScores,
     HookedMoE,
     Prompt,
+    RouterBias,
     RouteRecord,
     RoutingStats,
     SteeringPlan,
     SteeringReport,
+    SteeringTask,
     answer_task,
+    audit,
     collect_routing,
     detect,
     evaluate_steering,
     load_task,
     organisms,
+    record_dense,
     sweep,
 )
-from moe_lens.detection import expert_scores
-from moe_lens.evaluation import SweepResult, plan_sizes, report, tasks
+from moe_lens.engines import (
+    BENCHMARKS,
+    Answer,
+    JudgedAnswers,
+    collect_distributed,
+    evaluate_distributed,
+    merge_distributed,
+)
+from moe_lens.engines.vllm.request_counts import Recorded, RequestCounts
+from moe_lens.evaluation import SweepResult, tasks
 from moe_lens.files import FileKind
-from moe_lens.statistics import routes, sums
-from moe_lens.steering import plan as plans
-from moe_lens.text import pairs as pair_files
-from tests.notebooks import ROOT
+from moe_lens.steering import LearningStep
+from tests.documents.format_page import (
+    PAGE,
+    SECTIONS,
+    SOFT,
+    check_fields,
+    check_head,
+    check_tensors,
+    check_type,
+    kinds,
+    read,
+    rows,
+    saved,
+    schemas,
+)
 
-PAGE = (ROOT / "docs" / "reference" / "file-formats.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## ([^\n]+)\n\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 CONFLICTS = organisms.world("specialised").conflicts("test")[:12]
 OPEN, CLOSED = [c.open_book for c in CONFLICTS], [c.closed_book for c in CONFLICTS]
-TYPES: dict[str, Any] = {
-    "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None),
-    "object": dict,
-}  # fmt: skip
-NUMBERED = {"layer": 4, "expert": 8, "gap": 3, "k": 2}
-"""Sizes of the specialised organism; other dimensions must only agree with each other."""
-
-Row = tuple[str, ...]
-
-
-def rows(section: str, first: str) -> list[Row]:
-    """The rows of all tables of a section whose first column has this name."""
-    found: list[Row] = []
-    for table in re.findall(r"(?:^\|.*\n)+", SECTIONS[section] + "\n", re.MULTILINE):
-        header, _, *lines = (
-            tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines()
-        )
-        if header[0] == first:
-            found += lines
-    return [(row[0].strip("`"), *row[1:]) for row in found]
 
 
 @cache
@@ -68,98 +70,21 @@ def model() -> HookedMoE:
     return organisms.load("specialised")
 
 
-def saved(thing: Any, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    thing.save(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        assert list(metadata) == ["moe_lens"]
-        return json.loads(metadata["moe_lens"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: f"{kind.name}-{kind.schema}")
+def test_a_section_names_every_kind_and_all_schemas_that_are_written_and_read(kind: FileKind) -> None:
+    [section] = [name for name, text in SECTIONS.items() if re.search(rf"[Kk]ind\s+`{kind.name}`, ", text)]
+    written, _, read = schemas(kind.name, section).partition(";")
+    assert str(kind.schema) in re.findall(r"\d+", written)
+    words = " and ".join(map(str, kind.reads))
+    if len(kind.reads) > 2:
+        words = f"{kind.reads[0]} to {kind.reads[-1]}"
+    assert read == ("" if len(kind.reads) == 1 else f" {words} are read")
+    assert f"](#{section.lower().replace(' ', '-')})" in PAGE.partition("\n## ")[0]
 
 
-def check_head(content: dict[str, Any], section: str) -> None:
-    """Kind, schema and digest come first, and are what the section says."""
-    assert list(content)[:3] == ["kind", "schema", "digest"]
-    assert f"Kind `{content['kind']}`, schema {content['schema']}" in SECTIONS[section]
-
-
-def check_type(value: Any, said: str) -> None:
-    """A value against words such as "list of strings or null"."""
-    for words in re.split(r", | or ", said):
-        if words.startswith("list of "):
-            inner = words.removeprefix("list of ").rstrip("s")
-            if isinstance(value, list) and all(
-                isinstance(each, {**TYPES, "list": list}[inner]) for each in value
-            ):
-                return
-        elif isinstance(value, TYPES[words]) and (words == "boolean" or not isinstance(value, bool)):
-            return
-    raise AssertionError(f"{value!r} is no {said}")
-
-
-def check_fields(
-    content: dict[str, Any], section: str, first: str = "field", missing: tuple[str, ...] = ()
-) -> None:
-    """The content's fields are those of the section's table, with values of the types that it says."""
-    said = {row[0]: row[1] for row in rows(section, first)}
-    assert set(content) - {"kind", "schema", "digest"} == {name for name in said if "." not in name} - {
-        *missing
-    }
-    for name, words in said.items():
-        value: Any = content
-        for part in name.split("."):
-            value = None if value is None else value.get(part, ...)
-        if value is ...:
-            assert name in missing
-        elif "." not in name or content[name.split(".")[0]] is not None:
-            check_type(value, words.replace(", list of messages", "").replace(" or list of messages", ""))
-
-
-def check_tensors(tensors: dict[str, torch.Tensor], section: str, missing: tuple[str, ...] = ()) -> None:
-    """The tensors are those of the section's tables, with the dtypes and shapes that they say."""
-    said = {row[0]: row[1:3] for row in rows(section, "tensor") if not row[0].endswith("*")}
-    assert set(tensors) == set(said) - {*missing}
-    sizes = dict(NUMBERED)
-    for name, tensor in tensors.items():
-        dtypes, shape = said[name]
-        assert str(tensor.dtype).removeprefix("torch.") in re.split(r", | or ", dtypes), name
-        assert tensor.ndim == len(shape.split()), name
-        for dimension, size in zip(shape.split(), tensor.shape, strict=True):
-            place = name.partition(".")[0] + dimension if dimension not in NUMBERED else dimension
-            assert sizes.setdefault(place, size) == size, f"{name}: {dimension}"
-
-
-@pytest.mark.parametrize(
-    ("kind", "section"),
-    [
-        (sums._KIND, "Routing statistics"),
-        (expert_scores._KIND, "Expert scores"),
-        (routes._KIND, "Routes"),
-        (plans._KIND, "Steering plan"),
-        (tasks._KIND, "Steering task"),
-        (pair_files._KIND, "Pairs"),
-        (report._KIND, "Steering report"),
-        (plan_sizes._KIND, "Sweep"),
-    ],
-)
-def test_a_section_names_the_kind_and_every_schema_that_is_read(kind: FileKind, section: str) -> None:
-    text = " ".join(SECTIONS[section].split())
-    assert f"`{kind.name}`, schema {kind.schema}" in text
-    if len(kind.reads) > 1:
-        words = (
-            f"{kind.reads[0]} to {kind.reads[-1]}"
-            if len(kind.reads) > 2
-            else " and ".join(map(str, kind.reads))
-        )
-        assert f"; {words} are read." in text
-
-
-def test_every_kind_of_file_in_the_package_has_a_section() -> None:
-    kinds = {
-        name
-        for path in (ROOT / "moe_lens").rglob("*.py")
-        for name in re.findall(r"FileKind\(\s*\"(moe_lens\.\w+)\"", path.read_text(encoding="utf-8"))
-    }
-    assert kinds == set(re.findall(r"[Kk]ind\s+`(moe_lens\.\w+)`", PAGE)) > {"moe_lens.RoutingStats"}
+def test_the_page_names_no_kind_that_is_gone() -> None:
+    named = set(re.findall(r"[Kk]ind\s+`(moe_lens\.\w+)`", PAGE))
+    assert named == {kind.name for kind in kinds()} > {"moe_lens.RoutingStats"}
 
 
 def test_routing_statistics_hold_what_the_page_says(tmp_path: Path) -> None:
@@ -229,11 +154,13 @@ def test_routes_hold_what_the_page_says(tmp_path: Path) -> None:
 def test_a_plan_and_a_report_and_a_sweep_hold_what_the_page_says(tmp_path: Path) -> None:
     plan = SteeringPlan([(0, 3)], [(2, 1)], shape=model().moe_shape)
     reverse = SteeringPlan(deactivate=[(2, 5), (1, 1)])
-    for one in (plan, reverse):
+    soft = SteeringPlan([(0, 3)], strength=1.5, only_unmet=True)
+    for one in (plan, reverse, soft):
         one.save(tmp_path / "plan.json")
         content = json.loads((tmp_path / "plan.json").read_text())
         check_head(content, "Steering plan")
-        check_fields(content, "Steering plan")
+        check_fields(content, "Steering plan", missing=() if one is soft else SOFT)
+        assert content["schema"] == (3 if one is soft else 2)
     pairs = ContrastivePairs.from_lists(OPEN, CLOSED, span="last")
     scores = detect(model(), pairs, n_resamples=20, n_permutations=20, progress=False)
     task = answer_task(
@@ -250,7 +177,7 @@ def test_a_plan_and_a_report_and_a_sweep_hold_what_the_page_says(tmp_path: Path)
     check_head(content, "Steering report")
     check_fields(content, "Steering report")
     check_head(content["plans"]["-"], "Steering plan")
-    check_fields(content["plans"]["-"], "Steering plan")
+    check_fields(content["plans"]["-"], "Steering plan", missing=SOFT)
     outcomes = [content["unsteered"], content["bottom"], content["steered"]["+"]]
     for outcome in [*outcomes, *content["controls"]["any layer"]["-"]]:
         assert set(outcome) == {"values", "collateral"}
@@ -311,3 +238,167 @@ def test_the_table_of_scores_has_the_columns_that_the_page_says() -> None:
     said = re.findall(r"`(\w+)`", SECTIONS["Tables"].partition("(`ExpertScores")[0])
     assert [*said[:11]] == list(frame.columns)[:11]
     assert np.isfinite(frame[list(said[:7])].to_numpy()).all()
+
+
+def test_dense_routes_and_a_bias_hold_what_the_page_says(tmp_path: Path) -> None:
+    about, tensors = saved(record_dense(model(), OPEN[:2], progress=False), tmp_path / "dense.safetensors")
+    check_head(about, "Dense routes")
+    check_fields(about, "Dense routes")
+    check_tensors(tensors, "Dense routes")
+    assert DenseRoutes.load(tmp_path / "dense.safetensors").n_prompts == 2
+
+    bias = RouterBias.of({(0, 3): 1.5}, model().moe_shape)
+    for one in (bias, replace(bias, history=(LearningStep(0, 2.0, 3.0),))):
+        one.save(tmp_path / "bias.json")
+        content = json.loads((tmp_path / "bias.json").read_text())
+        check_head(content, "Router bias")
+        check_fields(content, "Router bias")
+        assert (content["values"][0][3], np.shape(content["values"])) == (1.5, (4, 8))
+        assert content["history"] == [list(step) for step in one.history]
+
+
+def test_an_audit_holds_what_the_page_says(tmp_path: Path) -> None:
+    task = answer_task(OPEN, [c.document_answer for c in CONFLICTS], name="reads")
+    plan = SteeringPlan(deactivate=[(2, 1)])
+    report = audit(model(), task, plan=plan, n_noisy=1, n_random=1, max_size=0, progress=False)
+    for one in (report, replace(report, left_out={"searched plan": "no search was asked for"})):
+        one.save(tmp_path / "audit.json")
+        content = json.loads((tmp_path / "audit.json").read_text())
+        check_head(content, "Audit")
+        check_fields(content, "Audit")
+    said = dict(row[::2] for row in rows("Audit", "field of a condition"))["kind"]
+    for each in content["conditions"]:
+        check_fields(each, "Audit", "field of a condition")
+        assert f'"{each["kind"]}"' in said
+        assert len(each["held_out"]) == len(content["clusters"])
+        if each["plan"] is not None:
+            check_head(each["plan"], "Steering plan")
+            check_fields(each["plan"], "Steering plan", missing=SOFT)
+    # what follows from the rest is computed anew
+    without = {name: value for name, value in content.items() if name != "digest"}
+    (tmp_path / "audit.json").write_text(json.dumps({**without, "worst": 9.0}))
+    assert AuditReport.load(tmp_path / "audit.json").worst_rate == report.worst_rate
+
+
+def test_units_of_statistics_and_their_list_hold_what_the_page_says(tmp_path: Path) -> None:
+    everything: dict[str, Any] = {
+        "per_prompt": True, "positions": True, "vocabulary": True, "outputs": True, "progress": False,
+    }  # fmt: skip
+    stats = collect_distributed(model(), OPEN, tmp_path, unit=2, batch_size=3, **everything)
+    [path] = tmp_path.glob("job-*.json")
+    job = json.loads(path.read_text())
+    check_head(job, "List of units")
+    check_fields(job, "List of units")
+    assert set(job["about"]["runs"]) == {"device", "autocast", "precision", "versions"}
+    assert set(job["about"]) == {
+        row[0][6:] for row in rows("List of units", "field") if row[0].startswith("about.")
+    }
+    total, tensors = read(path.with_suffix(".safetensors"))
+    check_head(total, "Routing statistics")
+    check_tensors(tensors, "Routing statistics")
+    assert torch.equal(tensors["counts"], stats.counts)
+    assert len(job["units"]) == 2
+    for unit in job["units"]:
+        about, tensors = read(tmp_path / unit)
+        check_head(about, "Unit of routing statistics")
+        check_fields(about, "Unit of routing statistics")
+        assert about["unit"] == unit
+        batches = {name[8:]: x for name, x in tensors.items() if name.startswith("batches.")}
+        assert {len(x) for x in batches.values()} == {2}
+        assert {x.dtype for x in batches.values()} == {torch.float64}
+        own = {"rows": tensors.pop("rows")}
+        check_tensors(own, "Unit of routing statistics")
+        whole = {name: x for name, x in tensors.items() if not name.startswith("batches.")}
+        assert torch.float64 not in {x.dtype for x in whole.values()}
+        check_tensors({**whole, **{name: x[0] for name, x in batches.items()}}, "Routing statistics")
+        counted = stats.per_prompt.of(own["rows"]) if stats.per_prompt else None
+        assert counted is not None
+        assert torch.equal(whole["per_prompt.counts"], counted.counts)
+    assert merge_distributed(tmp_path).n_tokens == stats.n_tokens
+
+
+def test_units_of_measures_hold_what_the_page_says(tmp_path: Path) -> None:
+    task = answer_task(OPEN, [c.document_answer for c in CONFLICTS], neutral_texts=["the capital"])
+    own = SteeringTask("own", lambda model, hooks: np.arange(12.0), tuple(map(str, range(12))))
+    plan, reverse = SteeringPlan(deactivate=[(2, 1)]), SteeringPlan(deactivate=[(2, 5)])
+    seen = set()
+    for number, one in enumerate((task, own)):
+        folder = tmp_path / str(number)
+        evaluate_distributed(
+            model(),
+            plan,
+            one,
+            folder,
+            about="0 to 11",
+            reverse=reverse,
+            n_random=1,
+            alpha=0.5,
+            progress=False,
+        )
+        for path in folder.glob("measure-*.safetensors"):
+            about, tensors = read(path)
+            check_head(about, "Unit of a measure")
+            check_fields(about, "Unit of a measure")
+            assert about["unit"] == path.name
+            for name, tensor in tensors.items():
+                known, other = ("N", "values") if name.isdigit() else ("values", "N")
+                check_tensors({known: tensor}, "Unit of a measure", (other,))
+                seen.add((known, tensor.dtype))
+    assert seen == {("N", torch.float64), ("N", torch.bool), ("values", torch.float64)}
+    assert {path.name.partition("-")[0] for path in tmp_path.glob("*/*")} == {"measure"}
+
+
+def test_statistics_of_vllm_hold_what_the_page_says(tmp_path: Path) -> None:
+    """Of sums as its workers keep them."""
+    counts, logits = RequestCounts(model().moe_shape), torch.randn(3, 8)
+    layer = Recorded(logits, *logits.topk(2)[::-1])
+    counts.add([("a", 0), ("a", 1)], torch.arange(3), torch.tensor([0, 0, 1]), dict.fromkeys(range(4), layer))
+    about, tensors = saved(counts.stats("a"), tmp_path / "stats.safetensors")
+    check_head(about, "Routing statistics")
+    check_fields(about, "Routing statistics")
+    said = [row[0] for row in rows("Routing statistics", "tensor")]
+    left = {name for name in said if name.startswith("per_prompt.")}
+    assert set(tensors) == {*said[:4], *left}
+    check_tensors(tensors, "Routing statistics", tuple({*said} - {*tensors}))
+    few = collect_routing(model(), OPEN[:2], progress=False).summary()
+    assert set(saved(few, tmp_path / "few.safetensors")[1]) == set(said[:3])
+
+
+def test_answers_to_be_judged_hold_what_the_page_says(tmp_path: Path) -> None:
+    path, answers = tmp_path / "answers.jsonl", [Answer("Why?", "Because."), Answer("Who?", "")]
+    judge = JudgedAnswers(path)
+    with judge.collecting():
+        judge(answers)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        check_fields(line, "Judged answers", "field of an answer")
+        assert line.pop("score") is None
+        check_fields({**line, "score": 0.5}, "Judged answers", "field of an answer")
+    path.write_text("".join(json.dumps({**line, "score": 0.5}) + "\n" for line in lines))
+    assert judge(answers) == [0.5, 0.5]
+
+
+def test_benchmarks_read_the_columns_that_the_page_says(tmp_path: Path) -> None:
+    said = {row[0]: row[1] for row in rows("Benchmark data", "field of a row")}
+    assert set(said) == {"aliases"}.union(*(each.columns for each in BENCHMARKS.values()))
+    open_book = {"context": "the sea", "question": "what is it ?"}
+    texts = [
+        {"answer": "sea"},
+        {"answer": ["sea"], "aliases": "lake"},
+        {"answer": "sea", "aliases": ["lake"]},
+    ]
+    options: dict[str, Any] = {"choices": ["sea", "lake"]}
+    labelled = {"choices": {"text": ["sea", "lake"], "label": ["1", "2"]}}
+    choices = [{**options, "answer": answer} for answer in ("lake", "B", 1)] + [{**labelled, "answer": "2"}]
+    for name, several in (("cf_triviaqa", texts), ("mctest", choices)):
+        data = [{**open_book, **row} for row in several]
+        for row in data:
+            check_fields(row, "Benchmark data", "field of a row", tuple(set(said) - set(row)))
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+        documents = BENCHMARKS[name].documents(tmp_path / "data.jsonl")
+        assert all(
+            each["gold"] == 1 if name == "mctest" else each["answers"][0] == "sea" for each in documents
+        )
+    (tmp_path / "data.csv").write_text('context,question,answer\n"the sea",why,sea\n')
+    [document] = BENCHMARKS["mquake"].documents(tmp_path / "data.csv")
+    assert document["answers"] == ["sea"]
