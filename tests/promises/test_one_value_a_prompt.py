@@ -119,9 +119,11 @@ SUMS: dict[str, Any] = {
     "parts": parts,
     "agreement": agreement,
     "distributed": distributed,
-    "answers": lambda m, p, h: answer_objective(m, p, ["w3 w4"] * len(p), batch_size=2)(m, h)[None] * len(p),
+    "answers": lambda m, p, h: (
+        answer_objective(m, p, ["w3 w4"] * len(p), batch_size=2)(m, h).detach()[None] * len(p)
+    ),
     "texts": lambda m, p, h: (
-        text_objective(m, p, batch_size=2)(m, h)[None] * sum(len(text.split()) for text in p)
+        text_objective(m, p, batch_size=2)(m, h).detach()[None] * sum(len(text.split()) for text in p)
     ),
     "loss": lambda m, p, h: (
         np.array([text_loss(m, p, hooks=h, batch_size=2)]) * sum(len(text.split()) for text in p)
