@@ -23,10 +23,11 @@ from torch import Tensor
 from moe_lens.engines.unit_files import Unit
 from moe_lens.errors import DataError
 from moe_lens.files import FileKind
+from moe_lens.model.state import Pass
 from moe_lens.statistics.collection import Counting
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.statistics.sums import TABLES
-from moe_lens.text.batching import Prompts
+from moe_lens.text.batching import Prompts, how_many
 from moe_lens.text.spans import CountedPrompts
 
 _KIND: Final = FileKind("moe_lens.RoutingUnit", 1, (1,), "a unit of routing statistics")
@@ -56,16 +57,18 @@ class RoutingUnits:
         Args:
             read: is told the number of prompts of each unit.
         """
-        batches = self.counting.batches(prompts)
-        number = 0
+        batches, among = self.counting.batches(prompts), Pass(how_many(prompts))
+        number = n_prompts = 0
         while unit := list(islice(batches, self.n_batches)):
             name = f"{number:06d}-{_digest(self.settings, number, unit)}.safetensors"
-            read(sum(len(batch.rows) for batch in unit))
-            yield Unit(name, partial(self._write, unit))
-            number += 1
+            n_rows = sum(len(batch.rows) for batch in unit)
+            read(n_rows)
+            yield Unit(name, partial(self._write, unit, among))
+            number, n_prompts = number + 1, n_prompts + n_rows
+        among.end(n_prompts)
 
-    def _write(self, batches: Sequence[CountedPrompts], path: Path) -> None:
-        parts = self.counting.of_each(batches)
+    def _write(self, batches: Sequence[CountedPrompts], among: Pass, path: Path) -> None:
+        parts = self.counting.of_each(batches, among)
         rows = torch.tensor([row for batch in batches for row in batch.rows])
         whole: RoutingStats = sum(parts[1:], parts[0])
         floats = [_floats(part) for part in parts]

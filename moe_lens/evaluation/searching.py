@@ -246,6 +246,11 @@ def _candidates(model: Model, given: Any) -> list[Expert]:
     if given is None:
         experts = [(layer, expert) for layer in shape.layers for expert in range(shape.n_experts)]
     elif isinstance(given, ExpertScores):
+        if misfits := given.shape.misfits(shape):
+            raise DataError(
+                f"The scores are of another model than the search's (scores / model): {'; '.join(misfits)}. "
+                "If that is meant, give (layer, expert) pairs."
+            )
         experts = [(score.layer, score.expert) for score in given.ranked()]
     else:
         if isinstance(given, str) or not isinstance(given, Iterable):
@@ -267,6 +272,11 @@ def _most_runs(n: int, size: int, method: str, goal: float | None) -> int:
     return sum(n - step for step in range(size)) + (0 if goal is None else max(size - 1, 0))
 
 
+def _numbered(clusters: tuple[str, ...]) -> bool:
+    """Whether these are the numbers that prompts without clusters get, which say nothing."""
+    return clusters == tuple(map(str, range(len(clusters))))
+
+
 def _check_settings(
     development: SteeringTask, held_out: SteeringTask, goal: Any, method: Any, role: Any, toward: Any
 ) -> None:
@@ -280,8 +290,9 @@ def _check_settings(
     is_number = isinstance(goal, int | float | np.number) and not isinstance(goal, bool)
     if goal is not None and (not is_number or not goal > 0 or not isfinite(goal)):
         raise DataError(f"goal must be a number above 0, how far the mean is to move; got {goal!r}.")
-    named = {label for label in development.clusters if not label.isdigit()}
-    if shared := sorted(named & set(held_out.clusters)):
+    tasks = (development, held_out)
+    named = [set[str]() if _numbered(task.clusters) else set(task.clusters) for task in tasks]
+    if shared := sorted(named[0] & named[1]):
         warn(
             f"Development and held-out prompts share {len(shared)} clusters ({shared[0]!r} is one), so the "
             "held-out number is not of new ones; split_clusters makes splits that share none."

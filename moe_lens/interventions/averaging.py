@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
-from moe_lens.hook_names import HookList, Hooks
+from moe_lens.hook_names import HookList, Hooks, hook_list
 from moe_lens.interventions.noise import noisy_routes
 from moe_lens.interventions.positions import Positions
 from moe_lens.interventions.uncertainty import RouteUncertainty
 from moe_lens.model.kept_logits import reading_logits
+from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.resampling import spawned_seeds
-from moe_lens.text.batching import Prompts, chunks, pad_sequences, token_sequences
+from moe_lens.text.batching import Prompts, chunks, how_many, pad_sequences, token_sequences
 
 
 def average_routes(
@@ -120,17 +121,21 @@ def route_uncertainty(
 
 
 def next_token_probabilities(
-    model: Model, sequences: Sequence[Tensor], hooks: Hooks, rows: Sequence[int]
+    model: Model, sequences: Sequence[Tensor], hooks: Hooks, rows: Sequence[int], among: Pass | int
 ) -> Float[Tensor, "prompt vocab"]:
-    """The distribution after each sequence, float64, on the CPU; `rows` are the prompts' numbers."""
+    """The distribution after each sequence, float64, on the CPU; `rows` are the prompts' numbers.
+
+    Args:
+        among: how many prompts there are in all, of which these are some; or their `Pass`.
+    """
     with reading_logits(model, hooks) as read:
         tokens, mask = pad_sequences(model, sequences, read.padding_side)
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         last = lengths - 1 if read.padding_side == "right" else torch.full_like(lengths, tokens.shape[1] - 1)
         columns, place = last.unique(return_inverse=True)
-        logits = read(tokens, columns, mask, list(rows))
+        logits = read(tokens, columns, mask, list(rows), among)
     chosen = logits[torch.arange(len(sequences)), place.to(logits.device)].double().cpu()
-    if bool(chosen.isnan().any()) or bool((chosen == torch.inf).any()):
+    if not bool(chosen.amax(-1).isfinite().all()):  # -inf for some of the vocabulary is a mask
         raise DataError("The model's logits are NaN or infinite under these hooks; nothing can be averaged.")
     return chosen.softmax(dim=-1)
 
@@ -152,18 +157,21 @@ def _by_batch(
 ) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
     """Batch by batch, the model's own distributions [batch vocab], and those along each route in turn."""
     check_hooked(model)
+    given, among, done = hook_list(hooks), Pass(how_many(prompts)), 0
     numbered = enumerate(token_sequences(model, prompts))
     with tqdm(desc="noisy routes", unit="run", disable=not progress) as bar:
         for chunk in chunks(numbered, batch_size):
             rows, sequences = [number for number, _ in chunk], [tokens for _, tokens in chunk]
 
             def run(more: Hooks, rows: list[int] = rows, sequences: list[Tensor] = sequences) -> Tensor:
-                found = next_token_probabilities(model, sequences, [*hooks, *more], rows)
+                found = next_token_probabilities(model, sequences, [*given, *more], rows, among)
                 bar.update()
                 return found
 
             own = run(()) if plain else torch.zeros(0)
             yield own, (run(route) for route in routes)
+            done += len(rows)
+        among.end(done)
 
 
 def _entropy(p: Float[Tensor, "prompt vocab"]) -> Float[Tensor, "prompt"]:

@@ -1,7 +1,7 @@
 """Logits of the columns that somebody reads, and of no others.
 
     with reading_logits(model, hooks) as read:
-        logits = read(tokens, columns, mask)               # [batch column d_vocab]
+        logits = read(tokens, columns, mask, rows, n_prompts)       # [batch column d_vocab]
 
 A vocabulary of 50,000 tokens costs as much as several blocks, and its logits more memory than anything else
 in a forward. Hugging Face's forwards take `logits_to_keep`, and cut the residual stream just before the
@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.private_names import foreign_hooks, has_hooks
 from moe_lens.model.registration import running_of
-from moe_lens.model.state import Generation
+from moe_lens.model.state import Generation, Pass
 
 _IN_A_LIST: Final = re.compile(r"\.\d+(\.|$)")
 """In the path of a module: it stands in a list of blocks, before the unembedding."""
@@ -56,7 +56,7 @@ class LogitReader:
         columns: Int[Tensor, "column"],
         mask: Bool[Tensor, "batch pos"],
         rows: Sequence[int],
-        n_prompts: int,
+        n_prompts: Pass | int,
         n_prompt: int | None = None,
     ) -> Float[Tensor, "batch column d_vocab"]:
         """Logits of a forward.
@@ -66,7 +66,7 @@ class LogitReader:
             columns: those that are read, ascending.
             mask: True on the prompts' own tokens.
             rows: which prompt each row is, for hooks with something a prompt (a plan, a mask).
-            n_prompts: how many prompts there are in all.
+            n_prompts: how many prompts there are in all; or their `Pass`.
             n_prompt: how many columns are the prompt's; hooks take the others for what the model has written.
                 None: all.
         """

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_lens.errors import DataError
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.observing import observing
 from moe_lens.model.registration import moe_shape, routing_layers, running_of
 from moe_lens.model.wrapper import Model, check_hooked
@@ -93,8 +94,8 @@ def route_agreement(
     rng = np.random.default_rng([seed, 2])
     sums: list[dict[str, np.ndarray]] = []
     for row in tqdm(range(len(ours)), desc="comparing routes", unit="prompt", disable=not progress):
-        first = _routes(a, row, ours[row], hooks)
-        second = _routes(b, row, theirs[row], other_hooks)
+        first = _routes(a, row, ours, hooks)
+        second = _routes(b, row, theirs, other_hooks)
         sums.append(_compared(first, second, rng))
     tables = {name: np.stack([each[name] for each in sums]) for name in sums[0]}
     jaccard, low, high = with_interval(
@@ -158,12 +159,16 @@ def _check_alike(ours: list[_Counted], theirs: list[_Counted], same_tokens: bool
             )
 
 
-def _routes(model: Model, row: int, prompt: _Counted, hooks: Hooks) -> _Routes:
-    """What was chosen for each counted token, and by what margin."""
-    seen: dict[int, RouterOutput] = {}
+def _routes(model: Model, row: int, prompts: list[_Counted], hooks: Hooks) -> _Routes:
+    """What was chosen for each counted token of one of the prompts, and by what margin."""
+    prompt, seen = prompts[row], {}
     layers = routing_layers(model)
-    with observing(model, lambda layer, decision, is_own: seen.update({layer: decision}), list(hooks)) as run:
-        with running_of(model).of_prompts(torch.tensor([row])):
+
+    def see(layer: int, decision: RouterOutput, is_own: Any) -> None:
+        seen[layer] = decision
+
+    with observing(model, see, hook_list(hooks)) as run:
+        with running_of(model).of_prompts([row], len(prompts)):
             run(prompt.tokens[None].to(model.cfg.device), None)
         chosen, margins = [], []
         for layer, moe in layers.items():

@@ -202,13 +202,13 @@ class Counting:
             self.model, prompts, self.span, self.limits, special_tokens=self.special_tokens
         )
 
-    def of_each(self, batches: Iterable[CountedPrompts]) -> list[RoutingStats]:
-        """The statistics of each of some batches, as `run` counts it."""
+    def of_each(self, batches: Iterable[CountedPrompts], among: Pass) -> list[RoutingStats]:
+        """The statistics of each of some batches of these prompts, as `run` counts it."""
         parts = []
         with with_expert_out(self.model) if self.wanted.outputs else nullcontext(), self._watched() as run:
             for batch in batches:
                 self.now = self.counter()
-                self.count(run, batch)
+                self.count(run, batch, among)
                 parts.append(RoutingStats(self.shape, **self.now.values()))
         return parts
 

@@ -8,8 +8,9 @@ from tqdm.auto import tqdm
 
 from moe_lens import hook_names
 from moe_lens.errors import HookError
-from moe_lens.hook_names import HookList, Hooks
+from moe_lens.hook_names import HookList, Hooks, hook_list
 from moe_lens.model.registration import moe_shape, routing_layers, running_of
+from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.routers.dense import dense_weights, no_dense_weights
 from moe_lens.statistics.dense import DenseRoutes
@@ -49,12 +50,15 @@ def record_dense(
         found[hook_names.layer_of(hook.name)].append(dense_weights(hook.rule, last).cpu())
 
     points: HookList = [(hook_names.router_logits(layer), keep) for layer in shape.layers]
-    bar = tqdm(total=how_many(prompts), desc="dense routes", unit="prompt", disable=not progress)
-    with torch.no_grad(), model.hooks([*hooks, *points]), bar:
+    among, done = Pass(how_many(prompts)), 0
+    bar = tqdm(total=among.n_prompts, desc="dense routes", unit="prompt", disable=not progress)
+    with torch.no_grad(), model.hooks([*hook_list(hooks), *points]), bar:
         numbered = enumerate(token_sequences(model, prompts))
         for chunk in chunks(numbered, batch_size):
             tokens, mask = pad_sequences(model, [sequence for _, sequence in chunk])
-            with running_of(model).of_prompts([number for number, _ in chunk]):
+            with running_of(model).of_prompts([number for number, _ in chunk], among):
                 model(tokens, return_type=None, **padding(mask))
+            done += len(tokens)
             bar.update(len(tokens))
+    among.end(done)
     return DenseRoutes(shape, torch.stack([torch.cat(found[layer]) for layer in shape.layers]))

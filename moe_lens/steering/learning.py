@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from moe_lens.checks import chosen_layers, whole_number
 from moe_lens.errors import DataError
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.interventions.forcing import bias_experts
 from moe_lens.interventions.positions import Positions
 from moe_lens.model.registration import moe_shape
@@ -85,6 +85,7 @@ def learn_router_bias(
             the weights.
     """
     check_hooked(model)
+    before = hook_list(hooks)
     training, other = as_objective(objective, "objective"), as_objective(development, "development")
     penalties = [_number(value, name) for value, name in ((l2, "l2"), (l1, "l1"))]
     rate = _number(learning_rate, "learning_rate")
@@ -102,7 +103,7 @@ def learn_router_bias(
 
     def with_bias(values: Tensor) -> list[Any]:
         mapping = dict(zip(chosen, values.unbind(), strict=True))
-        return [*hooks, *bias_experts(mapping, positions=positions)]
+        return [*before, *bias_experts(mapping, positions=positions)]
 
     with tqdm(total=max_steps, desc="learning a bias", unit="step", disable=not progress) as bar:
         for step in range(max_steps + 1):

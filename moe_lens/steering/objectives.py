@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from moe_lens.encoding import without_special
 from moe_lens.errors import DataError
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.registration import running_of
 from moe_lens.model.state import Generation
 from moe_lens.model.wrapper import Model
@@ -51,6 +51,7 @@ class _Written:
     """Some prompts, each followed by a text of equally many tokens."""
 
     rows: list[int]
+    n_prompts: int
     sequences: list[Tensor]
     n_written: int
 
@@ -60,7 +61,7 @@ class _Written:
         n_prompt, state = tokens.shape[1] - self.n_written, running_of(model)
         whole = Generation(n_prompt=n_prompt) if self.n_written > 1 else None
         inputs, real = tokens[:, :-1], mask[:, :-1]  # nothing is asked after the last token
-        with model.hooks(list(hooks)), state.of_prompts(self.rows):
+        with model.hooks(hook_list(hooks)), state.of_prompts(self.rows, self.n_prompts):
             if whole is None:
                 logits = model(inputs, **padding(real))
             else:
@@ -108,7 +109,12 @@ def answer_objective(
     for lengths, of_lengths in groups.items():
         for rows in chunks(iter(of_lengths), batch_size):
             both = [
-                _Written(rows, [torch.cat([sequences[row], texts[row]]) for row in rows], n_written)
+                _Written(
+                    rows,
+                    len(sequences),
+                    [torch.cat([sequences[row], texts[row]]) for row in rows],
+                    n_written,
+                )
                 for texts, n_written in zip(written, lengths, strict=True)
             ]
             parts.append(_answer_loss(both))
@@ -128,14 +134,15 @@ def text_objective(model: Model, texts: Prompts, *, batch_size: int = 8) -> Obje
     Raises:
         DataError: no texts, or not one of two tokens.
     """
-    sequences = [tokens for tokens in token_sequences(model, texts) if len(tokens) > 1]
-    if not sequences:
+    sequences = list(token_sequences(model, texts))
+    asked = [row for row, tokens in enumerate(sequences) if len(tokens) > 1]
+    if not asked:
         raise DataError("text_objective needs texts of at least two tokens.")
     parts = tuple(
-        _text_loss(rows, [sequences[row] for row in rows])
-        for rows in chunks(iter(range(len(sequences))), batch_size)
+        _text_loss(rows, len(sequences), [sequences[row] for row in rows])
+        for rows in chunks(iter(asked), batch_size)
     )
-    return Objective(parts, sum(len(tokens) - 1 for tokens in sequences))
+    return Objective(parts, sum(len(sequences[row]) - 1 for row in asked))
 
 
 def as_objective(given: Any, name: str) -> Objective:
@@ -165,10 +172,10 @@ def _answer_loss(both: list[_Written]) -> Loss:
     return loss
 
 
-def _text_loss(rows: list[int], sequences: list[Tensor]) -> Loss:
+def _text_loss(rows: list[int], n_prompts: int, sequences: list[Tensor]) -> Loss:
     def loss(model: Any, hooks: Hooks) -> Tensor:
         tokens, mask = pad_sequences(model, sequences)
-        with model.hooks(list(hooks)), running_of(model).of_prompts(rows):
+        with model.hooks(hook_list(hooks)), running_of(model).of_prompts(rows, n_prompts):
             logits = model(tokens, **padding(mask))
         read = logits[:, :-1].float().log_softmax(dim=-1)
         nats = -read.gather(-1, tokens[:, 1:, None].to(read.device))[..., 0]

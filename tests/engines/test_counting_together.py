@@ -16,6 +16,7 @@ from moe_lens import HookedMoE, RoutedModel, SteeringPlan, organisms, steer_hook
 from moe_lens.detection.detecting import detect
 from moe_lens.engines import collect_distributed, detect_distributed, merge_distributed
 from moe_lens.errors import DataError
+from moe_lens.model.state import Pass
 from moe_lens.statistics.collection import Counting, collect_routing
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.groups import ContrastiveGroups
@@ -58,8 +59,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     of_each = Counting.of_each
 
-    def noting(self: Counting, batches: Sequence[Any]) -> list[RoutingStats]:
-        parts = of_each(self, batches)
+    def noting(self: Counting, batches: Sequence[Any], among: Pass) -> list[RoutingStats]:
+        parts = of_each(self, batches, among)
         found.append(len(parts))
         return parts
 
@@ -138,10 +139,10 @@ def test_an_interrupted_run_goes_on_with_more_workers(
 ) -> None:
     expected, of_each = alone(model, **EVERYTHING), Counting.of_each
 
-    def dying(self: Counting, batches: Sequence[Any]) -> list[RoutingStats]:
+    def dying(self: Counting, batches: Sequence[Any], among: Pass) -> list[RoutingStats]:
         if len(ran) == 2:
             raise KeyboardInterrupt
-        return of_each(self, batches)
+        return of_each(self, batches, among)
 
     monkeypatch.setattr(Counting, "of_each", dying)
     with pytest.raises(KeyboardInterrupt):

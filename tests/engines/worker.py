@@ -15,6 +15,7 @@ import torch.distributed
 
 from moe_lens import RoutedModel, RoutingStats, organisms
 from moe_lens.engines import collect_distributed
+from moe_lens.model.state import Pass
 from moe_lens.statistics.collection import Counting
 
 PROMPTS = [c.open_book for c in organisms.world("specialised").conflicts("detection")]
@@ -29,9 +30,9 @@ def main(folder: Path, out: Path, pause: float) -> None:
     (out / f"pid-{rank}").write_text(str(os.getpid()), encoding="utf-8")
     of_each = Counting.of_each
 
-    def slowly(self: Counting, batches: Sequence[Any]) -> list[RoutingStats]:
+    def slowly(self: Counting, batches: Sequence[Any], among: Pass) -> list[RoutingStats]:
         time.sleep(pause)
-        return of_each(self, batches)
+        return of_each(self, batches, among)
 
     Counting.of_each = slowly  # type: ignore[method-assign]
     model = organisms.load("specialised", wrapper=RoutedModel)

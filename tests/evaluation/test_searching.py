@@ -1,13 +1,16 @@
 """Searches over sets of experts against brute force, on known effects of each set, and on a planted model."""
 
+import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from moe_lens import SteeringPlan, organisms, search_plan
+from moe_lens import ExpertScores, SteeringPlan, collect_routing, organisms, search_plan
 from moe_lens.errors import DataError, PlanError
 from moe_lens.evaluation import (
     CollateralMeasure,
@@ -178,3 +181,22 @@ def test_the_held_out_task_must_be_another(known: Any) -> None:
         search((one, one))
     with pytest.warns(UserWarning, match="share 3 clusters"):
         search(known(second="aabbcc"), size=1)
+
+
+def test_clusters_that_are_numbers_are_compared_unless_they_only_number_the_prompts(known: Any) -> None:
+    one, other = known()
+    documents = ("7", "7", "12", "12", "31", "31")
+    with pytest.warns(UserWarning, match="share 3 clusters"):
+        search((replace(one, clusters=documents), replace(other, clusters=documents)), size=1)
+    numbers = tuple(map(str, range(6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search((replace(one, clusters=numbers), replace(other, clusters=numbers)), size=1)
+
+
+def test_scores_of_another_model_are_refused(known: Any) -> None:
+    other = organisms.load("specialised")
+    stats = collect_routing(other, ["Question : what is"], progress=False)
+    scores = ExpertScores(torch.randn(4, 8, dtype=torch.float64), stats, stats)
+    with pytest.raises(DataError, match="scores are of another model"):
+        search(known(), candidates=scores)

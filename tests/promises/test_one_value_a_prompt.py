@@ -5,6 +5,7 @@ also one that is as large as a batch.
 """
 
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,22 @@ import torch
 
 from moe_lens import (
     SteeringPlan,
+    answer_objective,
+    average_routes,
+    collect_by_prompt,
     collect_generation,
     collect_routing,
     generate_text,
     mean_expert_outputs,
     mediation,
+    record_dense,
+    route_agreement,
+    route_uncertainty,
     steer_hooks,
+    text_objective,
 )
 from moe_lens.attribution import expert_logit_attribution, expert_logit_lens, virtual_ablation
+from moe_lens.engines import collect_distributed
 from moe_lens.errors import HookError
 from moe_lens.evaluation import answers_with, continuation_log_probs, text_loss
 from moe_lens.statistics import collect_to_file, iterate_routing
@@ -64,6 +73,24 @@ def mediated(model: Any, prompts: Any, hooks: Any) -> Any:
     return torch.stack([found.clean, found.corrupted, found.with_clean_route, *found.clean_route_in], dim=1)
 
 
+def agreement(model: Any, prompts: Any, hooks: Any) -> Any:
+    found = route_agreement(model, model, prompts, other_hooks=hooks, progress=False)
+    return found.jaccard[None] * found.n_tokens
+
+
+def distributed(model: Any, prompts: Any, hooks: Any) -> Any:
+    with TemporaryDirectory() as folder:
+        return collect_distributed(model, prompts, folder, hooks=hooks, unit=1, **QUIET).counts[None]
+
+
+def averaged(model: Any, prompts: Any, hooks: Any) -> Any:
+    return average_routes(model, prompts, 2, temperature=0, hooks=hooks, **QUIET)
+
+
+def uncertain(model: Any, prompts: Any, hooks: Any) -> Any:
+    return route_uncertainty(model, prompts, 2, temperature=0, hooks=hooks, **QUIET).entropy
+
+
 BY_PROMPT: dict[str, Any] = {
     "answers_with": lambda m, p, h: answers_with(m, p, ["w3"] * len(p), hooks=h, batch_size=2),
     "continuation_log_probs": lambda m, p, h: continuation_log_probs(
@@ -74,6 +101,12 @@ BY_PROMPT: dict[str, Any] = {
     "routed around": lambda m, p, h: virtual_ablation(m, p, hooks=h, exact=False, **QUIET).loss,
     "mediation": mediated,
     "counts": counts,
+    "by prompt": lambda m, p, h: torch.stack(
+        [unit.counts for unit in collect_by_prompt(m, p, hooks=h, progress=False)]
+    ),
+    "averaged": averaged,
+    "uncertainty": uncertain,
+    "dense": lambda m, p, h: record_dense(m, p, hooks=h, **QUIET).weights.transpose(0, 1),
     "generation": lambda m, p, h: [
         row.tolist() for row in collect_generation(m, p, 3, hooks=h, **QUIET).tokens
     ],
@@ -84,6 +117,14 @@ BY_PROMPT: dict[str, Any] = {
 SUMS: dict[str, Any] = {
     "outputs": outputs,
     "parts": parts,
+    "agreement": agreement,
+    "distributed": distributed,
+    "answers": lambda m, p, h: (
+        answer_objective(m, p, ["w3 w4"] * len(p), batch_size=2)(m, h).detach()[None] * len(p)
+    ),
+    "texts": lambda m, p, h: (
+        text_objective(m, p, batch_size=2)(m, h).detach()[None] * sum(len(text.split()) for text in p)
+    ),
     "loss": lambda m, p, h: (
         np.array([text_loss(m, p, hooks=h, batch_size=2)]) * sum(len(text.split()) for text in p)
     ),
@@ -132,7 +173,9 @@ def test_another_number_of_plans_is_refused(hooked: Hooked, name: str, n_plans: 
 
 
 @pytest.mark.parametrize("n_plans", [3, 5])
-@pytest.mark.parametrize("name", ["counts", "parts", "generation", "text", "outputs", "file"])
+@pytest.mark.parametrize(
+    "name", ["counts", "parts", "generation", "text", "outputs", "averaged", "dense", "distributed", "file"]
+)
 def test_so_it_is_where_a_generator_gives_the_prompts(
     hooked: Hooked, name: str, n_plans: int, tmp_path: Any
 ) -> None:

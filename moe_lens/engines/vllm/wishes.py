@@ -10,7 +10,7 @@ Every key begins with "moe_", and an unknown one is refused: a slip of the pen m
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from numbers import Real
@@ -114,19 +114,9 @@ def read_wish(
             f"{POSITIONS} must be 'prompt' or 'generated'; got {short(positions)}. Other positions are "
             "steered in a RoutedModel only."
         )
-    if plan is not None and plan.strength is not None:
-        plan, strength = _firm(plan), strength if STRENGTH in given else plan.strength
+    if plan is not None:
+        plan, strength = _as_strong(plan, strength, given.get(STRENGTH) is not None)
     return Wish(plan, strength, positions, *_counting(given))
-
-
-def _firm(plan: SteeringPlan) -> SteeringPlan:
-    """The plan without its own strength, which the wish carries."""
-    if plan.only_unmet:
-        raise PlanError(
-            "A plan with only_unmet=True steers where an expert is not where the plan wants it, which vLLM's "
-            "layers are not asked; use a RoutedModel, or a plan without it."
-        )
-    return SteeringPlan(plan.activate, plan.deactivate, plan.epsilon, plan.shape)
 
 
 def _counting(given: Mapping[str, Any]) -> tuple[str | None, int, Ranges | None]:
@@ -150,6 +140,21 @@ def _ranges(span: Any) -> Ranges:
             f"order that do not touch; got {short(span)}."
         )
     return tuple(zip(known[::2], known[1::2], strict=True))
+
+
+def _as_strong(
+    plan: SteeringPlan, strength: float | None, is_given: bool
+) -> tuple[SteeringPlan, float | None]:
+    """The plan, and the strength that is given, else its own; a plan that is not softened has none."""
+    strength = strength if is_given else plan.strength
+    if strength is None:
+        return (plan if plan.strength is None else replace(plan, strength=None, only_unmet=False)), None
+    if plan.only_unmet:
+        raise PlanError(
+            "The plan has only_unmet=True, and in vLLM a soft plan moves its experts on every token. Give "
+            "one without it, or use a RoutedModel."
+        )
+    return plan, strength
 
 
 def _strength(given: Any) -> float | None:
@@ -203,8 +208,8 @@ def plan_args(
     Args:
         plan: a plan, which travels as JSON; the name of a file NAME.json in the server's folder of plans; or
             None, not to be steered even where the server has a default plan.
-        strength: λ ≥ 0 of the soft form z ± λ·std(z), as in `steer_hooks`; None for the plan's own, which is
-            None for the paper's transform.
+        strength: λ ≥ 0 of the soft form z ± λ·std(z), as in `steer_hooks`; None for that of the plan, which
+            is the paper's transform where the plan has none.
         positions: "prompt" or "generated" tokens only; None for both.
 
     Raises:
@@ -212,6 +217,8 @@ def plan_args(
     """
     if plan is not None and not isinstance(plan, SteeringPlan | str):
         raise PlanError(f"plan_args needs a SteeringPlan, a name or None; got {type(plan).__name__}.")
+    if isinstance(plan, SteeringPlan) and strength is not None and math.isinf(float(strength)):
+        plan = replace(plan, strength=None, only_unmet=False)  # JSON has no infinity
     text = json.dumps(plan.to_json(), separators=(",", ":")) if isinstance(plan, SteeringPlan) else plan
     value = _strength(strength if strength is None or isinstance(strength, Real) else float(strength))
     given = {PLAN: OFF if text is None else text, STRENGTH: value, POSITIONS: positions}

@@ -1,6 +1,8 @@
 """What a request says: read, refused, and the same again when it has travelled."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,25 @@ def test_infinite_strength_is_the_papers_transform() -> None:
     assert read_wish(plan_args(PLAN, strength=float("inf"))) == read_wish(plan_args(PLAN))
 
 
+def test_a_soft_plan_stays_soft_unless_the_request_says_otherwise() -> None:
+    soft = replace(PLAN, strength=1.5)
+    wish = read_wish(json.loads(json.dumps(plan_args(soft))))
+    assert (wish.plan, wish.strength) == (soft, 1.5)
+    assert read_wish(wish.arguments()) == wish
+    assert read_wish(plan_args(soft, strength=0.5)).strength == 0.5
+    firm = read_wish({**plan_args(soft), "moe_strength": math.inf})
+    assert firm == read_wish(plan_args(soft, strength=math.inf)) == read_wish(plan_args(PLAN))
+    assert read_wish(firm.arguments()) == firm
+
+
+def test_a_plan_for_unmet_tokens_only_is_refused() -> None:
+    unmet = replace(PLAN, strength=1.5, only_unmet=True)
+    for strength in (None, 2.0):
+        with pytest.raises(PlanError, match="only_unmet"):
+            plan_args(unmet, strength=strength)
+    assert read_wish(plan_args(unmet, strength=math.inf)) == read_wish(plan_args(PLAN))
+
+
 def test_plans_are_found_by_name_in_the_folder_and_nowhere_else(tmp_path: Path) -> None:
     plans = tmp_path / "plans"
     PLAN.save(plans / "doc.json")
@@ -129,19 +150,3 @@ def test_arguments_are_checked_where_they_are_written() -> None:
         plan_args("doc", positions="last")
     with pytest.raises(DataError, match="moe_span"):
         stats_args("s", 0, [(3, 1)])
-
-
-def test_a_soft_plan_stays_soft() -> None:
-    soft = SteeringPlan(PLAN.activate, PLAN.deactivate, PLAN.epsilon, strength=1.5)
-    firm = SteeringPlan(PLAN.activate, PLAN.deactivate, PLAN.epsilon)
-    for given_ in (plan_args(soft), plan_args(firm, strength=1.5)):
-        wish = read_wish(given_)
-        assert (wish.strength, wish.plan) == (1.5, firm)
-        assert read_wish(wish.arguments()) == wish
-    assert read_wish(plan_args(soft, strength=2.0)).strength == 2.0
-    assert read_wish(plan_args(soft)).salt != read_wish(plan_args(firm)).salt
-
-
-def test_what_looks_at_the_choice_before_it_steers_is_refused() -> None:
-    with pytest.raises(PlanError, match="only_unmet"):
-        plan_args(SteeringPlan(deactivate=[(2, 5)], strength=1.5, only_unmet=True))
