@@ -20,11 +20,25 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_lens.cli.arguments import (
+    Choices,
+    add_loading,
+    add_model_and,
+    add_random,
+    add_spans,
+    add_wrapper,
+    built_names,
+    new_command,
+    score_names,
+    several,
+    whole,
+    whole_or_all,
+)
 from moe_lens.errors import MoELensError
 
 _WORKFLOW = """\
@@ -41,11 +55,6 @@ From prompts to a result:
 MODEL is the name of a shipped model (specialised, planted, null, ...), a folder, or a name on the Hugging
 Face hub. `moe-lens COMMAND --help` explains each command and its files.
 """
-_SPANS = (
-    'which tokens count: "all" (default; for pairs: what their file says), "last", "question" or "answer" '
-    "(of chats, or of pairs that name them), or any other text: its last occurrence in each prompt. Special "
-    "tokens never count, unless --special-tokens"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "demo",
         "measure, detect and steer a small trained model, beside its controls",
@@ -112,12 +121,12 @@ def _demo(adder: Any) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("moe-lens-demo"), help="folder (default: %(default)s)"
     )
-    command.add_argument("--seed", type=_number, default=0, help="of random sets and bootstrap (default: 0)")
-    _wrapper(command)
+    command.add_argument("--seed", type=whole, default=0, help="of random sets and bootstrap (default: 0)")
+    add_wrapper(command)
 
 
 def _models(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "models",
         "print the table of supported models",
@@ -130,7 +139,7 @@ def _models(adder: Any) -> None:
 
 
 def _organism(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "organism",
         "build a model that does not ship",
@@ -141,11 +150,11 @@ def _organism(adder: Any) -> None:
         specialisation.""",
     )
     command.add_argument("action", choices=("build",), metavar="build", help="what to do")
-    command.add_argument("name", choices=_Choices(_built_names), metavar="NAME", help="which: %(choices)s")
+    command.add_argument("name", choices=Choices(built_names), metavar="NAME", help="which: %(choices)s")
 
 
 def _stats(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "stats",
         "routing statistics over many prompts",
@@ -156,9 +165,9 @@ def _stats(adder: Any) -> None:
         RoutingStats.load(FILE). With --folder, any number of processes share the work (torchrun, srun,
         ...).""",
     )
-    _model_and(command, "prompts", "file of prompts", needed=False)
+    add_model_and(command, "prompts", "file of prompts", needed=False)
     command.add_argument("--column", metavar="NAME", help="field or column of the prompts")
-    _spans(command)
+    add_spans(command)
     for name, text in (
         ("per-prompt", "keep the counts of each prompt (what detection with uncertainty needs)"),
         ("positions", "keep the counts of each position"),
@@ -173,7 +182,7 @@ def _stats(adder: Any) -> None:
         help="count together with all processes that run this command with this folder; unit files go there",
     )
     command.add_argument(
-        "--unit", type=_number, metavar="N", help="with --folder: batches a unit file (default: 8)"
+        "--unit", type=whole, metavar="N", help="with --folder: batches a unit file (default: 8)"
     )
     command.add_argument(
         "--merge",
@@ -188,7 +197,7 @@ def _stats(adder: Any) -> None:
 
 
 def _detect(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "detect",
         "which experts follow a contrast, with intervals and q-values",
@@ -199,30 +208,30 @@ def _detect(adder: Any) -> None:
         go with "first". Prints the top experts, how stable the selection is under resampling, and how well
         the templates agree.""",
     )
-    _model_and(command, "pairs", "file of pairs")
+    add_model_and(command, "pairs", "file of pairs")
     for name in ("first", "second", "cluster", "template"):
         command.add_argument(
             f"--{name}", metavar="NAME", help=f"field or column of that meaning (default: {name})"
         )
     command.add_argument(
         "--score",
-        choices=_Choices(_score_names),
+        choices=Choices(score_names),
         metavar="SCORE",
         default="risk_difference",
         help="%(choices)s (default: %(default)s)",
     )
-    _spans(command)
+    add_spans(command)
     command.add_argument("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
-    command.add_argument("--resamples", type=_number, default=1000, help="of the bootstrap (default: 1000)")
-    command.add_argument("--permutations", type=_number, default=1000, help="sign flips (default: 1000)")
-    command.add_argument("--seed", type=_number, default=0, help="of both (default: 0)")
-    command.add_argument("--top", type=_number, default=10, help="how many experts to print (default: 10)")
+    command.add_argument("--resamples", type=whole, default=1000, help="of the bootstrap (default: 1000)")
+    command.add_argument("--permutations", type=whole, default=1000, help="sign flips (default: 1000)")
+    command.add_argument("--seed", type=whole, default=0, help="of both (default: 0)")
+    command.add_argument("--top", type=whole, default=10, help="how many experts to print (default: 10)")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
     command.add_argument("--table", type=Path, metavar="FILE", help="all experts, as .csv")
 
 
 def _plan(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "plan",
         "choose the experts to steer",
@@ -234,7 +243,7 @@ def _plan(adder: Any) -> None:
     command.add_argument("scores", type=Path, metavar="SCORES", help="file of scores")
     for verb in ("activate", "deactivate"):
         command.add_argument(
-            f"--{verb}", type=_number_or_all, metavar="N", help=f'how many experts to {verb}, or "all"'
+            f"--{verb}", type=whole_or_all, metavar="N", help=f'how many experts to {verb}, or "all"'
         )
     command.add_argument(
         "--q", type=float, help="only experts with a q-value up to this; without any N, all that fit a layer"
@@ -251,7 +260,7 @@ def _plan(adder: Any) -> None:
     )
     command.add_argument("--steermoe", action="store_true", help="SCORES is a published ranking")
     command.add_argument("--model", help="with --steermoe: the model that the plan is for")
-    _loading(command)
+    add_loading(command)
     command.add_argument(
         "--moe-layers", action="store_true", help="with --steermoe: its layer n is the model's n-th MoE layer"
     )
@@ -259,23 +268,23 @@ def _plan(adder: Any) -> None:
 
 
 def _steer(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "steer",
         "generate with a plan, beside the unsteered text",
         """Generate greedily from each prompt, unsteered and under the plan, as JSON lines with the fields
         index, prompt, unsteered, steered.""",
     )
-    _model_and(command, "plan", "steering plan, from `moe-lens plan`")
+    add_model_and(command, "plan", "steering plan, from `moe-lens plan`")
     command.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for several")
     command.add_argument("--prompts", type=Path, metavar="FILE", help="file of prompts, as in `stats`")
     command.add_argument("--column", metavar="NAME", help="field or column of the prompts")
-    command.add_argument("--max-new-tokens", type=_number, default=20, help="a prompt (default: 20)")
+    command.add_argument("--max-new-tokens", type=whole, default=20, help="a prompt (default: 20)")
     command.add_argument("--out", type=Path, metavar="FILE", help="JSON lines (default: print them)")
 
 
 def _evaluate(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "evaluate",
         "is the effect of a plan larger than that of random experts?",
@@ -284,13 +293,13 @@ def _evaluate(adder: Any) -> None:
         the two-way gap exceeds these controls. TASK is a JSON file; `moe_lens.load_task` documents
         it.""",
     )
-    _model_and(command, "plan", "steering plan")
+    add_model_and(command, "plan", "steering plan")
     _task(command)
     command.add_argument("--reverse", type=Path, metavar="PLAN", help="plan for the opposite direction")
     command.add_argument(
         "--scores", type=Path, metavar="FILE", help="scores that the plan came from: for reverse and bottom-k"
     )
-    _random(command)
+    add_random(command)
     command.add_argument("--alpha", type=float, default=0.05, help="error rate (default: 0.05)")
     command.add_argument("--out", type=Path, metavar="FILE", help="the report, JSON")
 
@@ -316,30 +325,30 @@ def _task(command: Any) -> None:
         ("clusters", "COLUMN", "documents with the same label are not independent"),
     ):
         harness.add_argument(f"--{name}", metavar=metavar, help=text)
-    harness.add_argument("--limit", type=_number, metavar="N", help="the first N documents only")
-    harness.add_argument("--max-gen-toks", type=_number, metavar="N", help="tokens of a written answer")
+    harness.add_argument("--limit", type=whole, metavar="N", help="the first N documents only")
+    harness.add_argument("--max-gen-toks", type=whole, metavar="N", help="tokens of a written answer")
     harness.add_argument(
         "--chat", action="store_true", default=None, help="put each prompt into the tokenizer's chat template"
     )
 
 
 def _sweep(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "sweep",
         "the effect of plans of several sizes, both directions",
         """Deactivate 2, 4, ... experts in either direction, and as many random ones, and measure the task
         under each. Choose a size on development prompts and evaluate it on others.""",
     )
-    _model_and(command, "scores", "file of scores, from `moe-lens detect`")
+    add_model_and(command, "scores", "file of scores, from `moe-lens detect`")
     _task(command)
-    command.add_argument("--sizes", type=_numbers, default=(2, 4, 8), help="such as 2,4,8 (the default)")
-    _random(command)
+    command.add_argument("--sizes", type=several, default=(2, 4, 8), help="such as 2,4,8 (the default)")
+    add_random(command)
     command.add_argument("--out", type=Path, metavar="FILE", help="the sweep, JSON")
 
 
 def _plot(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "plot",
         "draw a figure from a file",
@@ -347,21 +356,21 @@ def _plot(adder: Any) -> None:
         sweep a sweep, tokens no file but --model and --prompt.""",
     )
     command.add_argument(
-        "kind", choices=_Choices(lambda: _commands().PLOTS), metavar="KIND", help="which figure: %(choices)s"
+        "kind", choices=Choices(lambda: _commands().PLOTS), metavar="KIND", help="which figure: %(choices)s"
     )
     command.add_argument("file", type=Path, nargs="?", metavar="FILE", help="what to draw")
     command.add_argument(
         "--plan", type=Path, action="append", metavar="FILE", help="heatmap: mark its experts; tokens: steer"
     )
-    command.add_argument("--layer", type=_number, help="coactivation: which layer (default: the first)")
+    command.add_argument("--layer", type=whole, help="coactivation: which layer (default: the first)")
     command.add_argument("--prompt", metavar="TEXT", help="tokens: the prompt")
     command.add_argument("--model", help="tokens: the model")
-    _loading(command)
+    add_loading(command)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
 
 
 def _explore(adder: Any) -> None:
-    command = _command(
+    command = new_command(
         adder,
         "explore",
         "a page to look at the route of a text",
@@ -370,7 +379,7 @@ def _explore(adder: Any) -> None:
         under the plan, and both runs stand side by side.""",
     )
     command.add_argument("model", metavar="MODEL", help="shipped or built model, folder, or name on the hub")
-    _loading(command)
+    add_loading(command)
     command.add_argument("--prompt", required=True, metavar="TEXT", help="the text")
     command.add_argument("--plan", type=Path, metavar="FILE", help="steering plan, from `moe-lens plan`")
     command.add_argument(
@@ -384,103 +393,3 @@ def _explore(adder: Any) -> None:
         "tokens of each, if that ran with --vocabulary",
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, .html")
-
-
-class _Choices:
-    """The choices of an argument, asked for when an argument is checked or its help is shown."""
-
-    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
-        self._names = names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names())
-
-
-def _score_names() -> Iterable[str]:
-    from moe_lens.detection.scores import SCORES
-
-    return tuple(SCORES)
-
-
-def _built_names() -> Iterable[str]:
-    from moe_lens.organisms.built import BUILT
-
-    return BUILT
-
-
-def _command(adder: Any, name: str, short: str, long: str) -> argparse.ArgumentParser:
-    """The parser of the command that the function of this name in commands.py carries out."""
-    return adder.add_parser(name, help=short, description=long)
-
-
-def _model_and(command: argparse.ArgumentParser, name: str, text: str, *, needed: bool = True) -> None:
-    number = None if needed else "?"
-    command.add_argument(
-        "model", nargs=number, metavar="MODEL", help="shipped or built model, folder, or name on the hub"
-    )
-    command.add_argument(name, nargs=number, type=Path, metavar=name.upper(), help=text)
-    _loading(command)
-
-
-def _loading(command: argparse.ArgumentParser) -> None:
-    """How a model is loaded."""
-    _wrapper(command)
-    command.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: the checkpoint's)",
-    )
-    command.add_argument(
-        "--prepend-bos",
-        choices=("yes", "no"),
-        help="a BOS before every text, or none (default: as the model's tokenizer does by itself; a text's "
-        "own BOS gets no second one, and chats get what their template writes)",
-    )
-    place = command.add_mutually_exclusive_group()
-    place.add_argument("--device", help='such as "cuda" (default: a GPU if there is one)')
-    place.add_argument(
-        "--device-map", metavar="MAP", help='such as "auto": spread over all devices, and the rest offloaded'
-    )
-
-
-def _wrapper(command: argparse.ArgumentParser) -> None:
-    """Bridge is the default: so the numbers of a command stay those that it has given before."""
-    command.add_argument(
-        "--wrapper",
-        choices=("bridge", "routed"),
-        default="bridge",
-        help="bridge (the default): a HookedMoE, TransformerLens' bridge; routed: a RoutedModel, the Hugging "
-        "Face model as it is. Use one wrapper for all steps: their numbers differ by rounding",
-    )
-
-
-def _spans(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--span", help=_SPANS)
-    command.add_argument("--special-tokens", action="store_true", help="count special tokens too")
-    command.add_argument("--batch-size", type=_number, help="prompts a forward, at most")
-    command.add_argument(
-        "--batch-tokens",
-        type=_number,
-        help="tokens a forward, at most (without either: 1024 on a CPU, 16384 on a GPU)",
-    )
-
-
-def _random(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--n-random", type=_number, default=20, metavar="N", help="random sets of each kind (default: 20)"
-    )
-    command.add_argument("--seed", type=_number, default=0, help="of random sets and bootstrap (default: 0)")
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
-
-
-def _number_or_all(text: str) -> int | str:
-    return text if text == "all" else _number(text)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_number(part.strip()) for part in text.split(","))

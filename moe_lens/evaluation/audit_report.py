@@ -67,6 +67,15 @@ class AuditCondition(Result):
 class AuditReport(Result):
     """A behaviour's rate as trained and under every other route, and the worst case as its headline.
 
+    >>> import numpy as np
+    >>> from moe_lens import AuditReport
+    >>> from moe_lens.evaluation import AuditCondition
+    >>> usual = AuditCondition("as trained", np.array([1.0, 1.0]), np.array([1.0, 0.0]))
+    >>> fewer = AuditCondition("k − 1", np.array([0.0, 1.0]), np.array([0.0, 0.0]))
+    >>> report = AuditReport("task", "model", (usual, fewer), {}, ("a", "b"), True, 0.95, 0)
+    >>> report.worst.kind, report.worst_rate
+    ('k − 1', 0.0)
+
     The worst case is chosen by development prompts, the plan that was searched for among the candidates, and
     reported on held-out ones of other clusters. So its interval needs no further correction for having
     chosen; what it does not say is that no worse route exists.

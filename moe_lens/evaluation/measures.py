@@ -165,7 +165,7 @@ def every_token(sequences: Iterable[Int[Tensor, "_"]]) -> list[Asked]:
     return asked
 
 
-def mean_loss(found: Sequence[Float[Tensor, "read 1"]]) -> float:
+def mean_loss(found: Sequence[Float[Tensor, "_ 1"]]) -> float:
     """Mean cross-entropy from the log-probabilities of the tokens."""
     log_p = torch.cat(list(found))
     return -float(log_p.sum()) / len(log_p)

@@ -117,7 +117,7 @@ class Continuations:
         """Prompt by prompt, for each continuation what `judge` finds for each of its tokens."""
         return self.by_prompt(next_tokens(model, self.asked, len(self.places), hooks, limits, judge))
 
-    def by_prompt(self, found: Sequence[Shaped[Tensor, "read candidate"]]) -> list[list[Shaped[Tensor, "_"]]]:
+    def by_prompt(self, found: Sequence[Shaped[Tensor, "_ _"]]) -> list[list[Shaped[Tensor, "_"]]]:
         """What `next_tokens` found for `asked`, as `values` gives it."""
         return [[found[number][:, candidate] for number, candidate in row] for row in self.places]
 
