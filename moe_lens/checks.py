@@ -136,7 +136,7 @@ def _third(name: str, among: Sequence[int]) -> list[int]:
         "late": ordered[len(ordered) - third :] if third else [],
     }
     if name not in parts:
-        raise DataError(f"Layers have the names {', '.join(parts)}; got {name!r}.")
+        raise DataError(f"layers must be numbers of MoE layers, or {', '.join(parts)}; got {name!r}.")
     if not parts[name]:
         raise DataError(f"{len(ordered)} layers have no third to be called {name!r}; name them by number.")
     return parts[name]

@@ -72,5 +72,7 @@ def test_thirds_by_name_are_all_layers_once_in_order(n_layers: int) -> None:
     assert [layer for part in parts for layer in part] == among
     if n_layers >= 3:
         assert len(parts[0]) == len(parts[2]) == n_layers // 3
-    with pytest.raises(DataError, match="Layers have the names early, middle, late; got 'lat'"):
+    with pytest.raises(
+        DataError, match="layers must be numbers of MoE layers, or early, middle, late; got 'lat'"
+    ):
         chosen_layers("lat", among)
