@@ -73,6 +73,6 @@ def test_thirds_by_name_are_all_layers_once_in_order(n_layers: int) -> None:
     if n_layers >= 3:
         assert len(parts[0]) == len(parts[2]) == n_layers // 3
     with pytest.raises(
-        DataError, match="layers must be numbers of MoE layers, or early, middle, late; got 'lat'"
+        DataError, match="early, middle, late; got 'lat'"
     ):
         chosen_layers("lat", among)

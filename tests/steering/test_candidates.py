@@ -44,7 +44,7 @@ def test_layers_are_chosen_by_name(scores: ExpertScores) -> None:
         ranked = [(s.layer, s.expert) for s in scores.ranked() if s.delta < 0 and s.layer in wanted]
         assert list(plan.deactivate) == ranked[:2]
     with pytest.raises(
-        PlanError, match="layers must be numbers of MoE layers, or early, middle, late; got 'top'"
+        PlanError, match="early, middle, late; got 'top'"
     ):
         SteeringPlan.from_scores(bare, n_deactivate=1, layers="top")
     with pytest.raises(PlanError, match="layers 'early'; ask for at most that many"):
