@@ -71,7 +71,7 @@ def hook_digests(model: Model, hooks: Hooks, about: str) -> list[str]:
         said += [_said(point.name, hook) for hook in waiting]
         said += [None] * (len(point._forward_hooks) + len(point._forward_pre_hooks) - len(waiting))
     said += [None for module in original_model(model).modules() if foreign_hooks(module)]
-    said += [_said(name, hook) for name, hook in hooks]
+    said += [_said(name, hook) for name, hook in hooks or ()]
     if None in said and not about:
         raise DataError(
             f"{said.count(None)} of the hooks that the model would run under have no attribute `digest`, so "

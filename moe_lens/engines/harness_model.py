@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moe_lens.encoding import padded_rows, text_ids
 from moe_lens.errors import DataError, HookError, warn
 from moe_lens.evaluation.reading import Continuations, is_most_probable, log_probs
-from moe_lens.hook_names import Hooks
+from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.interventions.positions import PHASES
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import Limits
@@ -158,7 +158,7 @@ def steered_requests(lm: WrappedLM, hooks: Hooks) -> Iterator[None]:
     Raises:
         HookError: positions that the harness' batches do not have.
     """
-    with lm.moe.hooks(fwd_hooks=list(hooks)):
+    with lm.moe.hooks(fwd_hooks=hook_list(hooks)):
         lm.placed = _check_places(lm.moe)
         try:
             yield

@@ -87,13 +87,13 @@ class ScoredTask:
                     label = document[self.clusters]
                 yield f"{_name(task)} {label}" if len(self.tasks) > 1 else str(label)
 
-    def on(self, model: Any) -> Callable[[Hooks], Float[np.ndarray, "document"]]:
-        """For a model, from hooks to the value of each document."""
+    def on(self, model: Any) -> Callable[[Any, Hooks], Float[np.ndarray, "document"]]:
+        """For a model, from it and hooks to the value of each document."""
         with _seeded():
             lm = WrappedLM(model, self.batch_size)
             built = [(task, self._requests(task, lm)) for task in self.tasks]
 
-        def run(hooks: Hooks) -> Float[np.ndarray, "document"]:
+        def run(_model: Any, hooks: Hooks) -> Float[np.ndarray, "document"]:
             values: list[float] = []
             with steered_requests(lm, hooks), _seeded():
                 for task, requests in built:

@@ -16,6 +16,7 @@ from moe_lens.engines.judging import Judge
 from moe_lens.errors import DataError
 from moe_lens.evaluation.answering import OnModel
 from moe_lens.evaluation.tasks import CollateralMeasure, SteeringTask
+from moe_lens.hook_names import Hooks
 
 Clusters = str | Callable[[Mapping[str, Any]], Any] | None
 """A column of the benchmark's documents, or a function of one, that gives labels; None: each its own."""
@@ -169,9 +170,9 @@ def harness_collateral(
     if isinstance(worse_by, bool) or not isinstance(worse_by, int | float) or not worse_by >= 0:
         raise DataError(f"worse_by must be a number from 0 on; got {worse_by!r}.")
 
-    def mean_on(model: Any) -> Callable[[Any], float]:
+    def mean_on(model: Any) -> Callable[[Any, Hooks], float]:
         run = scored.on(model)
-        return lambda hooks: float(np.mean(run(hooks)))
+        return lambda _, hooks: float(np.mean(run(model, hooks)))
 
     return CollateralMeasure(OnModel(mean_on), float(worse_by), larger_is_worse=not scored.higher_is_better)
 

@@ -60,10 +60,10 @@ class OnModel:
     """A measure of a model under hooks, whose texts are read once for many runs.
 
     Attributes:
-        on: from a model to the measure for it.
+        on: from a model to the measure for it; a `Reading`, where its parts can be shared by processes.
     """
 
-    on: Callable[[MeasuredModel], Reading]
+    on: Callable[[MeasuredModel], Callable[[MeasuredModel, Hooks], Any]]
 
     def __call__(self, model: MeasuredModel, hooks: Hooks) -> Any:
         return self.on(model)(model, hooks)

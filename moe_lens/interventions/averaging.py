@@ -164,7 +164,7 @@ def _by_batch(
             rows, sequences = [number for number, _ in chunk], [tokens for _, tokens in chunk]
 
             def run(more: Hooks, rows: list[int] = rows, sequences: list[Tensor] = sequences) -> Tensor:
-                found = next_token_probabilities(model, sequences, [*given, *more], rows, among)
+                found = next_token_probabilities(model, sequences, [*given, *(more or ())], rows, among)
                 bar.update()
                 return found
 

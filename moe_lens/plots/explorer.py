@@ -191,7 +191,7 @@ def _runs_of_model(
         raise DataError("explore(model, prompt) needs a prompt: a text, a chat, or token numbers.")
     if row != 0 or columns is not None:
         raise DataError("row= and columns= go with a record; a model runs one prompt, whole.")
-    steered = [] if plan is None else [[*hooks, *steer_hooks(plan)]]
+    steered = [] if plan is None else [[*(hooks or ()), *steer_hooks(plan)]]
     return [route_prompt(model, prompt, hooks=each) for each in (hooks, *steered)]
 
 

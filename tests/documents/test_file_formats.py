@@ -266,7 +266,7 @@ def test_an_audit_holds_what_the_page_says(tmp_path: Path) -> None:
         content = json.loads((tmp_path / "audit.json").read_text())
         check_head(content, "Audit")
         check_fields(content, "Audit")
-    said = dict(row[::2] for row in rows("Audit", "field of a condition"))["kind"]
+    said = {row[0]: row[2] for row in rows("Audit", "field of a condition")}["kind"]
     for each in content["conditions"]:
         check_fields(each, "Audit", "field of a condition")
         assert f'"{each["kind"]}"' in said

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -87,8 +87,7 @@ def test_conditions_are_the_runs_that_they_say() -> None:
         clusters=[c.entity for c in conflicts], batch_size=24,
     )  # fmt: skip
     plan = SteeringPlan(deactivate=[(1, 1), (3, 1)])
-    for wrapper in (None, RoutedModel):
-        model = organisms.load("planted", **({} if wrapper is None else {"wrapper": wrapper}))
+    for model in (organisms.load("planted"), organisms.load("planted", wrapper=RoutedModel)):
         report = audit(
             model, task, plan=plan, n_noisy=2, n_random=2, temperature=0.8, max_size=0, seed=3, progress=False
         )
@@ -189,7 +188,7 @@ def test_any_search_can_take_the_place(hooked: Hooked) -> None:
         (lambda *_: SteeringPlan(deactivate=[(0, 99)]), "does not exist"),
     ):
         with pytest.raises(PlanError, match=match):
-            audit(model, fake(weakening), search=wrong, max_size=2, n_noisy=0, progress=False)
+            audit(model, fake(weakening), search=cast(Any, wrong), max_size=2, n_noisy=0, progress=False)
 
 
 def test_families_whose_k_is_fixed_say_so() -> None:

@@ -311,7 +311,7 @@ def test_the_least_scoring_experts_are_some_that_can_be_steered(hooked: Hooked) 
     stats = RoutingStats(shape, 1, counts, zeros, zeros)
 
     def measure(model: TransformerBridge, hooks: Hooks) -> list[float]:
-        model.run_with_hooks("w1 w2", fwd_hooks=list(hooks))
+        model.run_with_hooks("w1 w2", fwd_hooks=list(hooks or ()))
         return [0.0, 1.0]
 
     own = ExpertScores(delta, stats, stats)

@@ -57,7 +57,7 @@ def effect(plan: SteeringPlan, own: ExpertScores) -> float:
 
 
 def plan_of(hooks: Hooks) -> SteeringPlan:
-    return next((hook.plan for _, hook in hooks if isinstance(hook, SteeringHook)), SteeringPlan())
+    return next((hook.plan for _, hook in hooks or () if isinstance(hook, SteeringHook)), SteeringPlan())
 
 
 def fake_task(own: ExpertScores, seen: list[SteeringPlan] | None = None) -> SteeringTask:

@@ -72,7 +72,5 @@ def test_thirds_by_name_are_all_layers_once_in_order(n_layers: int) -> None:
     assert [layer for part in parts for layer in part] == among
     if n_layers >= 3:
         assert len(parts[0]) == len(parts[2]) == n_layers // 3
-    with pytest.raises(
-        DataError, match="early, middle, late; got 'lat'"
-    ):
+    with pytest.raises(DataError, match="early, middle, late; got 'lat'"):
         chosen_layers("lat", among)

@@ -155,7 +155,7 @@ def test_averages_and_uncertainty_are_those_of_runs_one_by_one(hooked: Hooked) -
     def alone(hooks: Any, row: int, given: Tensor) -> Tensor:
         from moe_lens.model.registration import running_of
 
-        with torch.no_grad(), running_of(model).of_prompts([row]):
+        with torch.no_grad(), running_of(model).of_prompts([row], len(numbered)):
             return model.run_with_hooks(given[None], fwd_hooks=list(hooks))[0, -1].double().softmax(-1)
 
     seeds = spawned_seeds(6, 5)
@@ -214,10 +214,13 @@ def test_without_noise_all_routes_agree() -> None:
         (
             lambda: RouteUncertainty(
                 np.zeros((2, 3), int),
-                *[np.zeros(1, int)] * 2,
-                *[np.zeros(2)] * 3,
+                np.zeros(1, int),
+                np.zeros(1, int),
+                np.zeros(2),
+                np.zeros(2),
+                np.zeros(2),
                 0.5,
-                0,  # type: ignore[arg-type]
+                0,
             ),
             "",
         ),

@@ -43,9 +43,7 @@ def test_layers_are_chosen_by_name(scores: ExpertScores) -> None:
         assert {layer for layer, _ in plan.deactivate} <= wanted
         ranked = [(s.layer, s.expert) for s in scores.ranked() if s.delta < 0 and s.layer in wanted]
         assert list(plan.deactivate) == ranked[:2]
-    with pytest.raises(
-        PlanError, match="early, middle, late; got 'top'"
-    ):
+    with pytest.raises(PlanError, match="early, middle, late; got 'top'"):
         SteeringPlan.from_scores(bare, n_deactivate=1, layers="top")
     with pytest.raises(PlanError, match="layers 'early'; ask for at most that many"):
         SteeringPlan.from_scores(bare, n_deactivate=9, layers="early")

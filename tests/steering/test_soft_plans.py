@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_a_strength_of_the_plan_is_that_of_the_hooks(hooked: Hooked) -> None:
         steer_hooks([soft, hard])
     steer_hooks([soft, SteeringPlan()])
     for one in steer_hooks([soft, hard], strength=0.7):
-        assert one[1].strength == 0.7
+        assert cast(Any, one[1]).strength == 0.7
     assert repr(steer_hooks(SteeringPlan([(0, 1)], strength=2, only_unmet=True))[0][1]) == (
         "SteeringHook(layer 0, 1 expert, strength 2, only where unmet)"
     )

@@ -257,9 +257,8 @@ def test_what_else_a_message_says_is_read_too(field: str) -> None:
     """A template may write it before the content, so that the conditions differ where the texts do not."""
 
     def template(*said: Any) -> Template:
-        return Template(
-            "t", *([ASKED, {"role": "assistant", "content": "{answer}", **more}] for more in said)
-        )
+        first, second = ([ASKED, {"role": "assistant", "content": "{answer}", **more}] for more in said)
+        return Template("t", first, second)
 
     rows = [{"question": "q", "answer": "a"}]
     pairs = calibrated_against_overconfident(rows, templates=[template({field: "doubt"}, {})])
