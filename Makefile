@@ -4,7 +4,7 @@ BIN := .venv/bin
 # By file, so that models which a file's tests share are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: env env-vllm demo test test-all test-lowest bench bench-real lint docs docs-serve tutorials
+.PHONY: env env-vllm demo test test-all test-vllm test-lowest bench bench-real lint docs docs-serve tutorials
 
 env: .venv/installed  ## create .venv with the tested versions
 
@@ -32,8 +32,11 @@ demo: env  ## the main job on the shipped models: prints the table, writes moe-l
 test: env  ## the first tier, in less than 8 minutes on 2 cores
 	$(PYTEST) -m "not broad"
 
-test-all: env env-vllm  ## every family, dtype and promise, and ten times the examples of each property; within 40 minutes
+test-all: env  ## every family, dtype and promise, and ten times the examples of each property; within 40 minutes
 	$(PYTEST) --examples=10
+
+test-vllm: env env-vllm  ## the tests that run vLLM itself, which the others skip where .venv-vllm is missing
+	$(PYTEST) tests/engines/vllm
 
 # What the oldest versions could break: arithmetic, files, figures, light imports, and every example.
 LOWEST_TESTS := tests/ground tests/routers tests/statistics/test_stats_files.py tests/detection/test_scores.py \

@@ -20,7 +20,7 @@ def reason() -> str | None:
         return None
     if (failed := HOME / "failed").is_file():
         return f"make env-vllm failed: {failed.read_text().strip()}"
-    return "no .venv-vllm: run `make env-vllm`, which `make test-all` does"
+    return "no .venv-vllm: run `make test-vllm`"
 
 
 def needs_vllm(test: Any) -> Any:
