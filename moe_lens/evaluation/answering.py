@@ -20,7 +20,7 @@ word " eight", since the improbable first token is averaged with a second one th
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args, cast
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ def share_answered(questions: Sequence[str], answers: Sequence[str], batches: Ba
     """The share of questions after which the most probable next token is the answer."""
 
     def read(model: MeasuredModel) -> Reading:
-        each = accuracy(questions, answers, batches).on(model)
+        each = cast(Reading, accuracy(questions, answers, batches).on(model))
         return replace(each, finish=lambda found: float(each.finish(found).mean()))
 
     return OnModel(read)

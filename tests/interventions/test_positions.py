@@ -211,8 +211,8 @@ def test_numbers_are_places_in_each_prompt_whatever_padding(hooked: Hooked, side
 def test_numbers_go_on_where_padded_prompts_are_written_on(wrapper: Any, static: bool) -> None:
     """Position 4 of 3 own tokens is the second generated one, of 5 own tokens the last of the prompt."""
     own = tokenizer()
-    model = wrapper.from_hf(tiny_model(), own) if wrapper is HookedMoE else wrapper(tiny_model(), own)
-    given = own([prompt(3), prompt(5, 1)], padding=True, padding_side="left", return_tensors="pt")
+    model: Any = wrapper.from_hf(tiny_model(), own) if wrapper is HookedMoE else wrapper(tiny_model(), own)
+    given: Any = own([prompt(3), prompt(5, 1)], padding=True, padding_side="left", return_tensors="pt")
     given = {name: given[name] for name in ("input_ids", "attention_mask")}
     lengths = given["attention_mask"].sum(1).tolist()
     options = {"cache_implementation": "static"} if static else {}
