@@ -20,7 +20,7 @@ word " eight", since the improbable first token is averaged with a second one th
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, get_args, cast
+from typing import Any, Final, Literal, cast, get_args
 
 import numpy as np
 import torch
