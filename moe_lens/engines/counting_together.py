@@ -131,8 +131,8 @@ def merge_distributed(folder: str | Path, *, job: str | None = None) -> RoutingS
     >>> from moe_lens import organisms
     >>> from moe_lens.engines import collect_distributed, merge_distributed
     >>> model, prompts = organisms.load("specialised"), ["Question : what is", "Document : the"]
-    >>> stats = collect_distributed(model, prompts, "counts", progress=False)
-    >>> merge_distributed("counts").n_tokens
+    >>> stats = collect_distributed(model, prompts, "merged", progress=False)
+    >>> merge_distributed("merged").n_tokens
     9
 
     Args:
