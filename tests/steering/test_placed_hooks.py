@@ -266,7 +266,7 @@ def test_refused_before_and_in_a_run(hooked: Any) -> None:
     foreign, fine = SteeringPlan([(0, 77)]), SteeringPlan([(0, 1)])
     with pytest.raises(PlanError, match="does not exist"):
         model.run_with_hooks(tokens(), fwd_hooks=steer_hooks([fine, foreign]))
-    with pytest.raises(HookError, match="column 9"):
+    with pytest.raises(HookError, match="position 9"):
         model.run_with_hooks(tokens(), fwd_hooks=steer_hooks(fine, positions=9))
     hashed = hooked("deepseek_v4_hash")
     layer = next(n for n in hashed.moe_layers if not hashed.routing_rule(n).chooses_by_logits)
