@@ -59,7 +59,10 @@ Face hub. `moe-lens COMMAND --help` explains each command and its files.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 after an error that the user can mend, 130 if interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "stats" and not (options.out or options.folder or options.merge):
+        parser.error("stats: one of --out, --folder and --merge is required")
     try:
         with _sigterm_interrupts():
             getattr(_commands(), options.command)(options)

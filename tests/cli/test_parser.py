@@ -336,7 +336,6 @@ _BAD = [
     # plan
     (("plan", "missing", "--deactivate", "1", *_OUT), "missing"),
     (("plan", "noise", "--deactivate", "1", *_OUT), "noise"),
-    (("stats", "null", "p.txt"), "needs --out"),
     (("plan", "stats", "--deactivate", "1", *_OUT), "stats"),
     (("plan", "scores", *_OUT), "--deactivate"),
     (("plan", "scores", "--deactivate", "0", *_OUT), "--deactivate"),
@@ -421,6 +420,7 @@ def test_bad_input_gets_one_line_that_names_it(
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("stats", "null", "p.txt"),
         ("stats", "null", "p.txt", "--out", "r", "--batch-size", "many"),
         ("stats", "null", "p.txt", "--out", "r", "--dtype", "int8"),
         ("detect", "null", "pairs.jsonl", "--out", "r", "--score", "best"),
