@@ -21,7 +21,14 @@ import moe_lens
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
 from moe_lens.model.hf_models import original_model
-from moe_lens.model.private_names import foreign_hooks
+from moe_lens.model.private_names import (
+    attention_of,
+    experts_of,
+    foreign_hooks,
+    is_compiled,
+    n_forward_hooks,
+    offloaded_weights,
+)
 from moe_lens.model.wrapper import Model
 
 CHUNK: Final = 2**26
@@ -69,7 +76,7 @@ def hook_digests(model: Model, hooks: Hooks, about: str) -> list[str]:
     for point in points.values():
         waiting = [handle.user_hook for handle in point.fwd_hooks]
         said += [_said(point.name, hook) for hook in waiting]
-        said += [None] * (len(point._forward_hooks) + len(point._forward_pre_hooks) - len(waiting))
+        said += [None] * (n_forward_hooks(point) - len(waiting))
     said += [None for module in original_model(model).modules() if foreign_hooks(module)]
     said += [_said(name, hook) for name, hook in hooks or ()]
     if None in said and not about:
@@ -93,8 +100,8 @@ def _module_settings(network: nn.Module) -> Iterator[str]:
         said = {key: value for key, value in config.to_dict().items() if key not in _NO_MATTER}
         yield json.dumps(said, sort_keys=True, default=str)
         for text in (config, config.get_text_config()):
-            yield f"{getattr(text, '_attn_implementation', None)}"
-            yield f"{getattr(text, '_experts_implementation', None)}"
+            yield f"{attention_of(text)}"
+            yield f"{experts_of(text)}"
     for name, module in network.named_modules():
         plain = {
             key: value
@@ -108,8 +115,7 @@ def _module_settings(network: nn.Module) -> Iterator[str]:
             and not callable(getattr(module, key, None))
             and hasattr(module, key)
         }
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        kind = f"{type(module).__name__}{' compiled' if compiled else ''}"
+        kind = f"{type(module).__name__}{' compiled' if is_compiled(module) else ''}"
         yield f"{name} {kind} {sorted(plain.items())} {sorted(adapters.items())}"
 
 
@@ -181,11 +187,9 @@ def _onloaded(network: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
         return tensor
     path, _, own = name.rpartition(".")
-    hook = getattr(network.get_submodule(path), "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        weights = getattr(each, "weights_map", None)
-        if weights is not None:
-            return torch.as_tensor(weights[own])
+    weights = offloaded_weights(network.get_submodule(path))
+    if weights is not None:
+        return torch.as_tensor(weights[own])
     raise DataError(f"{name} has no values here (device meta), so the model cannot run; load its weights.")
 
 

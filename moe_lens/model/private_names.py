@@ -4,7 +4,8 @@
     remove_points(bridge, 0, ("hook_router_logits",))
     has_hooks(point), foreign_hooks(module), supports_padding(bridge), hf_path(name), become(bridge, cls)
     stands_on(router, HookedRouter), take_off(router, hooked, original, was_on_instance)
-    execution_device(module), attention_of(config), CHECKPOINT
+    execution_device(module), offloaded_weights(module), is_compiled(module), n_forward_hooks(module)
+    attention_of(config), experts_of(config), implementation_of(experts), CHECKPOINT
 
 `tests/model/test_private_names.py` checks that each still exists and does what is said here, and that no
 other file of the package uses such a name.
@@ -151,14 +152,36 @@ def execution_device(module: nn.Module) -> Any:
     return getattr(getattr(module, "_hf_hook", None), "execution_device", None)
 
 
+def offloaded_weights(module: nn.Module) -> Mapping[str, Any] | None:
+    """A module's weights by name where accelerate keeps them, by its hook `_hf_hook`; None elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    kept = (getattr(each, "weights_map", None) for each in getattr(hook, "hooks", [hook]))
+    return next((weights for weights in kept if weights is not None), None)
+
+
 def attention_of(config: Any) -> str | None:
     """Which attention a config's model runs ("eager", "sdpa"...): `_attn_implementation`."""
-    return config._attn_implementation
+    return getattr(config, "_attn_implementation", None)
+
+
+def experts_of(config: Any) -> str | None:
+    """How a config's model runs its experts ("grouped_mm", "eager"...): `_experts_implementation`."""
+    return getattr(config, "_experts_implementation", None)
 
 
 def implementation_of(experts: Any) -> str | None:
-    """How a module runs its experts ("grouped_mm", "eager"...): its config's `_experts_implementation`."""
-    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    """How a module runs its experts, by its config."""
+    return experts_of(getattr(experts, "config", None))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called: torch keeps what it made as `_compiled_call_impl`."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def n_forward_hooks(module: nn.Module) -> int:
+    """How many hooks wait on a module's forward, before and after it."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
 HOOK_TABLES: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

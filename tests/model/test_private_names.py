@@ -33,6 +33,9 @@ from moe_lens.model.private_names import (
     has_hooks,
     hf_path,
     implementation_of,
+    is_compiled,
+    n_forward_hooks,
+    offloaded_weights,
     remove_points,
     stands_on,
     supports_padding,
@@ -226,6 +229,7 @@ def test_the_attention_of_a_config_is_what_was_asked_for() -> None:
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
         assert attention_of(model.config) == name
+    assert attention_of(None) is None
 
 
 def test_accelerate_says_where_it_runs_a_module_and_keeps_the_forward_that_it_found() -> None:
@@ -249,16 +253,42 @@ def test_accelerate_says_where_it_runs_a_module_and_keeps_the_forward_that_it_fo
     assert torch.equal(linear(torch.zeros(1, 2)), linear.bias[None])
 
 
+def test_accelerate_keeps_offloaded_weights_where_they_are_looked_for() -> None:
+    linear = nn.Linear(2, 2)
+    assert offloaded_weights(linear) is None
+    kept = {"weight": linear.weight.detach().clone(), "bias": linear.bias.detach().clone()}
+    add_hook_to_module(linear, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=kept))
+    found = offloaded_weights(linear)
+    assert linear.weight.is_meta
+    assert found is not None
+    assert torch.equal(found["weight"], kept["weight"])
+
+
+# torch
+
+
+def test_a_compiled_module_says_so() -> None:
+    linear = nn.Linear(2, 2)
+    assert not is_compiled(linear)
+    linear.compile(backend="eager")
+    assert is_compiled(linear)
+
+
+def test_hooks_before_and_after_a_forward_are_numbered() -> None:
+    linear = nn.Linear(2, 2)
+    assert n_forward_hooks(linear) == 0
+    linear.register_forward_hook(lambda *_: None)
+    linear.register_forward_pre_hook(lambda *_: None)
+    linear.register_full_backward_hook(lambda *_: None)
+    assert n_forward_hooks(linear) == 2
+
+
 # The package
 
 
 ENGINES: dict[str, set[str]] = {
     "engines/harness_model.py": {"_encode_pair"},
     "engines/harness_scores.py": {"_filters", "_instances"},
-    "engines/fingerprints.py": {
-        "_forward_hooks", "_forward_pre_hooks", "_hf_hook", "_compiled_call_impl", "_attn_implementation",
-        "_experts_implementation",
-    },
 }  # fmt: skip
 """What engines use of other programs; versions are pinned for it."""
 
@@ -315,7 +345,7 @@ def test_one_file_uses_private_names_of_other_libraries() -> None:
     assert {path for path in used if used[path]} - set(ENGINES) == {"model/private_names.py"}
     assert used["model/private_names.py"] == {
         "_hook_registry", "_hook_alias_registry", "_register_aliases", "__class__", "__module__", *HOOKS,
-        "_hf_hook", "_attn_implementation", "_experts_implementation",
+        "_hf_hook", "_attn_implementation", "_experts_implementation", "_compiled_call_impl",
     }  # fmt: skip
 
 

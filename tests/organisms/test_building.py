@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from moe_lens import organisms
 from moe_lens.cli import parser as cli
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.model.routed_model import RoutedModel
-from moe_lens.organisms import building, smollm2
+from moe_lens.organisms import building, distilling, smollm2
 from moe_lens.organisms.building import SplitRecipe, build_split
 from moe_lens.organisms.built import BUILT, built_path, cache_folder
-from moe_lens.organisms.distilling import Distillation
+from moe_lens.organisms.distilling import Distillation, quicker_dtype
 from moe_lens.organisms.held_out import N_TEXTS, held_out_tokens, perplexities
 from moe_lens.organisms.split_corpus import REGISTERS, library_texts, openings, sample, windows
 from tests.organisms.dense import llama
@@ -108,6 +109,18 @@ def test_a_build_is_an_ordinary_checkpoint_that_load_opens(
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert organisms.build("smollm2-split") == folder  # nothing is done again
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_passes_take_the_dtype_that_the_processor_multiplies_faster(
+    dense: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = torch.float32
+    monkeypatch.setattr(distilling, "_seconds_of_products", lambda dtype: 2.0 if dtype == slow else 1.0)
+    assert quicker_dtype() == "bfloat16"
+    slow = torch.bfloat16
+    assert quicker_dtype() == "float32"
+    build_split(dense, tokenizer, tmp_path / "out", replace(RECIPE, dtype=None), progress=False)
+    assert json.loads((tmp_path / "out" / "build.json").read_text())["recipe"]["dtype"] == "float32"
 
 
 BROAD = [pytest.param(stage, marks=pytest.mark.broad) for stage in ("sample", "split", "perplexities")]
