@@ -38,7 +38,7 @@ def run(folder: Path, model_args: str, *, processes: int = 1) -> subprocess.Comp
     ]
     home = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **home, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=600)
 
 
 def results_in(folder: Path) -> dict[str, Any]:

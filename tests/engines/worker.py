@@ -1,6 +1,6 @@
-"""One of the processes of `test_many_processes.py`: `python worker.py FOLDER OUT PAUSE`.
+"""The processes of `test_many_processes.py`: `count`, or `python worker.py FOLDER OUT PAUSE`.
 
-It counts into FOLDER, waits PAUSE seconds in each unit, and saves what it got as OUT/stats-RANK. Under
+The command counts into FOLDER, waits PAUSE seconds in each unit, and saves what it got as OUT/stats-RANK. Under
 torchrun it is in a process group of gloo, as a user's script may be; nothing is said in it.
 """
 
@@ -20,6 +20,12 @@ from moe_lens.statistics.collection import Counting
 
 PROMPTS = [c.open_book for c in organisms.world("specialised").conflicts("detection")]
 SETTINGS: dict[str, Any] = {"per_prompt": True, "vocabulary": True, "batch_size": 4, "progress": False}
+
+
+def count(folder: Path) -> None:
+    """Count into FOLDER with whoever else does."""
+    model = organisms.load("specialised", wrapper=RoutedModel)
+    collect_distributed(model, PROMPTS, folder, unit=1, **SETTINGS)
 
 
 def main(folder: Path, out: Path, pause: float) -> None:
