@@ -78,7 +78,8 @@ def test_the_command_ends_with_a_sentence_where_the_plan_is_for_another_model(tm
     PLAN.made_for(MoEShape("other", (0, 1, 2, 3), 16, 2)).save(folder / "plan.json")
     done = run(folder, f"plan={folder / 'plan.json'}")
     assert done.returncode == 1
-    assert "moe_lens: The plan was made for another model (plan / model): n_experts 16 / 8" in done.stderr
+    said = "moe_lens: The plan was made for another model (plan / model): model 'other' / 'specialised'"
+    assert f"{said}; n_experts 16 / 8" in done.stderr
     assert "Traceback" not in done.stderr
 
 
