@@ -1,7 +1,7 @@
 """The processes of `test_many_processes.py`: `count`, or `python worker.py FOLDER OUT PAUSE`.
 
-The command counts into FOLDER, waits PAUSE seconds in each unit, and saves what it got as OUT/stats-RANK. Under
-torchrun it is in a process group of gloo, as a user's script may be; nothing is said in it.
+The command counts into FOLDER, waits PAUSE seconds in each unit, and saves what it got as OUT/stats-RANK.
+Under torchrun it is in a process group of gloo, as a user's script may be; nothing is said in it.
 """
 
 import os
