@@ -201,7 +201,8 @@ def _places(model: Any) -> list[Any]:
     for point in model.hook_dict.values():
         for handle in point.fwd_hooks:
             hook = handle.user_hook
-            if len(getattr(hook, "plans", ())) > 1 or getattr(hook, "n_columns", None) is not None:
+            own = (getattr(hook, name, None) is not None for name in ("n_columns", "n_prompts"))
+            if len(getattr(hook, "plans", ())) > 1 or any(own):
                 raise HookError(
                     f"{point.name}: the harness sorts prompts by length, so that a hook with a plan or a "
                     "route for each prompt would meet others; give what is the same for all."

@@ -59,6 +59,11 @@ class RoutingEdit(ABC):
         """How many columns, of the prompt and what follows, the edit has values for; None: any number."""
         return None
 
+    @property
+    def n_prompts(self) -> int | None:
+        """How many prompts the edit has values of their own for; None: it does the same to each."""
+        return None
+
     def highest_expert(self) -> int:
         """The highest expert number that the edit names; -1 if it names none."""
         return -1

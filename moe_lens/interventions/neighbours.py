@@ -35,6 +35,10 @@ class DenseEdit(RoutingEdit):
     weights: Float[Tensor, "prompt expert"] = field(repr=False)
     shape: MoEShape
 
+    @property
+    def n_prompts(self) -> int | None:
+        return len(self.weights) if len(self.weights) > 1 else None
+
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
         rows = hook.state.by_prompt(self.weights, len(value))
         if rows is None:

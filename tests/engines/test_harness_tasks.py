@@ -23,8 +23,10 @@ from moe_lens import (
     TextSpan,
     attach,
     evaluate_steering,
+    follow_dense,
     harness_task,
     organisms,
+    record_dense,
     replay_hooks,
     route_around,
     steer_hooks,
@@ -301,6 +303,17 @@ def test_a_recorded_route_is_refused(model: Any, folder: Path) -> None:
     task = task_of(folder, "conflict_mc", limit=2)
     with pytest.raises(HookError, match="route for each prompt"):
         task.values(model, replay_hooks(RouteRecord.from_cache(cache)))
+
+
+def test_dense_weights_of_several_prompts_are_refused_and_those_of_one_serve_all(
+    model: Any, folder: Path
+) -> None:
+    task = task_of(folder, "conflict_mc", limit=6)
+    several, one = (record_dense(model, PROMPTS[:n], progress=False) for n in (2, 1))
+    with pytest.raises(HookError, match="route for each prompt"):
+        task.values(model, follow_dense(several, positions=None))
+    hooks = follow_dense(one, positions=None)
+    assert task.values(model, hooks).tolist() == chosen_by_loop(model, PROMPTS[:6], SHORT[:6], hooks)
 
 
 def test_steering_what_is_generated_where_nothing_is(model: Any, folder: Path) -> None:

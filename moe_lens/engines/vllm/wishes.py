@@ -29,6 +29,8 @@ _KEYS: Final = (PLAN, STRENGTH, POSITIONS, STATS, PROMPT, SPAN)
 PHASES: Final = ("prompt", "generated")
 OFF: Final = "off"
 """As a plan: none, also on a server that has a default one."""
+FIRM: Final = "inf"
+"""As a strength: the paper's transform, also of a plan whose own is another. (JSON has no infinity.)"""
 CANARY: Final = "__moe_lens_canary__"
 """As a plan: refused by whoever knows moe_lens, taken for nothing by whoever does not."""
 
@@ -158,10 +160,10 @@ def _as_strong(
 
 
 def _strength(given: Any) -> float | None:
-    if given is None:
+    if given is None or given == FIRM:
         return None
     if isinstance(given, bool) or not isinstance(given, Real) or not float(given) >= 0:
-        raise PlanError(f"{STRENGTH} must be a number from 0 on; got {short(given)}.")
+        raise PlanError(f"{STRENGTH} must be a number from 0 on, or {FIRM!r}; got {short(given)}.")
     return None if math.isinf(float(given)) else float(given)
 
 
@@ -208,8 +210,8 @@ def plan_args(
     Args:
         plan: a plan, which travels as JSON; the name of a file NAME.json in the server's folder of plans; or
             None, not to be steered even where the server has a default plan.
-        strength: λ ≥ 0 of the soft form z ± λ·std(z), as in `steer_hooks`; None for that of the plan, which
-            is the paper's transform where the plan has none.
+        strength: λ ≥ 0 of the soft form z ± λ·std(z), as in `steer_hooks`; `math.inf` (travels as "inf") for
+            the paper's transform; None for that of the plan, which is the paper's where the plan has none.
         positions: "prompt" or "generated" tokens only; None for both.
 
     Raises:
@@ -217,10 +219,9 @@ def plan_args(
     """
     if plan is not None and not isinstance(plan, SteeringPlan | str):
         raise PlanError(f"plan_args needs a SteeringPlan, a name or None; got {type(plan).__name__}.")
-    if isinstance(plan, SteeringPlan) and strength is not None and math.isinf(float(strength)):
-        plan = replace(plan, strength=None, only_unmet=False)  # JSON has no infinity
     text = json.dumps(plan.to_json(), separators=(",", ":")) if isinstance(plan, SteeringPlan) else plan
-    value = _strength(strength if strength is None or isinstance(strength, Real) else float(strength))
+    asked = strength if strength is None or isinstance(strength, Real) else float(strength)
+    value = FIRM if asked is not None and _strength(asked) is None else _strength(asked)
     given = {PLAN: OFF if text is None else text, STRENGTH: value, POSITIONS: positions}
     given = {key: value for key, value in given.items() if value is not None}
     read_wish(given if not isinstance(plan, str) else {**given, PLAN: _ANY_PLAN})

@@ -102,6 +102,15 @@ def test_plans_are_found_by_name_in_the_folder_and_nowhere_else(tmp_path: Path) 
         read_wish({"moe_plan": "doc"})
 
 
+def test_a_named_plans_own_strength_gives_way_to_an_infinite_one(tmp_path: Path) -> None:
+    replace(PLAN, strength=2.0, only_unmet=True).save(tmp_path / "doc.json")
+    asked = plan_args("doc", strength=math.inf)
+    assert json.loads(json.dumps(asked, allow_nan=False)) == asked  # as it travels
+    assert read_wish(asked, tmp_path) == read_wish(plan_args(PLAN))
+    with pytest.raises(PlanError, match="only_unmet"):
+        read_wish(plan_args("doc"), tmp_path)
+
+
 def test_the_default_plan_is_that_of_requests_which_say_nothing(tmp_path: Path) -> None:
     PLAN.save(tmp_path / "doc.json")
     other = SteeringPlan(deactivate=[(1, 1)])
