@@ -7,6 +7,7 @@ plan does in the running engine (`checking.py`).
 from typing import Any, Final
 
 from moe_lens.engines.vllm.private_names import private
+from moe_lens.engines.vllm.settings import tries_v2
 
 _PLAIN: Final = ("FusedTopKRouter", "CPURouter")
 """Routers that may choose by the largest softmax of the logits they are given, and by nothing else."""
@@ -15,9 +16,10 @@ _PLAIN: Final = ("FusedTopKRouter", "CPURouter")
 def refused_config(config: Any) -> str | None:
     """Why an engine of this `VllmConfig` is not steered, in words; None where nothing speaks against it."""
     parallel, reasons = config.parallel_config, []
-    if config.use_v2_model_runner:
+    if config.use_v2_model_runner and not tries_v2():
         reasons.append(
-            "its model runner V2 is not wrapped (set VLLM_USE_V2_MODEL_RUNNER=0 for the runner that is)"
+            "moe_lens was never run in its model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0 for the runner in "
+            "which it was; or MOE_LENS_V2=1, and the check at start decides)"
         )
     for field, what in (
         ("data_parallel_size", "data parallel"),

@@ -2,6 +2,7 @@
 
 MOE_LENS_PLANS=/plans            plans that requests may name
 MOE_LENS_DEFAULT_PLAN=doc        the plan of requests that name none: a name, or JSON
+MOE_LENS_V2=1                    steer in model runner V2, in which moe_lens was never run
 """
 
 import atexit
@@ -20,6 +21,7 @@ from moe_lens.shape import MoEShape, shape_from_json
 
 _PLANS: Final = "MOE_LENS_PLANS"
 _DEFAULT: Final = "MOE_LENS_DEFAULT_PLAN"
+_V2: Final = "MOE_LENS_V2"
 _SESSION: Final = "MOE_LENS_SESSION"
 """Set by the plugin itself: a folder that the front end and its engine share, as a child does its parent's
 environment."""
@@ -43,6 +45,11 @@ def default_wish() -> Wish:
 def is_set_up() -> bool:
     """Whether the environment asks for steering, so that an engine without it must not start."""
     return folder_of_plans() is not None or default_plan() is not None
+
+
+def tries_v2() -> bool:
+    """Whether the environment asks for steering in runner V2."""
+    return os.environ.get(_V2) == "1"
 
 
 def begin_session() -> None:

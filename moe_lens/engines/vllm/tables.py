@@ -5,6 +5,7 @@ keep the addresses that they saw first. Before a forward, `place` says which pla
 layers read that and write what they did (`seam.py`); after it, `count` adds up what was asked for.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,7 @@ class Tables:
     ) -> None:
         self.shape, self.layers, self.counts = shape, layers, RequestCounts(shape)
         self.requests: dict[str, _Request] = {}
+        self.states: dict[str, Any] = {}  # where the runner keeps none of its own (V2)
         self.slots: dict[str, int] = {}  # what is in the tables: salt -> row of them; row 0 steers nobody
         self.n_slots = n_plans + 1
         self._counted = _Counted()
@@ -79,16 +81,19 @@ class Tables:
         # The router knows no layer; a weak tie is enough, the layer owns both.
         layer.router.moe_lens_records = (layer.moe_lens_indices, layer.moe_lens_weights)
 
-    def place(self, batch: list[tuple[str, int, int]], states: Any, finished: Any = ()) -> None:
+    def forget(self, finished: Iterable[str]) -> None:
+        """These requests are over."""
+        for gone in finished:
+            self.requests.pop(gone, None)
+            self.states.pop(gone, None)
+
+    def place(self, batch: list[tuple[str, int, int]], states: Mapping[str, Any]) -> None:
         """A batch is about to run.
 
         Args:
             batch: of each request (in the order of its rows) id, number of tokens, and position of the first.
             states: id -> vLLM's state of the request.
-            finished: ids of requests that are over.
         """
-        for gone in finished:
-            self.requests.pop(gone, None)
         self._counted = _Counted()
         known = [self._known(name, states) for name, _, _ in batch]
         needed = {request.salt for request in known if request.salt}

@@ -1,14 +1,13 @@
 """What a worker does: tables at load, rows before each forward, sums after it; and what it answers.
 
-Runner V1 only (`GPUModelRunner`, from which the CPU's is made); with V2 nothing is wrapped, and
-`refused_config` says so.
+Runner V1 is `GPUModelRunner`, from which the CPU's is made; V2 has a file of its own (`runner_v2.py`).
 """
 
 import functools
 from pathlib import Path
 from typing import Any
 
-from moe_lens.engines.vllm import seam, steered_rows
+from moe_lens.engines.vllm import runner_v2, seam, steered_rows
 from moe_lens.engines.vllm.layers import moe_layers, refused_config, refused_layers
 from moe_lens.engines.vllm.private_names import private
 from moe_lens.engines.vllm.tables import Tables, on_device, shape_of_layers
@@ -37,11 +36,25 @@ def _wrap_load(worker: Any) -> None:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load(self, *args, **kwargs)
         self.moe_lens_refused = refused_config(self.vllm_config)
+        if self.moe_lens_refused is None and self.vllm_config.use_v2_model_runner:
+            self.moe_lens_refused = _wrap_runner_v2(type(self.model_runner))
         if self.moe_lens_refused is None:
             _install(self)
         return result
 
     worker.load_model = load_model
+
+
+def _wrap_runner_v2(runner: Any) -> str | None:
+    """Wrap this class, once; returns why it cannot be. It is met here, since importing it needs a GPU."""
+    if getattr(runner, "moe_lens_wrapped", False):
+        return None
+    if (reason := runner_v2.refused_runner(runner)) is not None:
+        return reason
+    for wrap in (runner_v2.wrap_add, runner_v2.wrap_prepare, _wrap_dummy, _wrap_execute):
+        wrap(runner)
+    runner.moe_lens_wrapped = True
+    return None
 
 
 def _install(worker: Any) -> None:
@@ -71,7 +84,7 @@ def _wrap_prepare(runner: Any) -> None:
             names = self.input_batch.req_ids
             starts = self.input_batch.num_computed_tokens_cpu[: len(names)].tolist()
             batch = list(zip(names, [int(n) for n in num_scheduled_tokens], starts, strict=True))
-            tables.place(batch, self.requests, scheduler_output.finished_req_ids)
+            tables.place(batch, self.requests)
         return prepare(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
     runner._prepare_inputs = _prepare_inputs
@@ -93,9 +106,12 @@ def _wrap_execute(runner: Any) -> None:
     execute = runner.execute_model
 
     @functools.wraps(execute)
-    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = execute(self, *args, **kwargs)
-        if (tables := getattr(self, "moe_lens", None)) is not None:
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        tables = getattr(self, "moe_lens", None)
+        if tables is not None:
+            tables.forget(scheduler_output.finished_req_ids)  # also where no token is scheduled
+        result = execute(self, scheduler_output, *args, **kwargs)
+        if tables is not None:
             tables.count()
         return result
 

@@ -58,7 +58,8 @@ def step(
     tables: Tables, batch: list[tuple[str, int, int]], states: dict[str, Any], finished: Any = ()
 ) -> dict[int, Tensor]:
     """A batch runs, with some padding after it; returns the experts of its rows in each layer."""
-    tables.place(batch, states, finished)
+    tables.forget(finished)
+    tables.place(batch, states)
     rows = torch.cat([hidden(name, range(start, start + n)) for name, n, start in batch])
     padded = torch.cat([rows, torch.full((3, 8), 9.0)])
     experts = {number: layer.run(padded)[: len(rows)] for number, layer in tables.layers.items()}
