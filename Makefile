@@ -20,9 +20,11 @@ env-vllm:  ## vLLM's own environment, .venv-vllm (2.5 GB), for the tests of the 
 		echo "so there is no .venv-vllm, and tests in vLLM are skipped (.venv-vllm.log)"; }
 
 .venv-vllm/installed: constraints-vllm.txt pyproject.toml
+	rm -f $@
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
-	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --no-compile --requirement constraints-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --no-compile --editable .
+	VLLM_PLUGINS= .venv-vllm/bin/python -c "import vllm.entrypoints.openai.api_server"
 	rm -f .venv-vllm/failed
 	touch $@
 
@@ -32,10 +34,10 @@ demo: env  ## the main job on the shipped models: prints the table, writes moe-l
 test: env  ## the first tier, in less than 8 minutes on 2 cores
 	$(PYTEST) -m "not broad"
 
-test-all: env  ## every family, dtype and promise, and ten times the examples of each property; within 40 minutes
+test-all: env env-vllm  ## every family, dtype and promise, vLLM too where it can be had, ten times the examples; within 40 minutes
 	$(PYTEST) --examples=10
 
-test-vllm: env env-vllm  ## the tests that run vLLM itself, which the others skip where .venv-vllm is missing
+test-vllm: env env-vllm  ## the tests of the plugin alone; those that run vLLM itself are skipped where .venv-vllm is missing
 	$(PYTEST) tests/engines/vllm
 
 # What the oldest versions could break: arithmetic, files, figures, light imports, and every example.

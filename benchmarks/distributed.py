@@ -3,9 +3,10 @@
 Default: 1,024 prompts and 50 kills. First the wall time of `collect_routing`, of `collect_distributed` in one
 process, and in two: both are forked from this one, which has the model, so that start-up (some seconds of
 imports a process, the same for any number) is not in it. It needs two idle cores; the load of the machine is
-printed beside the result. Then two processes count, one of them is killed (SIGKILL) at a random moment and
-another is forked in its place, again and again; at the end no unit may be missing, and the result must be
-that of `collect_routing`, bit for bit.
+printed beside the result, and so is the CPU time, of two processes its mean: what two idle cores give if each
+takes half, but for waiting and for the memory that they share. Then two processes count, one of them is
+killed (SIGKILL) at a random moment and another is forked in its place, again and again; at the end no unit
+may be missing, and the result must be that of `collect_routing`, bit for bit.
 """
 
 import multiprocessing
@@ -43,19 +44,28 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_processes(n: int, work: Callable[[], object]) -> None:
-    """The same work in n forked processes, to the end of all."""
-    workers = [FORK.Process(target=work) for _ in range(n)]
+def in_processes(n: int, work: Callable[[], object]) -> float:
+    """The same work in n forked processes, to the end of all; returns the mean of their CPU times."""
+    taken = FORK.SimpleQueue()
+
+    def timed() -> None:
+        start = time.process_time()
+        work()
+        taken.put(time.process_time() - start)
+
+    workers = [FORK.Process(target=timed) for _ in range(n)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
+    return sum(taken.get() for _ in workers) / n
 
 
 def speed(model: RoutedModel, prompts: list[str]) -> None:
-    """Wall times, alternated."""
+    """Wall and CPU times, alternated."""
     found: dict[str, list[float]] = {"collect_routing": [], "1 process": [], "2 processes": []}
+    cpu: dict[str, list[float]] = {"1 process": [], "2 processes": []}
     for _ in range(ROUNDS):
         found["collect_routing"].append(seconds(lambda: collect_routing(model, prompts, **SETTINGS)))
         for n in (1, 2):
@@ -64,14 +74,15 @@ def speed(model: RoutedModel, prompts: list[str]) -> None:
                 def work(folder: str = folder) -> None:
                     collect_distributed(model, prompts, folder, unit=UNIT, **SETTINGS)
 
-                found[f"{n} process{'es' * (n > 1)}"].append(
-                    seconds(lambda n=n, work=work: in_processes(n, work))
-                )
+                name, start = f"{n} process{'es' * (n > 1)}", time.perf_counter()
+                cpu[name].append(in_processes(n, work))
+                found[name].append(time.perf_counter() - start)
     print(f"{len(prompts)} prompts, units of {UNIT} batches of 8; load average {os.getloadavg()[0]:.1f}")
     for name, times in found.items():
         print(f"  {name:16} {median(times):6.2f} s ({min(times):.2f}–{max(times):.2f})")
-    ratios = [one / two for one, two in zip(found["1 process"], found["2 processes"], strict=True)]
-    print(f"  one ÷ two: {median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
+    for what, each in (("wall time", found), ("CPU time", cpu)):
+        ratios = [one / two for one, two in zip(each["1 process"], each["2 processes"], strict=True)]
+        print(f"  one ÷ two, {what}: {median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
 
 
 def kills(model: RoutedModel, prompts: list[str], n_kills: int) -> None:
@@ -118,7 +129,8 @@ def main(n_prompts: int = 1024, n_kills: int = 50) -> None:
     conflicts = organisms.world("specialised").conflicts("test")
     prompts = [conflicts[number % len(conflicts)].open_book for number in range(n_prompts)]
     speed(model, prompts)
-    kills(model, prompts, n_kills)
+    if n_kills:
+        kills(model, prompts, n_kills)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,18 @@ def add_spans(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sharing(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--folder",
+        type=Path,
+        metavar="F",
+        help="share the work with all processes that run this command with this folder, where their files go",
+    )
+    command.add_argument(
+        "--unit", type=whole, metavar="N", help="with --folder: batches a file there (default: 8)"
+    )
+
+
 def add_random(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--n-random", type=whole, default=20, metavar="N", help="random sets of each kind (default: 20)"

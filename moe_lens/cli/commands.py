@@ -21,18 +21,17 @@ Options = argparse.Namespace
 
 def stats(options: Options) -> None:
     """Count the routing of a file of prompts into a file; goes on where it was interrupted."""
-    from moe_lens.engines.counting_together import is_first
-
     _check_stats(options)
     if options.merge is not None:
         counted = engines.merge_distributed(options.merge, job=options.job)
     else:
         counted = _counted(options)
-    if options.folder is None or is_first():
+    if _speaks(options):
         print(f"{counted}\n{counted.load_balance().to_dataframe().round(3).to_string(index=False)}")
     if options.out is not None:
         counted.save(options.out)
-        _wrote(options.out)
+        if _speaks(options):
+            _wrote(options.out)
 
 
 def _check_stats(options: Options) -> None:
@@ -46,8 +45,7 @@ def _check_stats(options: Options) -> None:
         raise DataError("--job says which job of --merge FOLDER is meant; give that, too.")
     if options.folder is None and options.out is None:
         raise DataError("stats needs --out FILE for its result (with --folder it may be left out).")
-    if options.folder is None and options.unit is not None:
-        raise DataError("--unit is about the files in --folder; give that, too.")
+    _check_unit(options)
     if options.out is not None:
         check_writable(options.out)
 
@@ -64,17 +62,39 @@ def _counted(options: Options) -> Any:
         "outputs": options.outputs,
     }
     prompts = text.read_prompts(options.prompts, column=options.column)
-    if options.folder is not None:
-        _own_device(options)
-        if options.unit is not None:
-            settings["unit"] = options.unit
-        return engines.collect_distributed(_model(options), prompts, options.folder, **settings)
+    shared = _shared(options)
     model = _model(options)
+    if shared:
+        return engines.collect_distributed(model, prompts, **shared, **settings)
     about = (
         f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column} "
         f"{model.prepend_bos}"
     )
     return statistics.collect_to_file(model, prompts, options.out, about=about, **settings)
+
+
+def _check_unit(options: Options) -> None:
+    if options.folder is None and options.unit is not None:
+        raise DataError("--unit is about the files in --folder; give that, too.")
+
+
+def _shared(options: Options) -> dict[str, Any]:
+    """What functions that share their work through --folder are told of it; empty: one process does all.
+
+    Called before the model is loaded, since each process gets a device of its own here.
+    """
+    _check_unit(options)
+    if options.folder is None:
+        return {}
+    _own_device(options)
+    return {"folder": options.folder, **({} if options.unit is None else {"unit": options.unit})}
+
+
+def _speaks(options: Options) -> bool:
+    """Whether this process prints: of those that a launcher started to share a folder, the first alone."""
+    from moe_lens.engines.counting_together import is_first
+
+    return options.folder is None or is_first()
 
 
 def _own_device(options: Options) -> None:
@@ -93,9 +113,11 @@ def detect(options: Options) -> None:
     if not options.top:
         raise DataError("--top must be at least 1.")
     check_writable(options.out)
-    scores = detection.detect(
+    shared = _shared(options)
+    scores = (engines.detect_distributed if shared else detection.detect)(
         _model(options),
         pairs,
+        **shared,
         score=options.score,
         span=options.span or "pairs",
         seed=options.seed,
@@ -107,13 +129,15 @@ def detect(options: Options) -> None:
         batch_tokens=options.batch_tokens,
     )
     scores.save(options.out)
-    print(f"{scores}\n{scores.to_dataframe().head(options.top).round(4).to_string(index=False)}")
-    print(detection.selection_stability(scores, n=min(options.top, scores.delta.numel())))
     written = [options.out]
     if options.table is not None:
         with atomic_write(options.table) as temporary:
             scores.to_dataframe().to_csv(temporary, index=False)
         written.append(options.table)
+    if not _speaks(options):
+        return
+    print(f"{scores}\n{scores.to_dataframe().head(options.top).round(4).to_string(index=False)}")
+    print(detection.selection_stability(scores, n=min(options.top, scores.delta.numel())))
     if len(set(pairs.templates)) > 1:
         agreement = detection.template_agreement(scores).round(2)
         print(f"rank correlation between templates:\n{agreement.to_string()}")
@@ -182,21 +206,19 @@ def evaluate(options: Options) -> None:
     load = steering.SteeringPlan.load
     reverse = None if options.reverse is None else load(options.reverse)
     scores = None if options.scores is None else detection.ExpertScores.load(options.scores)
-    task, chosen = _task(options), load(options.plan)
-    report = evaluation.evaluate_steering(
+    task, chosen, shared = _task(options), load(options.plan), _shared(options)
+    report = (engines.evaluate_distributed if shared else evaluation.evaluate_steering)(
         _model(options),
         chosen,
         task,
+        **shared,
         reverse=reverse,
         scores=scores,
         n_random=options.n_random,
         seed=options.seed,
         alpha=options.alpha,
     )
-    print(report)
-    if options.out is not None:
-        report.save(options.out)
-        _wrote(options.out)
+    _finish(report, options)
 
 
 def _task(options: Options) -> Any:
@@ -219,14 +241,27 @@ _OF_THE_HARNESS = ("metric", "filter", "include_path", "data", "clusters", "limi
 def sweep(options: Options) -> None:
     """Evaluate plans of several sizes."""
     scores = detection.ExpertScores.load(options.scores)
-    task = _task(options)
-    result = evaluation.sweep(
-        _model(options), scores, task, sizes=options.sizes, n_random=options.n_random, seed=options.seed
+    task, shared = _task(options), _shared(options)
+    result = (engines.sweep_distributed if shared else evaluation.sweep)(
+        _model(options),
+        scores,
+        task,
+        **shared,
+        sizes=options.sizes,
+        n_random=options.n_random,
+        seed=options.seed,
     )
-    print(result)
+    _finish(result, options)
+
+
+def _finish(result: Any, options: Options) -> None:
+    """Print a result, and save it where --out says so."""
+    if _speaks(options):
+        print(result)
     if options.out is not None:
         result.save(options.out)
-        _wrote(options.out)
+        if _speaks(options):
+            _wrote(options.out)
 
 
 def plot(options: Options) -> None:

@@ -30,6 +30,7 @@ from moe_lens.cli.arguments import (
     add_loading,
     add_model_and,
     add_random,
+    add_sharing,
     add_spans,
     add_wrapper,
     built_names,
@@ -178,15 +179,7 @@ def _stats(adder: Any) -> None:
         ("outputs", "sum up how large what each expert gives is"),
     ):
         command.add_argument(f"--{name}", action="store_true", help=text)
-    command.add_argument(
-        "--folder",
-        type=Path,
-        metavar="F",
-        help="count together with all processes that run this command with this folder; unit files go there",
-    )
-    command.add_argument(
-        "--unit", type=whole, metavar="N", help="with --folder: batches a unit file (default: 8)"
-    )
+    add_sharing(command)
     command.add_argument(
         "--merge",
         type=Path,
@@ -229,6 +222,7 @@ def _detect(adder: Any) -> None:
     command.add_argument("--permutations", type=whole, default=1000, help="sign flips (default: 1000)")
     command.add_argument("--seed", type=whole, default=0, help="of both (default: 0)")
     command.add_argument("--top", type=whole, default=10, help="how many experts to print (default: 10)")
+    add_sharing(command)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="result, safetensors")
     command.add_argument("--table", type=Path, metavar="FILE", help="all experts, as .csv")
 
@@ -304,6 +298,7 @@ def _evaluate(adder: Any) -> None:
     )
     add_random(command)
     command.add_argument("--alpha", type=float, default=0.05, help="error rate (default: 0.05)")
+    add_sharing(command)
     command.add_argument("--out", type=Path, metavar="FILE", help="the report, JSON")
 
 
@@ -347,6 +342,7 @@ def _sweep(adder: Any) -> None:
     _task(command)
     command.add_argument("--sizes", type=several, default=(2, 4, 8), help="such as 2,4,8 (the default)")
     add_random(command)
+    add_sharing(command)
     command.add_argument("--out", type=Path, metavar="FILE", help="the sweep, JSON")
 
 

@@ -4,7 +4,8 @@
     result = sweep_distributed(model, scores, task, "runs", sizes=(2, 4, 8))
 
 The measures of `answer_task` and `load_task` are cut between the batches that they have anyway, so that
-nothing but the order of work differs. A measure that is a function of the user's is one unit a plan.
+nothing but the order of work differs. A measure that is a benchmark of the harness, or a function of the
+user's, is one unit a plan.
 """
 
 import hashlib
@@ -76,7 +77,8 @@ def evaluate_distributed(
     Args:
         folder: as in `collect_distributed`.
         unit: batches a file, of the measures of `answer_task` and `load_task`.
-        about: what a task's own functions measure, on which prompts; it goes into the files' names.
+        about: what a task's own functions measure, on which prompts; it goes into the files' names. A
+            `harness_task` without a judge says it itself (attribute `digest` of its measures).
         model, plan, task: and the other settings, as in `evaluate_steering`.
 
     Raises:
@@ -180,7 +182,11 @@ class _Shared:
     def __post_init__(self) -> None:
         collateral = {name: each.measure for name, each in self.task.collateral.items()}
         self.measures: dict[str, Any] = {_BEHAVIOUR: self.task.measure, **collateral}
-        own = [name for name, measure in self.measures.items() if not isinstance(measure, Reading)]
+        own = [
+            name
+            for name, measure in self.measures.items()
+            if not isinstance(measure, Reading) and getattr(measure, "digest", None) is None
+        ]
         if own and not self.about:
             raise DataError(
                 f"The task {self.task.name!r} measures {own[0] or 'the behaviour'} by a function of its own, "
@@ -247,7 +253,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _measure_digest(name: str, measure: Any) -> str:
     """Of all that a measure asks of a model; of a function, which `about` describes, its name."""
     if not isinstance(measure, Reading):
-        return name
+        return f"{name} {getattr(measure, 'digest', None) or ''}"
     digest = hashlib.sha256(
         f"{measure.judge.__module__}.{measure.judge.__qualname__} {measure.limits}".encode()
     )

@@ -7,11 +7,16 @@ run(hooks)                                                      # [document]
 
 import difflib
 import functools
+import hashlib
+import inspect
+import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,20 +92,11 @@ class ScoredTask:
                     label = document[self.clusters]
                 yield f"{_name(task)} {label}" if len(self.tasks) > 1 else str(label)
 
-    def on(self, model: Any) -> Callable[[Any, Hooks], Float[np.ndarray, "document"]]:
+    def on(self, model: Any) -> "ScoredOnModel":
         """For a model, from it and hooks to the value of each document."""
         with _seeded():
             lm = WrappedLM(model, self.batch_size)
-            built = [(task, self._requests(task, lm)) for task in self.tasks]
-
-        def run(_model: Any, hooks: Hooks) -> Float[np.ndarray, "document"]:
-            values: list[float] = []
-            with steered_requests(lm, hooks), _seeded():
-                for task, requests in built:
-                    values += self._values(task, self._answered(lm, task, requests))
-            return np.array(values, dtype=np.float64)
-
-        return run
+            return ScoredOnModel(self, lm, [(task, self._requests(task, lm)) for task in self.tasks])
 
     def _requests(self, task: Any, lm: WrappedLM) -> list[Instance]:
         task.set_fewshot_seed(SEED)  # anew for each model, so that all see the same examples
@@ -144,6 +140,53 @@ class ScoredTask:
             pairs = zip(answered, filtered, strict=True)
             values = [task.process_results(of_one[0].doc, given)[self.metric] for of_one, given in pairs]
         return [_number(value, self.metric) for value in values]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredOnModel:
+    """A task with its requests built for a model: called with the model and hooks, a value a document."""
+
+    scored: ScoredTask
+    lm: WrappedLM
+    built: list[tuple[Any, list[Instance]]]
+
+    def __call__(self, _model: Any, hooks: Hooks) -> Float[np.ndarray, "document"]:
+        values: list[float] = []
+        with steered_requests(self.lm, hooks), _seeded():
+            for task, requests in self.built:
+                values += self.scored._values(task, self.scored._answered(self.lm, task, requests))
+        return np.array(values, dtype=np.float64)
+
+    @functools.cached_property
+    def digest(self) -> str | None:
+        """Says what is asked and how it is scored, for processes that share the work; None with a judge.
+
+        The harness' version, each request as text and as tokens, its document, and the task's config, in
+        which functions stand as their source; what such functions call in turn is not looked at.
+        """
+        one = self.scored
+        if one.judge is not None:
+            return None
+        said = hashlib.sha256(f"{version('lm_eval')} {one.metric} {one.filter} {one.batch_size}".encode())
+        for task, requests in self.built:
+            config = json.dumps(task.dump_config(), sort_keys=True, default=_as_text)
+            said.update(f"{config} {_as_text(type(task))}".encode())
+            for request in requests:
+                tokens = [self.lm.tok_encode(text) for text in request.args if isinstance(text, str)]
+                what = (request.request_type, request.doc_id, request.idx, request.repeats, request.args)
+                document = json.dumps(request.doc, sort_keys=True, default=_as_text)
+                said.update(f"{what} {tokens} {document}\n".encode())
+        return said.hexdigest()
+
+
+def _as_text(value: Any) -> str:
+    """The source of a function or class, and what else is no JSON, without where it lies in memory."""
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):  # typed in at a prompt, or not written in Python
+            value = getattr(value, "__qualname__", type(value).__qualname__)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def scored_task(

@@ -6,6 +6,7 @@ task = harness_task("moe_lens/faitheval_counterfactual", data="file.jsonl", clus
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,26 @@ def harness_collateral(
     )
     if isinstance(worse_by, bool) or not isinstance(worse_by, int | float) or not worse_by >= 0:
         raise DataError(f"worse_by must be a number from 0 on; got {worse_by!r}.")
+    return CollateralMeasure(
+        OnModel(lambda model: _MeanOnModel(scored.on(model))),
+        float(worse_by),
+        larger_is_worse=not scored.higher_is_better,
+    )
 
-    def mean_on(model: Any) -> Callable[[Any, Hooks], float]:
-        run = scored.on(model)
-        return lambda _, hooks: float(np.mean(run(model, hooks)))
 
-    return CollateralMeasure(OnModel(mean_on), float(worse_by), larger_is_worse=not scored.higher_is_better)
+@dataclass(frozen=True, eq=False)
+class _MeanOnModel:
+    """The mean of what a benchmark scores."""
+
+    scored: Any
+
+    def __call__(self, model: Any, hooks: Hooks) -> float:
+        return float(np.mean(self.scored(model, hooks)))
+
+    @property
+    def digest(self) -> str | None:
+        """As of the scores (`harness_scores.ScoredOnModel`)."""
+        return self.scored.digest
 
 
 def _scored(

@@ -36,6 +36,7 @@ from tests import tiny_models
 NAME = "specialised"
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 QUICK = ("--resamples", "200", "--permutations", "200")
+FEW = ("--n-random", 1, "--alpha", 0.3)
 CONFLICTS = organisms.world(NAME).conflicts("detection")
 HELD_OUT = organisms.world(NAME).conflicts("test")[::32]
 
@@ -128,6 +129,32 @@ def test_stats_of_a_text_file(work: Path, tmp_path: Path, capsys: pytest.Capture
     assert "gini" in printed
     assert f"wrote {tmp_path / 's'}" in printed
     assert (found.per_prompt, found.by_position, found.vocabulary) == (None, None, None)
+
+
+@pytest.mark.parametrize("command", ["detect", "evaluate", "sweep"])
+def test_work_shared_through_a_folder_gives_the_same_file(
+    work: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = {
+        "detect": (NAME, work / "pairs.jsonl", *QUICK),
+        "evaluate": (NAME, work / "plan.json", work / "task.json", "--reverse", work / "reverse.json", *FEW),
+        "sweep": (NAME, work / "scores", work / "task.json", "--sizes", "2", "--n-random", 1),
+    }[command]
+    folder, alone, shared = tmp_path / "runs", tmp_path / "alone", tmp_path / "shared"
+    assert run(command, *arguments, "--out", alone) == 0
+    said = capsys.readouterr().out
+    assert run(command, *arguments, "--folder", folder, "--unit", 1, "--out", shared) == 0
+    assert capsys.readouterr().out == said.replace(str(alone), str(shared))
+    assert shared.read_bytes() == alone.read_bytes()
+    files = {path.name: path.stat().st_mtime_ns for path in folder.glob("[!j]*")}  # the job's list aside
+    assert len(files) >= 3
+    monkeypatch.setenv("RANK", "1")  # the second process of a launcher, which came late
+    assert run(command, *arguments, "--folder", folder, "--unit", 1, "--out", tmp_path / "late") == 0
+    assert (tmp_path / "late").read_bytes() == alone.read_bytes()
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("[!j]*")} == files
+    assert capsys.readouterr().out == ""
+    assert run(command, *arguments, "--unit", 1, "--out", alone) == 1
+    assert "--unit is about the files in --folder" in capsys.readouterr().err
 
 
 def test_stats_of_chats_text_and_tokens_on_a_checkpoint(tiny: Path, tmp_path: Path) -> None:

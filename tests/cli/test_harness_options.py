@@ -44,6 +44,19 @@ def test_a_benchmark_gives_the_librarys_report(files: Path) -> None:
     assert SteeringReport.load(files / "report.json").to_json() == expected.to_json()
 
 
+def test_a_benchmark_shared_through_a_folder(files: Path) -> None:
+    given = ("--harness", "--include-path", files, "--metric", "acc", "--limit", 4)
+    plans = (files / "plan.json", "conflict_mc", "--reverse", files / "reverse.json")
+    for name, options in (("alone", ()), ("shared", ("--folder", files / "runs"))):
+        assert run("evaluate", "specialised", *plans, *given, *FEW, *options, "--out", files / name) == 0
+    assert (files / "shared").read_bytes() == (files / "alone").read_bytes()
+    units = {path.name for path in (files / "runs").iterdir()}
+    assert run("evaluate", "specialised", *plans, *given, *FEW, "--folder", files / "runs") == 0
+    assert {path.name for path in (files / "runs").iterdir()} == units  # what is there is used
+    assert run("evaluate", "specialised", *plans, *given[:-1], 5, *FEW, "--folder", files / "runs") == 0
+    assert {path.name for path in (files / "runs").iterdir()} > units  # and for nothing else
+
+
 def test_a_benchmark_of_moe_lens_with_a_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the", "a")))
     plans = (files / "plan.json", "moe_lens/harmless", "--reverse", files / "reverse.json")

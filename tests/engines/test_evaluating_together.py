@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from moe_lens import RoutedModel, SteeringPlan, SteeringTask, answer_task, organisms
-from moe_lens.engines import evaluate_distributed, sweep_distributed
+from moe_lens import RoutedModel, SteeringPlan, SteeringTask, answer_task, harness_task, organisms
+from moe_lens.engines import evaluate_distributed, harness_collateral, sweep_distributed
 from moe_lens.errors import DataError
 from moe_lens.evaluation.evaluating import evaluate_steering, sweep
 from moe_lens.evaluation.reading import Reading
@@ -153,6 +153,58 @@ def test_functions_of_the_users_need_about_and_are_one_unit_a_plan(
     assert len(calls) == n_calls
     evaluate_distributed(model, PLAN, own, tmp_path / "runs", about="other numbers", **QUICK)
     assert len(calls) > n_calls
+
+
+def rows(n: int, **changed: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "context": c.open_book.removesuffix(c.closed_book),
+            "question": c.closed_book,
+            "choices": [c.memory_answer, c.document_answer],
+            "answer": c.document_answer,
+            **(changed if number == 0 else {}),
+        }
+        for number, c in enumerate(CONFLICTS[:n])
+    ]
+
+
+def benchmark(given: list[dict[str, Any]], **options: Any) -> SteeringTask:
+    beside = {
+        "refusals": harness_collateral("moe_lens/harmless", None, 0.1, data=[{"prompt": "the"}], **WRITING)
+    }
+    name = "moe_lens/faitheval_counterfactual"
+    return harness_task(name, data=given, collateral=beside, **options)
+
+
+WRITING: dict[str, Any] = {"gen_kwargs": {"max_gen_toks": 2}}
+
+
+def test_a_benchmark_says_itself_what_it_measures(model: RoutedModel, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    expected = evaluate_steering(model, PLAN, benchmark(rows(4)), **QUICK)
+    found = evaluate_distributed(model, PLAN, benchmark(rows(4)), runs, **QUICK)
+    assert same_file(found, expected, tmp_path)
+    first = {path.name for path in runs.iterdir()}
+    evaluate_distributed(model, PLAN, benchmark(rows(4)), runs, **QUICK)
+    assert {path.name for path in runs.iterdir()} == first
+    changes: list[SteeringTask] = [
+        benchmark(rows(3)),
+        benchmark(rows(4, question="who is it ?")),
+        benchmark(rows(4, answer=CONFLICTS[0].memory_answer)),
+        benchmark(rows(4), template="{question} {context}"),
+        benchmark(rows(4), batch_size=2),
+    ]
+    digests = {each.on(model).measure.digest for each in [benchmark(rows(4)), *changes]}  # type: ignore[attr-defined]
+    assert len(digests) == 1 + len(changes)
+    judged = harness_task(
+        "moe_lens/harmless", "length", data=[{"prompt": "the"}, {"prompt": "a"}], judge=len_of, **WRITING
+    )
+    with pytest.raises(DataError, match="a function of its own"):
+        evaluate_distributed(model, PLAN, judged, runs, **QUICK)
+
+
+def len_of(answers: Any) -> list[float]:
+    return [float(len(answer.text)) for answer in answers]
 
 
 def test_numbers_that_are_none_are_refused_as_everywhere(model: RoutedModel, tmp_path: Path) -> None:

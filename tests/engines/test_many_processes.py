@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from moe_lens import RoutedModel, RoutingStats, organisms
+from moe_lens import RoutedModel, RoutingStats, SteeringPlan, organisms
 from moe_lens.engines import collect_distributed, merge_distributed
 from moe_lens.statistics.collection import collect_routing
+from tests.engines.harness_files import write_tasks
 from tests.engines.worker import PROMPTS, SETTINGS, count
 from tests.families import broad
 
@@ -68,6 +69,31 @@ def test_torchrun_with_one_of_two_killed_goes_on_with_any_number(resumed_by: int
     assert found == [expected()] * resumed_by  # each process returns the whole result
     assert content(merge_distributed(folder)) == expected()
     assert not [*folder.glob(".*")]  # neither claims nor halves of files
+
+
+@broad
+def test_torchrun_of_the_command_shares_a_benchmark(tmp_path: Path) -> None:
+    conflicts = organisms.world("null").conflicts("test")[:6]
+    write_tasks(tmp_path, conflicts)
+    for name, expert in (("plan", 5), ("reverse", 1)):
+        SteeringPlan(deactivate=[(2, expert)]).save(tmp_path / f"{name}.json")
+    given = ["evaluate", "null", "plan.json", "conflict_mc", "--reverse", "reverse.json", "--n-random", "1"]
+    given += ["--alpha", "0.3", "--wrapper", "routed", "--harness", "--include-path", "."]
+    command = [sys.executable, "-c", "import sys; from moe_lens.cli import main; sys.exit(main())", *given]
+    settings = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+    def done(*start: str, more: list[str]) -> str:
+        whole = [*start, *command, *more]
+        return subprocess.run(
+            whole, cwd=tmp_path, env={**os.environ, **settings}, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    said = done(more=["--out", "alone"])
+    shared = done(*torchrun, "--no-python", more=["--folder", "runs", "--out", "shared"])
+    assert shared == said.replace("alone", "shared")  # the first process alone prints
+    assert (tmp_path / "shared").read_bytes() == (tmp_path / "alone").read_bytes()
+    assert len([*(tmp_path / "runs").glob("measure-*")]) >= 5
 
 
 @broad

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 NEEDED: Final = ("add_requests", "prepare_inputs", "_dummy_run", "execute_model")
 """Methods of the runner that are used."""
-_FIELDS: Final = ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np")
+FIELDS: Final = ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np")
 """Of what `prepare_inputs` returns."""
 
 
@@ -50,7 +50,7 @@ def wrap_prepare(runner: Any) -> None:
     def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = prepare(self, *args, **kwargs)
         if (tables := getattr(self, "moe_lens", None)) is not None:
-            names, numbers, starts = (list(getattr(batch, field)) for field in _FIELDS)
+            names, numbers, starts = (list(getattr(batch, field)) for field in FIELDS)
             rows = [(name, int(n), int(start)) for name, n, start in zip(names, numbers, starts, strict=True)]
             tables.place(rows, tables.states)
         return batch

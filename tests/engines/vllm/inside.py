@@ -10,12 +10,14 @@ import random
 import re
 import sys
 import time
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from moe_lens import SteeringPlan
 from moe_lens.engines import check_llm, collect_vllm, plan_args, stats_args
+from moe_lens.engines.vllm.runner_v2 import FIELDS, NEEDED
 
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
@@ -178,8 +180,25 @@ def page(llm: Any, given: dict[str, Any], folder: Path) -> Any:
     return {"blocks": len(blocks), "texts": [new.outputs[0].text for new in names["outputs"]]}
 
 
+def runner_v2(llm: Any, given: dict[str, Any]) -> Any:
+    """What the plugin uses of vLLM's model runner V2, which no CPU can run, and vLLM does not have."""
+    worker = "vllm.v1.worker.gpu"
+    runner = import_module(f"{worker}.model_runner").GPUModelRunner
+    batch = {field.name for field in fields(import_module(f"{worker}.input_batch").InputBatch)}
+    request = import_module("vllm.v1.core.sched.output").NewRequestData
+    of_request = {field.name for field in fields(request)} | set(vars(request))
+    return {
+        "missing": [
+            *(name for name in NEEDED if not hasattr(runner, name)),
+            *(name for name in FIELDS if name not in batch),
+            *({"req_id", "sampling_params", "prompt_len"} - of_request),
+        ]
+    }
+
+
 JOBS: dict[str, Any] = {
     **{"mixed": mixed, "counted": counted, "prefix": prefix},
+    "runner_v2": runner_v2,
     **{"refused": refused, "collected": collected, "preempted": preempted, "page": page},
 }
 IN_FOLDER = ("counted", "collected", "preempted", "page")

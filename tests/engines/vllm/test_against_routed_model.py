@@ -15,7 +15,12 @@ from tests.tiny_models import tokenizer
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 MODES: dict[str, tuple[str, list[str], dict[str, Any], dict[str, str]]] = {
-    "in process": ("olmoe", ["mixed", "counted", "prefix", "refused", "collected", "page"], {}, IN_PROCESS),
+    "in process": (
+        "olmoe",
+        ["mixed", "counted", "prefix", "refused", "collected", "page", "runner_v2"],
+        {},
+        IN_PROCESS,
+    ),
     "compiled": ("olmoe", ["mixed", "counted"], {"enforce_eager": False}, IN_PROCESS),
     "multiprocess": ("qwen3_moe", ["mixed", "counted", "preempted"], {"num_gpu_blocks_override": 14}, {}),
     "tensor parallel": (
@@ -182,6 +187,11 @@ def test_the_pages_code_runs(ran: Any) -> None:
     steered, plain = found["page"]["texts"]
     assert steered != plain
     assert [RoutingStats.load(out / f"{name}.safetensors").n_tokens for name in ("with", "without")] == [2, 2]
+
+
+@needs_vllm
+def test_runner_v2_has_what_it_is_wrapped_by(ran: Any) -> None:
+    assert ran("in process")[0]["runner_v2"]["missing"] == []
 
 
 @needs_vllm

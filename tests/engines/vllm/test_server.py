@@ -7,24 +7,37 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import lm_eval
 import pytest
+import torch
+from datasets import config as datasets_config
+from lm_eval.tasks import TaskManager
 
-from moe_lens import SteeringPlan
+from moe_lens import RoutedModel, SteeringPlan, harness_task
 from moe_lens.engines import check_server, plan_args
+from moe_lens.engines.harness_model import quiet
+from tests.engines.harness_files import log_prob_by_loop, write_tasks, written_by_loop
 from tests.engines.vllm import expected
 from tests.engines.vllm.environment import PYTHON, needs_vllm, settings
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any, Any]]:
-    """Address of a server, requests, and what is expected; case 1 is its default plan, and named "doc"."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that is served."""
     folder = tmp_path_factory.mktemp("server")
     expected.make(folder, "qwen3_moe")
-    home = folder / "qwen3_moe"
+    return folder / "qwen3_moe"
+
+
+@pytest.fixture(scope="module")
+def served(home: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Address of a server, requests, and what is expected; case 1 is its default plan, and named "doc"."""
+    folder = home.parent
     requests, answers = (json.loads((home / f"{name}.json").read_text()) for name in ("requests", "expected"))
     plan_of(requests["cases"][1]).save(folder / "plans" / "doc.json")
     with socket.socket() as free:
@@ -99,6 +112,55 @@ def test_sixteen_clients_get_what_a_routed_model_writes(served: Any) -> None:
     for (case, prompt), (_, answer) in zip(todo, found, strict=True):
         wanted = answers[1 if case >= by_default else case]["tokens"][prompt]
         assert answer["choices"][0]["token_ids"] == wanted, (case, prompt)
+
+
+@needs_vllm
+def test_lm_evaluation_harness_scores_the_server_as_a_routed_model(
+    served: Any, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, requests, _ = served
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model = RoutedModel.from_pretrained(str(home), dtype=torch.float32)
+    texts = [" ".join(f"w{token - 4}" for token in row) for row in requests["prompts"]]
+    given = [
+        SimpleNamespace(open_book=text, document_answer=f"w{n}", memory_answer=f"w{2 * n + 1}", entity=f"{n}")
+        for n, text in enumerate(texts)
+    ]
+    write_tasks(tmp_path, given)  # type: ignore[arg-type]
+    asked = {"model": "tiny", "base_url": f"{url}/v1/completions", "tokenizer": str(home)}
+    with quiet():
+        found = lm_eval.simple_evaluate(
+            model="local-completions",  # the server's default plan is carried out, so nothing is said of one
+            model_args={
+                **asked,
+                "add_bos_token": True,
+                "tokenizer_backend": "huggingface",
+                "max_length": 160,
+            },
+            tasks=["conflict_long", "conflict_gen"],
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+    assert found is not None
+    rows = {name: sorted(some, key=lambda row: row["doc_id"]) for name, some in found["samples"].items()}
+    hooks = expected.hooks_of(requests["cases"][1])
+    options = [(f"{c.document_answer} .", f"{c.memory_answer} .", c.memory_answer) for c in given]
+    chosen = harness_task("conflict_long", "acc", include_path=tmp_path)
+    steered = chosen.values(model, hooks).tolist()
+    assert [row["acc"] for row in rows["conflict_long"]] == steered
+    assert found["results"]["conflict_long"]["acc,none"] == sum(steered) / len(steered)
+    for row, prompt, several in zip(rows["conflict_long"], texts, options, strict=True):
+        sums = [log_prob_by_loop(model, prompt, text, hooks) for text in several]
+        assert [float(answer[0]) for answer in row["filtered_resps"]] == pytest.approx(sums, abs=1e-3)
+    written = [row["resps"][0][0] for row in rows["conflict_gen"] if row["filter"] == "all"]
+    assert [text.split() for text in written] == [
+        text.split() for text in written_by_loop(model, texts, 3, hooks)
+    ]
+    assert steered != chosen.values(model).tolist()  # else an unsteered server would have passed
+    assert [text.split() for text in written] != [
+        text.split() for text in written_by_loop(model, texts, 3, [])
+    ]
 
 
 @needs_vllm
