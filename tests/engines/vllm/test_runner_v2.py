@@ -127,7 +127,9 @@ def test_who_is_over_is_forgotten_though_nothing_runs_and_a_dummy_steers_nobody(
 
 @pytest.mark.parametrize("name", ["add_requests", "prepare_inputs", "_dummy_run", "execute_model"])
 def test_another_runner_is_refused(name: str) -> None:
-    methods = dict.fromkeys(("add_requests", "prepare_inputs", "_dummy_run", "execute_model"), print)
+    methods: dict[str, Any] = dict.fromkeys(
+        ("add_requests", "prepare_inputs", "_dummy_run", "execute_model"), print
+    )
     del methods[name]
     assert f"no {name}" in (_wrap_runner_v2(type("GPUModelRunner", (), methods)) or "")
 

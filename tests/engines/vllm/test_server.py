@@ -128,8 +128,9 @@ def test_lm_evaluation_harness_scores_the_server_as_a_routed_model(
     ]
     write_tasks(tmp_path, given)  # type: ignore[arg-type]
     asked = {"model": "tiny", "base_url": f"{url}/v1/completions", "tokenizer": str(home)}
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
     with quiet():
-        found = lm_eval.simple_evaluate(
+        found = evaluate(
             model="local-completions",  # the server's default plan is carried out, so nothing is said of one
             model_args={
                 **asked,
@@ -142,7 +143,6 @@ def test_lm_evaluation_harness_scores_the_server_as_a_routed_model(
             log_samples=True,
             bootstrap_iters=0,
         )
-    assert found is not None
     rows = {name: sorted(some, key=lambda row: row["doc_id"]) for name, some in found["samples"].items()}
     hooks = expected.hooks_of(requests["cases"][1])
     options = [(f"{c.document_answer} .", f"{c.memory_answer} .", c.memory_answer) for c in given]
@@ -153,14 +153,13 @@ def test_lm_evaluation_harness_scores_the_server_as_a_routed_model(
     for row, prompt, several in zip(rows["conflict_long"], texts, options, strict=True):
         sums = [log_prob_by_loop(model, prompt, text, hooks) for text in several]
         assert [float(answer[0]) for answer in row["filtered_resps"]] == pytest.approx(sums, abs=1e-3)
-    written = [row["resps"][0][0] for row in rows["conflict_gen"] if row["filter"] == "all"]
-    assert [text.split() for text in written] == [
-        text.split() for text in written_by_loop(model, texts, 3, hooks)
-    ]
-    assert steered != chosen.values(model).tolist()  # else an unsteered server would have passed
-    assert [text.split() for text in written] != [
-        text.split() for text in written_by_loop(model, texts, 3, [])
-    ]
+    written = [row["resps"][0][0].split() for row in rows["conflict_gen"] if row["filter"] == "all"]
+    wanted, unsteered = (
+        [str(text).split() for text in written_by_loop(model, texts, 3, some)] for some in (hooks, [])
+    )
+    assert written == wanted
+    assert wanted != unsteered  # else an unsteered server would have passed
+    assert steered != chosen.values(model).tolist()
 
 
 @needs_vllm
