@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError
-from moe_lens.results import Result
+from moe_lens.results import Result, columns
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.sums import RoutingSums
 from moe_lens.statistics.units import Units, as_units, first_experts, of_all, with_interval
@@ -55,10 +54,8 @@ class MarkerScores(Result):
         """One row per expert: layer, expert, npmi, low, high."""
         import pandas
 
-        nothing = torch.full_like(self.values, torch.nan)
-        columns = {"npmi": self.values, "low": self.low, "high": self.high}
-        flat = {n: (nothing if t is None else t).flatten().numpy() for n, t in columns.items()}
-        return pandas.DataFrame({**self.shape.grid(), **flat})
+        table = columns(npmi=self.values, low=self.low, high=self.high)
+        return pandas.DataFrame({**self.shape.grid(), **table})
 
     def summary(self) -> str:
         """The first expert, the number of markers, and the model."""
