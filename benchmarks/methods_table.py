@@ -19,7 +19,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,15 @@ from moe_lens import RoutedModel, SteeringPlan, organisms
 from moe_lens.evaluation import Outcome, SteeringReport, answers_with, split_clusters, text_loss
 from moe_lens.evaluation.outcomes import ANY_LAYER, DIRECTIONS, LAYER_MATCHED
 from moe_lens.organisms import SPLITS, Conflict, Fact
+from moe_lens.organisms.words import ATTRIBUTES
 from moe_lens.resampling import clustered_interval, spawned_seeds
 
 ORGANISMS = ("planted", "specialised", "label-free", "null")
 BASE = "risk difference"
 POOLS = 1
 """Seeds of random sets of the splits, in turn; sets that splits share are measured once."""
+BLOCK = 10
+"""Splits in a file."""
 PAGE = Path(__file__).parents[1] / "docs" / "methods-table.md"
 Row = dict[str, Any]
 
@@ -48,9 +52,19 @@ class Bench:
 
     def __init__(self, name: str) -> None:
         self.name, self.world = name, organisms.world(name)
-        self.model = organisms.load(name, wrapper=RoutedModel)
         self._known: dict[tuple[Hashable, str], float] = {}
         self._losses: dict[Hashable, float] = {}
+
+    @cached_property
+    def model(self) -> RoutedModel:
+        """Loaded when first asked for."""
+        return organisms.load(self.name, wrapper=RoutedModel)
+
+    @cached_property
+    def known(self) -> Known:
+        """The material of all countries."""
+        every = one_each(c for split in SPLITS for c in self.world.conflicts(split))
+        return Known(self.model, self.world, every, [])
 
     def says_document(self, lever: Lever, conflicts: Sequence[Conflict]) -> np.ndarray:
         """For each conflict, 1 where the model answers with the document's value."""
@@ -146,14 +160,15 @@ def row_of(bench: Bench, method: str, n_random: int) -> Row:
     }
 
 
-def split_rows(bench: Bench, material: Known, method: str, splits: Iterable[int], n_random: int) -> Row:
-    """What a method says on random splits: 12 countries to choose by, 12 for development, 24 to judge."""
+def split_rows(bench: Bench, method: str, splits: Iterable[int], n_random: int) -> Row:
+    """What a method says on random splits: 12 countries to choose by, 12 for development, 24 to judge by."""
+    material = bench.known
     rows: list[Row] = []
     conflicts = material.detection
     for split in splits:
         parts = split_clusters([c.entity for c in conflicts], (0.25, 0.25, 0.5), seed=split)
         both = METHODS[method].choose(material.part(parts[0].tolist(), parts[1].tolist()))
-        judged = [conflicts[row] for row in parts[2]]
+        judged = [c for row in parts[2] if (c := conflicts[row]).attribute in ATTRIBUTES[:2]]
         report = bench.report(both, judged, n_random, seed=split % POOLS)
         row: Row = {"named": [len(both[side].experts + both[side].switched_on) for side in DIRECTIONS]}
         if report is None:
@@ -185,18 +200,29 @@ def one_each(conflicts: Iterable[Conflict]) -> list[Conflict]:
 # Files
 
 
-def kept(path: Path, settings: Row, make: Callable[[], Row], fresh: bool) -> Row:
-    """What lies there if it was made so, else made anew."""
-    if path.is_file() and not fresh:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] == settings:
-            return found
-    made = {"settings": settings, **make()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(made), encoding="utf-8")
-    os.replace(part, path)
-    return json.loads(path.read_text(encoding="utf-8"))
+@dataclass(frozen=True)
+class Shelf:
+    """Where rows lie: what is there and was made by the same settings is not made again."""
+
+    folder: Path
+    fresh: bool = False
+    runs: bool = True
+
+    def row(self, name: str, settings: Row, make: Callable[[], Row]) -> Row | None:
+        """The row of that name; None where it is missing and nothing is to be run."""
+        path = self.folder / f"{name}.json"
+        if path.is_file() and not self.fresh:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["settings"] == settings:
+                return found
+        if not self.runs:
+            return None
+        made = {"settings": settings, **make()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(made), encoding="utf-8")
+        os.replace(part, path)
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def file_name(method: str) -> str:
@@ -281,7 +307,7 @@ def reading_table(readings: dict[str, dict[str, Row]]) -> str:
     names = list(readings)
     lines = [["method", *names]]
     for reading in readings[names[0]]:
-        cells = [readings[name][reading] for name in names]
+        cells = [readings[name].get(reading, {"words": "", "something": None}) for name in names]
         words = [f"**{cell['words']}**" if cell["something"] else cell["words"] for cell in cells]
         lines.append([reading, *words])
     return table(lines)
@@ -369,12 +395,12 @@ general. The organisms have 4 layers of 8 experts and, but for *null*, were trai
 
 ## What they say of a model whose routes decide nothing
 
-The null organism's 48 countries, 4 conflicts each, are split anew: 12 countries to choose by, 12 for
-development, 24 to judge by. Counted are splits on which the method *names experts* both ways, on which the
-gap's *interval* lies above 0, on which *both p-values* are at most 0.05 (against {n_split} random choices of
-either kind and direction), and on which the whole verdict is *beyond controls*. Search
-and interventions are run on fewer splits. All share one model, its countries and {pools} pool(s) of random
-sets: they are no independent trials.
+The null organism's 48 countries are split anew: 12 countries to choose by, 12 for development (4 conflicts
+each), 24 to judge by (2 conflicts each). Counted are splits on which the method *names experts* both ways, on
+which the gap's *interval* lies above 0, on which *both p-values* are at most 0.05 (against {n_split} random
+choices of either kind and direction), and on which the whole verdict is *beyond controls*. Search and
+interventions are run on fewer splits. All share one model, its countries and {pools} pool(s) of random sets:
+they are no independent trials.
 
 {null}
 
@@ -384,9 +410,9 @@ is to say that they decide the answer.
 ## Methods that choose nobody
 
 On the same 96 held-out conflicts; two numbers are the least and the largest over layers. Bold: the method
-says that there is something, by an interval (route probe: beyond the words; route uncertainty: beyond softmax
-entropy; audit: below the rate as trained) or by p ≤ 0.05 over all layers. None of that says that routes
-decide an answer.
+says that there is something, by an interval (route probe: beyond the words; route uncertainty: beyond chance
+and softmax entropy; audit: below the rate as trained) or by p ≤ 0.05 over all layers. None of that says that
+routes decide an answer.
 
 {readings}
 """
@@ -406,36 +432,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parts = (*ORGANISMS, "splits", "readings")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to run; then no page")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="the same")
     parser.add_argument("--splits", type=int, default=100, help="of the null organism")
-    parser.add_argument("--dear-splits", type=int, default=5, help="for search and interventions")
+    parser.add_argument("--dear-splits", type=int, default=3, help="for search and interventions")
     parser.add_argument("--n-random", type=int, default=12, help="random sets of each kind and direction")
     parser.add_argument("--n-random-split", type=int, default=9, help="the same on splits")
     parser.add_argument("--quick", action="store_true", help="two methods on two organisms, few controls")
     parser.add_argument("--fresh", action="store_true", help="run what lies in --out again, too")
+    parser.add_argument("--as-is", action="store_true", help="write the page of what lies there; run nothing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    names, methods = ORGANISMS, list(METHODS)
-    n_random, n_split, numbers = (
-        options.n_random,
-        options.n_random_split,
-        (options.splits, options.dear_splits),
-    )
+    names, methods = ORGANISMS, options.methods
+    n_random, n_split = options.n_random, options.n_random_split
+    numbers = options.splits, options.dear_splits
     if options.quick:
         names, methods, n_random, n_split, numbers = ORGANISMS[::3], [BASE, "soft plan"], 4, 4, (2, 1)
+    shelf = Shelf(options.out, options.fresh, not options.as_is)
     rows: dict[str, dict[str, Row]] = {}
     for name in (name for name in names if name in options.only):
-        bench, rows[name] = Bench(name), {}
-        for method in tqdm(methods, desc=name):
-            path = options.out / f"{name}-{file_name(method)}.json"
-            make = partial(row_of, bench, method, n_random)
-            rows[name][method] = kept(path, {"n_random": n_random}, make, options.fresh)
+        rows[name] = all_rows(shelf, name, methods, n_random)
     splits: dict[str, list[Row]] = {}
     if "splits" in options.only:
-        splits = all_splits(options.out, methods, numbers, n_split, options.fresh)
+        splits = all_splits(shelf, methods, numbers, n_split)
     readings: dict[str, dict[str, Row]] = {}
     if "readings" in options.only:
-        readings = all_readings(options.out, names, options.fresh)
-    if options.only != parts:
+        readings = {name: all_readings(shelf, name) for name in names}
+    if options.only != parts or options.methods != list(METHODS):
         return
     text = page(rows, splits, readings, n_random, n_split)
     where = options.page or (options.out / PAGE.name if options.quick else PAGE)
@@ -443,37 +465,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def all_readings(out: Path, names: Sequence[str], fresh: bool) -> dict[str, dict[str, Row]]:
-    """Organism -> method -> what it says."""
-    found: dict[str, dict[str, Row]] = {}
-    for name in names:
-        bench, found[name] = Bench(name), {}
-        for reading in tqdm(READINGS, desc=f"readings of {name}"):
-            path, make = (
-                out / "readings" / f"{name}-{file_name(reading)}.json",
-                partial(reading_of, bench, reading),
-            )
-            found[name][reading] = kept(path, {}, make, fresh)
+def all_rows(shelf: Shelf, name: str, methods: Sequence[str], n_random: int) -> dict[str, Row]:
+    """Every method on an organism."""
+    bench, found = Bench(name), {}
+    for method in tqdm(methods, desc=name):
+        make = partial(row_of, bench, method, n_random)
+        if row := shelf.row(f"{name}-{file_name(method)}", {"n_random": n_random}, make):
+            found[method] = row
+    return found
+
+
+def all_readings(shelf: Shelf, name: str) -> dict[str, Row]:
+    """What every method that chooses nobody says of an organism."""
+    bench, found = Bench(name), {}
+    for reading in tqdm(READINGS, desc=f"readings of {name}"):
+        make = partial(reading_of, bench, reading)
+        if row := shelf.row(f"readings/{name}-{file_name(reading)}", {}, make):
+            found[reading] = row
     return found
 
 
 def all_splits(
-    out: Path, methods: Sequence[str], numbers: tuple[int, int], n_random: int, fresh: bool
+    shelf: Shelf, methods: Sequence[str], numbers: tuple[int, int], n_random: int
 ) -> dict[str, list[Row]]:
-    """Every method that has a control on splits of the null organism, ten to a file."""
+    """Every method that has a control on splits of the null organism, all of them in turn."""
     bench = Bench("null")
-    conflicts = one_each(c for split in SPLITS for c in bench.world.conflicts(split))
-    material = Known(bench.model, bench.world, conflicts, [])
-    found: dict[str, list[Row]] = {}
-    for method in tqdm([m for m in methods if m != "noisy routes"], desc="splits of null"):
-        found[method] = []
-        number = numbers[METHODS[method].dear]
-        for first in range(0, number, 10):
-            block = range(first, min(first + 10, number))
-            path = out / "splits" / f"{file_name(method)}-{first}-{block.stop}.json"
-            settings = {"n_random": n_random, "pools": POOLS}
-            make = partial(split_rows, bench, material, method, block, n_random)
-            found[method] += kept(path, settings, make, fresh)["rows"]
+    found: dict[str, list[Row]] = {method: [] for method in methods if method != "noisy routes"}
+    settings = {"n_random": n_random, "pools": POOLS}
+    for first in tqdm(range(0, max(numbers), BLOCK), desc="splits of null"):
+        for method, rows in found.items():
+            block = range(first, min(first + BLOCK, numbers[METHODS[method].dear]))
+            name = f"splits/{file_name(method)}-{first}-{block.stop}"
+            make = partial(split_rows, bench, method, block, n_random)
+            if block and (made := shelf.row(name, settings, make)):
+                rows += made["rows"]
     return found
 
 

@@ -98,7 +98,8 @@ def uncertainty(model: RoutedModel, conflicts: Sequence[Conflict]) -> Reading:
     name = "route disagreement"
     low, high = report.gain_interval(name)
     gain = report.auroc(name) - report.auroc(report.baseline or name)
-    return f"AUROC {report.auroc(name):.2f}, gain {gain:+.2f} [{low:+.2f}, {high:+.2f}]", low > 0
+    tells = low > 0 and report.auroc_interval(name)[0] > 0.5
+    return f"AUROC {report.auroc(name):.2f}, gain {gain:+.2f} [{low:+.2f}, {high:+.2f}]", tells
 
 
 def audited(model: RoutedModel, conflicts: Sequence[Conflict]) -> Reading:
