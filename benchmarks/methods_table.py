@@ -342,6 +342,9 @@ def page(
         f"- Over splits of **null**, beyond controls at least once: {in_words(said)}. With both p-values at "
         f"most 0.05 on more than 5 % of the splits: {in_words(p_alone)}."
     )
+    for name, own in rows.items():
+        if missing := [method for method in METHODS if method not in own]:
+            sentences.append(f"- Not run for this page, on **{name}**: {in_words(missing)}.")
     return PAGE_TEXT.format(
         size=SIZE,
         n_random=n_random,

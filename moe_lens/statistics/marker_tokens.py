@@ -90,7 +90,8 @@ def npmi(
     the paper joins them was not read.
 
     Counts of a few occurrences make it large for any expert, and its interval too short (where an expert met
-    a marker fewer than ten times; docs/methods.md has numbers): take markers that come often. A marker that always stands at one place, such as the first, also marks that place.
+    a marker fewer than ten times; docs/methods.md has numbers): take markers that come often. A marker that
+    always stands at one place, such as the first, also marks that place.
 
     Args:
         stats: from `collect_routing(..., vocabulary=True)`; or a list, one a prompt, from
