@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def script(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where the script is run: its folder comes first."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield

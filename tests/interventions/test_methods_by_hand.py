@@ -73,8 +73,8 @@ def test_soft_plans_a_prompt_beside_noise(hooked: Hooked, recipe: str, dtype: An
                 chosen = noisy["topk_indices", first][row, column].tolist()
                 z = torch.tensor(softened(z, chosen, up, down, 0.8), dtype=torch.float64)
             found = got["router_logits", first][row, column].double()
-            near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.03}
-            torch.testing.assert_close(found, z, **near)
+            rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (0.02, 0.03)
+            torch.testing.assert_close(found, z, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("recipe", ["deepseek_v3", "qwen3_moe"])
@@ -134,7 +134,7 @@ def test_reap_of_a_span_under_a_plan(recipe: str) -> None:
     for text in texts:
         inputs, cache = routers_inputs(model, text, hooks)
         for row, (layer, block) in enumerate(sparse_blocks(hf_model).items()):
-            experts = block.experts
+            experts: Any = block.experts
             for pos in range(2, 6):
                 x = inputs[layer][pos].double()
                 for expert, weight in zip(
