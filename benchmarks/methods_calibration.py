@@ -312,7 +312,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="*", help="those whose names begin so; all by default")
-    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--prompts", type=int, nargs="+", default=[40, 100])
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -167,8 +167,8 @@ def test_a_planted_model_gives_up_its_experts_on_held_out_prompts_too() -> None:
         ({"candidates": "all"}, "must be .layer, expert. pairs|parameter"),
         ({"size": 0}, "size must be a whole number from 1"),
         ({"goal": 0.0}, "goal must be a number above 0"),
-        ({"max_runs": 3}, "needs up to 14 runs of the development task, more than max_runs=3"),
-        ({"method": "exact", "max_runs": 20}, "needs up to 30 runs"),
+        ({"max_runs": 3}, "needs up to 15 runs of the development task, more than max_runs=3"),
+        ({"method": "exact", "max_runs": 20}, "needs up to 31 runs"),
     ],
 )
 def test_bad_input_is_refused(known: Any, settings: dict[str, Any], message: str) -> None:
