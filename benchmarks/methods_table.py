@@ -315,7 +315,7 @@ def reading_table(readings: dict[str, dict[str, Row]]) -> str:
 
 def in_words(names: Sequence[str]) -> str:
     """A list in words."""
-    return ", ".join(names) if names else "none"
+    return "; ".join(names) if names else "none"
 
 
 def page(
@@ -339,9 +339,11 @@ def page(
         method for method, own in splits.items() if sum(row["p"] for row in own) > 0.05 * max(len(own), 1)
     ]
     sentences.append(
-        f"- Over splits of **null**, beyond controls at least once: {in_words(said)}. With both p-values at "
+        f"- Over the splits of **null** that were run, beyond controls at least once: {in_words(said)}. With both p-values at "
         f"most 0.05 on more than 5 % of the splits: {in_words(p_alone)}."
     )
+    if unsplit := [method for method, own in splits.items() if not own]:
+        sentences.append(f"- On no split of **null** was run: {in_words(unsplit)}.")
     for name, own in rows.items():
         if missing := [method for method in METHODS if method not in own]:
             sentences.append(f"- Not run for this page, on **{name}**: {in_words(missing)}.")

@@ -41,7 +41,7 @@ def test_the_page_is_what_the_command_writes_and_names_every_method() -> None:
     for method in methods:
         rows = [line for line in text.splitlines() if line.startswith(f"| {method} |")]
         left_out = re.findall(
-            rf"^- Not run for this page, on .*: .*{re.escape(method)}[,.]", text, re.MULTILINE
+            rf"^- Not run for this page, on .*: .*{re.escape(method)}[;.]", text, re.MULTILINE
         )
         assert len(rows) + len(left_out) == len(table["ORGANISMS"]) + (method != "noisy routes"), method
 
