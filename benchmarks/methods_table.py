@@ -339,8 +339,8 @@ def page(
         method for method, own in splits.items() if sum(row["p"] for row in own) > 0.05 * max(len(own), 1)
     ]
     sentences.append(
-        f"- Over the splits of **null** that were run, beyond controls at least once: {in_words(said)}. With both p-values at "
-        f"most 0.05 on more than 5 % of the splits: {in_words(p_alone)}."
+        f"- Over the splits of **null** that were run, beyond controls at least once: {in_words(said)}. "
+        f"With both p-values at most 0.05 on more than 5 % of the splits: {in_words(p_alone)}."
     )
     if unsplit := [method for method, own in splits.items() if not own]:
         sentences.append(f"- On no split of **null** was run: {in_words(unsplit)}.")
