@@ -4,7 +4,7 @@ BIN := .venv/bin
 # By file, so that models which a file's tests share are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: env env-vllm demo test test-all test-vllm test-lowest bench bench-real lint docs docs-serve tutorials
+.PHONY: env env-vllm demo test test-all test-vllm test-lowest bench bench-real methods lint docs docs-serve tutorials
 
 env: .venv/installed  ## create .venv with the tested versions
 
@@ -60,6 +60,9 @@ bench: env  ## what counting, steering and patching cost: one table, in about a 
 
 bench-real: env  ## the same at the size of OLMoE-1B-7B; needs 16 GB of memory
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real_size.py
+
+methods: env  ## every published method on the shipped models, in one table: writes docs/methods-table.md; resumes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods_table.py
 
 tutorials: env  ## run the tutorials again, from clean, and write their outputs
 	$(BIN)/python -m tests.notebooks

@@ -17,6 +17,7 @@ def clustered_interval(
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
+    widened: bool = False,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean, resampling whole clusters.
 
@@ -29,6 +30,7 @@ def clustered_interval(
         level: confidence level of the interval, in (0, 1).
         n_resamples: how often the clusters are drawn.
         seed: of the draws; the same seed gives the same interval.
+        widened: for few clusters, as `interval_of` does.
 
     Raises:
         DataError: no values, not one label per value, a level outside (0, 1), or n_resamples below 1.
@@ -44,7 +46,8 @@ def clustered_interval(
     sums, sizes = np.bincount(member_of, weights=values), np.bincount(member_of)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(n_resamples, len(sums)))
     means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    tail = tail_of(len(sums), level) if widened else (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -130,16 +133,22 @@ def interval_of(
     if fewest < 2:
         nothing = np.full(values.shape[1:], np.nan)
         return nothing, nothing
-    tail = _tail(fewest, level)
+    tail = tail_of(fewest, level)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN
         low, high = np.nanquantile(values, [tail, 1 - tail], axis=0)
     return np.asarray(low), np.asarray(high)
 
 
-def _tail(n_units: int, level: float) -> float:
-    """The share of draws to leave out on either side, so that few units do not give too short an interval."""
+def tail_of(n_units: int, level: float) -> float:
+    """The share of draws to leave out on either side, so that few units do not give too short an interval.
+
+    >>> round(tail_of(10, 0.95), 4), round(tail_of(1000, 0.95), 4)
+    (0.0085, 0.0248)
+    """
     from scipy import stats  # here, since loading results should not wait for it
 
+    if n_units < 2:
+        return (1 - level) / 2  # all draws are alike
     t = stats.t.ppf((1 + level) / 2, n_units - 1)
     return float(stats.norm.cdf(-t * (n_units / (n_units - 1)) ** 0.5))

@@ -9,6 +9,8 @@ class LoadBalance(Result):
 from html import escape
 from typing import Any, Final
 
+import numpy as np
+
 _MOST: Final = 160
 """Characters of a line; what is longer is cut."""
 _MOST_ROWS: Final = 20
@@ -33,3 +35,17 @@ class Result:
         if to_dataframe is None:
             return line
         return line + to_dataframe().to_html(max_rows=_MOST_ROWS, border=0, float_format="{:.4g}".format)
+
+
+def columns(**parts: Any) -> dict[str, np.ndarray]:
+    """Columns of a table from tensors of one shape, flat; NaN all over where one is None.
+
+    >>> import torch
+    >>> {name: column.tolist() for name, column in columns(value=torch.zeros(1, 2), low=None).items()}
+    {'value': [0.0, 0.0], 'low': [nan, nan]}
+    """
+    length = next(part.numel() for part in parts.values() if part is not None)
+    return {
+        name: np.full(length, np.nan) if part is None else part.flatten().numpy()
+        for name, part in parts.items()
+    }

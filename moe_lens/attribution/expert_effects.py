@@ -17,7 +17,7 @@ from moe_lens.attribution.results import VirtualAblation
 from moe_lens.checks import chosen_layers, whole_number
 from moe_lens.errors import DataError
 from moe_lens.resampling import interval_of
-from moe_lens.results import Result
+from moe_lens.results import Result, columns
 from moe_lens.shape import MoEShape
 
 if TYPE_CHECKING:
@@ -89,10 +89,8 @@ class ExpertEffects(Result):
         """One row per expert: layer, expert, effect, low, high, n_chosen."""
         import pandas
 
-        nothing = torch.full_like(self.effect, torch.nan)
-        parts = {name: getattr(self, name) for name in ("effect", "low", "high", "n_chosen")}
-        columns = {n: (nothing if t is None else t).flatten().numpy() for n, t in parts.items()}
-        return pandas.DataFrame({**self.shape.grid(), **columns})
+        table = columns(effect=self.effect, low=self.low, high=self.high, n_chosen=self.n_chosen)
+        return pandas.DataFrame({**self.shape.grid(), **table})
 
     def summary(self) -> str:
         """Where the effect is largest, how many are significant, units, and the model."""

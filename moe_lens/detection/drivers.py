@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lens.checks import chosen_layers, share, whole_number
 from moe_lens.errors import DataError
 from moe_lens.resampling import interval_of
-from moe_lens.results import Result
+from moe_lens.results import Result, columns
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.sums import RoutingSums
 
@@ -93,15 +93,11 @@ class DriverExperts(Result):
         """One row per expert: layer, expert, preference, low, high, domain, effect, eligible."""
         import pandas
 
-        nothing = torch.full_like(self.preference, torch.nan)
-        parts = {"preference": self.preference, "low": self.low, "high": self.high}
-        columns: dict[str, Any] = {
-            name: (nothing if t is None else t).flatten().numpy() for name, t in parts.items()
-        }
+        table: dict[str, Any] = {**columns(preference=self.preference, low=self.low, high=self.high)}
         best = self.shares.nan_to_num(-1).argmax(0).flatten().tolist()
-        columns["domain"] = [self.domains[number] for number in best]
-        columns |= {name: getattr(self, name).flatten().numpy() for name in ("effect", "eligible")}
-        return pandas.DataFrame({**self.shape.grid(), **columns})
+        table["domain"] = [self.domains[number] for number in best]
+        table |= columns(effect=self.effect, eligible=self.eligible)
+        return pandas.DataFrame({**self.shape.grid(), **table})
 
     def summary(self) -> str:
         """Mean preference, how preference and effect go together, and the model."""

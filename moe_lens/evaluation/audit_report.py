@@ -130,7 +130,7 @@ class AuditReport(Result):
 
     @cached_property
     def worst_interval(self) -> tuple[float, float]:
-        """Bootstrap interval of `worst_rate`, the held-out clusters resampled."""
+        """Bootstrap interval of `worst_rate`, the held-out clusters resampled; widened for few clusters."""
         return self.interval(self.worst)
 
     @cached_property
@@ -147,7 +147,7 @@ class AuditReport(Result):
         return self._interval(condition.held_out)
 
     def _interval(self, values: Float[np.ndarray, "prompt"]) -> tuple[float, float]:
-        return clustered_interval(values, self.clusters, level=self.level, seed=self.seed)
+        return clustered_interval(values, self.clusters, level=self.level, seed=self.seed, widened=True)
 
     def summary(self) -> str:
         """The worst case with its interval, beside the rate as trained."""

@@ -10,6 +10,7 @@ is judged on.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from scipy.stats import rankdata
 from moe_lens.checks import share, whole_number
 from moe_lens.errors import DataError
 from moe_lens.interventions.uncertainty import RouteUncertainty
-from moe_lens.resampling import cluster_weights
+from moe_lens.resampling import cluster_weights, tail_of
 from moe_lens.results import Result
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class ErrorPrediction(Result):
         return _auroc(self._of(name), self.wrong)
 
     def auroc_interval(self, name: str) -> tuple[float, float]:
-        """Bootstrap interval of the AUROC, the clusters resampled."""
+        """Bootstrap interval of the AUROC, the clusters resampled; widened where few hold either kind."""
         return self._quantiles(self._resampled(name))
 
     def gain_interval(self, name: str) -> tuple[float, float]:
@@ -143,8 +144,16 @@ class ErrorPrediction(Result):
         weights = cluster_weights(self.clusters, _N_RESAMPLES, self.seed)
         return _weighted_auroc(self._of(name), self.wrong, weights)
 
+    @cached_property
+    def _tail(self) -> float:
+        """By the clusters that hold wrong answers, or right ones, whichever are fewer."""
+        few = min(
+            len({c for c, w in zip(self.clusters, self.wrong, strict=True) if w == kind}) for kind in (0, 1)
+        )
+        return tail_of(few, self.level)
+
     def _quantiles(self, values: Float[np.ndarray, "resample"]) -> tuple[float, float]:
-        low, high = np.nanquantile(values, [(1 - self.level) / 2, (1 + self.level) / 2])
+        low, high = np.nanquantile(values, [self._tail, 1 - self._tail])
         return float(low), float(high)
 
 
@@ -232,9 +241,11 @@ def _weighted_auroc(
     values: Array, wrong: Array, weights: Float[np.ndarray, "resample prompt"]
 ) -> Float[np.ndarray, "resample"]:
     """The AUROC with each prompt counted `weights` times; NaN where all that are drawn are alike."""
-    _, level_of = np.unique(values, return_inverse=True)
-    one_hot = np.eye(level_of.max() + 1)[level_of]  # [prompt level]
-    bad, good = (weights * wrong) @ one_hot, (weights * (1 - wrong)) @ one_hot  # [resample level]
+    order = np.argsort(values, kind="stable")
+    first = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)  # of each run of equal values
+    bad, good = (  # [resample level]
+        np.add.reduceat((weights * kind)[:, order], first, axis=1) for kind in (wrong, 1 - wrong)
+    )
     below = good.cumsum(axis=1) - good / 2
     pairs = bad.sum(axis=1) * good.sum(axis=1)
     return np.divide((bad * below).sum(axis=1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)

@@ -7,7 +7,7 @@ found.plan, found.development, found.held_out        # the second number is the 
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from math import comb, isfinite
-from typing import Any, Final, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -16,6 +16,7 @@ from moe_lens.checks import short, whole_number
 from moe_lens.detection.expert_scores import ExpertScores
 from moe_lens.errors import DataError, PlanError, warn
 from moe_lens.evaluation.evaluating import check_model_and_task, measure_outcome
+from moe_lens.evaluation.growing import TIES, Experts, best_of, growing
 from moe_lens.evaluation.outcomes import Outcome
 from moe_lens.evaluation.plan_search import Change, PlanSearch, Step
 from moe_lens.evaluation.tasks import SteeringTask
@@ -28,7 +29,6 @@ from moe_lens.steering.plan import SteeringPlan
 Method = Literal["greedy", "exact"]
 Role = Literal["deactivate", "activate"]
 Toward = Literal["higher", "lower"]
-_TIES: Final = 1e-12
 
 
 def search_plan(
@@ -144,6 +144,7 @@ class _Search:
         self.unsteered = measure_outcome(model, task, SteeringPlan())
         self.outcomes: dict[tuple[Expert, ...], Outcome] = {(): self.unsteered}
         self.n_runs = 1
+        bar.update()
 
     def plan_of(self, experts: Sequence[Expert]) -> SteeringPlan:
         """The plan that gives these experts their role."""
@@ -173,18 +174,9 @@ class _Search:
         for name, measure in self.task.collateral.items():
             worse = outcome.collateral[name] - self.unsteered.collateral[name]
             worse = worse if measure.larger_is_worse else -worse
-            if not isfinite(worse) or worse > measure.limit + _TIES:
+            if not isfinite(worse) or worse > measure.limit + TIES:
                 return False
         return True
-
-    def best(self, sets: Iterable[tuple[Expert, ...]]) -> tuple[float, tuple[Expert, ...]] | None:
-        """The admissible set that moves the mean furthest; the first of equals."""
-        found: tuple[float, tuple[Expert, ...]] | None = None
-        for experts in sets:
-            gain = self.gain(experts)
-            if gain is not None and (found is None or gain > found[0] + _TIES):
-                found = (gain, experts)
-        return found
 
     def step(self, experts: tuple[Expert, ...]) -> Step:
         """What is told of a set."""
@@ -192,21 +184,20 @@ class _Search:
 
     def greedy(self, candidates: list[Expert], size: int, goal: float | None) -> list[Step]:
         """Sets that grow by one, and in the end one without experts that the goal does not need."""
-        chosen: tuple[Expert, ...] = ()
-        gained, steps = 0.0, []
-        while len(chosen) < size and (goal is None or gained < goal - _TIES):
-            found = self.best((*chosen, e) for e in candidates if e not in chosen)
-            if found is None or found[0] <= gained + _TIES:
-                break
-            gained, chosen = found
-            steps.append(self.step(chosen))
-        if not steps:
+
+        def others(chosen: Experts) -> Iterable[Expert]:
+            return (expert for expert in candidates if expert not in chosen)
+
+        grown = list(growing(self.gain, others, size, goal))
+        if not grown:
             raise PlanError(_nothing(self.task, self.sign))
-        if goal is not None and gained >= goal - _TIES:
+        steps = [self.step(experts) for _, experts in grown]
+        gained, chosen = grown[-1]
+        if goal is not None and gained >= goal - TIES:
             for expert in chosen[:-1]:  # without the last the goal was not reached
                 fewer = tuple(e for e in chosen if e != expert)
                 gain = self.gain(fewer) if fewer else None
-                if gain is not None and gain >= goal - _TIES:
+                if gain is not None and gain >= goal - TIES:
                     chosen = fewer
                     steps.append(self.step(chosen))
         return steps
@@ -216,11 +207,11 @@ class _Search:
         steps: list[Step] = []
         gained = 0.0
         for number in range(1, size + 1):
-            found = self.best(combinations(candidates, number))
-            if found is not None and found[0] > gained + _TIES:
+            found = best_of(combinations(candidates, number), self.gain)
+            if found is not None and found[0] > gained + TIES:
                 gained = found[0]
                 steps.append(self.step(found[1]))
-            if goal is not None and gained >= goal - _TIES:
+            if goal is not None and gained >= goal - TIES:
                 break
         if not steps:
             raise PlanError(_nothing(self.task, self.sign))
@@ -267,9 +258,10 @@ def _candidates(model: Model, given: Any) -> list[Expert]:
 
 
 def _most_runs(n: int, size: int, method: str, goal: float | None) -> int:
+    """The unsteered run, and one for each set that may be looked at."""
     if method == "exact":
-        return sum(comb(n, number) for number in range(1, size + 1))
-    return sum(n - step for step in range(size)) + (0 if goal is None else max(size - 1, 0))
+        return 1 + sum(comb(n, number) for number in range(1, size + 1))
+    return 1 + sum(n - step for step in range(size)) + (0 if goal is None else max(size - 1, 0))
 
 
 def _numbered(clusters: tuple[str, ...]) -> bool:

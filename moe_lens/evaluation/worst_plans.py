@@ -13,9 +13,10 @@ import numpy as np
 
 from moe_lens.checks import whole_number
 from moe_lens.errors import PlanError
+from moe_lens.evaluation.growing import Experts, growing
 from moe_lens.evaluation.tasks import SteeringTask
 from moe_lens.model.wrapper import Model
-from moe_lens.steering.choosing import Expert, SteerableModel
+from moe_lens.steering.choosing import Expert, SteerableModel, in_layer
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 
@@ -51,24 +52,20 @@ class GreedySearch:
             DataError: a size or number of candidates below 1, or a task that gives no number a prompt.
         """
 
-        def rate(plan: SteeringPlan) -> float:
-            return float(development.values(model, steer_hooks(plan)).mean())
-
         size = whole_number(size, "size", least=1)
         number = whole_number(self.n_candidates, "n_candidates", least=1)
         generator = np.random.default_rng(whole_number(self.seed, "seed"))
-        plan = SteeringPlan(shape=model.moe_shape)
-        lowest = rate(plan)
-        for _ in range(size):
-            possible = [expert for expert in _experts(model) if _fits(plan, expert, model)]
-            drawn = generator.permutation(len(possible))[:number]
-            tried = [_with(plan, possible[place]) for place in sorted(drawn)]
-            rates = [rate(one) for one in tried]
-            if not rates or min(rates) >= lowest:
-                break
-            lowest = min(rates)
-            plan = tried[rates.index(lowest)]
-        return plan
+
+        def mean(experts: Experts) -> float:
+            return float(development.values(model, steer_hooks(_plan(experts, model))).mean())
+
+        def drawn(chosen: Experts) -> list[Expert]:
+            possible = [expert for expert in _experts(model) if _fits(chosen, expert, model)]
+            return [possible[place] for place in sorted(generator.permutation(len(possible))[:number])]
+
+        unsteered = mean(())
+        grown = list(growing(lambda experts: unsteered - mean(experts), drawn, size))
+        return _plan(grown[-1][1] if grown else (), model)
 
 
 def checked_search(search: Any, plan: Any, size: int, model: SteerableModel) -> SteeringPlan:
@@ -93,12 +90,12 @@ def _experts(model: SteerableModel) -> list[Expert]:
     return [(layer, expert) for layer in shape.layers for expert in range(shape.n_experts)]
 
 
-def _fits(plan: SteeringPlan, expert: Expert, model: SteerableModel) -> bool:
-    if expert in plan.deactivate:
+def _fits(chosen: Experts, expert: Expert, model: SteerableModel) -> bool:
+    if expert in chosen:
         return False
-    _, out = plan.in_layer(expert[0])
-    return model.routing_rule(expert[0]).cannot_steer([], [*out, expert[1]]) is None
+    _, out = in_layer((), (*chosen, expert), expert[0])
+    return model.routing_rule(expert[0]).cannot_steer([], out) is None
 
 
-def _with(plan: SteeringPlan, expert: Expert) -> SteeringPlan:
-    return SteeringPlan((), sorted((*plan.deactivate, expert)), plan.epsilon, plan.shape)
+def _plan(experts: Experts, model: SteerableModel) -> SteeringPlan:
+    return SteeringPlan(deactivate=sorted(experts), shape=model.moe_shape)

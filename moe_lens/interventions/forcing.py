@@ -77,7 +77,8 @@ class BiasEdit(RoutingEdit):
     def edit(self, value: Tensor, hook: RoutingPoint) -> Tensor:
         if not self.in_stds:
             return value + self.bias.to(value)
-        return (value.float() + self.bias.to(value.device) * spread(value)).to(value.dtype)
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        return (wide + self.bias.to(wide) * spread(value)).to(value.dtype)
 
     def check_fits(self, shape: MoEShape) -> None:
         if self.shape is not None and (misfits := self.shape.misfits(shape)):

@@ -50,7 +50,8 @@ class NoiseEdit(RoutingEdit):
         n_rows, n_pos, n_experts = value.shape
         rows, places = rows_and_places(hook.state, n_rows, n_pos)
         noise = noise_at(self.seed, self.layer, rows, places, n_experts, self.distribution)
-        return (value.float() + self.temperature * noise.to(value.device)).to(value.dtype)
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        return (wide + self.temperature * noise.to(wide)).to(value.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,23 +97,23 @@ def soften(
 ) -> Float[Tensor, "*batch expert"]:
     """The soft form: z + strength · std for experts `inside`, z − strength · std for those `outside`.
 
-    std is the population's (correction 0) over the token's finite logits. In float32, then back in the
-    logits' dtype; the others keep their logits bit for bit. Gradients flow to logits and to the strength.
+    std is the population's (correction 0) over the token's finite logits. In float32 or wider, then back
+    in the logits' dtype; the others keep their logits bit for bit. Gradients flow to logits and strength.
     EasySteer's form of soft steering.
     """
-    z = logits.float()
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     step = strength * spread(z)
     moved = torch.where(inside, z + step, torch.where(outside, z - step, z)).to(logits.dtype)
     return torch.where(inside | outside, moved, logits)
 
 
 def spread(logits: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch 1"]:
-    """std(z) of each token: the population's (correction 0), over its finite logits, in float32.
+    """std(z) of each token: the population's (correction 0), over its finite logits, in float32 or wider.
 
     >>> spread(torch.tensor([1.0, 3.0])).tolist()
     [1.0]
     """
-    z = logits.float()
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     finite = z.isfinite()
     n_finite = finite.sum(dim=-1, keepdim=True).clamp(min=1)
     mean = z.masked_fill(~finite, 0.0).sum(dim=-1, keepdim=True) / n_finite

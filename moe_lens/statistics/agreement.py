@@ -8,11 +8,10 @@ found.margin_same, found.margin_differ               # do they differ where the 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.results import Result
+from moe_lens.results import Result, columns
 from moe_lens.shape import MoEShape
 
 if TYPE_CHECKING:
@@ -57,11 +56,9 @@ class RouteAgreement(Result):
         """One row per layer: layer, jaccard, low, high, chance, same, margin_same, margin_differ."""
         import pandas
 
-        nothing = torch.full_like(self.jaccard, torch.nan)
         names = ("jaccard", "low", "high", "chance", "same", "margin_same", "margin_differ")
-        parts = {name: getattr(self, name) for name in names}
-        columns = {name: (nothing if t is None else t).numpy() for name, t in parts.items()}
-        return pandas.DataFrame({"layer": self.shape.layers, **columns})
+        table = columns(**{name: getattr(self, name) for name in names})
+        return pandas.DataFrame({"layer": self.shape.layers, **table})
 
     def summary(self) -> str:
         """Mean Jaccard index over layers, where it is smallest, how much was compared, and the models."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError, warn
-from moe_lens.results import Result
+from moe_lens.results import Result, columns
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.routes import PromptRouting, RouteRecord
 from moe_lens.statistics.units import with_interval
@@ -59,11 +59,9 @@ class SegmentConsistency(Result):
         """One row per layer: layer, performance, low, high, size_ratio, threshold."""
         import pandas
 
-        nothing = torch.full_like(self.performance, torch.nan)
         names = ("performance", "low", "high", "size_ratio", "threshold")
-        parts = {name: getattr(self, name) for name in names}
-        columns = {name: (nothing if t is None else t).numpy() for name, t in parts.items()}
-        return pandas.DataFrame({"layer": self.shape.layers, **columns})
+        table = columns(**{name: getattr(self, name) for name in names})
+        return pandas.DataFrame({"layer": self.shape.layers, **table})
 
     def summary(self) -> str:
         """Mean over layers, segments, prompts, and the model."""
@@ -181,10 +179,8 @@ class CacheHits(Result):
         """One row per layer: layer, rate, low, high."""
         import pandas
 
-        nothing = torch.full_like(self.rate, torch.nan)
-        parts = {name: getattr(self, name) for name in ("rate", "low", "high")}
-        columns = {name: (nothing if t is None else t).numpy() for name, t in parts.items()}
-        return pandas.DataFrame({"layer": self.shape.layers, **columns})
+        table = columns(rate=self.rate, low=self.low, high=self.high)
+        return pandas.DataFrame({"layer": self.shape.layers, **table})
 
     def summary(self) -> str:
         """Policy, size, mean rate over layers, prompts, and the model."""
@@ -330,8 +326,8 @@ def _rows(routes: RouteRecord | PromptRouting, mask: Any) -> Iterator[Route]:
         kept = np.asarray(torch.as_tensor(mask).cpu()).astype(bool)
         if kept.shape != (n_rows, n_columns):
             raise DataError(f"The mask has shape {kept.shape}, the record {n_rows, n_columns} (batch, pos).")
-    for row, columns in enumerate(kept):
-        places = np.flatnonzero(columns)
+    for row, own in enumerate(kept):
+        places = np.flatnonzero(own)
         if not len(places):
             raise DataError(f"The mask selects no token of prompt {row}.")
         if places[-1] - places[0] + 1 != len(places):

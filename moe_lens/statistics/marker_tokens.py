@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checks import as_index
 from moe_lens.errors import DataError
-from moe_lens.results import Result
+from moe_lens.results import Result, columns
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.sums import RoutingSums
 from moe_lens.statistics.units import Units, as_units, first_experts, of_all, with_interval
@@ -55,10 +54,8 @@ class MarkerScores(Result):
         """One row per expert: layer, expert, npmi, low, high."""
         import pandas
 
-        nothing = torch.full_like(self.values, torch.nan)
-        columns = {"npmi": self.values, "low": self.low, "high": self.high}
-        flat = {n: (nothing if t is None else t).flatten().numpy() for n, t in columns.items()}
-        return pandas.DataFrame({**self.shape.grid(), **flat})
+        table = columns(npmi=self.values, low=self.low, high=self.high)
+        return pandas.DataFrame({**self.shape.grid(), **table})
 
     def summary(self) -> str:
         """The first expert, the number of markers, and the model."""
@@ -92,8 +89,9 @@ def npmi(
     x and chose e, it is 0 (there is nothing to be learnt). Of several markers it is the mean over them: how
     the paper joins them was not read.
 
-    Counts of a few occurrences make it large for any expert: look at the interval, and at markers that come
-    often. A marker that always stands at one place, such as the first, also marks that place.
+    Counts of a few occurrences make it large for any expert, and its interval too short (where an expert met
+    a marker fewer than ten times; docs/methods.md has numbers): take markers that come often. A marker that
+    always stands at one place, such as the first, also marks that place.
 
     Args:
         stats: from `collect_routing(..., vocabulary=True)`; or a list, one a prompt, from

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_lens.checks import chosen_layers
 from moe_lens.errors import DataError
-from moe_lens.results import Result
+from moe_lens.results import Result, columns
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.expert_outputs import ExpertOutputs
 from moe_lens.statistics.sums import RoutingSums
@@ -94,10 +94,8 @@ class Saliency(Result):
         """One row per expert: layer, expert, value, low, high."""
         import pandas
 
-        nothing = torch.full_like(self.values, torch.nan)
-        columns = {"value": self.values, "low": self.low, "high": self.high}
-        flat = {n: (nothing if t is None else t).flatten().numpy() for n, t in columns.items()}
-        return pandas.DataFrame({**self.shape.grid(), **flat})
+        table = columns(value=self.values, low=self.low, high=self.high)
+        return pandas.DataFrame({**self.shape.grid(), **table})
 
     def summary(self) -> str:
         """The criterion, the most salient expert, and the model."""
@@ -143,8 +141,9 @@ def saliency(
         n_resamples: bootstrap resamples of the units.
         seed: the same seed gives the same intervals.
 
-    Intervals are percentiles of the bootstrap, widened for few units; from 20 units on they are worth
-    something. Maxima have none: a resample cannot hold a larger one than was seen.
+    Intervals are percentiles of the bootstrap, widened for few units. With 40 prompts, those of 95 % held 91
+    to 93 % in a simulation (docs/methods.md). Maxima have none: a resample cannot hold a larger one than was
+    seen.
 
     Raises:
         DataError: an unknown kind, statistics without outputs, or units of different models.

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lens.checks import share, whole_number
 from moe_lens.errors import DataError
 from moe_lens.resampling import clustered_interval
-from moe_lens.results import Result
+from moe_lens.results import Result, columns
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.counts import PromptCounts
 from moe_lens.statistics.domain_evidence import (
@@ -65,11 +65,9 @@ class RouteDivergence(Result):
         """One row per layer: layer, divergence, corrected, low, high, p."""
         import pandas
 
-        nothing = torch.full_like(self.divergence, torch.nan)
         names = ("divergence", "corrected", "low", "high", "p")
-        parts = {name: getattr(self, name) for name in names}
-        columns = {name: (nothing if t is None else t).numpy() for name, t in parts.items()}
-        return pandas.DataFrame({"layer": self.shape.layers, **columns})
+        table = columns(**{name: getattr(self, name) for name in names})
+        return pandas.DataFrame({"layer": self.shape.layers, **table})
 
     def summary(self) -> str:
         """Mean over layers, the layers with the smallest and largest divergence, and the model."""
@@ -147,7 +145,7 @@ def route_divergence(
     if paired:
         values, units = _of_pairs(a, b, measure), clusters
         labels = [str(label) for label in (range(len(values)) if units is None else units)]
-        settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
+        settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed, "widened": True}
         bounds = [clustered_interval(column, labels, **settings) for column in values.T]
         low, high = (torch.tensor(side, dtype=torch.float64) for side in zip(*bounds, strict=True))
         mean, n_units = torch.from_numpy(values.mean(0)), (len(set(labels)),)

@@ -1,6 +1,7 @@
 """predict_errors: AUROC by counting pairs, calibration by a grid search, intervals by resampling."""
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -148,3 +149,18 @@ def test_of_route_uncertainty() -> None:
 def test_refused(arguments: Any, options: Any, match: str) -> None:
     with pytest.raises(DataError, match=match):
         predict_errors(*arguments, **options)
+
+
+def test_many_prompts_need_no_table_of_prompts_by_prompts() -> None:
+    """30,000 different values: a table of all pairs would be 7 GB, and the peak stays near the weights'."""
+    n = 30_000
+    values, wrong = np.random.default_rng(1).permutation(n).astype(float), (np.arange(n) % 2).astype(float)
+    weights = np.ones((2, n))
+    tracemalloc.start()
+    found = _weighted_auroc(values, wrong, weights)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    ranks = values[wrong == 1].sum() + wrong.sum()
+    expected = (ranks - wrong.sum() * (wrong.sum() + 1) / 2) / (wrong.sum() * (n - wrong.sum()))
+    assert found == pytest.approx([expected, expected])
+    assert peak < 20 * weights.nbytes

@@ -1,5 +1,6 @@
 """Searches over sets of experts against brute force, on known effects of each set, and on a planted model."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -166,8 +167,8 @@ def test_a_planted_model_gives_up_its_experts_on_held_out_prompts_too() -> None:
         ({"candidates": "all"}, "must be .layer, expert. pairs|parameter"),
         ({"size": 0}, "size must be a whole number from 1"),
         ({"goal": 0.0}, "goal must be a number above 0"),
-        ({"max_runs": 3}, "needs up to 14 runs of the development task, more than max_runs=3"),
-        ({"method": "exact", "max_runs": 20}, "needs up to 30 runs"),
+        ({"max_runs": 3}, "needs up to 15 runs of the development task, more than max_runs=3"),
+        ({"method": "exact", "max_runs": 20}, "needs up to 31 runs"),
     ],
 )
 def test_bad_input_is_refused(known: Any, settings: dict[str, Any], message: str) -> None:
@@ -200,3 +201,17 @@ def test_scores_of_another_model_are_refused(known: Any) -> None:
     scores = ExpertScores(torch.randn(4, 8, dtype=torch.float64), stats, stats)
     with pytest.raises(DataError, match="scores are of another model"):
         search(known(), candidates=scores)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "exact"}, {"size": 4}, {"size": 5, "goal": 0.9}, {"size": 5, "goal": 0.3}]
+)
+def test_no_search_runs_more_often_than_it_is_allowed_to(known: Any, settings: dict[str, Any]) -> None:
+    """The unsteered run counts: the number that the error asks for is enough, and one less is refused."""
+    with pytest.raises(DataError, match=r"needs up to \d+ runs") as refused:
+        search(known(), max_runs=1, **settings)
+    needed = int(re.findall(r"up to (\d+) runs", str(refused.value))[0])
+    assert search(known(), max_runs=needed, **settings).n_runs <= needed
+    with pytest.raises(DataError, match="more than"):
+        search(known(), max_runs=needed - 1, **settings)
+    assert search(known(), method="exact", max_runs=1 + 5 + 10 + 10 + 5).n_runs == 31  # nothing to spare

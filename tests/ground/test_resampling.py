@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_lens.errors import DataError
-from moe_lens.resampling import interval_of
+from moe_lens.resampling import clustered_interval, interval_of
 
 
 def test_a_ratio_is_held_about_as_often_as_the_level_says() -> None:
@@ -40,3 +40,17 @@ def test_nan_draws_are_left_out_and_a_single_unit_has_no_interval() -> None:
     assert np.isnan([*low, *high]).all()
     with pytest.raises(DataError, match="level must be a number between 0 and 1"):
         interval_of(lambda a: a, [chosen], level=95.0)  # not a share
+
+
+def test_a_widened_mean_is_held_where_a_plain_one_is_not() -> None:
+    """Ten clusters of four normal numbers that share half of their variance: percentiles are short."""
+    rng = np.random.default_rng(1)
+    labels = [str(number) for number in range(10) for _ in range(4)]
+    held = {True: 0, False: 0}
+    for _ in range(400):
+        values = np.repeat(rng.normal(size=10), 4) + rng.normal(size=40)
+        for widened in held:
+            low, high = clustered_interval(values, labels, n_resamples=400, widened=widened)
+            held[widened] += low <= 0 <= high
+    assert held[False] < 0.93 * 400 < held[True]
+    assert clustered_interval(np.array([1.0, 2.0]), ["a", "a"], widened=True) == (1.5, 1.5)

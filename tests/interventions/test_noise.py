@@ -15,6 +15,7 @@ from moe_lens import (
     RoutedModel,
     SteeringPlan,
     average_routes,
+    bias_experts,
     is_routing_point,
     noisy_routes,
     organisms,
@@ -109,6 +110,21 @@ def test_logits_get_temperature_times_the_noise_of_their_layer(hooked: Hooked, r
     assert not torch.equal(everywhere[last], plain[last])
     still = routed(model, tokens(2, 5), noisy_routes(0, seed=4))
     assert all(torch.equal(still[n], plain[n]) for n in plain)
+
+
+def test_float64_logits_keep_their_digits() -> None:
+    hf_model = tiny_model("olmoe").double()
+    hf_model.set_experts_implementation("eager")  # torch's grouped product takes no float64
+    model = RoutedModel(hf_model, tokenizer())
+    plain = routed(model, tokens(1, 4), ())[0]
+    noise = noise_at(4, 0, torch.zeros(1).long(), torch.arange(4)[None], 6).double()
+    for hooks, moved in (
+        (noisy_routes(0.7, seed=4), 0.7 * noise),
+        (bias_experts({0: torch.ones(6)}, scale="std"), plain.std(-1, correction=0, keepdim=True)),
+    ):
+        found = routed(model, tokens(1, 4), hooks)[0]
+        assert found.dtype == plain.dtype == torch.float64
+        torch.testing.assert_close(found, plain + moved, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("wrapper", [HookedMoE, RoutedModel])
