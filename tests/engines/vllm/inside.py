@@ -168,7 +168,7 @@ def preempted(llm: Any, given: dict[str, Any], folder: Path) -> Any:
 def page(llm: Any, given: dict[str, Any], folder: Path) -> Any:
     """The code of docs/vllm.md, on this engine in place of the model that it names."""
     text = (Path(__file__).parents[3] / "docs" / "vllm.md").read_text(encoding="utf-8")
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "LLM(" not in block]
+    blocks = [block for block in re.findall(r"```\n(from .*?)```", text, re.DOTALL) if "LLM(" not in block]
     names: dict[str, Any] = {"llm": llm}
     here = Path.cwd()
     os.chdir(folder)
