@@ -3,6 +3,7 @@
 function buildGrids(grids) {
   for (const run of RUNS) {
     run.grid = element("canvas", { role: "grid", tabindex: 0, "aria-rowcount": N_LAYERS, "aria-colcount": N_EXPERTS });
+    for (const part of ["noCells", "usageCells"]) run[part] = { canvas: document.createElement("canvas"), drawn: "" };
     run.gridWords = element("span", { class: "what" });
     run.gridKey = element("span");
     grids.append(element("div", { class: "grid" }, element("div", { class: "caption" }, run.gridWords, run.gridKey), run.grid));
@@ -11,6 +12,7 @@ function buildGrids(grids) {
 
 function caption(run, what, key) {
   const words = RUNS.length > 1 ? `${run.name}: ${what}` : what[0].toUpperCase() + what.slice(1);
+  if (run.gridWords.title === words && run.gridKey.textContent === key) return;
   run.gridWords.textContent = words;
   run.gridWords.title = run.gridWords.textContent;
   run.gridKey.textContent = key;
@@ -38,17 +40,17 @@ function drawGrid(run, state) {
     Object.assign(pen, { fillStyle: inkOn(colour), textAlign: "center", textBaseline: "middle" });
     pen.fillText(words, left + wide / 2, down(row) + high / 2 + 0.5);
   };
-  const drawn = [room, state.row, scheme, devicePixelRatio, ofToken].join();
-  if (run.gridDrawn !== drawn) { // what stays when the cursor moves
-    run.gridDrawn = drawn;
-    run.below ??= document.createElement("canvas");
-    const pen = penOn(run.below, room, whole);
+  const drawn = [room, state.row, scheme, devicePixelRatio].join(), below = ofToken ? run.noCells : run.usageCells;
+  if (below.drawn !== drawn) { // what stays when the cursor moves
+    below.drawn = drawn;
+    const pen = penOn(below.canvas, room, whole);
     drawEmpty(pen, state.row, { across, down, height, step, gap });
     if (!ofToken) usageCells(run, cellWith(pen));
   }
-  const pen = penOn(run.grid, room, whole), cell = cellWith(pen);
-  pen.drawImage(run.below, 0, 0, room, whole);
-  if (ofToken) tokenCells(run, state, cell);
+  const pen = penOn(run.grid, room, whole);
+  pen.drawImage(below.canvas, 0, 0, room, whole);
+  if (ofToken) tokenCells(run, state, cellWith(pen));
+  else caption(run, "share of this text\u2019s tokens that ran each expert", `most: ${percent(mostUsed(run) / run.n)}`);
   pen.strokeStyle = token("ink");
   pen.lineWidth = 1;
   if (state.row >= 0) pen.strokeRect(LEFT - 0.5, down(state.row) - 0.5, across(N_EXPERTS) - LEFT, height);
@@ -77,17 +79,18 @@ function tokenCells(run, state, cell) {
   const where = `token ${state.at + run.first} \u201c\u2068${inline(run.tokens[state.at])}\u2069\u201d`;
   const what = other ? "; orange: this run only" : "";
   const more = `${scheme === "dark" ? "brighter" : "darker"}: more weight`;
-  caption(run, `experts of ${where}`, run.weights ? more + what : what.slice(2));
+  caption(run, where, run.weights ? more + what : what.slice(2));
 }
 
+const mostUsed = (run) => usageOf(run).counts.reduce((a, b) => Math.max(a, b), 1);
+
 function usageCells(run, cell) {
-  const { counts } = usageOf(run), largest = counts.reduce((a, b) => Math.max(a, b), 1);
+  const { counts } = usageOf(run), largest = mostUsed(run);
   for (let row = 0; row < N_LAYERS; row++)
     for (let expert = 0; expert < N_EXPERTS; expert++) {
       const n = counts[row * N_EXPERTS + expert];
       if (n) cell(row, expert, along(palette().ran, n / largest), (n / run.n).toFixed(2));
     }
-  caption(run, "share of this text\u2019s tokens that ran each expert", `most: ${percent(largest / run.n)}`);
 }
 
 function expertLabels(pen, across, step, y) {

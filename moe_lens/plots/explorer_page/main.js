@@ -82,6 +82,7 @@ function setColour(colour) {
 function setLayer(row) {
   state.row = row;
   $("layer").value = row;
+  $("readout").style.minHeight = "";
   draw({ paint: true });
   say(row < 0 ? "mean of all layers" : `layer ${LAYERS[row]}`);
 }
@@ -186,7 +187,7 @@ function listen() {
   document.addEventListener("keydown", onKey);
   for (const run of RUNS) {
     const hover = (at) => { if (at !== state.hover) { state.hover = at; state.run = at >= 0 ? run.number : state.pinRun; soon(); } };
-    run.box.addEventListener("pointerover", (event) => hover(Number(event.target.closest(".t")?.dataset.at ?? -1)));
+    run.box.addEventListener("pointerover", (event) => { const span = event.target.closest(".t"); if (span) hover(Number(span.dataset.at)); }); // between two, the first stays
     run.box.addEventListener("pointerleave", () => hover(-1));
     run.box.addEventListener("click", (event) => { const span = event.target.closest(".t"); if (span) go(run.number, Number(span.dataset.at)); });
     run.map.addEventListener("pointermove", (event) => hover(placeInMap(run, event)?.at ?? -1));
@@ -200,11 +201,15 @@ function listen() {
     run.grid.addEventListener("blur", () => { state.focus = null; soon(); });
   }
   const sized = new ResizeObserver((entries) => {
-    for (const { target, contentRect } of entries) rooms.set(target, contentRect.width);
-    soon({ card: state.expert !== null });
+    for (const { target, contentRect } of entries) {
+      if (target === $("readout")) { target.style.minHeight = `${contentRect.height}px`; continue; } // the grid below it does not jump
+      rooms.set(target, contentRect.width);
+      soon({ card: state.expert !== null });
+    }
   });
+  sized.observe($("readout"));
   for (const run of RUNS) for (const canvas of [run.map, run.grid]) sized.observe(canvas.parentElement);
-  addEventListener("resize", () => soon({ card: state.expert !== null })); // also where only the screen's fineness changes
+  addEventListener("resize", () => { $("readout").style.minHeight = ""; soon({ card: state.expert !== null }); }); // also where only the screen's fineness changes
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readScheme(); draw({ paint: true, card: true }); });
 }
 
