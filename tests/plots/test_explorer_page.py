@@ -461,8 +461,9 @@ def test_a_long_text_is_not_laid_out_anew_by_what_stands_beside_it(show: Any) ->
     shape = MoEShape("m", (0, 1), 4, 1)
     texts = tuple(f" word{pos}" for pos in range(n))
     browser = show(explore(PromptRouting(shape, texts, torch.zeros(2, n, 1).long(), torch.ones(2, n, 1))))
-    style = "return getComputedStyle(document.querySelector('.tokens')).contain"
-    assert browser.js(style) == "strict"
+    parts = "document.querySelectorAll('.tokens, .map figcaption')"
+    contained = f"return Array.from({parts}, e => getComputedStyle(e).contain)"
+    assert browser.js(contained) == ["strict", "strict"]
     room = (
         "const box = document.querySelector('.tokens'), map = document.querySelector('.map');"
         "return [box.clientHeight, box.scrollHeight, map.getBoundingClientRect().bottom, innerHeight]"

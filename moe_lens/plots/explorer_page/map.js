@@ -21,7 +21,7 @@ function drawMap(run, state) {
     run.drawn = drawn;
     run.cells ??= document.createElement("canvas");
     run.cursor = null;
-    drawCells(run, state, penOn(run.cells, room, height * N_LAYERS + 3), { n, height, step });
+    drawCells(run, state, n);
     const words = state.colour === "expert" ? "All layers; each layer's most frequent experts have colours" : `All layers: ${COLOURS[state.colour].label}`;
     if (run.mapWords.textContent !== words) run.mapWords.textContent = words;
     run.mapRange.textContent = n < run.n ? `tokens ${run.start + run.first}\u2013${run.start + n - 1 + run.first} of ${run.n}` : "";
@@ -31,7 +31,10 @@ function drawMap(run, state) {
   run.cursor = cursor;
   const pen = penOn(run.map, room, height * N_LAYERS + 3), down = downIn(height);
   const across = (pos) => LEFT + Math.round((pos - run.start) * step);
-  pen.drawImage(run.cells, 0, 0, room, height * N_LAYERS + 3);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(run.cells, LEFT, 1, across(run.start + n) - LEFT, height * N_LAYERS);
+  if (step > 8) for (let pos = run.start + 1; pos <= run.start + n; pos++) pen.clearRect(across(pos) - 1, 0, 1, height * N_LAYERS + 1);
+  if (height > 5) for (let row = 0; row < N_LAYERS; row++) pen.clearRect(LEFT, down(row) + height - 1, room - LEFT, 1);
   layerLabels(pen, height, down, token("muted"), row);
   pen.strokeStyle = token("ink");
   pen.lineWidth = 1;
@@ -50,15 +53,20 @@ function scaleOfAll({ colour, expert }) { // of the values of all layers: the sa
   return mapScale.scale;
 }
 
-function drawCells(run, state, pen, { n, height, step }) {
-  const whole = matrix(run, state.colour, state.expert), empty = token("cell");
-  const scale = scaleOfAll(state), down = downIn(height);
-  const across = (pos) => LEFT + Math.round((pos - run.start) * step);
+// A picture of one pixel a cell, which drawMap enlarges: thousands of rectangles would take longer than a frame.
+function drawCells(run, state, n) {
+  const whole = matrix(run, state.colour, state.expert), scale = scaleOfAll(state), empty = token("cell");
+  Object.assign(run.cells, { width: n, height: N_LAYERS });
+  const pen = run.cells.getContext("2d"), picture = pen.createImageData(n, N_LAYERS), pixels = new DataView(picture.data.buffer);
   for (let row = 0; row < N_LAYERS; row++)
-    for (let pos = run.start; pos < run.start + n; pos++) {
-      pen.fillStyle = scale.colour(whole[row * run.n + pos], row) ?? empty;
-      pen.fillRect(across(pos), down(row), across(pos + 1) - across(pos) - (step > 8 ? 1 : 0), height - (height > 5 ? 1 : 0));
-    }
+    for (let pos = 0; pos < n; pos++)
+      pixels.setUint32(4 * ((N_LAYERS - 1 - row) * n + pos), pixelOf(scale.colour(whole[row * run.n + run.start + pos], row) ?? empty));
+  pen.putImageData(picture, 0, 0);
+}
+const pixelsOf = new Map();
+function pixelOf(hex) { // "#rrggbb" -> its bytes and that it is opaque
+  if (!pixelsOf.has(hex)) pixelsOf.set(hex, parseInt(hex.slice(1), 16) * 256 + 255);
+  return pixelsOf.get(hex);
 }
 
 function layerLabels(pen, height, down, colour, chosen) {
