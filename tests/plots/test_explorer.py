@@ -300,7 +300,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "hooks for a route": (lambda: explore(routing(), hooks=[("x", print)]), DataError, "hooks="),
     "no token": (lambda: explore(routing(())), DataError, "no token"),
     "a record of no token": (
-        lambda: explore(RouteRecord(SHAPE, torch.zeros(2, 1, 0, 2).long())), DataError, "no token",
+        lambda: explore(RouteRecord(SHAPE, torch.zeros(2, 1, 0, 2).long())), DataError, "no routes",
     ),
     "row": (lambda: explore(record([[4, 5]]), row=1), DataError, "row"),
     "row of a prompt": (lambda: explore(routing(), row=1), DataError, "row"),
