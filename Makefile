@@ -4,7 +4,8 @@ BIN := .venv/bin
 # By file, so that models which a file's tests share are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: env env-vllm demo test test-all test-vllm test-lowest bench bench-real methods lint docs docs-serve tutorials
+.PHONY: env env-vllm chromium demo test test-all test-vllm test-lowest bench bench-real methods lint docs docs-serve \
+	tutorials
 
 env: .venv/installed  ## create .venv with the tested versions
 
@@ -27,6 +28,14 @@ env-vllm:  ## vLLM's own environment, .venv-vllm (2.5 GB), for the tests of the 
 	VLLM_PLUGINS= .venv-vllm/bin/python -c "import vllm.entrypoints.openai.api_server"
 	rm -f .venv-vllm/failed
 	touch $@
+
+APT := DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes -o Dpkg::Options::=--force-unsafe-io -o Acquire::Retries=1 -o Acquire::http::Timeout=20
+
+chromium:  ## Debian's Chromium and its driver, for the tests of the explorer's page; goes on, and says why, where root cannot have them
+	@command -v chromedriver >/dev/null || { \
+		timeout 300 sh -c '$(APT) update && $(APT) install --no-install-recommends --download-only chromium-driver' \
+		&& $(APT) install --no-install-recommends chromium-driver; } >.chromium.log 2>&1 </dev/null \
+		|| { tail -n 2 .chromium.log; echo "so there is no Chromium, and tests of the explorer's page are skipped (.chromium.log)"; }
 
 demo: env  ## the main job on the shipped models: prints the table, writes moe-lens-demo/
 	$(BIN)/moe-lens demo
@@ -51,7 +60,8 @@ test-lowest:  ## part of the first tier with the oldest versions that pyproject.
 	$(LOWEST)/uv pip compile --quiet --no-deps --no-annotate --no-header --resolution=lowest-direct \
 		--python-version=3.11 pyproject.toml --output-file=.venv-lowest/lowest.txt
 	$(if $(TORCH),sed -i 's/^torch==.*/torch==$(TORCH)/' .venv-lowest/lowest.txt)
-	$(LOWEST)/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable . \
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --constraint .venv-lowest/lowest.txt --editable . \
+		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
 		pytest pytest-xdist hypothesis beartype pyyaml nbformat nbclient parameterized
 	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses=auto --dist=loadfile -m "not broad" $(LOWEST_TESTS)
 

@@ -32,6 +32,7 @@ needs_browser = pytest.mark.skipif(
 KEYS: Final = {
     "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015",
     "Home": "\ue011", "End": "\ue010", "Enter": "\ue007", "Escape": "\ue00c", "Tab": "\ue004",
+    "PageUp": "\ue00e", "PageDown": "\ue00f",
 }  # fmt: skip
 """How WebDriver writes keys that are no letters."""
 _ELEMENT: Final = "element-6066-11e4-a52e-4f735466cecf"

@@ -57,7 +57,8 @@ class RoutingExplorer(Result):
     def summary(self) -> str:
         """Numbers of tokens and of runs, and the model."""
         n = " and ".join(str(n) for n in sorted({len(run.tokens) for run in self.runs}))
-        return f"{n} tokens, {len(self.runs)} run{'s' * (len(self.runs) > 1)}; {self.runs[0].shape.words}"
+        tokens = "1 token" if n == "1" else f"{n} tokens"
+        return f"{tokens}, {len(self.runs)} run{'s' * (len(self.runs) > 1)}; {self.runs[0].shape.words}"
 
     def html(self) -> str:
         """The page as HTML; it is ASCII, whatever the text is written in."""

@@ -69,8 +69,11 @@ def explored(
         columns: which positions; None: all but padding.
 
     Raises:
-        DataError: no such row, no position, a step other than 1, a tokenizer that does not know a token.
+        DataError: a route without tokens, no such row, no position, a step other than 1, a tokenizer that
+            does not know a token.
     """
+    if not result.indices.shape[-2]:
+        raise DataError(f"The run {name!r} has no token to show; give a prompt of at least one.")
     if isinstance(result, RouteRecord):
         return _of_record(result, name, tokenizer, row, columns)
     whole_number(row, "row", most=0, remedy="A PromptRouting is of one prompt.")

@@ -242,6 +242,12 @@ def test_columns_in_doubt_are_shown_and_named(
     assert (says in notes) if says else notes == ""
 
 
+def test_one_token_is_a_text() -> None:
+    page = explore(routing(("a",)))
+    assert repr(page).startswith("RoutingExplorer(1 token, 1 run;")
+    assert unpacked(page.content["runs"][0]["indices"]).shape == (2, 1, 2)
+
+
 def test_columns_of_a_record_can_be_named_and_keep_their_numbers() -> None:
     batch = record([[0, 0, 1, 5, 6]])
     page = explore(batch, columns=slice(-2, None), tokenizer=tokenizer())
@@ -292,6 +298,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no route": (lambda: explore(routing(), against="x"), DataError, "against"),
     "a prompt for a route": (lambda: explore(routing(), "text"), DataError, "prompt="),
     "hooks for a route": (lambda: explore(routing(), hooks=[("x", print)]), DataError, "hooks="),
+    "no token": (lambda: explore(routing(())), DataError, "no token"),
+    "a record of no token": (
+        lambda: explore(RouteRecord(SHAPE, torch.zeros(2, 1, 0, 2).long())), DataError, "no routes",
+    ),
     "row": (lambda: explore(record([[4, 5]]), row=1), DataError, "row"),
     "row of a prompt": (lambda: explore(routing(), row=1), DataError, "row"),
     "columns": (lambda: explore(routing(), columns=slice(3, None)), DataError, "none of 3"),

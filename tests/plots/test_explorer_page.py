@@ -245,6 +245,37 @@ def test_a_click_in_the_grid_opens_the_card_of_that_expert(show: Any, known: dic
     assert "90 % interval" in browser.text("#card-score")
 
 
+def test_layers_without_scores_and_weights_that_are_no_numbers_are_said(
+    show: Any, known: dict[str, Any]
+) -> None:
+    routed = runs_of(explore(known["model"], known["prompt"]))[0]
+    shape, weights = replace(routed.shape, layers=(2, 3, 8, 9)), routed.weights.clone()
+    weights[:, 4] = float("nan")
+    run = PromptRouting(shape, routed.tokens, routed.indices, weights)
+    browser = show(explore(run, scores=known["scores"]))
+    browser.choose("#layer", "2")  # the third: layer 8
+    browser.click("#t0-4")
+    assert browser.texts("#facts b") == ["–"]
+    assert {text.split()[1] for text in browser.texts(".experts .chip")} == {"–"}
+    assert browser.text("#legend") == "no numbers in this layer"
+    browser.keys("/", *"L8 E1", "Enter")
+    assert "The scores do not cover this layer." in browser.text("#card")
+    browser.keys("Escape", "/", *"L3 E1", "Enter")
+    delta = float(known["scores"].delta[3, 1])
+    assert number(browser.text("#card-score b")) == pytest.approx(delta, abs=5.1e-4)
+
+
+def test_a_text_of_one_token_in_one_layer_can_be_walked(show: Any) -> None:
+    shape = MoEShape("m", (7,), 60, 2)
+    browser = show(
+        explore(PromptRouting(shape, ("a",), torch.tensor([[[59, 0]]]), torch.tensor([[[0.7, 0.3]]])))
+    )
+    assert browser.text("#about") == "1 token · 1 layer × 60 experts, 2 run for each token"
+    browser.click("#t0-0")
+    browser.keys("ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "End", "Enter")
+    assert browser.text("#card h2") == "Layer 7, expert 59"
+
+
 def test_the_text_can_be_coloured_by_one_expert(show: Any, known: dict[str, Any]) -> None:
     page = page_of(known)
     browser, [run] = show(page), runs_of(page)
@@ -315,10 +346,135 @@ def test_keys_move_through_tokens_and_layers(show: Any, known: dict[str, Any]) -
     assert "router entropy (nats)" in browser.texts("#meanings dt")
 
 
+def cell_in_focus(browser: Browser, run: int = 0) -> tuple[str, int, int]:
+    """What a screen reader is told of the grid that has the focus: the cell's words, row and column."""
+    script = (
+        "const grid = document.querySelectorAll('.grid canvas')[arguments[0]];"
+        "if (document.activeElement !== grid) return null;"
+        "const cell = document.getElementById(grid.getAttribute('aria-activedescendant'));"
+        "return [cell.textContent, +cell.getAttribute('aria-rowindex'), +cell.getAttribute('aria-colindex')]"
+    )
+    return tuple(browser.js(script, run))
+
+
+def test_keys_reach_every_cell_of_the_grid_and_open_its_card(show: Any, known: dict[str, Any]) -> None:
+    page = page_of(known)
+    browser, [run] = show(page), runs_of(page)
+    browser.choose("#layer", "2")
+    browser.click("#t0-5")
+    top = int(run.indices[2, 5, run.weights[2, 5].argmax()])
+    while browser.js("return document.activeElement.tagName") != "CANVAS":  # past the token's experts
+        browser.keys("Tab")
+    words, row, column = cell_in_focus(browser)
+    assert words.startswith(f"L2 E{top} · weight ")
+    assert (row, column) == (2, top + 1)  # rows count from above, where layer 3 is
+    assert browser.text("#cell") == words
+    browser.keys("PageDown", "Home", "ArrowDown", "ArrowLeft")  # edges hold
+    assert cell_in_focus(browser)[1:] == (4, 1)
+    browser.keys("ArrowUp", "ArrowRight", "ArrowRight", "ArrowUp", "ArrowDown", "ArrowLeft")
+    assert cell_in_focus(browser)[1:] == (3, 2)
+    browser.keys("End", "PageUp", "ArrowUp", "ArrowRight")
+    assert cell_in_focus(browser)[1:] == (1, 8)
+    browser.keys("PageDown", "Home")
+    seen = []
+    for step in ("ArrowRight", "ArrowLeft") * 2:  # like an ox that ploughs
+        for _ in range(8):
+            seen.append(cell_in_focus(browser)[0].split(" · ")[0])
+            browser.keys(step)
+        browser.keys("ArrowUp")
+    assert sorted(seen) == sorted(f"L{layer} E{expert}" for layer in range(4) for expert in range(8))
+    assert browser.js("return document.querySelector('.t.pinned').dataset.at") == "5"  # the token stays
+    browser.keys("Enter")
+    assert browser.text("#card h2") == "Layer 3, expert 0"
+    cell_in_focus(browser)
+    browser.keys("ArrowRight", " ")
+    assert browser.text("#card h2") == "Layer 3, expert 1"
+    selected = "return document.querySelector('.grid [role=gridcell]').getAttribute('aria-selected')"
+    assert browser.js(selected) == "true"
+    browser.keys("Tab")
+    assert browser.js("return document.activeElement.getAttribute('aria-label')") == "Close the card"
+    browser.keys("Enter")  # closes it, and the focus is where it was opened
+    assert browser.js("return document.querySelector('#card').hidden")
+    assert cell_in_focus(browser)[0].startswith("L3 E1")
+
+
+def test_the_cell_that_keys_are_at_is_seen(show: Any, known: dict[str, Any]) -> None:
+    """Its frame in the picture of the grid moves with it, and goes with the focus."""
+    browser = show(page_of(known, plan=PLAN))
+    frames = (  # columns of the first grid's picture in which the accent is found
+        "const canvas = document.querySelector('.grid canvas'), copy = canvas.cloneNode();"
+        "const pen = copy.getContext('2d', {willReadFrequently: true});"
+        "pen.drawImage(canvas, 0, 0);"
+        "const {data, width} = pen.getImageData(0, 0, copy.width, copy.height), found = new Set();"
+        "for (let at = 0; at < data.length; at += 4)"
+        " if (data[at] === 0 && data[at + 1] === 0x61 && data[at + 2] === 0x9a) found.add((at / 4) % width);"
+        "return [Math.min(...found), Math.max(...found)]"
+    )
+    browser.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
+    browser.frame()
+    browser.js("document.querySelector('.grid canvas').focus()")
+    places = []
+    for _ in range(3):
+        browser.keys("ArrowRight")
+        places.append(browser.js(frames))
+    assert places[0][1] < places[2][0]
+    assert browser.js("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.keys("Tab")
+    assert cell_in_focus(browser, 1)[0].startswith("L")
+    assert browser.js(frames) == [None, None]  # infinite, as JSON has it
+    browser.cdp("Emulation.setEmulatedMedia", features=[])
+
+
+def test_buttons_keep_the_focus_when_what_they_stand_in_is_drawn_anew(
+    show: Any, known: dict[str, Any]
+) -> None:
+    browser = show(explore(known["model"], known["prompt"]))
+    focused = "return document.activeElement.textContent || document.activeElement.className"
+    browser.click("#t0-5")
+    browser.js("document.querySelector('.experts .chip').focus()")
+    chip = browser.js(focused)
+    browser.keys("Enter")
+    assert browser.js(focused) == chip
+    browser.js("document.querySelector('#legend button').focus()")
+    key = browser.js(focused)
+    browser.keys("Enter")
+    assert browser.js(focused) == key
+    browser.js("document.querySelector('#colour-by').focus()")
+    browser.keys("Enter")  # the button goes away
+    assert browser.js("return document.activeElement.className") == "tokens"
+
+
+def test_a_long_text_is_not_laid_out_anew_by_what_stands_beside_it(show: Any) -> None:
+    """Its box does not depend on what is in it, so that nothing else on the page can ask for its size."""
+    n = 700
+    shape = MoEShape("m", (0, 1), 4, 1)
+    texts = tuple(f" word{pos}" for pos in range(n))
+    browser = show(explore(PromptRouting(shape, texts, torch.zeros(2, n, 1).long(), torch.ones(2, n, 1))))
+    parts = "document.querySelectorAll('.tokens, .map figcaption')"
+    contained = f"return Array.from({parts}, e => getComputedStyle(e).contain)"
+    assert browser.js(contained) == ["strict", "strict"]
+    room = (
+        "const box = document.querySelector('.tokens'), map = document.querySelector('.map');"
+        "return [box.clientHeight, box.scrollHeight, map.getBoundingClientRect().bottom, innerHeight]"
+    )
+    height, whole, bottom, window = browser.js(room)
+    assert whole > height > 200  # it scrolls, and the map below it is in sight
+    assert bottom <= window
+    browser.click("#t0-3")
+    browser.keys("End")
+    seen = (
+        "const box = document.querySelector('.tokens').getBoundingClientRect();"
+        "const last = document.querySelector('#t0-699').getBoundingClientRect();"
+        "return last.bottom <= box.bottom && last.top >= box.top"
+    )
+    assert browser.js(seen)
+
+
 def test_hostile_text_is_shown_and_does_nothing(show: Any) -> None:
     texts = (
         "</script><script>document.title='x'</script>", " <b>b</b>", "\n", "\t", "\u202e", "\u0301", "",
         "\x00", "山(1/2)", "山(2/2)", "f(1/2)", "\ud83d", " نعم", "{{data}}",
+        "👩🏽\u200d🚀", "a\u200db",
     )  # fmt: skip
     n = len(texts)
     browser = show(
@@ -333,6 +489,7 @@ def test_hostile_text_is_shown_and_does_nothing(show: Any) -> None:
     expected = [
         *texts[:2], "↵\n", "⇥\t", "\\u202e", "◌\u0301", "∅", "\\u0000",
         "山", "", "f(1/2)", "\\ud83d", " نعم", "{{data}}",
+        "👩🏽\u200d🚀", "a\\u200db",
     ]  # fmt: skip
     assert shown == expected
     parts = "return Array.from(document.querySelectorAll('.part'), e => [e.parentElement.id, e.dataset.part])"

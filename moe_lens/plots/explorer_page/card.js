@@ -1,9 +1,12 @@
 // Beside the grid: what ran for the token under the cursor; the card of an expert.
 
+let read = "";
 function showReadout(box, state, pick) {
-  const { at } = state;
+  const { at } = state, reads = `${at} ${state.run} ${state.row}`;
+  if (read === reads) return;
+  read = reads;
   if (at < 0) {
-    box.replaceChildren(element("p", { class: "token-name" }, "Point at a token"),
+    renew(box, element("p", { class: "token-name" }, "Point at a token"),
       element("p", { class: "facts" }, "Click to keep it; an expert in the grid has a card. Press ? for help and keys."));
     return;
   }
@@ -18,13 +21,13 @@ function showReadout(box, state, pick) {
   for (const fact of facts) line.append(" \u00b7 ", fact);
   const lists = row < 0 ? [] : RUNS.filter((each) => at < each.n).map((each) => expertList(each, at, row, pick));
   if (row < 0) lists.push(element("p", { class: "experts" }, "Choose a layer (\u2191 \u2193) to read its experts and weights."));
-  box.replaceChildren(name, line, ...lists);
+  renew(box, name, line, ...lists);
 }
 
 function expertList(run, at, row, pick) {
   const other = RUNS.length > 1 && at < N_SHARED ? RUNS[1 - run.number] : null;
   const chips = expertsAt(run, row, at).map(({ expert, weight }) => element("button", {
-    type: "button", onclick: () => pick({ row, expert }), "data-expert": expert,
+    type: "button", onclick: () => pick({ row, expert }), "data-expert": expert, "data-key": `${run.number} ${expert}`,
     class: other && weightOf(other, row, at, expert) === null ? "chip only" : "chip",
     title: `Card of ${nameOf(row, expert)}${run.weights ? `; weight ${weight}` : ""}`,
   }, element("b", {}, `E${expert}`), run.weights ? element("small", {}, ` ${written(weight)}`) : null));
@@ -35,7 +38,7 @@ function showCard(box, state, act) {
   box.hidden = state.expert === null;
   if (state.expert === null) return box.replaceChildren();
   const { row, expert } = state.expert, key = row * N_EXPERTS + expert, verb = PLANNED.get(key);
-  const close = element("button", { class: "icon", type: "button", "aria-label": "Close the card", title: "Close (Esc)", onclick: act.close }, "\u00d7");
+  const close = element("button", { class: "icon", type: "button", "aria-label": "Close the card", title: "Close (Esc)", "data-key": "close", onclick: act.close }, "\u00d7");
   const parts = [element("div", { class: "card-head" }, element("h2", {}, `Layer ${LAYERS[row]}, expert ${expert}`), close)];
   if (verb) parts.push(element("p", { class: "facts" }, `The plan ${verb}s this expert.`));
   parts.push(element("h3", {}, "In this text"));
@@ -43,8 +46,8 @@ function showCard(box, state, act) {
   for (const run of RUNS) parts.push(...inText(run, row, expert, key, strips, act));
   if (STATS) parts.push(...inStats(key));
   if (SCORES) parts.push(...inScores(key));
-  if (state.colour !== "picked") parts.push(element("div", { class: "actions" }, element("button", { class: "plain", type: "button", id: "colour-by", onclick: act.colour }, "Colour the text by this expert")));
-  box.replaceChildren(...parts);
+  if (state.colour !== "picked") parts.push(element("div", { class: "actions" }, element("button", { class: "plain", type: "button", id: "colour-by", "data-key": "colour", onclick: act.colour }, "Colour the text by this expert")));
+  renew(box, ...parts);
   strips.forEach((draw) => draw());
 }
 
@@ -61,16 +64,16 @@ function inText(run, row, expert, key, strips, act) {
   });
   strips.push(() => drawStrip(canvas, run, row, expert, at));
   const heaviest = run.weights ? [...at].sort((a, b) => weightOf(run, row, b, expert) - weightOf(run, row, a, expert)) : at;
-  const chips = heaviest.slice(0, 14).map((pos) => element("button", { class: "chip", type: "button", "data-at": pos, title: `Go to token ${pos + run.first}`, onclick: () => act.go(run.number, pos) },
+  const chips = heaviest.slice(0, 14).map((pos) => element("button", { class: "chip", type: "button", "data-at": pos, "data-key": `${run.number} ${pos}`, title: `Go to token ${pos + run.first}`, onclick: () => act.go(run.number, pos) },
     element("bdi", {}, inline(run.tokens[pos])), run.weights ? element("small", {}, ` ${brief(weightOf(run, row, pos, expert))}`) : null));
   if (at.length > chips.length) chips.push(element("span", { class: "facts" }, `and ${at.length - chips.length} more`));
   return [words, element("div", { class: "strip" }, canvas), element("div", { class: "chips" }, ...chips)];
 }
 
 function drawStrip(canvas, run, row, expert, at) {
-  const made = canvasFor(canvas, 22);
-  if (!made) return;
-  const { pen, width, height } = made, largest = Math.max(...at.map((pos) => weightOf(run, row, pos, expert) || 0)) || 1;
+  const width = canvas.parentElement.clientWidth, height = 22;
+  if (width <= 0) return;
+  const pen = penOn(canvas, width, height), largest = Math.max(...at.map((pos) => weightOf(run, row, pos, expert) || 0)) || 1;
   pen.fillStyle = token("cell");
   pen.fillRect(0, height - 1, width, 1);
   pen.fillStyle = token("accent");
@@ -107,7 +110,7 @@ function inScores(key) {
 // The score and its interval on an axis with zero in the middle.
 function interval(key) {
   const limit = [SCORES.delta, SCORES.low, SCORES.high].flatMap((part) => (part ? Array.from(part) : [])).reduce((most, value) => (Number.isFinite(value) ? Math.max(most, Math.abs(value)) : most), 0) || 1;
-  const across = (value) => 50 + (48 * value) / limit, colour = SCORES.delta[key] < 0 ? palette().negative[2] : palette().positive[2];
+  const across = (value) => Math.min(Math.max(50 + (48 * value) / limit, 0), 100), colour = SCORES.delta[key] < 0 ? palette().negative[2] : palette().positive[2];
   const svg = (name, attributes) => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value);
@@ -115,7 +118,7 @@ function interval(key) {
   };
   const drawing = svg("svg", { viewBox: "0 0 100 8", width: "100%", height: 18, preserveAspectRatio: "none", "aria-hidden": "true" });
   drawing.append(svg("rect", { x: 0, y: 3.75, width: 100, height: 0.5, fill: token("line") }), svg("rect", { x: 49.9, y: 0.5, width: 0.3, height: 7, fill: token("muted") }));
-  if (SCORES.low) drawing.append(svg("rect", { x: across(SCORES.low[key]), y: 3, width: Math.max(across(SCORES.high[key]) - across(SCORES.low[key]), 0.3), height: 2, fill: colour, opacity: 0.45 }));
+  if (SCORES.low && !Number.isNaN(SCORES.low[key] + SCORES.high[key])) drawing.append(svg("rect", { x: across(SCORES.low[key]), y: 3, width: Math.max(across(SCORES.high[key]) - across(SCORES.low[key]), 0.3), height: 2, fill: colour, opacity: 0.45 }));
   drawing.append(svg("rect", { x: across(SCORES.delta[key]) - 0.6, y: 1, width: 1.2, height: 6, fill: colour }));
   return drawing;
 }

@@ -31,9 +31,9 @@ function token(name) {
 const parts = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
 const STEPS = 256, ramps = new Map();
-function along(stops, share) { // 0 to 1 -> a colour between the stops
+function along(stops, share) { // 0 to 1 -> a colour between the stops; of what is no number, the first
   if (!ramps.has(stops)) ramps.set(stops, Array.from({ length: STEPS + 1 }, (_, step) => between(stops, step / STEPS)));
-  return ramps.get(stops)[Math.round(Math.min(Math.max(share, 0), 1) * STEPS)];
+  return ramps.get(stops)[Math.round(Math.min(Math.max(share || 0, 0), 1) * STEPS)];
 }
 function between(stops, share) {
   const place = share * (stops.length - 1), low = Math.min(Math.floor(place), stops.length - 2);
@@ -87,19 +87,26 @@ function nameColour(row, expert) {
   return place !== undefined && place < N_NAMES ? palette().names[place] : palette().other;
 }
 
-// A canvas of this size in pixels of the page, fine enough for the screen; null where it has no width.
-function canvasFor(canvas, height, width = canvas.parentElement.clientWidth) {
-  const ratio = devicePixelRatio || 1;
-  if (width <= 0) return null;
-  canvas.style.height = `${height}px`;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
+// The pen of an empty canvas of this size in pixels of the page, fine enough for the screen.
+function penOn(canvas, width, height) {
+  const ratio = devicePixelRatio || 1, wide = Math.round(width * ratio), high = Math.round(height * ratio);
   const pen = canvas.getContext("2d");
-  pen.scale(ratio, ratio);
-  pen.font = `11px ${token("font")}`;
-  return { pen, width, height };
+  if (canvas.width !== wide || canvas.height !== high) { // a new size costs a new picture
+    Object.assign(canvas, { width: wide, height: high });
+    canvas.style.height = `${height}px`;
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.font = `11px ${token("font")}`;
+  } else pen.clearRect(0, 0, width, height);
+  return pen;
 }
-function paddingOf(element) {
-  const style = getComputedStyle(element);
-  return parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);
+
+// How wide the inside of an element is. Asked of the browser once, then told by it: asking while something is
+// being changed would lay out the whole page anew.
+const rooms = new Map();
+function roomIn(box) {
+  if (!rooms.has(box)) {
+    const style = getComputedStyle(box);
+    rooms.set(box, box.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight));
+  }
+  return rooms.get(box);
 }

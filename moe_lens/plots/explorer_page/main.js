@@ -5,6 +5,7 @@ const state = {
   colour: "expert", row: N_LAYERS >> 1, // -1: all layers
   pin: -1, hover: -1, run: 0, pinRun: 0, // tokens: the one that was clicked, the one under the pointer; of which run
   expert: null, over: null, // {row, expert}: the one with the card, the one under the pointer
+  focus: null, // {run, row, expert}: where the keys are in a grid
   hits: [], hit: -1,
   get at() { return this.hover >= 0 ? this.hover : this.pin; },
 };
@@ -15,6 +16,7 @@ function draw({ paint = false, card = false } = {}) {
   if (paint) { paintText(state); showLegend(); }
   for (const run of RUNS) { drawMap(run, state); drawGrid(run, state); }
   showReadout($("readout"), state, pick);
+  showCell();
   if (card) { markText(state); showCard($("card"), state, { close: () => pick(null), go, colour: () => setColour("picked") }); }
   for (const run of RUNS) {
     mark(run, "here", state.hover);
@@ -50,7 +52,10 @@ function into(box, span) { // scrolls the text only, not the page around it
   else if (bottom > box.scrollTop + box.clientHeight - 8) box.scrollTop = bottom - box.clientHeight + 30;
 }
 
+let opener = null; // what had the focus when a card was opened
 function pick(expert) {
+  const held = document.activeElement, inCard = $("card").contains(held);
+  if (expert && !inCard) opener = held;
   state.expert = expert;
   $("colour").querySelector("[value=picked]").disabled = expert === null;
   if (expert === null && state.colour === "picked") return setColour("expert");
@@ -61,7 +66,7 @@ function pick(expert) {
     const below = $("card").offsetTop - $("side").offsetTop - 0.45 * $("side").clientHeight; // keeps the grid in sight
     $("side").scrollTop = Math.max($("side").scrollTop, below);
     say(`Card of layer ${LAYERS[expert.row]}, expert ${expert.expert}`);
-  }
+  } else if (inCard) (opener?.isConnected && opener !== document.body ? opener : RUNS[state.run].box).focus({ preventScroll: true });
 }
 
 function setColour(colour) {
@@ -77,6 +82,7 @@ function setColour(colour) {
 function setLayer(row) {
   state.row = row;
   $("layer").value = row;
+  $("readout").style.minHeight = "";
   draw({ paint: true });
   say(row < 0 ? "mean of all layers" : `layer ${LAYERS[row]}`);
 }
@@ -90,10 +96,10 @@ function showLegend() {
   const { scale } = state, box = $("legend");
   if (scale.kind === "names") {
     const { order, firsts } = rankedExperts(state.row);
-    const keys = order.slice(0, N_NAMES).map((expert) => element("button", { class: "key", type: "button", title: `Card of ${nameOf(state.row, expert)}: first at ${firsts[expert]} tokens`, onclick: () => pick({ row: state.row, expert }) },
+    const keys = order.slice(0, N_NAMES).map((expert) => element("button", { class: "key", type: "button", "data-key": expert, title: `Card of ${nameOf(state.row, expert)}: first at ${firsts[expert]} tokens`, onclick: () => pick({ row: state.row, expert }) },
       swatch(nameColour(state.row, expert)), `E${expert}`));
     if (order.length > N_NAMES) keys.push(element("span", { class: "key" }, swatch(palette().other), `${order.length - N_NAMES} others`));
-    return box.replaceChildren(...keys);
+    return renew(box, ...keys);
   }
   if (!scale.n) return box.replaceChildren(state.colour === "picked" ? `the picked expert is in layer ${LAYERS[state.expert.row]}` : "no numbers in this layer");
   const stops = scale.kind === "signed" ? [...palette().negative].reverse().concat(palette().positive.slice(1)) : palette().sequence;
@@ -155,6 +161,8 @@ function onKey(event) {
   if (key === "/") { event.preventDefault(); $("search").focus(); return $("search").select(); }
   if (key === "?") { event.preventDefault(); return $("help").showModal(); }
   if (event.target.closest?.("select, button")) return; // they have uses for the other keys
+  const inGrid = RUNS.find((each) => each.grid === event.target);
+  if (inGrid) { if (keyInGrid(inGrid, state, key, pick)) { event.preventDefault(); draw(); } return; }
   const run = RUNS[state.run], last = run.n - 1;
   const rightToLeft = getComputedStyle(run.box).direction === "rtl" ? -1 : 1;
   const step = (by) => go(run.number, state.pin < 0 ? (by > 0 ? 0 : last) : Math.min(Math.max(state.pin + by, 0), last));
@@ -179,7 +187,7 @@ function listen() {
   document.addEventListener("keydown", onKey);
   for (const run of RUNS) {
     const hover = (at) => { if (at !== state.hover) { state.hover = at; state.run = at >= 0 ? run.number : state.pinRun; soon(); } };
-    run.box.addEventListener("pointerover", (event) => hover(Number(event.target.closest(".t")?.dataset.at ?? -1)));
+    run.box.addEventListener("pointerover", (event) => { const span = event.target.closest(".t"); if (span) hover(Number(span.dataset.at)); }); // between two, the first stays
     run.box.addEventListener("pointerleave", () => hover(-1));
     run.box.addEventListener("click", (event) => { const span = event.target.closest(".t"); if (span) go(run.number, Number(span.dataset.at)); });
     run.map.addEventListener("pointermove", (event) => hover(placeInMap(run, event)?.at ?? -1));
@@ -188,28 +196,45 @@ function listen() {
     run.grid.addEventListener("pointermove", (event) => over(expertInGrid(run, event)));
     run.grid.addEventListener("pointerleave", () => over(null));
     run.grid.addEventListener("click", (event) => { const found = expertInGrid(run, event); if (found) pick(found); });
+    run.grid.addEventListener("mousedown", (event) => { event.preventDefault(); run.box.focus({ preventScroll: true }); }); // arrows go on to move the token
+    run.grid.addEventListener("focus", () => { enterGrid(run, state); draw(); });
+    run.grid.addEventListener("blur", () => { state.focus = null; soon(); });
   }
-  addEventListener("resize", () => draw({ card: state.expert !== null }));
+  const sized = new ResizeObserver((entries) => {
+    for (const { target, contentRect } of entries) {
+      if (target === $("readout")) { target.style.minHeight = `${contentRect.height}px`; continue; } // the grid below it does not jump
+      rooms.set(target, contentRect.width);
+      soon({ card: state.expert !== null });
+    }
+  });
+  sized.observe($("readout"));
+  for (const run of RUNS) for (const canvas of [run.map, run.grid]) sized.observe(canvas.parentElement);
+  addEventListener("resize", () => { $("readout").style.minHeight = ""; soon({ card: state.expert !== null }); }); // also where only the screen's fineness changes
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readScheme(); draw({ paint: true, card: true }); });
 }
 
 function over(expert) {
+  if (state.over === expert || (state.over && expert && state.over.row === expert.row && state.over.expert === expert.expert)) return;
   state.over = expert;
-  $("cell").textContent = expert ? cellWords(expert, state) : PLAN_WORDS;
   soon();
 }
 
-let waiting = false;
-function soon() { // once a frame, however fast the pointer moves
-  if (waiting) return;
-  waiting = true;
-  requestAnimationFrame(() => { waiting = false; draw(); });
+function showCell() { // of the expert under the pointer, or where the keys are
+  const expert = state.over ?? state.focus, words = expert ? cellWords(expert, state) : PLAN_WORDS;
+  if ($("cell").textContent !== words) $("cell").textContent = words;
+}
+
+let waiting = null;
+function soon(what = {}) { // once a frame, however fast the pointer moves
+  if (waiting) return void Object.assign(waiting, what);
+  waiting = { ...what };
+  requestAnimationFrame(() => { const now = waiting; waiting = null; draw(now); });
 }
 
 function start() {
   readScheme();
   const tokens = RUNS.map((run) => run.n), same = new Set(tokens).size === 1;
-  $("about").textContent = `${same ? tokens[0] : tokens.join(" and ")} tokens \u00b7 ${N_LAYERS} layers \u00d7 ${N_EXPERTS} experts, ${K} run for each token`;
+  $("about").textContent = `${same ? tokens[0] : tokens.join(" and ")} token${tokens[0] === 1 && same ? "" : "s"} \u00b7 ${N_LAYERS} layer${N_LAYERS === 1 ? "" : "s"} \u00d7 ${N_EXPERTS} experts, ${K} run for each token`;
   $("notes").textContent = DATA.notes.join(" ");
   $("notes").hidden = !DATA.notes.length;
   for (const [name, { label, says }] of Object.entries(COLOURS)) {
@@ -220,7 +245,6 @@ function start() {
   $("layer").append(element("option", { value: -1 }, "all (mean)"), ...LAYERS.map((layer, row) => element("option", { value: row }, String(layer))));
   buildTexts($("reading"));
   buildGrids($("grids"));
-  $("cell").textContent = PLAN_WORDS;
   listen();
   setColour(state.colour);
 }

@@ -11,41 +11,62 @@ function mapGeometry(run, width) {
 }
 
 function drawMap(run, state) {
-  const room = run.map.parentElement.clientWidth - paddingOf(run.map.parentElement);
-  if (room <= 0) return;
+  const room = roomIn(run.map.parentElement);
+  if (room <= LEFT) return;
   const { n, height, step } = mapGeometry(run, room), { at } = state;
   if (at >= 0 && at < run.n && (at < run.start || at >= run.start + n)) run.start = Math.min(Math.max(at - (n >> 1), 0), run.n - n);
   const { expert, row } = state, picked = state.colour === "picked" && expert ? nameOf(expert.row, expert.expert) : "";
-  const drawn = [state.colour, picked, row, run.start, room, scheme, devicePixelRatio].join();
+  const drawn = [state.colour, picked, run.start, room, scheme, devicePixelRatio].join();
   if (run.drawn !== drawn) { // the cells stay when only the cursor moves
     run.drawn = drawn;
-    run.cells ??= run.map.cloneNode();
-    drawCells(run, state, canvasFor(run.cells, height * N_LAYERS + 3, room).pen, { n, height, step });
-    run.mapWords.textContent = state.colour === "expert" ? "All layers; each layer's most frequent experts have colours" : `All layers: ${COLOURS[state.colour].label}`;
+    run.cells ??= document.createElement("canvas");
+    run.cursor = null;
+    drawCells(run, state, n);
+    const words = state.colour === "expert" ? "All layers; each layer's most frequent experts have colours" : `All layers: ${COLOURS[state.colour].label}`;
+    if (run.mapWords.textContent !== words) run.mapWords.textContent = words;
     run.mapRange.textContent = n < run.n ? `tokens ${run.start + run.first}\u2013${run.start + n - 1 + run.first} of ${run.n}` : "";
   }
-  const { pen } = canvasFor(run.map, height * N_LAYERS + 3, room);
-  pen.drawImage(run.cells, 0, 0, room, height * N_LAYERS + 3);
-  if (at < run.start || at >= run.start + n) return;
-  const left = LEFT + Math.round((at - run.start) * step), right = LEFT + Math.round((at + 1 - run.start) * step);
+  const cursor = `${at} ${row}`;
+  if (run.cursor === cursor) return;
+  run.cursor = cursor;
+  const pen = penOn(run.map, room, height * N_LAYERS + 3), down = downIn(height);
+  const across = (pos) => LEFT + Math.round((pos - run.start) * step);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(run.cells, LEFT, 1, across(run.start + n) - LEFT, height * N_LAYERS);
+  if (step > 8) for (let pos = run.start + 1; pos <= run.start + n; pos++) pen.clearRect(across(pos) - 1, 0, 1, height * N_LAYERS + 1);
+  if (height > 5) for (let row = 0; row < N_LAYERS; row++) pen.clearRect(LEFT, down(row) + height - 1, room - LEFT, 1);
+  layerLabels(pen, height, down, token("muted"), row);
   pen.strokeStyle = token("ink");
+  pen.lineWidth = 1;
+  if (row >= 0) pen.strokeRect(LEFT - 0.5, down(row) - 0.5, across(run.start + n) - LEFT, height);
+  if (at < run.start || at >= run.start + n) return;
   pen.lineWidth = 1.5;
-  pen.strokeRect(left - 0.75, 0.75, right - left + 0.75, height * N_LAYERS + 1);
+  pen.strokeRect(across(at) - 0.75, 0.75, across(at + 1) - across(at) + 0.75, height * N_LAYERS + 1);
 }
 
-function drawCells(run, state, pen, { n, height, step }) {
-  const whole = matrix(run, state.colour, state.expert), empty = token("cell");
-  const scale = scaleOf(state.colour, RUNS.map((each) => matrix(each, state.colour, state.expert)), 0);
-  const across = (pos) => LEFT + Math.round((pos - run.start) * step);
-  const down = (row) => (N_LAYERS - 1 - row) * height + 1;
+const downIn = (height) => (row) => (N_LAYERS - 1 - row) * height + 1; // the upper edge of a layer
+
+const mapScale = { of: "", scale: null };
+function scaleOfAll({ colour, expert }) { // of the values of all layers: the same until another colour is chosen
+  const of = colour === "picked" && expert ? nameOf(expert.row, expert.expert) : colour;
+  if (mapScale.of !== of) Object.assign(mapScale, { of, scale: scaleOf(colour, RUNS.map((each) => matrix(each, colour, expert)), 0) });
+  return mapScale.scale;
+}
+
+// A picture of one pixel a cell, which drawMap enlarges: thousands of rectangles would take longer than a frame.
+function drawCells(run, state, n) {
+  const whole = matrix(run, state.colour, state.expert), scale = scaleOfAll(state), empty = token("cell");
+  Object.assign(run.cells, { width: n, height: N_LAYERS });
+  const pen = run.cells.getContext("2d"), picture = pen.createImageData(n, N_LAYERS), pixels = new DataView(picture.data.buffer);
   for (let row = 0; row < N_LAYERS; row++)
-    for (let pos = run.start; pos < run.start + n; pos++) {
-      pen.fillStyle = scale.colour(whole[row * run.n + pos], row) ?? empty;
-      pen.fillRect(across(pos), down(row), across(pos + 1) - across(pos) - (step > 8 ? 1 : 0), height - (height > 5 ? 1 : 0));
-    }
-  layerLabels(pen, height, down, token("muted"), state.row);
-  pen.strokeStyle = token("ink");
-  if (state.row >= 0) pen.strokeRect(LEFT - 0.5, down(state.row) - 0.5, across(run.start + n) - LEFT, height);
+    for (let pos = 0; pos < n; pos++)
+      pixels.setUint32(4 * ((N_LAYERS - 1 - row) * n + pos), pixelOf(scale.colour(whole[row * run.n + run.start + pos], row) ?? empty));
+  pen.putImageData(picture, 0, 0);
+}
+const pixelsOf = new Map();
+function pixelOf(hex) { // "#rrggbb" -> its bytes and that it is opaque
+  if (!pixelsOf.has(hex)) pixelsOf.set(hex, parseInt(hex.slice(1), 16) * 256 + 255);
+  return pixelsOf.get(hex);
 }
 
 function layerLabels(pen, height, down, colour, chosen) {
@@ -56,7 +77,7 @@ function layerLabels(pen, height, down, colour, chosen) {
     const near = chosen >= 0 && row !== chosen && Math.abs(row - chosen) < every;
     if (row !== chosen && (row % every || near)) continue;
     pen.fillStyle = row === chosen ? token("ink") : colour;
-    pen.fillText(`${row === N_LAYERS - 1 || row === 0 || row === chosen ? "L" : ""}${LAYERS[row]}`, LEFT - 5, down(row) + height / 2);
+    pen.fillText(`L${LAYERS[row]}`, LEFT - 5, down(row) + height / 2);
   }
 }
 

@@ -6,8 +6,7 @@ const N_SHARED = DATA.n_shared; // tokens that all runs have in common, from the
 
 function unpack(packed) {
   if (packed === null || packed === undefined) return null;
-  const letters = atob(packed.data), bytes = new Uint8Array(letters.length);
-  for (let at = 0; at < letters.length; at++) bytes[at] = letters.charCodeAt(at);
+  const bytes = Uint8Array.fromBase64?.(packed.data) ?? Uint8Array.from(atob(packed.data), (letter) => letter.charCodeAt(0)); // older browsers
   const kinds = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array };
   if (packed.dtype !== "bf2") return new kinds[packed.dtype](bytes.buffer);
   const halves = new Uint16Array(bytes.buffer); // bfloat16: the upper half of a float32
@@ -56,19 +55,31 @@ function weightOf(run, row, pos, expert) { // null: did not run; NaN: ran with a
 }
 
 function topAt(run, row, pos) { // the first of expertsAt, without making the list
-  const start = (row * run.n + pos) * K;
-  let top = run.indices[start], most = weightOf(run, row, pos, top);
-  for (let at = start + 1; run.weights && at < start + K; at++) {
-    const weight = weightOf(run, row, pos, run.indices[at]);
-    if (weight > most) [top, most] = [run.indices[at], weight];
+  const start = (row * run.n + pos) * K, { weights } = run;
+  if (!weights) return { expert: run.indices[start], weight: NaN };
+  const weight = (at) => (run.twice ? weightOf(run, row, pos, run.indices[at]) : weights[at]);
+  let top = start, most = weight(start);
+  for (let at = start + 1; at < start + K; at++) {
+    const next = weight(at);
+    if (next > most) { top = at; most = next; }
   }
-  return { expert: top, weight: most };
+  return { expert: run.indices[top], weight: most };
 }
 
 function isAgain(run, start, at) { // whether the expert at this place came before it, for the same token
+  if (run.twice === false) return false;
   for (let before = start; before < at; before++) if (run.indices[before] === run.indices[at]) return true;
   return false;
 }
+
+function ranAt(run, row, pos, expert) {
+  const start = (row * run.n + pos) * K;
+  for (let at = start; at < start + K; at++) if (run.indices[at] === expert) return true;
+  return false;
+}
+
+// Whether any token has an expert twice, which routers never choose and hooks may: once known, others look less.
+for (const run of RUNS) run.twice = run.indices.some((_, at) => isAgain(run, at - (at % K), at));
 
 // What colours can mean. A matrix has a value for each row and token, NaN where there is none.
 const COLOURS = {
@@ -119,7 +130,7 @@ function meanScore(run, row, pos) {
 function changedShare(run, row, pos) {
   if (pos >= N_SHARED) return NaN; // another text from here on
   const other = RUNS[1 - run.number];
-  return meanOverExperts(run, row, pos, (expert) => (weightOf(other, row, pos, expert) === null ? 1 : 0));
+  return meanOverExperts(run, row, pos, (expert) => (ranAt(other, row, pos, expert) ? 0 : 1));
 }
 
 function matrix(run, colour, picked = null) {

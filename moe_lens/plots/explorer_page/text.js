@@ -11,19 +11,36 @@ function element(name, attributes = {}, ...children) {
   return made;
 }
 
+// Gives a box new children; what had the focus gets it back by its key, or the text does.
+function renew(box, ...children) {
+  const held = box.contains(document.activeElement) ? document.activeElement.dataset.key ?? "" : null;
+  box.replaceChildren(...children);
+  if (held === null) return;
+  const again = Array.from(box.querySelectorAll("[data-key]")).find((each) => each.dataset.key === held);
+  (again ?? document.querySelector(".tokens")).focus({ preventScroll: true });
+}
+
 // Characters that cannot be seen, or that turn the text around them, are written out.
 const SIGNS = { "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d" };
 const UNSEEN = /[\p{Cc}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]/u;
+// An emoji of several, held together by what cannot be seen, is one letter.
+const LETTER = /\p{Extended_Pictographic}(?:[\ufe0f\u{1f3fb}-\u{1f3ff}]*\u200d\p{Extended_Pictographic})+|./gsu;
+const lettersOf = (text) => text.match(LETTER) ?? [];
 function sign(letter) {
   if (SIGNS[letter]) return SIGNS[letter];
-  if (!UNSEEN.test(letter)) return null;
+  if (!UNSEEN.test(letter) || /^\p{Extended_Pictographic}/u.test(letter)) return null;
   return `\\u${letter.codePointAt(0).toString(16).padStart(4, "0")}`;
 }
 
 // As one line, for places beside the text.
 function inline(text) {
-  const shown = Array.from(text, (letter) => sign(letter) ?? letter).join("").replace(/^\p{M}/u, "\u25cc$&");
+  const shown = lettersOf(text).map((letter) => sign(letter) ?? letter).join("").replace(/^\p{M}/u, "\u25cc$&");
   return shown.replace(/^ +| +$/g, (spaces) => "\u2423".repeat(spaces.length)) || "\u2205";
+}
+
+function labelOf(text) { // null where the text says it
+  const label = inline(text);
+  return label === text ? null : label;
 }
 
 const PIECE = /(.)\((\d)\/([234])\)/gsu; // a piece of a character: its number of how many
@@ -37,7 +54,7 @@ function tokenNodes(tokens, at) {
   if (text === "") return [element("span", { class: "odd" }, "\u2205")];
   const plain = (part) => {
     let run = "";
-    for (const letter of part) {
+    for (const letter of lettersOf(part)) {
       const shown = sign(letter);
       if (shown === null) { run += letter; continue; }
       nodes.push(run, element("span", { class: "odd" }, shown));
@@ -57,6 +74,8 @@ function tokenNodes(tokens, at) {
   return nodes;
 }
 
+const LONG = 600; // tokens that fill a window
+
 // Tokenizers of words keep no spaces: their tokens are set apart.
 function hasNoSpaces(tokens) {
   return tokens.length > 1 && !tokens.some((text) => /^ \S|\S $/u.test(text));
@@ -65,7 +84,7 @@ function hasNoSpaces(tokens) {
 function buildTexts(reading) {
   for (const run of RUNS) {
     run.spans = run.tokens.map((_, at) =>
-      element("span", { class: "t", role: "option", id: `t${run.number}-${at}`, "data-at": at, "aria-selected": "false", "aria-label": inline(run.tokens[at]) }, ...tokenNodes(run.tokens, at)));
+      element("span", { class: "t", role: "option", id: `t${run.number}-${at}`, "data-at": at, "aria-selected": "false", "aria-label": labelOf(run.tokens[at]) }, ...tokenNodes(run.tokens, at)));
     const spaced = hasNoSpaces(run.tokens);
     run.box = element("div", {
       class: spaced ? "tokens spaced" : "tokens", dir: "auto", role: "listbox", tabindex: 0, "data-run": run.number,
@@ -76,7 +95,7 @@ function buildTexts(reading) {
     run.mapRange = element("span");
     const shown = element("small");
     if (RUNS.length > 1 && N_SHARED < run.n) shown.append(`another text from token ${N_SHARED + run.first} on: not compared`);
-    reading.append(element("article", { class: "run" },
+    reading.append(element("article", { class: run.n > LONG ? "run long" : "run" },
       RUNS.length > 1 ? element("h2", {}, run.name, shown) : null, run.box,
       element("figure", { class: "map" }, element("figcaption", {}, run.mapWords, run.mapRange), run.map)));
   }
