@@ -1,9 +1,10 @@
-"""How often the verdict is wrong: python benchmarks/null_verdicts.py null --seeds 100
+"""How often the verdict is wrong: python benchmarks/null_verdicts.py null null-majority --seeds 100
 
 All countries that an organism knows are pooled and split anew by each seed: 12 for detection, 12 to choose
-the plan's size, 24 to judge it. Detection, choice and verdict are those of the demo. Prints the share of
-splits on which the verdict says that steering exceeds its controls: on the null organism a false positive.
-The splits share one model and its 48 countries, so they are no independent trials.
+the plan's size, 24 to judge it. Detection, choice and verdict are those of the demo. Prints a table, one row
+an organism: on how many splits the verdict says that steering exceeds its controls (on the two null organisms
+false positives), how large the gaps are, and on what share each of the verdict's criteria would by itself
+have said yes. The splits share one model and its 48 countries, so they are no independent trials.
 """
 
 import argparse
@@ -112,34 +113,60 @@ class Bench:
         return SweepResult("", "", "deactivate", 0.0, base, limits, tuple(points)).best_size()
 
 
+HEADER = (
+    "organism", "exceeds controls", "95 %", "two-way gap", "interval above 0", "p matched", "p any layer",
+    "both p", "excess matched", "excess any layer",
+)  # fmt: skip
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("organism", choices=organisms.names())
-    parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--n-random", type=int, default=20)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("organisms", nargs="+", choices=organisms.names(), metavar="ORGANISM")
+    parser.add_argument("--seeds", type=int, default=100, help="splits of the countries (default: 100)")
+    parser.add_argument("--n-random", type=int, default=20, help="random sets of each kind and direction")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(options.organism)
-    reports = []
-    with tqdm(range(options.seeds), desc=options.organism) as seeds:
+    rows = [row(judged(name, options.seeds, options.n_random)) for name in options.organisms]
+    print(markdown([HEADER, *rows]))
+
+
+def judged(name: str, n_seeds: int, n_random: int) -> list[SteeringReport]:
+    """The reports of one organism, a split each."""
+    bench, reports = Bench(name), []
+    with tqdm(range(n_seeds), desc=name) as seeds:
         for seed in seeds:
-            reports.append(bench.report(seed, options.n_random))
+            reports.append(bench.report(seed, n_random))
             seeds.set_postfix(positive=sum(report.verdict for report in reports))
+    return reports
+
+
+def row(reports: list[SteeringReport]) -> tuple[str, ...]:
+    """An organism's row of the table."""
     positive = sum(report.verdict for report in reports)
     interval = binomtest(positive, len(reports)).proportion_ci()
     gaps = [report.gap for report in reports]
-    print(
-        f"{options.organism}: verdict 'exceeds controls' on {positive} of {len(reports)} splits "
-        f"({positive / len(reports):.3f}, Clopper–Pearson 95 % [{interval.low:.3f}, {interval.high:.3f}]); "
-        f"two-way gap {np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1):.2f}; criteria alone: "
-        f"interval {np.mean([r.gap_interval[0] > 0 for r in reports]):.2f}, "
-        f"layer-matched {np.mean([r.p_matched <= 0.05 for r in reports]):.2f}, "
-        f"any layer {np.mean([r.p_any <= 0.05 for r in reports]):.2f}, "
-        f"both p-values {np.mean([max(r.p_matched, r.p_any) <= 0.05 for r in reports]):.2f}, "
-        f"excess over layer-matched {np.mean([r.excess_matched.low > 0 for r in reports]):.2f}, "
-        f"over any layer {np.mean([r.excess_any.low > 0 for r in reports]):.2f}"
+    criteria = [
+        [report.gap_interval[0] > 0 for report in reports],
+        [report.p_matched <= report.alpha for report in reports],
+        [report.p_any <= report.alpha for report in reports],
+        [max(report.p_matched, report.p_any) <= report.alpha for report in reports],
+        [report.excess_matched.low > 0 for report in reports],
+        [report.excess_any.low > 0 for report in reports],
+    ]
+    return (
+        reports[0].model,
+        f"{positive} of {len(reports)}",
+        f"[{interval.low:.3f}, {interval.high:.3f}]",
+        f"{np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1):.2f}",
+        *(f"{np.mean(held):.2f}" for held in criteria),
     )
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; the first row is its header."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 if __name__ == "__main__":
