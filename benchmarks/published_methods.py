@@ -38,6 +38,7 @@ from moe_lens import (
     search_plan,
     steer_hooks,
     virtual_ablation,
+    zero_ablate,
 )
 from moe_lens.attribution import ExpertEffects, VirtualAblation, effects_by_expert
 from moe_lens.detection import ExpertScores
@@ -393,19 +394,21 @@ def activated(material: Material) -> Both:
 
 
 def averaged_out(material: Material) -> Both:
-    """The risk difference's experts replaced by their mean outputs; the routes stay."""
+    """Replaces the risk difference's experts by their mean outputs, or zeros if never chosen; routes stay."""
     scores, model = material.scores(), material.model
     texts = [text for c in material.detection for text in (c.open_book, c.closed_book)]
     means, these = mean_expert_outputs(model, texts, progress=False), object()
+    shape = model.moe_shape
 
     def lever(plan: SteeringPlan) -> Lever:
         def random(seed: int, layer_matched: bool) -> Lever:
             return lever(plan.random_like(seed=seed, layer_matched=layer_matched, model=model))
 
-        hooks = mean_ablate(plan.deactivate, means)
+        ran = [e for e in plan.deactivate if int(means.counts[shape.layers.index(e[0]), e[1]])]
+        never = [e for e in plan.deactivate if e not in ran]
+        hooks = (mean_ablate(ran, means) if ran else []) + (zero_ablate(never) if never else [])
         return Lever(lambda _: hooks, plan.deactivate, random, (these, plan), on_outputs=True)
 
-    shape = model.moe_shape
     return {
         side: lever(SteeringPlan(deactivate=_off(signed), shape=shape))
         for side, signed in (("+", scores), ("-", -scores))
