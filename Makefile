@@ -43,7 +43,7 @@ demo: env  ## the main job on the shipped models: prints the table, writes moe-l
 test: env  ## the first tier, in less than 8 minutes on 2 cores
 	$(PYTEST) -m "not broad"
 
-test-all: env  ## every family, dtype and promise, and ten times the examples of each property; within 40 minutes
+test-all: env env-vllm  ## every family, dtype and promise, vLLM too where it can be had, ten times the examples; within 40 minutes
 	$(PYTEST) --examples=10
 
 test-vllm: env env-vllm  ## the tests of the plugin alone; those that run vLLM itself are skipped where .venv-vllm is missing
