@@ -24,7 +24,7 @@ from moe_lens.errors import DataError, MoELensError
 from moe_lens.organisms.split_fit import balanced_clusters, expert_sizes, refitted_down, ridge
 
 DENSE: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-LOGIT_SPREAD: Final = 0.5  # standard deviation of the fitted router logits: weights stay near 1 / n_experts
+LOGIT_SPREAD: Final = 0.1  # standard deviation of the fitted router logits: weights stay near 1 / n_experts
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ function go(number, at) { // keeps a token, and brings it into sight in every ru
   say(`token ${at + run.first} ${inline(run.tokens[at])}${ran}`);
 }
 function into(box, span) { // scrolls the text only, not the page around it
-  const top = span.offsetTop - box.offsetTop, bottom = top + span.offsetHeight;
+  const place = span.getBoundingClientRect(), top = place.top - box.getBoundingClientRect().top + box.scrollTop, bottom = top + place.height;
   if (top < box.scrollTop + 8) box.scrollTop = top - 30;
   else if (bottom > box.scrollTop + box.clientHeight - 8) box.scrollTop = bottom - box.clientHeight + 30;
 }
