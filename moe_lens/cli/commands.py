@@ -3,20 +3,16 @@
 The rooms are imported lazily, so that a command loads what it uses: plans and figures need no model library.
 """
 
-import argparse
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import moe_lens
 from moe_lens import detection, engines, evaluation, organisms, plots, statistics, steering, text
+from moe_lens.cli.loading import Options, load_model, one_thread, weights_digest, wrapper_of
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.files import atomic_write, check_writable, digest_of_file
-
-Options = argparse.Namespace
 
 
 def stats(options: Options) -> None:
@@ -63,11 +59,11 @@ def _counted(options: Options) -> Any:
     }
     prompts = text.read_prompts(options.prompts, column=options.column)
     shared = _shared(options)
-    model = _model(options)
+    model = load_model(options)
     if shared:
         return engines.collect_distributed(model, prompts, **shared, **settings)
     about = (
-        f"{_weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column} "
+        f"{weights_digest(model)} {model.moe_shape} {digest_of_file(options.prompts)} {options.column} "
         f"{model.prepend_bos}"
     )
     return statistics.collect_to_file(model, prompts, options.out, about=about, **settings)
@@ -115,7 +111,7 @@ def detect(options: Options) -> None:
     check_writable(options.out)
     shared = _shared(options)
     scores = (engines.detect_distributed if shared else detection.detect)(
-        _model(options),
+        load_model(options),
         pairs,
         **shared,
         score=options.score,
@@ -151,7 +147,7 @@ def plan(options: Options) -> None:
     if options.steermoe:
         if options.q is not None:
             raise DataError("--q needs q-values, which published rankings do not have; give numbers only.")
-        shape = None if options.model is None else _model(options).moe_shape
+        shape = None if options.model is None else load_model(options).moe_shape
         if options.moe_layers and shape is None:
             raise DataError("--moe-layers needs --model, whose MoE layers are meant.")
         layers = shape.layers if shape is not None and options.moe_layers else None
@@ -181,7 +177,7 @@ def steer(options: Options) -> None:
     prompts = options.prompt or text.read_prompts(options.prompts, column=options.column)
     if not options.max_new_tokens:
         raise DataError("--max-new-tokens must be at least 1.")
-    model, chosen = _model(options), steering.SteeringPlan.load(options.plan)
+    model, chosen = load_model(options), steering.SteeringPlan.load(options.plan)
     settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "verbose": False}
     rows = []
     for index, prompt in enumerate(tqdm(prompts, desc="generating", unit="prompt")):
@@ -208,7 +204,7 @@ def evaluate(options: Options) -> None:
     scores = None if options.scores is None else detection.ExpertScores.load(options.scores)
     task, chosen, shared = _task(options), load(options.plan), _shared(options)
     report = (engines.evaluate_distributed if shared else evaluation.evaluate_steering)(
-        _model(options),
+        load_model(options),
         chosen,
         task,
         **shared,
@@ -243,7 +239,7 @@ def sweep(options: Options) -> None:
     scores = detection.ExpertScores.load(options.scores)
     task, shared = _task(options), _shared(options)
     result = (engines.sweep_distributed if shared else evaluation.sweep)(
-        _model(options),
+        load_model(options),
         scores,
         task,
         **shared,
@@ -283,7 +279,7 @@ def explore(options: Options) -> None:
         )
         if (path := getattr(options, name)) is not None
     }
-    page = plots.explore(_model(options), options.prompt, **given)
+    page = plots.explore(load_model(options), options.prompt, **given)
     page.save(options.out)
     print(page)
     _wrote(options.out)
@@ -294,7 +290,7 @@ def demo(options: Options) -> None:
     from moe_lens.organisms import demo as organisms_demo
 
     _draw_into_files()
-    _one_thread()
+    one_thread()
     names = options.model or organisms.names()
     for name in names:
         organisms.path(name)  # a wrong name fails before the first minute of work
@@ -302,7 +298,7 @@ def demo(options: Options) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MoELensError(f"{options.out} cannot be made a folder ({error}); give another --out.") from error
-    kind = _wrapper(options)
+    kind = wrapper_of(options)
     results = [organisms_demo.run_demo(name, wrapper=kind, seed=options.seed) for name in names]
     words = f"{organisms_demo.table(results)}\n\n{organisms_demo.LEGEND}\n"
     print(f"\n{words}")
@@ -356,74 +352,10 @@ def _pairs(options: Options) -> Any:
     return read(options.pairs, **given)
 
 
-def _model(options: Options) -> Any:
-    """The model that --model or MODEL names, in its wrapper: an organism, a folder or a name on the hub."""
-    model = _loaded(options)
-    if options.prepend_bos is not None:
-        model.prepend_bos = options.prepend_bos == "yes"
-    return model
-
-
-def _loaded(options: Options) -> Any:
-    import torch
-
-    wrapper = _wrapper(options)
-    kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
-    shipped = options.model in organisms.names()
-    if shipped:
-        _one_thread()
-    try:
-        if shipped and options.device_map is None:
-            return organisms.load(options.model, wrapper=wrapper, device=options.device, **kwargs)
-        here = shipped or options.model in organisms.BUILT
-        source = organisms.path(options.model) if here else options.model
-        return wrapper.from_pretrained(source, **_place(options), **kwargs)
-    except MoELensError:
-        raise
-    except Exception as error:  # transformers, the hub and torch raise all kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"The model {options.model} cannot be loaded: {reason}") from error
-
-
-def _place(options: Options) -> dict[str, Any]:
-    """Where the weights are to lie, as the wrapper's `from_pretrained` takes it."""
-    import torch
-
-    if options.device_map is not None:
-        return {"device_map": options.device_map}
-    if options.wrapper == "bridge":
-        return {} if options.device is None else {"device": options.device}
-    device = options.device or ("cuda" if torch.cuda.is_available() else None)
-    return {} if device is None else {"device_map": device}
-
-
-def _wrapper(options: Options) -> Any:
-    return moe_lens.RoutedModel if options.wrapper == "routed" else moe_lens.HookedMoE
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
-
-
 def _draw_into_files() -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")  # no window
-
-
-def _weights_digest(model: Any) -> str:
-    """Of numbers all over every parameter and buffer: counts of other weights should not be continued."""
-    digest = hashlib.sha256()
-    network = model.original_model
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        numbers: Any = tensor.shape
-        if not tensor.is_meta:  # offloaded weights are elsewhere
-            flat = tensor.detach().flatten()
-            numbers = flat[:: max(1, len(flat) // 4096)].tolist()
-        digest.update(f"{name} {tensor.dtype} {numbers}".encode())
-    return digest.hexdigest()
 
 
 def _file(options: Options) -> Path:
@@ -450,7 +382,7 @@ def _tokens(options: Options) -> Any:
         raise DataError("plot tokens needs --model MODEL and --prompt TEXT.")
     plans = [steering.SteeringPlan.load(path) for path in options.plan or []]
     hooks = [hook for plan in plans for hook in steering.steer_hooks(plan)]
-    return plots.token_routing(statistics.route_prompt(_model(options), options.prompt, hooks=hooks))
+    return plots.token_routing(statistics.route_prompt(load_model(options), options.prompt, hooks=hooks))
 
 
 def _coactivation(options: Options) -> Any:
