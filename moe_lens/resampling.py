@@ -144,7 +144,7 @@ def tail_of(n_units: int, level: float) -> float:
     """The share of draws to leave out on either side, so that few units do not give too short an interval.
 
     >>> round(tail_of(10, 0.95), 4), round(tail_of(1000, 0.95), 4)
-    (0.0085, 0.0248)
+    (0.0086, 0.0248)
     """
     from scipy import stats  # here, since loading results should not wait for it
 
