@@ -92,7 +92,7 @@ def counted(llm: Any, given: dict[str, Any], folder: Path) -> Any:
 
 def prefix(llm: Any, given: dict[str, Any]) -> Any:
     """A long prompt under different plans, one after the other, beside the same with caches of their own."""
-    prompt = (given["prompts"][-1] * 3)[:90]
+    prompt = (given["prompts"][-1][::-1] * 3)[:90]  # backwards: no other job has begun a prompt like this
     found = []
     for number, case in enumerate([0, 1, 2, 0, 1]):
         asked = sampling(arguments(given["cases"][case]), given["n_new"])
