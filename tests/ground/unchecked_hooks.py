@@ -44,14 +44,17 @@ def arguments(model: Any, name: str) -> dict[str, Any]:
         "clean_cache": cache,
         "corrupted_tokens": prompt(3),
         "metric": lambda logits, tokens=None: logits[:, -1, 3].sum(),
+        "objective": moe_lens.text_objective(model, [prompt(3)]),
+        "development": moe_lens.text_objective(model, [prompt(4)]),
+        "b": model,
     }
     given = inspect.signature(functions()[name]).parameters
     needed = [
         key
         for key, parameter in given.items()
-        if (parameter.default is parameter.empty or key == "max_new_tokens")
+        if (parameter.default is parameter.empty or key in ("max_new_tokens", "prompt"))
         and parameter.kind != parameter.VAR_KEYWORD
-        and key != "model"
+        and key not in ("model", "routed", "a")  # the first, which each gets
     ]
     return {key: known[key] for key in needed} | ({"progress": False} if "progress" in given else {})
 
