@@ -23,12 +23,14 @@ class Choices:
 
 
 def score_names() -> Iterable[str]:
+    """What --score takes."""
     from moe_lens.detection.scores import SCORES
 
     return tuple(SCORES)
 
 
 def built_names() -> Iterable[str]:
+    """Organisms that `moe-lens organism build` makes."""
     from moe_lens.organisms.built import BUILT
 
     return BUILT
@@ -40,6 +42,7 @@ def new_command(adder: Any, name: str, short: str, long: str) -> argparse.Argume
 
 
 def add_model_and(command: argparse.ArgumentParser, name: str, text: str, *, needed: bool = True) -> None:
+    """MODEL, how it is loaded, and a file of this name; not `needed`: both may be left out."""
     number = None if needed else "?"
     command.add_argument(
         "model", nargs=number, metavar="MODEL", help="shipped or built model, folder, or name on the hub"
@@ -81,6 +84,7 @@ def add_wrapper(command: argparse.ArgumentParser) -> None:
 
 
 def add_spans(command: argparse.ArgumentParser) -> None:
+    """Which tokens count, and how many run at a time."""
     command.add_argument("--span", help=SPANS)
     command.add_argument("--special-tokens", action="store_true", help="count special tokens too")
     command.add_argument("--batch-size", type=whole, help="prompts a forward, at most")
@@ -92,6 +96,7 @@ def add_spans(command: argparse.ArgumentParser) -> None:
 
 
 def add_sharing(command: argparse.ArgumentParser) -> None:
+    """How several processes share the work."""
     command.add_argument(
         "--folder",
         type=Path,
@@ -104,6 +109,7 @@ def add_sharing(command: argparse.ArgumentParser) -> None:
 
 
 def add_random(command: argparse.ArgumentParser) -> None:
+    """How many random sets, and which."""
     command.add_argument(
         "--n-random", type=whole, default=20, metavar="N", help="random sets of each kind (default: 20)"
     )
@@ -111,14 +117,17 @@ def add_random(command: argparse.ArgumentParser) -> None:
 
 
 def whole(text: str) -> int:
+    """A whole number from 0 on."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 
 
 def whole_or_all(text: str) -> int | str:
+    """A whole number from 0 on, or "all"."""
     return text if text == "all" else whole(text)
 
 
 def several(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas."""
     return tuple(whole(part.strip()) for part in text.split(","))
