@@ -4,7 +4,8 @@ Default: 1,024 prompts and 50 kills. First the wall time of `collect_routing`, o
 process, and in two: both are forked from this one, which has the model, so that start-up (some seconds of
 imports a process, the same for any number) is not in it. It needs two idle cores; the load of the machine is
 printed beside the result, and so is the CPU time, of two processes its mean: what two idle cores give if each
-takes half, but for waiting and for the memory that they share. Then two processes count, one of them is
+takes half, but for waiting and for the memory that they share. What this machine can give at all is measured beside it:
+two processes that know nothing of each other, each with `collect_routing` on half the prompts. Then two processes count, one of them is
 killed (SIGKILL) at a random moment and another is forked in its place, again and again; at the end no unit
 may be missing, and the result must be that of `collect_routing`, bit for bit.
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,52 +39,50 @@ def same(one: RoutingStats, other: RoutingStats) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Wall time of a run."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def in_processes(n: int, work: Callable[[], object]) -> float:
-    """The same work in n forked processes, to the end of all; returns the mean of their CPU times."""
+def in_processes(*works: Callable[[], object]) -> float:
+    """Each in a forked process, to the end of all; returns the mean of their CPU times."""
     taken = FORK.SimpleQueue()
 
-    def timed() -> None:
+    def timed(work: Callable[[], object]) -> None:
         start = time.process_time()
         work()
         taken.put(time.process_time() - start)
 
-    workers = [FORK.Process(target=timed) for _ in range(n)]
+    workers = [FORK.Process(target=timed, args=(work,)) for work in works]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    return sum(taken.get() for _ in workers) / n
+    return sum(taken.get() for _ in workers) / len(works)
 
 
 def speed(model: RoutedModel, prompts: list[str]) -> None:
     """Wall and CPU times, alternated."""
-    found: dict[str, list[float]] = {"collect_routing": [], "1 process": [], "2 processes": []}
-    cpu: dict[str, list[float]] = {"1 process": [], "2 processes": []}
+    names = ("collect_routing", "its halves, apart", "1 process", "2 processes")
+    found: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    halves = [partial(collect_routing, model, half, **SETTINGS) for half in (prompts[::2], prompts[1::2])]
     for _ in range(ROUNDS):
-        found["collect_routing"].append(seconds(lambda: collect_routing(model, prompts, **SETTINGS)))
-        for n in (1, 2):
+        for name in names:
             with tempfile.TemporaryDirectory() as folder:
-
-                def work(folder: str = folder) -> None:
-                    collect_distributed(model, prompts, folder, unit=UNIT, **SETTINGS)
-
-                name, start = f"{n} process{'es' * (n > 1)}", time.perf_counter()
-                cpu[name].append(in_processes(n, work))
+                together = partial(collect_distributed, model, prompts, folder, unit=UNIT, **SETTINGS)
+                works: dict[str, list[Callable[[], object]]] = {
+                    "collect_routing": [partial(collect_routing, model, prompts, **SETTINGS)],
+                    "its halves, apart": [*halves],
+                    "1 process": [together],
+                    "2 processes": [together, together],
+                }
+                start = time.perf_counter()
+                cpu[name].append(in_processes(*works[name]))
                 found[name].append(time.perf_counter() - start)
     print(f"{len(prompts)} prompts, units of {UNIT} batches of 8; load average {os.getloadavg()[0]:.1f}")
     for name, times in found.items():
-        print(f"  {name:16} {median(times):6.2f} s ({min(times):.2f}–{max(times):.2f})")
+        print(f"  {name:17} {median(times):6.2f} s ({min(times):.2f}–{max(times):.2f})")
     for what, each in (("wall time", found), ("CPU time", cpu)):
-        ratios = [one / two for one, two in zip(each["1 process"], each["2 processes"], strict=True)]
-        print(f"  one ÷ two, {what}: {median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
+        for one, two in (("collect_routing", "its halves, apart"), ("1 process", "2 processes")):
+            ratios = [a / b for a, b in zip(each[one], each[two], strict=True)]
+            print(f"  {one} ÷ {two}, {what}: {median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
 
 
 def kills(model: RoutedModel, prompts: list[str], n_kills: int) -> None:

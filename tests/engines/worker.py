@@ -22,18 +22,8 @@ PROMPTS = [c.open_book for c in organisms.world("specialised").conflicts("detect
 SETTINGS: dict[str, Any] = {"per_prompt": True, "vocabulary": True, "batch_size": 4, "progress": False}
 
 
-def count(folder: Path) -> None:
-    """Count into FOLDER with whoever else does."""
-    model = organisms.load("specialised", wrapper=RoutedModel)
-    collect_distributed(model, PROMPTS, folder, unit=1, **SETTINGS)
-
-
-def main(folder: Path, out: Path, pause: float) -> None:
-    """Count with the others."""
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
-    rank = os.environ.get("RANK", str(os.getpid()))
-    (out / f"pid-{rank}").write_text(str(os.getpid()), encoding="utf-8")
+def count(folder: Path, pause: float) -> RoutingStats:
+    """Count into FOLDER with whoever else does, and wait `pause` seconds in each unit."""
     of_each = Counting.of_each
 
     def slowly(self: Counting, batches: Sequence[Any], among: Pass) -> list[RoutingStats]:
@@ -42,7 +32,16 @@ def main(folder: Path, out: Path, pause: float) -> None:
 
     Counting.of_each = slowly  # type: ignore[method-assign]
     model = organisms.load("specialised", wrapper=RoutedModel)
-    collect_distributed(model, PROMPTS, folder, unit=1, **SETTINGS).save(out / f"stats-{rank}")
+    return collect_distributed(model, PROMPTS, folder, unit=1, **SETTINGS)
+
+
+def main(folder: Path, out: Path, pause: float) -> None:
+    """Count with the others."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    rank = os.environ.get("RANK", str(os.getpid()))
+    (out / f"pid-{rank}").write_text(str(os.getpid()), encoding="utf-8")
+    count(folder, pause).save(out / f"stats-{rank}")
 
 
 if __name__ == "__main__":
