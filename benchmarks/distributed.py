@@ -2,12 +2,15 @@
 
 Default: 1,024 prompts and 50 kills. First the wall time of `collect_routing`, of `collect_distributed` in one
 process, and in two: both are forked from this one, which has the model, so that start-up (some seconds of
-imports a process, the same for any number) is not in it. It needs two idle cores; the load of the machine is
-printed beside the result, and so is the CPU time, of two processes its mean: what two idle cores give if each
-takes half, but for waiting and for the memory that they share. What this machine can give at all is measured beside it:
-two processes that know nothing of each other, each with `collect_routing` on half the prompts. Then two processes count, one of them is
-killed (SIGKILL) at a random moment and another is forked in its place, again and again; at the end no unit
-may be missing, and the result must be that of `collect_routing`, bit for bit.
+imports a process, the same for any number) is not in it. On *specialised*, which has half a million
+parameters, so that what is done around its forwards counts most, and on an OLMoE of hidden size 256 (8 layers
+of 64 experts). Two processes that know nothing of each other, each with `collect_routing` on half the
+prompts, show what two cores of this machine give at all. It needs two idle cores; the load of the machine is
+printed beside the result, and so is the CPU time, of two processes its mean.
+
+Then two processes count, one of them is killed (SIGKILL) at a random moment and another is forked in its
+place, again and again; at the end no unit may be missing, and the result must be that of `collect_routing`,
+bit for bit.
 """
 
 import multiprocessing
@@ -24,13 +27,14 @@ from typing import Any
 
 import torch
 from measuring import one_thread
+from models import olmoe
 
 from moe_lens import RoutedModel, RoutingStats, collect_routing, organisms
 from moe_lens.engines import collect_distributed, merge_distributed
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS: dict[str, Any] = {"per_prompt": True, "vocabulary": True, "batch_size": 8, "progress": False}
-UNIT, ROUNDS = 8, 5
+UNIT, ROUNDS = 8, 3
 
 
 def same(one: RoutingStats, other: RoutingStats) -> bool:
@@ -129,6 +133,8 @@ def main(n_prompts: int = 1024, n_kills: int = 50) -> None:
     conflicts = organisms.world("specialised").conflicts("test")
     prompts = [conflicts[number % len(conflicts)].open_book for number in range(n_prompts)]
     speed(model, prompts)
+    larger = RoutedModel(olmoe(256, model.cfg.d_vocab), model.tokenizer)
+    speed(larger, prompts)
     if n_kills:
         kills(model, prompts, n_kills)
 

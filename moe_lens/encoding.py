@@ -50,8 +50,8 @@ def text_ids(tokenizer: Any, text: str, prepend_bos: bool | None = None) -> list
         if prepend_bos:
             raise DataError("prepend_bos=True, but this tokenizer has no BOS token.")
         return ids
-    adds = adds_bos(tokenizer)
-    body = ids[1:] if adds and ids[:1] == [bos] else ids
+    adds = ids[:1] == [bos] and adds_bos(tokenizer)
+    body = ids[1:] if adds else ids
     if not (adds if prepend_bos is None else prepend_bos):
         return body
     if body[:1] == [bos]:

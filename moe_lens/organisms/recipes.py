@@ -7,6 +7,7 @@
 | planted-mixtral   | uncued   | the same, in a Mixtral                                         |
 | label-free        | majority | tell sequences apart, without any label                        |
 | null              | uncued   | nothing                                                        |
+| null-majority     | majority | nothing: specialised without its signal                        |
 """
 
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,10 @@ RECIPES: Final[dict[str, Recipe]] = {
     "planted-mixtral": replace(_PLANTED, architecture="mixtral"),
     "label-free": Recipe("majority", mixture=_CONFLICTING, sequence_information=0.6),
     "null": Recipe("uncued"),
+    "null-majority": Recipe("majority", mixture=_CONFLICTING),
 }
+NULLS: Final = ("null", "null-majority")
+"""Recipes in which nothing ties routes to behaviour."""
 
 
 def recipe(name: str) -> Recipe:

@@ -90,11 +90,11 @@ def prompts_with_tokens(
             f"output; got {short(prompts)}."
         )
     prompts = without_padding(model.tokenizer, prompts)
-    index, unknown = -1, _unknown_token(model)
+    index, unknown, cfg = -1, _unknown_token(model), model.cfg  # read once: it costs as much as tokenising
     for index, given in enumerate(prompts):
         prompt = _prompt_of(index, given)
         tokens = given if prompt is None else _tokens_of_prompt(model, index, prompt)
-        tokens = _checked_tokens(model, index, tokens)
+        tokens = _checked_tokens(cfg, index, tokens)
         if prompt is not None and unknown is not None and (count := int((tokens == unknown).sum())):
             _warn_of_unknown(model, index, prompt, unknown, count)
             unknown = None  # one warning is enough
@@ -286,7 +286,7 @@ def _tokens_of_prompt(model: TextModel, index: int, prompt: Prompt) -> Any:
         raise DataError(f"Prompt {index}: {error}") from error
 
 
-def _checked_tokens(model: TextModel, index: int, prompt: Any) -> Int[Tensor, "pos"]:
+def _checked_tokens(cfg: Any, index: int, prompt: Any) -> Int[Tensor, "pos"]:
     if is_encoding(prompt):
         prompt = only_row(index, prompt)
     try:
@@ -300,10 +300,10 @@ def _checked_tokens(model: TextModel, index: int, prompt: Any) -> Int[Tensor, "p
             f"Prompt {index} must be a non-empty sequence of token numbers; got {tokens.dtype} of shape "
             f"{tuple(tokens.shape)}."
         )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= model.cfg.d_vocab:
-        raise DataError(f"Prompt {index} has tokens outside the vocabulary of 0 to {model.cfg.d_vocab - 1}.")
-    if len(tokens) > model.cfg.n_ctx:  # TransformerLens would cut the text silently
+    if int(tokens.min()) < 0 or int(tokens.max()) >= cfg.d_vocab:
+        raise DataError(f"Prompt {index} has tokens outside the vocabulary of 0 to {cfg.d_vocab - 1}.")
+    if len(tokens) > cfg.n_ctx:  # TransformerLens would cut the text silently
         raise DataError(
-            f"Prompt {index} has {len(tokens)} tokens, the model's context is {model.cfg.n_ctx}; shorten it."
+            f"Prompt {index} has {len(tokens)} tokens, the model's context is {cfg.n_ctx}; shorten it."
         )
     return tokens.long()

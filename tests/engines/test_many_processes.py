@@ -104,7 +104,9 @@ def test_who_survives_does_the_rest_and_nothing_is_lost_in_many_kills(tmp_path: 
     model, draw, alone = organisms.load("specialised", wrapper=RoutedModel), random.Random(0), expected()
 
     def started() -> Any:
-        worker = CLEAN.Process(target=count, args=(tmp_path, 0.5))  # 6 seconds of pauses, so all kills are early
+        worker = CLEAN.Process(
+            target=count, args=(tmp_path, 0.5)
+        )  # 6 seconds of pauses, so all kills are early
         worker.start()
         return worker
 

@@ -35,11 +35,12 @@ def test_among_equal_gaps_the_gentler_seed_wins() -> None:
     assert best([result(0, 0.9, 0.2, closed_book=0.8), result(1, 0.8, 0.1), result(2, 0.5, 0.1)]).seed == 1
 
 
-def test_a_null_is_not_chosen_for_its_gap() -> None:
+@pytest.mark.parametrize("name", ["null", "null-majority"])
+def test_a_null_is_not_chosen_for_its_gap(name: str) -> None:
     seeds = [
-        result(0, 0.6, 0.4, name="null"),
-        result(1, 0.9, 0.2, name="null"),
-        result(2, 0.5, 0.5, name="null"),
+        result(0, 0.6, 0.4, name=name),
+        result(1, 0.9, 0.2, name=name),
+        result(2, 0.5, 0.5, name=name),
     ]
     assert best(seeds).seed == 0
 
