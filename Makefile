@@ -4,7 +4,7 @@ BIN := .venv/bin
 # By file, so that models which a file's tests share are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: env env-vllm chromium demo test test-all test-vllm test-lowest bench bench-real methods lint docs docs-serve \
+.PHONY: env env-vllm chromium demo test test-all test-vllm test-lowest bench bench-real methods calibration lint docs docs-serve \
 	tutorials
 
 env: .venv/installed  ## create .venv with the tested versions
@@ -73,6 +73,9 @@ bench-real: env  ## the same at the size of OLMoE-1B-7B; needs 16 GB of memory
 
 methods: env  ## every published method on the shipped models, in one table: writes docs/methods-table.md; resumes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods_table.py
+
+calibration: env  ## do intervals, p, q, verdicts and power keep their word? writes docs/calibration.md; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py
 
 tutorials: env  ## run the tutorials again, from clean, and write their outputs
 	$(BIN)/python -m tests.notebooks
