@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,3 +122,10 @@ def test_loading_is_quiet_and_leaves_progress_bars_as_they_were(capfd: pytest.Ca
         organisms.load("null", no_such_argument=1)  # pyright: ignore[reportCallIssue]
     assert capfd.readouterr().err == ""
     assert logging.is_progress_bar_enabled()
+
+
+def test_null_majority_is_specialised_without_its_signal() -> None:
+    """The control differs in one number, so that what differs in behaviour is due to it."""
+    with_signal, without = RECIPES["specialised"], RECIPES["null-majority"]
+    assert replace(with_signal, register_information=0.0) == without
+    assert with_signal.register_information > 0

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_lens.organisms.demo import run_demo
+from moe_lens.organisms.recipes import NULLS
 from tests.families import broad
 
 pytestmark = broad
@@ -20,7 +21,8 @@ def test_steers_both_ways_beyond_its_controls(name: str) -> None:
     assert away[1] < 0
 
 
-def test_null_stays_inside_its_controls() -> None:
-    report = run_demo("null", n_random=19, progress=False).report
+@pytest.mark.parametrize("name", NULLS)
+def test_a_null_stays_inside_its_controls(name: str) -> None:
+    report = run_demo(name, n_random=19, progress=False).report
     assert not report.verdict
     assert report.explanation.startswith("No effect beyond the controls")
