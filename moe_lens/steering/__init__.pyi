@@ -13,3 +13,4 @@ from .published import PublishedRanking as PublishedRanking
 from .published import read_published_ranking as read_published_ranking
 from .router_bias import LearningStep as LearningStep
 from .router_bias import RouterBias as RouterBias
+from .survival import SelectionSurvival as SelectionSurvival

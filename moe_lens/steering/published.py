@@ -26,6 +26,7 @@ from moe_lens.shape import UNKNOWN_MODEL, MoEShape
 from moe_lens.steering.choosing import OnExcess, select
 from moe_lens.steering.pickled_table import read_columns
 from moe_lens.steering.plan import SteeringPlan
+from moe_lens.steering.survival import SelectionSurvival, survival
 
 if TYPE_CHECKING:
     import pandas
@@ -123,6 +124,45 @@ class PublishedRanking(Result):
             on_excess=on_excess,
         )
         return SteeringPlan(*chosen, epsilon, self.shape)
+
+    def survival(
+        self,
+        n_activate: int = 0,
+        n_deactivate: int = 0,
+        *,
+        opposite: bool = False,
+        design_effect: float = 1.0,
+        n_draws: int = 1000,
+        seed: int = 0,
+    ) -> SelectionSurvival:
+        """Which experts of the selection would be selected again, if counts were what chance makes of them.
+
+        Counts are drawn anew, binomial with the published rates and numbers of tokens, and the selection is
+        made again. Two things make it look steadier than it is: tokens of a prompt are alike (give a
+        `design_effect`: variances by prompt ÷ binomial ones, which a run of your own can tell; 2 to 20 is
+        usual), and the largest of many published differences are larger than the true ones.
+
+        Args:
+            n_activate: how many experts the selection promotes.
+            n_deactivate: how many it keeps out.
+            opposite: as in `plan`.
+            design_effect: how many tokens are worth one, from 1 on.
+            n_draws: how often counts are drawn.
+            seed: of the draws.
+
+        Raises:
+            PlanError: no expert asked for, or more than have the sign.
+            DataError: an argument out of range.
+        """
+        return survival(
+            self,
+            n_activate,
+            n_deactivate,
+            opposite=opposite,
+            design_effect=design_effect,
+            n_draws=n_draws,
+            seed=seed,
+        )
 
     def summary(self) -> str:
         """How many experts of which model are ranked."""
