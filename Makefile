@@ -60,7 +60,7 @@ test-lowest:  ## part of the first tier with the oldest versions that pyproject.
 	$(LOWEST)/uv pip compile --quiet --no-deps --no-annotate --no-header --resolution=lowest-direct \
 		--python-version=3.11 pyproject.toml --output-file=.venv-lowest/lowest.txt
 	$(if $(TORCH),sed -i 's/^torch==.*/torch==$(TORCH)/' .venv-lowest/lowest.txt)
-	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --constraint .venv-lowest/lowest.txt --editable . \
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --constraint .venv-lowest/lowest.txt --editable ".[harness]" \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
 		pytest pytest-xdist hypothesis beartype pyyaml nbformat nbclient parameterized
 	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses=auto --dist=loadfile -m "not broad" $(LOWEST_TESTS)

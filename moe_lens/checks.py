@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moe_lens.errors import DataError, MoELensError
 
 
 def as_index(number: Any) -> int | None:
-    """An integer from 0 on (Python's, numpy's or torch's) as int; None for anything else, True included."""
-    if isinstance(number, bool):
+    """An integer from 0 on (Python's, numpy's or torch's) as int; None for anything else, any True included."""
+    if isinstance(number, bool | np.bool_) or (isinstance(number, Tensor) and number.dtype == torch.bool):
         return None
     try:
         index = operator.index(number)

@@ -33,7 +33,7 @@ def test_the_bounds_are_inclusive(value: int, least: int, width: int | None) -> 
     "wrong",
     [
         True, False, 1.0, 2.5, "3", None, [1], -1, float("nan"), np.float64(2), np.bool_(True),
-        torch.tensor([1, 2]), torch.tensor(1.0), object,
+        torch.tensor([1, 2]), torch.tensor(1.0), torch.tensor(True), torch.tensor([True]), object,
     ],
     ids=repr,
 )  # fmt: skip
