@@ -12,7 +12,7 @@ from moe_lens.errors import DataError, MoELensError
 
 
 def as_index(number: Any) -> int | None:
-    """An integer from 0 on (Python's, numpy's or torch's) as int; None for anything else, any True included."""
+    """An integer from 0 on (Python's, numpy's or torch's) as int; None for anything else, every True, too."""
     if isinstance(number, bool | np.bool_) or (isinstance(number, Tensor) and number.dtype == torch.bool):
         return None
     try:
