@@ -26,8 +26,9 @@ from moe_lens.statistics.collection import collect_routing, route_prompt
 from moe_lens.statistics.generation import collect_generation
 from moe_lens.statistics.routes import PromptRouting
 from moe_lens.steering.hooks import steer_hooks
+from tests.families import recipes
 from tests.text.test_spans import model_with
-from tests.tiny_models import prompt, tiny_model, tokenizer
+from tests.tiny_models import EVERY_FAMILY, prompt, tiny_model, tokenizer
 
 SHAPE = MoEShape("m", (1, 3), 6, 2)
 HOSTILE = (
@@ -96,7 +97,7 @@ def test_whole_numbers_and_what_is_no_number_are_packed(largest: int, dtype: str
     np.testing.assert_array_equal(unpacked(packed(exact)), exact.numpy())
 
 
-@pytest.mark.parametrize("recipe", ["olmoe", "qwen2_moe", "deepseek_v3"])
+@recipes(["olmoe", "qwen2_moe", "deepseek_v3"], EVERY_FAMILY)
 @pytest.mark.parametrize("kind", ["bridge", "routed"])
 def test_a_models_page_holds_what_its_cache_holds(
     hooked: Callable[..., HookedMoE], recipe: str, kind: str
