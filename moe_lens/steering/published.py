@@ -138,15 +138,16 @@ class PublishedRanking(Result):
         """Which experts of the selection would be selected again, if counts were what chance makes of them.
 
         Counts are drawn anew, binomial with the published rates and numbers of tokens, and the selection is
-        made again. Two things make it look steadier than it is: tokens of a prompt are alike (give a
-        `design_effect`: variances by prompt ÷ binomial ones, which a run of your own can tell; 2 to 20 is
-        usual), and the largest of many published differences are larger than the true ones.
+        made again. Tokens of a prompt are alike, which makes differences vary more than that, and pairs of
+        prompts that share tokens make them vary less: give the ratio of both variances as `design_effect` (a
+        run of your own can tell it). The largest of many published differences are larger than the true ones,
+        so a selection looks steadier than it is, whatever the design effect.
 
         Args:
             n_activate: how many experts the selection promotes.
             n_deactivate: how many it keeps out.
             opposite: as in `plan`.
-            design_effect: how many tokens are worth one, from 1 on.
+            design_effect: how many tokens are worth one, above 0.
             n_draws: how often counts are drawn.
             seed: of the draws.
 

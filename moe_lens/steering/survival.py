@@ -5,8 +5,9 @@
     found.to_dataframe()
 
 A published ranking has counts of tokens and no prompts, so nothing can be resampled but tokens. Tokens of a
-prompt are alike, and tokens taken as independent make a selection look steadier than it is: `design_effect`
-says how many tokens are worth one (Kish 1965, Survey Sampling, section 8.2).
+prompt are alike, so a selection is less steady than independent tokens would make it; pairs of prompts that
+share most of their tokens make it steadier. Counts cannot tell how much: `design_effect` says how many tokens
+are worth one (Kish 1965, Survey Sampling, section 8.2), and a run of one's own what it is.
 """
 
 from dataclasses import dataclass
@@ -112,9 +113,9 @@ def survival(
     draws = whole_number(n_draws, "n_draws", least=1)
     generator = np.random.default_rng(whole_number(seed, "seed"))
     is_number = isinstance(design_effect, int | float | np.number) and not isinstance(design_effect, bool)
-    if not is_number or not 1 <= design_effect < np.inf:
+    if not is_number or not 0 < design_effect < np.inf:
         raise DataError(
-            f"design_effect must be a number from 1 on, how many tokens are worth one; got {design_effect!r}."
+            f"design_effect must be a number above 0, how many tokens are worth one; got {design_effect!r}."
         )
     sign = -1 if opposite else 1
     chosen = [np.flatnonzero(side) for side in _selected(sign * ranking.delta[None], numbers)[:, 0]]
