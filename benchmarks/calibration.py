@@ -306,7 +306,7 @@ def effects(samples: int) -> Rows:
     for rates in ((0.5, 0.7, 0.3), (0.5, 0.5, 0.5), (0.1, 0.3, 0.05)):
         for n, together, level in ((12, 4, 0.95), (24, 8, 0.95), (24, 8, 0.9), (24, 8, 0.99), (96, 1, 0.95)):
             rng, held = np.random.default_rng(n), np.zeros(2)
-            for seed in range(samples):
+            for seed in range(4 * samples):
                 report = report_of(answers(rng, rates, n, together, 0.3), together, level, seed)
                 spans = report.gap_interval, report.effect_interval("+")
                 truths = rates[1] - rates[2], rates[1] - rates[0]
@@ -314,7 +314,7 @@ def effects(samples: int) -> Rows:
                 held += [low - 1e-12 <= truth <= high + 1e-12 for (low, high), truth in pairs]
             shown = " / ".join(f"{rate:g}" for rate in rates)
             rows.append(
-                (shown, f"{n} × {together}", percent(level, 0), *(percent(x / samples) for x in held))
+                (shown, f"{n} × {together}", percent(level, 0), *(percent(x / samples / 4) for x in held))
             )
     return rows
 
@@ -414,7 +414,8 @@ TABLES = {
     ),
     "effects": Table(
         "Intervals of steering effects",
-        "How often `report.gap_interval` and `report.effect_interval` hold the truth.",
+        "How often `report.gap_interval` and `report.effect_interval` hold the truth; four times as many data "
+        "sets.",
         ("rates: unsteered, +, −", "clusters × prompts", "level", "gap inside", "effect of + inside"),
         effects,
     ),

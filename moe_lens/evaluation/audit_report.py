@@ -147,7 +147,7 @@ class AuditReport(Result):
         return self._interval(condition.held_out)
 
     def _interval(self, values: Float[np.ndarray, "prompt"]) -> tuple[float, float]:
-        return clustered_interval(values, self.clusters, level=self.level, seed=self.seed, widened=True)
+        return clustered_interval(values, self.clusters, level=self.level, seed=self.seed)
 
     def summary(self) -> str:
         """The worst case with its interval, beside the rate as trained."""

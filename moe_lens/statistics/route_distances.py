@@ -145,7 +145,7 @@ def route_divergence(
     if paired:
         values, units = _of_pairs(a, b, measure), clusters
         labels = [str(label) for label in (range(len(values)) if units is None else units)]
-        settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed, "widened": True}
+        settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
         bounds = [clustered_interval(column, labels, **settings) for column in values.T]
         low, high = (torch.tensor(side, dtype=torch.float64) for side in zip(*bounds, strict=True))
         mean, n_units = torch.from_numpy(values.mean(0)), (len(set(labels)),)

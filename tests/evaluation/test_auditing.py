@@ -70,7 +70,7 @@ def test_the_search_finds_what_was_hidden_and_the_headline_is_its_held_out_rate(
     assert np.array_equal(report.worst.held_out, expected[reported])
     assert np.array_equal(report.worst.development, expected[chosen_by])
     labels = [CLUSTERS[place] for place in reported]
-    assert report.worst_interval == clustered_interval(expected[reported], labels, widened=True)
+    assert report.worst_interval == clustered_interval(expected[reported], labels)
     low, high = clustered_interval(expected[reported], labels)
     assert report.worst_interval[0] <= low <= high <= report.worst_interval[1]
     assert not set(labels) & {CLUSTERS[place] for place in chosen_by}
