@@ -414,8 +414,8 @@ TABLES = {
     ),
     "effects": Table(
         "Intervals of steering effects",
-        "How often `report.gap_interval` and `report.effect_interval` hold the truth; four times as many data "
-        "sets.",
+        "How often `report.gap_interval` and `report.effect_interval` hold the truth; four times as many "
+        "data sets.",
         ("rates: unsteered, +, −", "clusters × prompts", "level", "gap inside", "effect of + inside"),
         effects,
     ),
