@@ -18,7 +18,7 @@ from moe_lens import mediation, organisms
 from moe_lens.interventions import Mediation
 from moe_lens.organisms import Conflict, words
 from moe_lens.plots import mediation_curves, save
-from moe_lens.resampling import cluster_weights
+from moe_lens.resampling import cluster_weights, tail_of
 
 
 def pairs(name: str, contrast: str) -> tuple[list[Conflict], list[str], list[str]]:
@@ -63,7 +63,8 @@ def row(name: str, contrast: str, weights: bool) -> str:
     found, control, clusters = measured(name, contrast, weights)
     total = found.total_effect.numpy()
     drawn = cluster_weights(clusters, 2000, 0)
-    low, high = np.quantile((drawn @ control.route_effect.numpy()) / (drawn @ total), [0.025, 0.975])
+    tail = tail_of(len(set(clusters)), 0.95)
+    low, high = np.quantile((drawn @ control.route_effect.numpy()) / (drawn @ total), [tail, 1 - tail])
     cells = [found.share(effect, clusters=clusters) for effect in ("route", "representation")]
     cells.append((control.route_effect.numpy().mean() / total.mean(), low, high))
     return " | ".join(

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from moe_lens.detection import SCORES, ExpertScores, bootstrap_scores, score
 from moe_lens.detection.detecting import evidence_of, unit_counts
 from moe_lens.evaluation import split_clusters
+from moe_lens.resampling import tail_of
 from moe_lens.steering import PublishedRanking
 
 NAME = "risk_difference"
@@ -28,7 +29,8 @@ def agreement(scores: ExpertScores, ranking: PublishedRanking, n_top: int, seed:
     counts = unit_counts(SCORES[NAME], scores.stats_1, scores.stats_2, evidence.clusters, None)
     own, published = score(NAME, counts), on_grid(ranking)
     draws = bootstrap_scores(NAME, counts, 1000, seed)
-    low, high = np.quantile([rho(draw, published) for draw in draws], [0.025, 0.975])
+    tail = tail_of(counts.n_units, 0.95)
+    low, high = np.quantile([rho(draw, published) for draw in draws], [tail, 1 - tail])
     units = split_clusters(list(range(counts.n_units)), (0.5, 0.5), seed=seed)
     halves = [
         score(NAME, unit_counts(SCORES[NAME], scores.stats_1, scores.stats_2, chosen, None, rows))

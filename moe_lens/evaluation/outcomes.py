@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from moe_lens.checks import share
 from moe_lens.errors import DataError
-from moe_lens.resampling import cluster_weights, clustered_interval
+from moe_lens.resampling import cluster_weights, clustered_interval, tail_of
 from moe_lens.results import Result
 from moe_lens.steering.plan import SteeringPlan
 
@@ -299,5 +299,6 @@ class SteeringOutcomes:
         gaps = rates["+"][:, :, None] - rates["-"][:, None, :]  # [resample set set]
         controls = gaps[:, 1:, 1:].reshape(len(gaps), -1)
         excess = gaps[:, 0, 0] - np.quantile(controls, 1 - self.alpha, axis=1)
-        low, high = np.quantile(excess[1:], [(1 - self.level) / 2, (1 + self.level) / 2])
+        tail = tail_of(len(set(self.clusters)), self.level)
+        low, high = np.quantile(excess[1:], [tail, 1 - tail])
         return Excess(float(excess[0]), float(low), float(high))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
-from moe_lens.resampling import cluster_weights
+from moe_lens.resampling import cluster_weights, tail_of
 from moe_lens.results import Result
 from moe_lens.shape import MoEShape
 
@@ -101,7 +101,7 @@ class Mediation(Result):
         n_resamples: int = 2000,
         seed: int = 0,
     ) -> tuple[float, float, float]:
-        """Mean effect / mean total effect, with its percentile bootstrap interval: (share, low, high).
+        """Mean effect / mean total effect, with its bootstrap interval: (share, low, high).
 
         If a resampled total effect has the opposite sign, the interval is (-inf, inf).
 
@@ -171,7 +171,8 @@ class Mediation(Result):
         share, totals = float(parts.mean() / total.mean()), drawn @ total
         if bool((np.sign(totals) != np.sign(total.mean())).any()):
             return share, -np.inf, np.inf  # the total effect may be 0, and the share anything (Fieller)
-        low, high = np.quantile((drawn @ parts) / totals, [(1 - level) / 2, (1 + level) / 2])
+        tail = tail_of(len(set(labels)), level)
+        low, high = np.quantile((drawn @ parts) / totals, [tail, 1 - tail])
         return share, float(low), float(high)
 
     def __str__(self) -> str:
