@@ -52,8 +52,10 @@ class GroupLimit:
     def available(self, n_experts: int, deactivate: Sequence[int]) -> list[int]:
         """How many experts of each group are not deactivated."""
         size = n_experts // self.n_groups
-        out = [expert // size for expert in deactivate]
-        return [size - out.count(group) for group in range(self.n_groups)]
+        left = [size] * self.n_groups
+        for expert in deactivate:
+            left[expert // size] -= 1
+        return left
 
     def obstacle(
         self, n_experts: int, top_k: int, activate: Sequence[int], deactivate: Sequence[int]

@@ -70,7 +70,7 @@ def move(
     The others keep their scores bit for bit. Where rounding takes epsilon away, `strictly` takes the next
     number; a rule that holds its experts need not.
     """
-    lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
+    lowest, highest = _ends(scores)
     raised, lowered = highest + epsilon, lowest - epsilon
     if strictly:
         raised = torch.where(raised > highest, raised, _next(highest, torch.inf))
@@ -85,8 +85,17 @@ def moved(
     steps: Float[Tensor, "*#batch expert"],
 ) -> Float[Tensor, "*batch expert"]:
     """`move`, in fewer operations: of experts `named`, those `inside` go up, others down, by `steps`."""
-    lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
+    lowest, highest = _ends(scores)
     return torch.where(named, torch.where(inside, highest, lowest) + steps, scores)
+
+
+def _ends(
+    scores: Float[Tensor, "*batch expert"],
+) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]]:
+    """The smallest and the largest; in one operation where no gradient is asked: PyTorch 2.6 has none of it."""
+    if scores.requires_grad:
+        return scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
+    return tuple(torch.aminmax(scores, dim=-1, keepdim=True))
 
 
 def soften(
