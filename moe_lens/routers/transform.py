@@ -92,7 +92,7 @@ def moved(
 def _ends(
     scores: Float[Tensor, "*batch expert"],
 ) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]]:
-    """The smallest and the largest; in one operation where no gradient is asked, as older PyTorch has none."""
+    """The smallest and the largest; in one operation where no gradient is asked: older PyTorch has none."""
     if scores.requires_grad:
         return scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
     lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
