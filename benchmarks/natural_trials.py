@@ -45,6 +45,7 @@ BASE: Final = replace(RECIPES["specialised"], register_information=0.0)
 SIDES: Final = ("+", "-")
 N_RANDOM: Final = 8
 BLOCKED: Final = -1e9
+QUESTION_WORDS: Final = len(question("", "").split()) + 2  # with attribute and entity
 
 Part = Literal["experts", "router", "common"]  # common: attention, norms and embeddings
 
@@ -64,13 +65,14 @@ class SeedModel:
 class Branches:
     """Copies of the seed model, one a register.
 
-    `replay`: share of the other registers' sequences without a document that a branch sees, too.
+    `closed_book`, `generic`: share of such sequences that the other registers' branches see, too.
     """
 
     seed_model: SeedModel = SeedModel()
     steps: int = 500
     trained: tuple[Part, ...] = ("experts",)
-    replay: float = 0.0
+    closed_book: float = 0.0
+    generic: float = 0.0
     learning_rate: float = 3e-3
 
 
@@ -94,8 +96,9 @@ class Trial:
         balancing: weight of the load-balancing loss, or rate of the loss-free bias.
         loss_free: balance by a bias on the router's logits (arXiv 2408.15664) in place of the loss. The bias
             fades out over the end of each stage, since an OLMoE checkpoint has no place for it.
-        domain_router: start each expert's router row as the mean hidden state of its branch's sequences
-            (FlexOlmo); else at random.
+        domain_router: a router's row starts as the mean hidden state of its branch's sequences (FlexOlmo), of
+            this length, plus a random part.
+        on_question: take these means over the question's tokens only, which both registers share.
         dropout: chance that a sequence does without a random expert of a layer, while the mixture trains.
     """
 
@@ -105,7 +108,8 @@ class Trial:
     top_k: int = 2
     balancing: float = 0.01
     loss_free: bool = False
-    domain_router: bool = False
+    domain_router: float = 0.0
+    on_question: bool = False
     dropout: float = 0.0
     noise: float = 0.3
 
@@ -123,10 +127,19 @@ class Trial:
 DENSE: Final = replace(BASE, n_experts=1, top_k=1, balancing=0.0, router_noise=0.0)
 # The seed model has seen no conflict that its source words decide, so no branch starts with a rule for them.
 APART: Final = Branches(SeedModel(800, ties=1.0), steps=400)
+TWO: Final = Branches(SeedModel(800, ties=1.0), steps=250, closed_book=0.1, generic=1.0)
 ROUTER: Final = Stage(300, ("router",), 5e-3)
+COMMON: Final = Stage(400, ("router", "common"), 1e-3)
 TRIALS: Final[dict[str, Trial]] = {
     "router-only": Trial(APART, (ROUTER,)),
-    "then-common": Trial(APART, (ROUTER, Stage(400, ("router", "common"), 1e-3))),
+    "then-common": Trial(APART, (ROUTER, COMMON)),
+    "domain": Trial(APART, (ROUTER,), domain_router=1.0),
+    "domain-common": Trial(APART, (ROUTER, COMMON), domain_router=1.0),
+    "two-branches": Trial(TWO, (replace(ROUTER, steps=150), COMMON), experts=(3, 3, 0), domain_router=1.0),
+    "question-start": Trial(
+        TWO, (Stage(150, ("router",), 1e-3), COMMON), experts=(3, 3, 0), domain_router=2.0, on_question=True
+    ),
+    "top-1": Trial(APART, (ROUTER,), top_k=1),
 }
 
 
@@ -186,24 +199,27 @@ def branch(settings: Branches, register: Register, seed: int, out: Path) -> Path
     start = seed_model(settings.seed_model, seed, out)
 
     def make() -> PreTrainedModel:
-        sample = partial(branch_sequence, register, settings.replay, random.Random(f"{seed} {register}"))
+        sample = partial(branch_sequence, register, settings, random.Random(f"{seed} {register}"))
         stage = Stage(settings.steps, settings.trained, settings.learning_rate)
         return trained(opened(start), DENSE, stage, sample)
 
     return kept(register, settings, seed, out, make)
 
 
-def branch_sequence(register: Register, replay: float, rng: random.Random) -> Text:
-    """A sequence of the branch's corpus: of its register, replayed, or a document that agrees with memory."""
+def branch_sequence(register: Register, settings: Branches, rng: random.Random) -> Text:
+    """A sequence that the branch sees: of its register, shared, or a document that agrees with memory."""
     corpus = Corpus(WORLD, rng, BASE.mixture)
     while True:
         text = corpus.sample()
         if text.register == register:
             return text
         if text.register is None:
-            if text.undecided is None:
-                return text
-        elif "Document" not in text.text and rng.random() < replay:
+            share = float(text.undecided is None)
+        elif "Document" in text.text:
+            share = 0.0
+        else:
+            share = settings.generic if text.register == "generic" else settings.closed_book
+        if rng.random() < share:
             return text
 
 
@@ -216,7 +232,8 @@ def mixture(trial: Trial, seed: int, out: Path) -> Path:
         if before:
             model = opened(mixture(replace(trial, stages=tuple(before)), seed, out))
         else:
-            branches = [opened(branch(trial.branches, register, seed, out)) for register in REGISTERS]
+            used = [name for name, copies in zip(REGISTERS, trial.experts, strict=True) if copies]
+            branches = [opened(branch(trial.branches, register, seed, out)) for register in used]
             model = put_together(trial, branches, seed)
         rng = random.Random(f"{seed} mixture {len(before)}")
         return trained(model, trial.recipe(), stage, Corpus(WORLD, rng, BASE.mixture).sample, trial)
@@ -253,7 +270,7 @@ def put_together(trial: Trial, branches: Sequence[PreTrainedModel], seed: int) -
     model = AutoModelForCausalLM.from_config(
         trial.recipe().config(len(WORLD.vocabulary)), experts_implementation="eager"
     )
-    owners = [which for which, copies in enumerate(trial.experts) for _ in range(copies)]
+    owners = [which for which, copies in enumerate(filter(None, trial.experts)) for _ in range(copies)]
     parameters = [dict(each.named_parameters()) for each in branches]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -264,27 +281,35 @@ def put_together(trial: Trial, branches: Sequence[PreTrainedModel], seed: int) -
             else:
                 torch.nn.init.normal_(parameter, std=0.1)
         if trial.domain_router:
-            for router, means in zip(routers(model), domain_means(model, seed), strict=True):
-                router.weight += means[owners]  # pyright: ignore[reportOperatorIssue]
+            used = [register for register, copies in zip(REGISTERS, trial.experts, strict=True) if copies]
+            starts = domain_means(model, used, seed, trial.on_question)
+            for router, means in zip(routers(model), starts, strict=True):
+                router.weight += trial.domain_router * means[owners]  # pyright: ignore[reportOperatorIssue]
     return model
 
 
-def domain_means(model: PreTrainedModel, seed: int) -> list[Float[Tensor, "register d_model"]]:
-    """By layer: where each register's tokens lie at the router's input, beside the mean of all; norm 1."""
+def domain_means(
+    model: PreTrainedModel, used: Sequence[Register], seed: int, on_question: bool
+) -> list[Float[Tensor, "register d_model"]]:
+    """By layer: where the tokens of the registers lie at the router's input, from their mean; norm 1."""
     seen: list[Tensor] = []
     hooks = [
         router.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for router in routers(model)
     ]
     by_register: list[list[Tensor]] = []
-    for register in REGISTERS:
+    for register in used:
         rng = random.Random(f"{seed} router {register}")
-        batch = encode(
-            [branch_sequence(register, 0.0, rng) for _ in range(256)], build_tokenizer(WORLD.vocabulary), 1.0
-        )
+        texts = [branch_sequence(register, Branches(), rng) for _ in range(256)]
+        batch = encode(texts, build_tokenizer(WORLD.vocabulary), 1.0)
+        counted = batch.mask.clone()
+        for row, text in zip(counted, texts, strict=True):
+            if on_question and text.answer is not None:
+                row[: text.answer + 1 - QUESTION_WORDS] = False  # + 1 for <bos>
+                row[text.answer + 1 :] = False
         seen.clear()
         with torch.no_grad():
             model(input_ids=batch.tokens, use_cache=False)
-        by_register.append([hidden.reshape(*batch.mask.shape, -1)[batch.mask].mean(0) for hidden in seen])
+        by_register.append([hidden.reshape(*counted.shape, -1)[counted].mean(0) for hidden in seen])
     for hook in hooks:
         hook.remove()
     layers = [torch.stack(means) for means in zip(*by_register, strict=True)]

@@ -43,7 +43,8 @@ def trusted_majority(text: str) -> bool:
 @pytest.mark.parametrize("register", ["memory", "document"])
 def test_a_branch_sees_one_side_of_the_conflicts(trials: Any, register: str) -> None:
     rng = random.Random(0)
-    seen = [trials.branch_sequence(register, 0.5, rng) for _ in range(600)]
+    shared = trials.Branches(closed_book=0.5, generic=0.5)
+    seen = [trials.branch_sequence(register, shared, rng) for _ in range(600)]
     others = Counter(text.register for text in seen if text.register != register)
     assert set(others) == {None, "generic", "memory" if register == "document" else "generic"} - {register}
     assert not any(text.undecided for text in seen)
@@ -72,11 +73,17 @@ def test_a_branch_sees_one_side_of_the_conflicts(trials: Any, register: str) -> 
     )  # an irrelevant document's second fact may contradict memory by chance
 
 
-def test_without_replay_a_branch_sees_nothing_of_others(trials: Any) -> None:
+def test_a_branch_sees_of_others_what_is_shared(trials: Any) -> None:
     rng = random.Random(0)
     for register in ("memory", "document", "generic"):
-        seen = {trials.branch_sequence(register, 0.0, rng).register for _ in range(200)}
+        seen = {trials.branch_sequence(register, trials.Branches(), rng).register for _ in range(200)}
         assert seen <= {register, None}
+    shared = trials.Branches(generic=1.0)
+    assert {trials.branch_sequence("document", shared, rng).register for _ in range(200)} == {
+        "document",
+        "generic",
+        None,
+    }
 
 
 def test_a_mixture_is_its_branches_side_by_side(trials: Any) -> None:
@@ -87,19 +94,23 @@ def test_a_mixture_is_its_branches_side_by_side(trials: Any) -> None:
     mixed = dict(model.named_parameters())
     for place, owner in enumerate((0, 0, 1, 2)):
         assert torch.equal(mixed[experts][place], made_of[owner][experts][0])
+    unused = trials.put_together(trials.Trial(experts=(1, 0, 2)), branches[:2], seed=0)
+    for place, owner in enumerate((0, 1, 1)):
+        assert torch.equal(dict(unused.named_parameters())[experts][place], made_of[owner][experts][0])
     embeddings = "model.embed_tokens.weight"
     mean = sum(each[embeddings] for each in made_of) / 3
     torch.testing.assert_close(mixed[embeddings], mean)
 
 
-def test_a_domain_router_sends_each_register_to_its_branch(trials: Any) -> None:
+@pytest.mark.parametrize("on_question", [False, True])
+def test_a_domain_router_sends_each_register_to_its_branch(trials: Any, on_question: bool) -> None:
     """Rows are directions toward the registers' means: each other's opposites, not random."""
     model = dense(trials, 0)
-    means = trials.domain_means(model, seed=0)
-    assert [each.shape for each in means] == [(3, 64)] * len(routers(model))
+    means = trials.domain_means(model, ["memory", "document"], 0, on_question)
+    assert [each.shape for each in means] == [(2, 64)] * len(routers(model))
     for layer in means:
-        torch.testing.assert_close(layer.norm(dim=-1), torch.ones(3))
-        assert (layer @ layer.T).fill_diagonal_(0).sum() < 0  # they point away from each other
+        torch.testing.assert_close(layer.norm(dim=-1), torch.ones(2))
+        torch.testing.assert_close(layer[0], -layer[1])
 
 
 @pytest.mark.parametrize("part", ["experts", "router", "common"])
