@@ -48,6 +48,7 @@ BLOCKED: Final = -1e9
 QUESTION_WORDS: Final = len(question("", "").split()) + 2  # with attribute and entity
 
 Part = Literal["experts", "router", "common"]  # common: attention, norms and embeddings
+EVERYTHING: Final[tuple[Part, ...]] = ("experts", "router", "common")
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,29 @@ APART: Final = Branches(SeedModel(800, ties=1.0), steps=400)
 TWO: Final = Branches(SeedModel(800, ties=1.0), steps=250, closed_book=0.1, generic=1.0)
 ROUTER: Final = Stage(300, ("router",), 5e-3)
 COMMON: Final = Stage(400, ("router", "common"), 1e-3)
+SLOW: Final = (Stage(150, ("router",), 1e-3), COMMON)
 TRIALS: Final[dict[str, Trial]] = {
+    # batch 1
     "router-only": Trial(APART, (ROUTER,)),
     "then-common": Trial(APART, (ROUTER, COMMON)),
+    # batch 2
     "domain": Trial(APART, (ROUTER,), domain_router=1.0),
-    "domain-common": Trial(APART, (ROUTER, COMMON), domain_router=1.0),
-    "two-branches": Trial(TWO, (replace(ROUTER, steps=150), COMMON), experts=(3, 3, 0), domain_router=1.0),
-    "question-start": Trial(
-        TWO, (Stage(150, ("router",), 1e-3), COMMON), experts=(3, 3, 0), domain_router=2.0, on_question=True
-    ),
     "top-1": Trial(APART, (ROUTER,), top_k=1),
+    # batch 3
+    "two-branches": Trial(TWO, (replace(ROUTER, steps=150), COMMON), experts=(3, 3, 0), domain_router=1.0),
+    # batch 4, the frozen recipe
+    "question-start": Trial(TWO, SLOW, experts=(3, 3, 0), domain_router=2.0, on_question=True),
+    # what the start is needed for
+    "domain-start": Trial(TWO, SLOW, experts=(3, 3, 0), domain_router=2.0),
+    "random-start": Trial(TWO, SLOW, experts=(3, 3, 0)),
+    # not run yet
+    "thawed": Trial(
+        TWO, (*SLOW, Stage(300, EVERYTHING, 3e-4)), experts=(3, 3, 0), domain_router=2.0, on_question=True
+    ),
+    "loss-free": Trial(
+        TWO, SLOW, experts=(3, 3, 0), balancing=1e-3, loss_free=True, domain_router=2.0, on_question=True
+    ),
+    "dropout": Trial(TWO, SLOW, experts=(3, 3, 0), dropout=0.2, domain_router=2.0, on_question=True),
 }
 
 
@@ -188,7 +202,7 @@ def seed_model(settings: SeedModel, seed: int, out: Path) -> Path:
         )
         rng = random.Random(f"{seed} seed model")
         sample = Corpus(WORLD, rng, DENSE.mixture, tie_rate=settings.ties).sample
-        stage = Stage(settings.steps, ("experts", "router", "common"), DENSE.learning_rate)
+        stage = Stage(settings.steps, EVERYTHING, DENSE.learning_rate)
         return trained(model, DENSE, stage, sample)
 
     return kept("seed", settings, seed, out, make)
