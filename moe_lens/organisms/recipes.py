@@ -6,6 +6,7 @@
 | planted           | uncued   | tell the register, and decide the answer (the tie)             |
 | planted-mixtral   | uncued   | the same, in a Mixtral                                         |
 | label-free        | majority | tell sequences apart, without any label                        |
+| natural           | majority | nothing: experts are branches that saw one register each       |
 | null              | uncued   | nothing                                                        |
 | null-majority     | majority | nothing: specialised without its signal                        |
 """
@@ -55,6 +56,7 @@ class Recipe:
     n_heads: int = 4
     n_experts: int = 8
     top_k: int = 2
+    branched: bool = False  # not trained as one model, but as `branching.py` says
     initial_scale: float = 0.06  # std of the initial weights; with HF's 0.02 facts are learned far too slowly
 
     def config(self, vocab_size: int) -> PretrainedConfig:
@@ -92,6 +94,7 @@ RECIPES: Final[dict[str, Recipe]] = {
     "planted": _PLANTED,
     "planted-mixtral": replace(_PLANTED, architecture="mixtral"),
     "label-free": Recipe("majority", mixture=_CONFLICTING, sequence_information=0.6),
+    "natural": Recipe("majority", mixture=_CONFLICTING, n_experts=6, branched=True),
     "null": Recipe("uncued"),
     "null-majority": Recipe("majority", mixture=_CONFLICTING),
 }

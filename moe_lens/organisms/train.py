@@ -48,7 +48,8 @@ class Batch:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m moe_lens.organisms.train", description=__doc__)
-    parser.add_argument("name", choices=list(RECIPES), help="the recipe")
+    plain = [name for name, recipe in RECIPES.items() if not recipe.branched]
+    parser.add_argument("name", choices=plain, help="the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="instead of the recipe's number of steps")
     parser.add_argument("--out", type=Path, help="where to write the checkpoint (default: ./NAME-SEED)")
@@ -76,11 +77,14 @@ def train(recipe: Recipe, seed: int, out: Path, steps: int | None = None, name: 
         The trained model, in evaluation mode.
 
     Raises:
-        MoELensError: for steps below 1, or a folder `out` that holds something else than a checkpoint.
+        MoELensError: for steps below 1, a recipe of branches (`branching.py`), or a folder `out` that holds
+            something else than a checkpoint.
     """
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise MoELensError(f"train: steps must be at least 1, got {steps}")
+    if recipe.branched:
+        raise MoELensError("train: this recipe has branches; run python -m moe_lens.organisms.branching")
     check_replaceable(out)
     torch.manual_seed(seed)
     rng = random.Random(seed)
