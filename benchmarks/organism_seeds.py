@@ -21,6 +21,7 @@ from seed_measures import FEW_PAIRS, HEADERS, SIDES, matched_overlap, measured
 from moe_lens.checks import chosen_layers
 from moe_lens.evaluation import CLOSED_BOOK, LOSS
 from moe_lens.files import atomic_write
+from moe_lens.organisms.branching import train_branches
 from moe_lens.organisms.recipes import RECIPES, recipe
 from moe_lens.organisms.train import train
 
@@ -55,7 +56,10 @@ def one_seed(name: str, seed: int, out: Path, steps: int | None, n_random: int) 
     if file.exists():
         return
     if not (folder / "training.json").exists():
-        train(recipe(name), seed=seed, out=folder, steps=steps, name=name)
+        if recipe(name).branched:
+            train_branches(seed, folder)
+        else:
+            train(recipe(name), seed=seed, out=folder, steps=steps, name=name)
     about = measured(folder, n_random)
     with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(about) + "\n", encoding="utf-8")
