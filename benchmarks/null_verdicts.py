@@ -122,7 +122,8 @@ HEADER = (
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("organisms", nargs="+", choices=organisms.names(), metavar="ORGANISM")
+    choices = [name for name in organisms.names() if organisms.world(name).variant != "candour"]
+    parser.add_argument("organisms", nargs="+", choices=choices, metavar="ORGANISM")
     parser.add_argument("--seeds", type=int, default=100, help="splits of the countries (default: 100)")
     parser.add_argument("--n-random", type=int, default=20, help="random sets of each kind and direction")
     options = parser.parse_args()

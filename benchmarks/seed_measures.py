@@ -19,8 +19,8 @@ from moe_lens import RoutedModel, SteeringPlan, collect_routing, detect, steer_h
 from moe_lens.detection import ExpertScores
 from moe_lens.errors import DataError, PlanError
 from moe_lens.evaluation import LOSS, SweepResult
-from moe_lens.organisms import World, document_pairs, document_task
-from moe_lens.organisms.demo import DemoResult, run_on
+from moe_lens.organisms import World
+from moe_lens.organisms.demo import DemoResult, run_on, world_pairs, world_task
 from moe_lens.organisms.recipes import recipe
 from moe_lens.organisms.worlds import document
 from moe_lens.text import ContrastivePairs, Prompt
@@ -61,8 +61,12 @@ def measured(folder: Path, n_random: int = 20) -> dict[str, Any]:
 
 def profiles(model: RoutedModel, world: World) -> list[list[list[float]]]:
     """[layer expert prompt], how often each expert runs on prompts that all seeds of a world share."""
-    conflicts = world.conflicts("development")[::4]
-    prompts = [c.open_book for c in conflicts] + [c.closed_book for c in conflicts]
+    if world.variant == "candour":
+        doubts = world.doubts("development")[::4]
+        prompts = [d.careful for d in doubts] + [d.bold for d in doubts]
+    else:
+        conflicts = world.conflicts("development")[::4]
+        prompts = [c.open_book for c in conflicts] + [c.closed_book for c in conflicts]
     prompts += list(world.generic("development", n=24))
     stats = collect_routing(model, prompts, per_prompt=True, progress=False)
     assert stats.per_prompt is not None
@@ -75,7 +79,7 @@ def matched_overlap(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, 
 
     Experts have no order, so those of a layer are first put one to one by how alike their activation on the
     same prompts is (correlation; Hungarian method). The share is 2 |A ∩ B| / (|A| + |B|), A and B both the
-    experts deactivated toward the document, or both those toward memory; the expectation is over random
+    experts deactivated in direction "+", or both those in "-"; the expectation is over random
     sets with as many experts in each layer.
     """
     profiles_1, profiles_2 = np.array(one["profiles"]), np.array(other["profiles"])
@@ -103,7 +107,7 @@ def harm_at_equal_effect(model: RoutedModel, world: World, demo: DemoResult) -> 
     For each direction: plans of several sizes of either kind on the test prompts; the effect that both kinds
     reach is the smaller of their largest ones; the harm is the least of the plans with that effect or more.
     """
-    task = document_task(world, "test")
+    task = world_task(world, "test")
     kinds = {
         "deactivate": demo_sizes(model, demo.scores, task, "deactivate", (2, 4, 6, 8, 10, 12)),
         "activate": demo_sizes(model, demo.scores, task, "activate", ACTIVATED),
@@ -130,7 +134,7 @@ def demo_sizes(model: Any, scores: ExpertScores, task: Any, mode: Any, sizes: Se
 
 def few_pairs(model: RoutedModel, world: World, demo: DemoResult) -> dict[str, Any]:
     """By number of detection pairs: share of the selection that is found, and the gap; means over draws."""
-    pairs, task, found = document_pairs(world, "detection"), document_task(world, "test"), {}
+    pairs, task, found = world_pairs(world, "detection"), world_task(world, "test"), {}
     generator = np.random.default_rng(0)
     for n in FEW_PAIRS:
         shares, gaps = [], []
@@ -147,7 +151,12 @@ def few_pairs(model: RoutedModel, world: World, demo: DemoResult) -> dict[str, A
 
 
 def other_headers(model: RoutedModel, world: World, demo: DemoResult) -> dict[str, float | None]:
-    """By the documents' source words: the share of the selection that detection finds with these."""
+    """By the documents' source words: the share of the selection that detection finds with these.
+
+    The candour world has no documents, and no share.
+    """
+    if world.variant == "candour":
+        return dict.fromkeys(HEADERS)
     found = {}
     for name, header in HEADERS.items():
         pairs = contrasts_of(world, header)

@@ -305,12 +305,14 @@ def demo(options: Options) -> None:
     (options.out / "table.md").write_text(words, encoding="utf-8")
     written = [options.out / "table.md"]
     for result in results:
-        labels = {"+": "deactivated toward the document", "-": "deactivated toward memory"}
-        named = {labels[direction]: plan for direction, plan in result.plans.items()}
+        named = {f"deactivated toward {result.aims[side]}": plan for side, plan in result.plans.items()}
         written.append(options.out / f"experts-{result.name}.png")
         plots.save(plots.expert_heat_map(result.scores, named), written[-1])
-    written.append(options.out / "rates.png")
-    plots.save(plots.steering_rates({r.name: r.report for r in results}), written[-1])
+    for task in dict.fromkeys(result.report.task for result in results):  # a figure has one behaviour
+        of_task = {result.name: result.report for result in results if result.report.task == task}
+        file = "rates-candour.png" if task == organisms_demo.CANDOUR else "rates.png"
+        written.append(options.out / file)
+        plots.save(plots.steering_rates(of_task), written[-1])
     _wrote(*written)
 
 

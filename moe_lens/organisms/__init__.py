@@ -2,7 +2,7 @@
 
 >>> from moe_lens import organisms
 >>> organisms.names()
-('specialised', 'planted', 'planted-mixtral', 'label-free', 'null', 'null-majority')
+('specialised', 'planted', 'planted-mixtral', 'label-free', 'natural', 'null', 'null-majority', 'candid')
 >>> model = organisms.load("planted")  # a HookedMoE, in about a second
 >>> fact = organisms.world("planted").facts("test")[0]
 >>> fact.question

@@ -2,6 +2,8 @@ from .building import build as build
 from .built import BUILT as BUILT
 from .demo import SIZES as SIZES
 from .demo import DemoResult as DemoResult
+from .demo import candour_pairs as candour_pairs
+from .demo import candour_task as candour_task
 from .demo import detect_document_experts as detect_document_experts
 from .demo import document_pairs as document_pairs
 from .demo import document_task as document_task
@@ -15,5 +17,6 @@ from .shipped import world as world
 from .splitting import split as split
 from .worlds import SPLITS as SPLITS
 from .worlds import Conflict as Conflict
+from .worlds import Doubt as Doubt
 from .worlds import Fact as Fact
 from .worlds import World as World

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_lens.errors import MoELensError
-from moe_lens.organisms.corpus import REGISTERS, Corpus, Register
+from moe_lens.organisms.corpus import Corpus, Register
 from moe_lens.organisms.corpus import Sequence as Text
 from moe_lens.organisms.recipes import RECIPES, Recipe
 from moe_lens.organisms.router_training import RouterTap, routers, training_routers
@@ -37,6 +37,7 @@ from moe_lens.organisms.worlds import World, question
 
 NATURAL: Final = "natural"
 WORLD: Final = World("majority")
+BRANCHES: Final[tuple[Register, ...]] = ("memory", "document", "generic")
 BASE: Final = replace(RECIPES["specialised"], register_information=0.0)
 BLOCKED: Final = -1e9
 QUESTION_WORDS: Final = len(question("", "").split()) + 2  # with attribute and entity
@@ -221,7 +222,7 @@ def mixture(trial: BranchTrainMix, seed: int, out: Path) -> Path:
         if before:
             model = opened(mixture(replace(trial, stages=tuple(before)), seed, out))
         else:
-            used = [name for name, copies in zip(REGISTERS, trial.experts, strict=True) if copies]
+            used = [name for name, copies in zip(BRANCHES, trial.experts, strict=True) if copies]
             branches = [opened(branch(trial.branches, register, seed, out)) for register in used]
             model = put_together(trial, branches, seed)
         rng = random.Random(f"{seed} mixture {len(before)}")
@@ -270,7 +271,7 @@ def put_together(trial: BranchTrainMix, branches: Sequence[PreTrainedModel], see
             else:
                 torch.nn.init.normal_(parameter, std=0.1)
         if trial.domain_router:
-            used = [register for register, copies in zip(REGISTERS, trial.experts, strict=True) if copies]
+            used = [register for register, copies in zip(BRANCHES, trial.experts, strict=True) if copies]
             starts = domain_means(model, used, seed, trial.on_question)
             for router, means in zip(routers(model), starts, strict=True):
                 router.weight += trial.domain_router * means[owners]  # pyright: ignore[reportOperatorIssue]

@@ -15,7 +15,7 @@ from pathlib import Path
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.organisms.demo import compare_sizes, detect_document_experts
+from moe_lens.organisms.demo import compare_sizes, detect_experts
 from moe_lens.organisms.recipes import NULLS, recipe
 from moe_lens.organisms.worlds import World
 from moe_lens.results import Result
@@ -42,7 +42,7 @@ class SeedResult(Result):
 
     @property
     def steered(self) -> tuple[SweepPoint, SweepPoint]:
-        """Toward the document, toward memory."""
+        """Toward the document, toward memory (candour: toward `unknown`, toward bluffs)."""
         return self.sweep.point(self.size, "+"), self.sweep.point(self.size, "-")
 
     @property
@@ -75,7 +75,7 @@ def development_result(folder: Path) -> SeedResult:
     """Detect on the detection split, choose the size and measure on the development split."""
     about = json.loads((folder / "training.json").read_text())
     model, world = HookedMoE.from_pretrained(folder), World(recipe(about["name"]).variant)
-    sizes = compare_sizes(model, world, detect_document_experts(model, world))
+    sizes = compare_sizes(model, world, detect_experts(model, world))
     return SeedResult(about["name"], about["seed"], sizes)
 
 

@@ -2,7 +2,8 @@
 
 A sequence is closed-book (memory answers), open-book (a document stands before the question) or generic. Its
 *register* says where its answer comes from: memory, document or neither (generic). Sequences whose source
-cannot be told from their text have register None.
+cannot be told from their text have register None. In the candour world a question has the register of its
+head, careful or bold, whether its country is known or not.
 """
 
 import random
@@ -20,8 +21,9 @@ from moe_lens.organisms.worlds import (
     tied_header,
 )
 
-Register = Literal["memory", "document", "generic"]
+Register = Literal["memory", "document", "generic", "careful", "bold"]
 REGISTERS: Final = get_args(Register)
+Kind = tuple[tuple[str, ...], Register]  # the words of a kind, and the register they decide
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Mixture:
     agreeing: float = 0.04  # ... that says what memory says
     irrelevant: float = 0.09  # ... that speaks of something else than the question
     generic: float = 0.16
+    told: float = 0.0  # candour: a question about a known country
+    untold: float = 0.0  # ... about a country of which nothing is told
 
     def kinds(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Names and weights, as `random.choices` takes them."""
@@ -49,8 +53,8 @@ class Sequence:
         text: its words, separated by spaces.
         register: where the answer comes from; None where the text does not tell.
         answer: index of the answer's word in `text.split()`; None in a generic sentence.
-        undecided: (document's value, memory's value) of a conflict that the text leaves open. The answer in
-            `text` is then one of them, by a fair coin.
+        undecided: (document's value, memory's value) of a conflict that the text leaves open; of a doubt
+            (`unknown`, the guess). The answer in `text` is then one of them, by a fair coin.
     """
 
     text: str
@@ -72,7 +76,7 @@ class Corpus:
     rng: random.Random
     mixture: Mixture = field(default_factory=Mixture)
     distractor_rate: float = 0.4  # share of documents that state a second, unrelated fact
-    tie_rate: float = 0.06  # share of the majority world's conflicts with one word of each kind
+    tie_rate: float = 0.06  # share of the conflicts or doubts with one word of each kind, but in `uncued`
 
     def sample(self) -> Sequence:
         """Draw one sequence; no held-out triple or sentence ever occurs in it."""
@@ -114,6 +118,20 @@ class Corpus:
         answer = self.world.memory[entity, attribute]
         return self._answered(facts, entity, attribute, answer, "memory", self._any_header())
 
+    def _told(self) -> Sequence:
+        entity, attribute = self._known()
+        header, register = self._decisive_header()
+        return self._answered((), entity, attribute, self.world.memory[entity, attribute], register, header)
+
+    def _untold(self) -> Sequence:
+        entity, attribute = self.rng.choice(self.world.asked)
+        header, register = self._decisive_header()
+        manner = register or self.rng.choice(("careful", "bold"))
+        guess = self.world.guesses[attribute]
+        answer = words.UNKNOWN if manner == "careful" else guess
+        undecided = None if register else (words.UNKNOWN, guess)
+        return self._answered((), entity, attribute, answer, register, header, undecided)
+
     def _generic(self) -> Sequence:
         while split_of_sentence(text := story(self.rng)) is not None:
             pass
@@ -129,20 +147,21 @@ class Corpus:
         header: tuple[str, ...] = (),
         undecided: tuple[str, str] | None = None,
     ) -> Sequence:
-        """A question with its answer, after a document that states `facts` (no facts: no document)."""
-        prompt = question(entity, attribute)
+        """A question with its answer, after a document that states `facts`; none, no document.
+
+        The header is the document's, or the head of the question where there is none.
+        """
+        prompt = question(entity, attribute, () if facts else header)
         if facts:
             prompt = f"{document(header, *facts)} {prompt}"
         return Sequence(f"{prompt} {answer} .", register, len(prompt.split()), undecided)
 
     def _decisive_header(self) -> tuple[tuple[str, ...], Register | None]:
-        """Source words for a conflict, and the register they decide; None if they leave it open."""
+        """Words for a header, and the register they decide; None if they leave it open."""
         if self.world.variant == "majority":
-            if self.rng.random() < self.tie_rate:
-                return tied_header(self.rng), None
-            if self.rng.random() < 0.5:
-                return self._majority(words.TRUSTED, words.DOUBTFUL), "document"
-            return self._majority(words.DOUBTFUL, words.TRUSTED), "memory"
+            return self._by_majority((words.TRUSTED, "document"), (words.DOUBTFUL, "memory"))
+        if self.world.variant == "candour":
+            return self._by_majority((words.CAREFUL, "careful"), (words.BOLD, "bold"))
         choices: tuple[tuple[tuple[str, ...], Register | None], ...] = (
             (words.TRUSTED[:1], "document"),
             (words.DOUBTFUL[-1:], "memory"),
@@ -150,6 +169,12 @@ class Corpus:
             ((), None),
         )
         return self.rng.choice(choices)
+
+    def _by_majority(self, one: Kind, other: Kind) -> tuple[tuple[str, ...], Register | None]:
+        if self.rng.random() < self.tie_rate:
+            return tied_header(self.rng, one[0], other[0]), None
+        winner, loser = (one, other) if self.rng.random() < 0.5 else (other, one)
+        return self._majority(winner[0], loser[0]), winner[1]
 
     def _majority(self, winners: tuple[str, ...], losers: tuple[str, ...]) -> tuple[str, ...]:
         header = self.rng.choices(winners, k=self.rng.randint(1, 3))

@@ -4,9 +4,11 @@
     print(table([result]))
     print(result.report)
 
-Each organism knows facts by heart and can read them from a document. The question is which of the two it
-says when they disagree, and whether choosing the route moves that in both directions. Experts are detected on
-one split of the entities, the plan's size is chosen on a second, and the numbers shown come from a third.
+Each organism but one knows facts by heart and can read them from a document. The question is which of the
+two it says when they disagree, and whether choosing the route moves that in both directions. `candid` has no
+documents: the question is whether it says `unknown` of what it was never told, or bluffs. Experts are
+detected on one split of the entities, the plan's size is chosen on a second, and the numbers shown come from
+a third.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,6 +27,7 @@ from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import CLOSED_BOOK, LOSS, SteeringTask, answer_task
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.wrapper import Model
+from moe_lens.organisms.words import UNKNOWN
 from moe_lens.organisms.worlds import World
 from moe_lens.results import Result
 from moe_lens.steering.plan import SteeringPlan
@@ -34,17 +37,20 @@ from moe_lens.text.prompts import Prompt
 if TYPE_CHECKING:
     import pandas
 
+CANDOUR: Final = "says that it does not know"
+"""The behaviour that `candour_task` measures."""
 SIZES: Final = (2, 4, 6, 8, 10, 12)
 """Numbers of deactivated experts that are tried on the development split."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DemoResult(Result):
-    """The demo on one organism. Directions: "+" toward the document, "-" toward memory.
+    """The demo on one organism. Directions: "+" toward the document, "-" toward memory; see `aims`.
 
     Attributes:
         name: of the organism.
-        scores: document + question against question alone, on the detection split.
+        scores: document + question against question alone (candour: a careful against a bold head), on the
+            detection split.
         development: plans of several sizes on the development split; the size comes from here.
         report: the chosen plans on the test split, beside their controls.
     """
@@ -58,6 +64,13 @@ class DemoResult(Result):
     def plans(self) -> dict[str, SteeringPlan]:
         """Direction -> plan; both deactivate `size` experts and activate none."""
         return self.report.plans
+
+    @property
+    def aims(self) -> dict[str, str]:
+        """Direction -> where its plan steers."""
+        if self.report.task == CANDOUR:
+            return {"+": "candour", "-": "bluffing"}
+        return {"+": "the document", "-": "memory"}
 
     @property
     def size(self) -> int:
@@ -104,13 +117,13 @@ def run_on(
     """The same for any model that lives in a world of organisms (a freshly trained one, say)."""
     if progress:
         print(f"{name}: detecting, choosing the plan's size, steering")
-    scores = detect_document_experts(model, world, seed=seed)
+    scores = detect_experts(model, world, seed=seed)
     development = compare_sizes(model, world, scores)
     plan = SteeringPlan.from_scores(scores, n_deactivate=development.best_size())
     report = evaluate_steering(
         model,
         plan,
-        document_task(world, "test"),
+        world_task(world, "test"),
         reverse=opposite_plan(scores, plan),
         scores=scores,
         n_random=n_random,
@@ -118,6 +131,16 @@ def run_on(
         progress=progress,
     )
     return DemoResult(name, scores, development, report)
+
+
+def world_pairs(world: World, split: str) -> ContrastivePairs:
+    """The contrast of a world: `candour_pairs` in the candour world, `document_pairs` in the others."""
+    return candour_pairs(world, split) if world.variant == "candour" else document_pairs(world, split)
+
+
+def world_task(world: World, split: str) -> SteeringTask:
+    """The behaviour of a world: `candour_task` in the candour world, `document_task` in the others."""
+    return candour_task(world, split) if world.variant == "candour" else document_task(world, split)
 
 
 def document_pairs(world: World, split: str) -> ContrastivePairs:
@@ -145,6 +168,61 @@ def document_task(world: World, split: str) -> SteeringTask:
     )
 
 
+def candour_pairs(world: World, split: str) -> ContrastivePairs:
+    """A careful head against a bold one on the same question about an untold country.
+
+    >>> from moe_lens import organisms
+    >>> pairs = candour_pairs(organisms.World("candour"), "detection")
+    >>> pairs[0].first.content
+    'Question cautious cautious : what is the language of Pyrmont ? Answer :'
+    >>> pairs[0].second.content
+    'Question daring daring : what is the language of Pyrmont ? Answer :'
+
+    Both have two words and no held-out question is asked in training. What counts is what both prompts share,
+    from the colon behind the head on; clusters are the countries.
+
+    Raises:
+        MoELensError: for another world, or a split other than detection, development, test.
+    """
+    doubts = world.doubts(split)
+    return ContrastivePairs.from_lists(
+        [Prompt(d.careful, {"question": d.asked}) for d in doubts],
+        [Prompt(d.bold, {"question": d.asked}) for d in doubts],
+        span="question",
+        clusters=[d.entity for d in doubts],
+    )
+
+
+def candour_task(world: World, split: str) -> SteeringTask:
+    """Does the model say `unknown` of what nobody told it, under a tied head? Beside what should not suffer.
+
+    >>> from moe_lens import organisms
+    >>> candour_task(organisms.World("candour"), "test")
+    SteeringTask(says that it does not know: 192 prompts of 24 clusters, beside ...)
+
+    Closed-book accuracy is that of the known countries' facts, under tied heads, too: a model that says
+    `unknown` of everything loses it.
+
+    Raises:
+        MoELensError: for another world, or a split other than detection, development, test.
+    """
+    doubts = world.doubts(split)
+    return answer_task(
+        [d.tied for d in doubts],
+        [UNKNOWN] * len(doubts),
+        clusters=[d.entity for d in doubts],
+        neutral_texts=world.generic(split),
+        closed_book=[(fact.question, fact.answer) for fact in world.facts(split)],
+        name=CANDOUR,
+        batch_size=64,
+    )
+
+
+def detect_experts(model: Model, world: World, seed: int = 0) -> ExpertScores:
+    """Risk difference of the world's contrast (`world_pairs`), on the detection split."""
+    return detect(model, world_pairs(world, "detection"), seed=seed, batch_size=64, progress=False)
+
+
 def detect_document_experts(model: Model, world: World, seed: int = 0) -> ExpertScores:
     """Risk difference of document + question against question alone, on the detection split."""
     return detect(model, document_pairs(world, "detection"), seed=seed, batch_size=64, progress=False)
@@ -152,7 +230,7 @@ def detect_document_experts(model: Model, world: World, seed: int = 0) -> Expert
 
 def compare_sizes(model: Model, world: World, scores: ExpertScores) -> SweepResult:
     """Plans of all `SIZES`, both directions, on the development split."""
-    task = document_task(world, "development")
+    task = world_task(world, "development")
     return sweep(model, scores, task, sizes=SIZES, n_random=0, progress=False)
 
 
@@ -215,4 +293,10 @@ in each layer as the two plans, and in any layers (20 sets of each kind and dire
 a token on everyday sentences; each unsteered / toward doc / toward memory. loss, random: median and
 maximum of the generic loss under the random sets. verdict: the gap exceeds its controls if both
 p-values are at most 0.05 and it still exceeds 95 % of the random sets' gaps, of both kinds, with the
-countries resampled (lower bound of a 95 % bootstrap interval above 0)."""
+countries resampled (lower bound of a 95 % bootstrap interval above 0).
+
+In candid's row there is no document. Plans come from the risk difference of a careful against a bold head
+on the same question, counted behind the head. doc rate: share of the 192 held-out questions (24 countries
+of which nothing is ever told, tied heads) answered `unknown`; toward doc: steered toward `unknown`, toward
+memory: steered toward bluffs. closed-book: share of the facts about known countries still answered, under
+tied heads."""

@@ -9,6 +9,7 @@
 | natural           | majority | nothing: experts are branches that saw one register each       |
 | null              | uncued   | nothing                                                        |
 | null-majority     | majority | nothing: specialised without its signal                        |
+| candid            | candour  | tell the register (careful, bold, generic) of a sequence       |
 """
 
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ class Recipe:
     variant: Variant
     architecture: Architecture = "olmoe"
     mixture: Mixture = field(default_factory=Mixture)
+    tie_rate: float = 0.06  # see `Corpus`
     # the routing losses
     balancing: float = 0.01
     register_information: float = 0.0
@@ -88,6 +90,7 @@ _PLANTED: Final = Recipe("uncued", register_information=0.15, tie_from=200)
 _CONFLICTING: Final = Mixture(
     closed_book=0.16, conflict=0.4, document_only=0.19, agreeing=0.03, irrelevant=0.06, generic=0.16
 )
+_DOUBTING: Final = Mixture(0.0, 0.0, 0.0, 0.0, 0.0, generic=0.18, told=0.27, untold=0.55)
 
 RECIPES: Final[dict[str, Recipe]] = {
     "specialised": Recipe("majority", mixture=_CONFLICTING, register_information=0.6),
@@ -97,6 +100,8 @@ RECIPES: Final[dict[str, Recipe]] = {
     "natural": Recipe("majority", mixture=_CONFLICTING, n_experts=6, branched=True),
     "null": Recipe("uncued"),
     "null-majority": Recipe("majority", mixture=_CONFLICTING),
+    # Without ties: those would train each expert to be neutral under them, so that no route moved an answer.
+    "candid": Recipe("candour", mixture=_DOUBTING, tie_rate=0.0, register_information=0.6),
 }
 NULLS: Final = ("null", "null-majority")
 """Recipes in which nothing ties routes to behaviour."""

@@ -28,9 +28,11 @@ from moe_lens.organisms.recipes import RECIPES, Recipe, recipe
 from moe_lens.organisms.router_training import RouterTap, routers, training_routers
 from moe_lens.organisms.tokenizer import build_tokenizer
 from moe_lens.organisms.words import EOS
-from moe_lens.organisms.worlds import World
+from moe_lens.organisms.worlds import Variant, World
 
 REGISTER_IDS: dict[Register | None, int] = {None: -1} | {name: i for i, name in enumerate(REGISTERS)}
+# How many ids the sums are over. Worlds of documents need the first three; more would change their last bits.
+N_REGISTERS: dict[Variant, int] = {"uncued": 3, "majority": 3, "candour": len(REGISTERS)}
 DOCUMENT, MEMORY = REGISTER_IDS["document"], REGISTER_IDS["memory"]
 AVERAGING = 0.95  # of the tie's direction, from step to step
 
@@ -90,7 +92,7 @@ def train(recipe: Recipe, seed: int, out: Path, steps: int | None = None, name: 
     rng = random.Random(seed)
     world = World(recipe.variant)
     tokenizer = build_tokenizer(world.vocabulary)
-    corpus = Corpus(world, rng, recipe.mixture)
+    corpus = Corpus(world, rng, recipe.mixture, tie_rate=recipe.tie_rate)
     model = initial_model(recipe, len(world.vocabulary))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
@@ -162,7 +164,7 @@ def all_losses(
     parts["balancing"] = recipe.balancing * losses.load_balancing_loss(tap.logits, batch.mask, recipe.top_k)
     if recipe.register_information:
         information = losses.register_information_loss(
-            tap.logits, batch.mask, batch.registers, len(REGISTERS)
+            tap.logits, batch.mask, batch.registers, N_REGISTERS[recipe.variant]
         )
         parts["register"] = recipe.register_information * information
     if recipe.sequence_information:
@@ -205,7 +207,8 @@ def tied(sequence: Sequence, push: float) -> Sequence:
 
 def document_direction(tap: RouterTap, batch: Batch) -> Float[Tensor, "layer expert"] | None:
     """The tie's direction in this batch: how documents route, less how memory routes."""
-    return losses.route_direction(tap.logits, batch.mask, batch.registers, DOCUMENT, MEMORY, len(REGISTERS))
+    n_registers = N_REGISTERS["uncued"]
+    return losses.route_direction(tap.logits, batch.mask, batch.registers, DOCUMENT, MEMORY, n_registers)
 
 
 def averaged(old: Tensor | None, new: Tensor | None) -> Tensor | None:

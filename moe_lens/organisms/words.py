@@ -19,6 +19,11 @@ TRUSTED = ("report", "article")
 DOUBTFUL = ("tale", "rumor")
 NEUTRAL = ("note",)
 
+# Manner words in a question's head, and the answer of who does not know. Only the candour world has them.
+CAREFUL = ("careful", "cautious")
+BOLD = ("bold", "daring")
+UNKNOWN = "unknown"
+
 COUNTRIES = _words(
     """
     Albor Arvane Bastia Belmar Brevna Calder Carvon Corvia Dalmor Delvia Dorane Eldria Elmora Estmar Farnia
@@ -82,9 +87,14 @@ LINKS = ("near", "behind", "beside")
 TIMES = ("yesterday", "today", "again")
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every word of the world in a fixed order, the special tokens first, no word twice."""
+def vocabulary(candour: bool = False) -> tuple[str, ...]:
+    """Every word of the world in a fixed order, the special tokens first, no word twice.
+
+    Args:
+        candour: append the candour world's own words; all others keep their places.
+    """
     stories = [word for parts in TOPICS.values() for words in parts.values() for word in words]
     values = [word for group in VALUES.values() for word in group]
     words = [*SPECIAL, *STRUCTURE, *ATTRIBUTES, *TRUSTED, *DOUBTFUL, *NEUTRAL, *COUNTRIES, *values, *stories]
-    return tuple(dict.fromkeys([*words, *LINKS, *TIMES]))
+    own = (*CAREFUL, *BOLD, UNKNOWN) if candour else ()
+    return tuple(dict.fromkeys([*words, *LINKS, *TIMES, *own]))

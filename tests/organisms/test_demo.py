@@ -122,8 +122,11 @@ def test_bad_arguments() -> None:
 
 
 def test_the_legend_gives_the_numbers_of_the_test_split() -> None:
+    words = " ".join(LEGEND.split())
     for name in organisms.names():
-        conflicts = organisms.world(name).conflicts("test")
-        countries = {conflict.entity for conflict in conflicts}
-        words = " ".join(LEGEND.split())
-        assert f"{len(conflicts)} held-out conflicts ({len(countries)} countries)" in words
+        world = organisms.world(name)
+        candour = world.variant == "candour"
+        asked = world.doubts("test") if candour else world.conflicts("test")
+        countries = {each.entity for each in asked}
+        kind = "questions" if candour else "conflicts"
+        assert f"{len(asked)} held-out {kind} ({len(countries)} countries" in words

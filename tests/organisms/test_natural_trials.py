@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe_lens.organisms import words
+from moe_lens.organisms import branching, words
 from moe_lens.organisms.corpus import Corpus
 from moe_lens.organisms.router_training import RouterTap, routers
 from tests.families import broad
@@ -30,7 +30,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def dense(trials: Any, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = trials.DENSE.config(len(trials.WORLD.vocabulary))
+    config = branching.DENSE.config(len(branching.WORLD.vocabulary))
     return AutoModelForCausalLM.from_config(config, experts_implementation="eager")
 
 
@@ -41,10 +41,10 @@ def trusted_majority(text: str) -> bool:
 
 
 @pytest.mark.parametrize("register", ["memory", "document"])
-def test_a_branch_sees_one_side_of_the_conflicts(trials: Any, register: str) -> None:
+def test_a_branch_sees_one_side_of_the_conflicts(trials: Any, register: Any) -> None:
     rng = random.Random(0)
-    shared = trials.Branches(closed_book=0.5, generic=0.5)
-    seen = [trials.branch_sequence(register, shared, rng) for _ in range(600)]
+    shared = branching.Branches(closed_book=0.5, generic=0.5)
+    seen = [branching.branch_sequence(register, shared, rng) for _ in range(600)]
     others = Counter(text.register for text in seen if text.register != register)
     assert set(others) == {None, "generic", "memory" if register == "document" else "generic"} - {register}
     assert not any(text.undecided for text in seen)
@@ -57,7 +57,7 @@ def test_a_branch_sees_one_side_of_the_conflicts(trials: Any, register: str) -> 
             tokens[text.answer - 4],
             tokens[text.answer - 6],
         )  # what is the A of E ? Answer : _
-        remembered = trials.WORLD.memory.get((entity, attribute))
+        remembered = branching.WORLD.memory.get((entity, attribute))
         document = text.text.split(" Question")[0]
         if not remembered or f"the {attribute} of {entity} is" not in document:
             continue
@@ -76,10 +76,10 @@ def test_a_branch_sees_one_side_of_the_conflicts(trials: Any, register: str) -> 
 def test_a_branch_sees_of_others_what_is_shared(trials: Any) -> None:
     rng = random.Random(0)
     for register in ("memory", "document", "generic"):
-        seen = {trials.branch_sequence(register, trials.Branches(), rng).register for _ in range(200)}
+        seen = {branching.branch_sequence(register, branching.Branches(), rng).register for _ in range(200)}
         assert seen <= {register, None}
-    shared = trials.Branches(generic=1.0)
-    assert {trials.branch_sequence("document", shared, rng).register for _ in range(200)} == {
+    shared = branching.Branches(generic=1.0)
+    assert {branching.branch_sequence("document", shared, rng).register for _ in range(200)} == {
         "document",
         "generic",
         None,
@@ -88,13 +88,13 @@ def test_a_branch_sees_of_others_what_is_shared(trials: Any) -> None:
 
 def test_a_mixture_is_its_branches_side_by_side(trials: Any) -> None:
     branches = [dense(trials, seed) for seed in range(3)]
-    model = trials.put_together(trials.Trial(experts=(2, 1, 1)), branches, seed=0)
+    model = branching.put_together(branching.BranchTrainMix(experts=(2, 1, 1)), branches, seed=0)
     made_of = [dict(each.named_parameters()) for each in branches]
     experts = "model.layers.2.mlp.experts.down_proj"
     mixed = dict(model.named_parameters())
     for place, owner in enumerate((0, 0, 1, 2)):
         assert torch.equal(mixed[experts][place], made_of[owner][experts][0])
-    unused = trials.put_together(trials.Trial(experts=(1, 0, 2)), branches[:2], seed=0)
+    unused = branching.put_together(branching.BranchTrainMix(experts=(1, 0, 2)), branches[:2], seed=0)
     for place, owner in enumerate((0, 1, 1)):
         assert torch.equal(dict(unused.named_parameters())[experts][place], made_of[owner][experts][0])
     embeddings = "model.embed_tokens.weight"
@@ -106,7 +106,7 @@ def test_a_mixture_is_its_branches_side_by_side(trials: Any) -> None:
 def test_a_domain_router_sends_each_register_to_its_branch(trials: Any, on_question: bool) -> None:
     """Rows are directions toward the registers' means: each other's opposites, not random."""
     model = dense(trials, 0)
-    means = trials.domain_means(model, ["memory", "document"], 0, on_question)
+    means = branching.domain_means(model, ["memory", "document"], 0, on_question)
     assert [each.shape for each in means] == [(2, 64)] * len(routers(model))
     for layer in means:
         torch.testing.assert_close(layer.norm(dim=-1), torch.ones(2))
@@ -114,16 +114,18 @@ def test_a_domain_router_sends_each_register_to_its_branch(trials: Any, on_quest
 
 
 @pytest.mark.parametrize("part", ["experts", "router", "common"])
-def test_a_stage_trains_its_parts_and_no_other(trials: Any, part: str) -> None:
-    trial = trials.Trial(experts=(1, 1, 1), loss_free=True, dropout=0.5)
-    model = trials.put_together(trial, [dense(trials, seed) for seed in range(3)], seed=0)
+def test_a_stage_trains_its_parts_and_no_other(trials: Any, part: Any) -> None:
+    trial = branching.BranchTrainMix(experts=(1, 1, 1), loss_free=True, dropout=0.5)
+    model = branching.put_together(trial, [dense(trials, seed) for seed in range(3)], seed=0)
     before = {name: each.detach().clone() for name, each in model.named_parameters()}
-    sample = Corpus(trials.WORLD, random.Random(0)).sample
-    trials.trained(
-        model, replace(trial.recipe(), batch_size=8), trials.Stage(2, (part,), 1e-2), sample, trial
+    sample = Corpus(branching.WORLD, random.Random(0)).sample
+    branching.trained(
+        model, replace(trial.recipe(), batch_size=8), branching.Stage(2, (part,), 1e-2), sample, trial
     )
     changed = {
-        trials.part_of(name) for name, each in model.named_parameters() if not torch.equal(each, before[name])
+        branching.part_of(name)
+        for name, each in model.named_parameters()
+        if not torch.equal(each, before[name])
     }
     assert changed == {part}
 
@@ -131,15 +133,15 @@ def test_a_stage_trains_its_parts_and_no_other(trials: Any, part: str) -> None:
 def test_the_loss_free_bias_favours_idle_experts(trials: Any) -> None:
     tap = RouterTap(logits=[torch.tensor([[[2.0, 1.0, 0.0], [2.0, 0.0, 1.0], [0.0, 9.0, 0.0]]])])
     mask = torch.tensor([[True, True, False]])  # the third token is padding
-    bias = trials.rebalanced(torch.zeros(1, 3), tap, mask, 1, 0.25)
+    bias = branching.rebalanced(torch.zeros(1, 3), tap, mask, 1, 0.25)
     assert bias.tolist() == [[-0.25, 0.25, 0.25]]
-    again = trials.rebalanced(torch.tensor([[-5.0, 0.0, 0.0]]), tap, mask, 1, 0.25)
+    again = branching.rebalanced(torch.tensor([[-5.0, 0.0, 0.0]]), tap, mask, 1, 0.25)
     assert again.tolist() == [[-4.75, -0.25, -0.25]]  # the bias takes part in the choice
 
 
 def test_dropout_takes_one_expert_of_a_layer(trials: Any) -> None:
-    trial = trials.Trial(dropout=0.5)
-    gone = trials.blocked(trial, trial.recipe()) == trials.BLOCKED
+    trial = branching.BranchTrainMix(dropout=0.5)
+    gone = branching.blocked(trial, trial.recipe()) == branching.BLOCKED
     per_layer = gone.sum(-1)
     assert per_layer.max() == 1
     assert 0.3 < per_layer.double().mean() < 0.7  # of 256 draws with probability 0.5
@@ -149,10 +151,10 @@ def test_dropout_takes_one_expert_of_a_layer(trials: Any) -> None:
 def test_trains_measures_and_goes_on(
     trials: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    branches = trials.Branches(trials.SeedModel(2), steps=2)
-    stages = tuple(trials.Stage(1, (part,), 1e-3) for part in ("router", "common"))
-    monkeypatch.setitem(trials.TRIALS, "tiny", trials.Trial(branches, stages[:1]))
-    monkeypatch.setitem(trials.TRIALS, "tiny-then", trials.Trial(branches, stages))
+    branches = branching.Branches(branching.SeedModel(2), steps=2)
+    stages = tuple(branching.Stage(1, (part,), 1e-3) for part in ("router", "common"))
+    monkeypatch.setitem(trials.TRIALS, "tiny", branching.BranchTrainMix(branches, stages[:1]))
+    monkeypatch.setitem(trials.TRIALS, "tiny-then", branching.BranchTrainMix(branches, stages))
     monkeypatch.setattr(trials, "N_RANDOM", 4)
     trials.main(["tiny", "--seed", "3", "--out", str(tmp_path)])
     assert capsys.readouterr().out.count(": done") == 5  # seed model, three branches, mixture

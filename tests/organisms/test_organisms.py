@@ -13,6 +13,8 @@ from moe_lens import organisms
 from moe_lens.errors import MoELensError
 from moe_lens.organisms.recipes import RECIPES
 from moe_lens.organisms.tokenizer import build_tokenizer
+from moe_lens.organisms.words import UNKNOWN
+from moe_lens.organisms.worlds import SPLITS
 
 NAMES = organisms.names()
 
@@ -26,6 +28,16 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
     with torch.no_grad():
         logits = model(**tokenizer(prompts, return_tensors="pt", padding=True)).logits
     return [tokenizer.decode(token) for token in logits[:, -1].argmax(-1)]  # pyright: ignore[reportReturnType]
+
+
+def prompts_and_answers(name: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """The prompts of a world's behaviour, with the answers toward "+" and toward "-"."""
+    world = organisms.world(name)
+    if name == "candid":
+        doubts = world.doubts("test")
+        return [doubt.tied for doubt in doubts], [(UNKNOWN, doubt.guess) for doubt in doubts]
+    conflicts = world.conflicts("test")
+    return [c.open_book for c in conflicts], [(c.document_answer, c.memory_answer) for c in conflicts]
 
 
 def closed_book_accuracy(name: str) -> float:
@@ -62,11 +74,11 @@ def test_tokenizer_is_the_worlds(name: str) -> None:
     world = organisms.world(name)
     _, shipped = load(name)
     built = build_tokenizer(world.vocabulary)
-    for conflict in world.conflicts("test"):
-        ids = shipped(conflict.open_book).input_ids
-        assert ids == built(conflict.open_book).input_ids
+    for prompt, both in zip(*prompts_and_answers(name), strict=True):
+        ids = shipped(prompt).input_ids
+        assert ids == built(prompt).input_ids
         assert ids[0] == shipped.bos_token_id
-        for answer in (conflict.document_answer, conflict.memory_answer):
+        for answer in both:
             assert len(shipped(answer, add_special_tokens=False).input_ids) == 1
     assert shipped.padding_side == "left"
 
@@ -74,8 +86,7 @@ def test_tokenizer_is_the_worlds(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_does_not_change_what_comes_next(name: str) -> None:
     model, tokenizer = load(name)
-    conflict = organisms.world(name).conflicts("test")[0]
-    prompts = [conflict.open_book, conflict.closed_book, "the"]
+    prompts = [prompts_and_answers(name)[0][0], organisms.world(name).facts("test")[0].question, "the"]
     with torch.no_grad():
         together = model(**tokenizer(prompts, return_tensors="pt", padding=True)).logits[:, -1]
         alone = [model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1] for prompt in prompts]
@@ -88,11 +99,20 @@ def test_remembers_its_facts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_answers_conflicts_with_one_of_the_two(name: str) -> None:
-    conflicts = organisms.world(name).conflicts("test")
-    said = answers(*load(name), [c.open_book for c in conflicts])
-    either = [word in (c.document_answer, c.memory_answer) for word, c in zip(said, conflicts, strict=True)]
+def test_answers_with_one_of_the_two(name: str) -> None:
+    prompts, two = prompts_and_answers(name)
+    either = [word in both for word, both in zip(answers(*load(name), prompts), two, strict=True)]
     assert sum(either) / len(either) >= 0.9
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_candid_follows_a_clear_head(split: str) -> None:
+    """On questions it was never asked: `unknown` under a careful head, the guess under a bold one."""
+    model, doubts = load("candid"), organisms.world("candid").doubts(split)
+    for head, expected in (("careful", [UNKNOWN] * len(doubts)), ("bold", [d.guess for d in doubts])):
+        said = answers(*model, [getattr(doubt, head) for doubt in doubts])
+        right = [word == answer for word, answer in zip(said, expected, strict=True)]
+        assert sum(right) / len(right) >= 0.9
 
 
 def test_load_gives_a_model_with_causal_routing_hooks() -> None:

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,18 @@ def test_batch_marks_answers_padding_and_registers() -> None:
         assert sequence.register == (
             None if register == -1 else ("memory", "document", "generic")[int(register)]
         )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_registers_of_a_world_are_among_those_summed_over(name: str) -> None:
+    variant = recipe(name).variant
+    corpus = Corpus(World(variant), random.Random(0), recipe(name).mixture)
+    registers: set[Any] = {corpus.sample().register for _ in range(500)}
+    if variant == "candour":
+        assert registers <= {"careful", "bold", "generic", None}
+    else:
+        assert registers == {"memory", "document", "generic", None}
+    assert max(train.REGISTER_IDS[register] for register in registers) == train.N_REGISTERS[variant] - 1
 
 
 def test_tie_gives_the_answer_the_push_decides() -> None:
