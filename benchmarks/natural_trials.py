@@ -60,10 +60,10 @@ TRIALS: Final[dict[str, Trial]] = {
     "two-branches": Trial(TWO, (replace(ROUTER, steps=150), COMMON), experts=(3, 3, 0), domain_router=1.0),
     # batch 4, the frozen recipe
     "question-start": RECIPE,
-    # what the start is needed for
+    # batch 5: what the start is needed for
     "domain-start": Trial(TWO, SLOW, experts=(3, 3, 0), domain_router=2.0),
-    "random-start": Trial(TWO, SLOW, experts=(3, 3, 0)),
     # not run yet
+    "random-start": Trial(TWO, SLOW, experts=(3, 3, 0)),
     "thawed": Trial(
         TWO, (*SLOW, Stage(300, EVERYTHING, 3e-4)), experts=(3, 3, 0), domain_router=2.0, on_question=True
     ),

@@ -222,13 +222,19 @@ def mixture(trial: BranchTrainMix, seed: int, out: Path) -> Path:
         if before:
             model = opened(mixture(replace(trial, stages=tuple(before)), seed, out))
         else:
-            used = [name for name, copies in zip(BRANCHES, trial.experts, strict=True) if copies]
+            used = _used(trial)
             branches = [opened(branch(trial.branches, register, seed, out)) for register in used]
             model = put_together(trial, branches, seed)
         rng = random.Random(f"{seed} mixture {len(before)}")
         return trained(model, trial.recipe(), stage, Corpus(WORLD, rng, BASE.mixture).sample, trial)
 
     return kept("mixture", trial, seed, out, make)
+
+
+def _used(trial: BranchTrainMix) -> list[Register]:
+    """The branches of which there are experts."""
+    pairs: list[tuple[Register, int]] = [*zip(BRANCHES, trial.experts, strict=True)]
+    return [register for register, copies in pairs if copies]
 
 
 def kept(kind: str, settings: Any, seed: int, out: Path, make: Callable[[], PreTrainedModel]) -> Path:
@@ -271,7 +277,7 @@ def put_together(trial: BranchTrainMix, branches: Sequence[PreTrainedModel], see
             else:
                 torch.nn.init.normal_(parameter, std=0.1)
         if trial.domain_router:
-            used = [register for register, copies in zip(BRANCHES, trial.experts, strict=True) if copies]
+            used = _used(trial)
             starts = domain_means(model, used, seed, trial.on_question)
             for router, means in zip(routers(model), starts, strict=True):
                 router.weight += trial.domain_router * means[owners]  # pyright: ignore[reportOperatorIssue]
