@@ -1,6 +1,6 @@
 """Every published method on every organism, beside its controls, in one table.
 
-    make methods                                             # an hour or two of one core; writes a page
+    make methods                                             # a quarter of an hour of one core; writes a page
     python benchmarks/methods_table.py --quick --out DIR     # two methods, few controls: does it run?
     python benchmarks/methods_table.py --only splits         # a part; once more for the page
 
@@ -365,7 +365,7 @@ PAGE_TEXT = """\
 <!-- written by benchmarks/methods_table.py -->
 
 `make methods` runs [the published methods](methods.md) on the shipped [organisms](explanation/organisms.md)
-and writes this page, its sentences about results included; an hour or two of one core. The contrast is
+and writes this page, its sentences about results included; a quarter of an hour of one core. The contrast is
 the demo's: does the model answer with its document or from memory? Methods choose by 48 conflicts of 12
 countries (search and learning use 96 of 12 others, too); all rates are of 96 held-out conflicts of 24
 further countries.
