@@ -31,8 +31,15 @@ from moe_lens.organisms.corpus import Corpus, Register
 from moe_lens.organisms.corpus import Sequence as Text
 from moe_lens.organisms.recipes import RECIPES, Recipe
 from moe_lens.organisms.router_training import RouterTap, routers, training_routers
+from moe_lens.organisms.shared_training import (
+    all_losses,
+    check_replaceable,
+    describe,
+    encode,
+    learning_rate,
+    save,
+)
 from moe_lens.organisms.tokenizer import build_tokenizer
-from moe_lens.organisms.train import all_losses, check_replaceable, describe, encode, learning_rate, save
 from moe_lens.organisms.worlds import World, question
 
 NATURAL: Final = "natural"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moe_lens
-from moe_lens import cli
+from moe_lens import cli, organisms
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.self_check import check_router
 from moe_lens.organisms.demo import DemoResult

@@ -24,7 +24,7 @@ TABLE = {
 }
 SENTENCES = dict(re.findall(r"^\| `([a-z]+)/` \| ([^|]+) \|", CONTRIBUTING, re.MULTILINE))
 ROOMS = [room for room in TABLE if room != "ground"]
-SCRIPTS = {"moe_lens.organisms.train", "moe_lens.organisms.compare_seeds"}
+SCRIPTS = {f"moe_lens.organisms.{name}" for name in ("train", "branching", "compare_seeds")}
 FILES = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
 MOST_LINES = 450
 WALLS = [
