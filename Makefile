@@ -74,7 +74,7 @@ bench-real: env  ## the same at the size of OLMoE-1B-7B; needs 16 GB of memory
 methods: env  ## every published method on the shipped models, in one table: writes docs/methods-table.md; resumes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods_table.py
 
-calibration: env  ## do intervals, p, q, verdicts and power keep their word? writes docs/calibration.md; half an hour
+calibration: env  ## do intervals, p, q, verdicts and power keep their word? writes docs/calibration.md; a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py
 
 tutorials: env  ## run the tutorials again, from clean, and write their outputs
