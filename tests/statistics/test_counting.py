@@ -171,7 +171,8 @@ def test_after_an_error_nothing_is_left_watching() -> None:
     assert not any(points.is_observed for points in vars(model)["_running"].points)
 
 
-@pytest.mark.parametrize("order", [pytest.param("compiled first", marks=pytest.mark.broad), "counted first"])
+@pytest.mark.broad
+@pytest.mark.parametrize("order", ["compiled first", "counted first"])
 def test_a_compiled_model_is_counted(order: str) -> None:
     hf = tiny_model("olmoe")
     model = RoutedModel(hf)
