@@ -118,7 +118,7 @@ ONE_OF_EACH_KIND = (
     "olmoe", "qwen2_moe", "deepseek_v3", "deepseek_v4_hash", "ernie4_5_moe", "gemma4", "gpt_oss", "llama4",
     "phimoe",
 )  # fmt: skip
-"""One recipe of each of the kinds that differ most: plain softmax, shared experts, biases with and without groups,
+"""One recipe of each kind that differs much: plain softmax, shared experts, biases with and without groups,
 a table by token id, scales of experts, a softmax after the choice, scaled inputs, sparsemixer."""
 
 _CORRECTION_BIASES = ("e_score_correction_bias", "expert_bias")
