@@ -15,6 +15,8 @@ from moe_lens.evaluation.reading import Reading
 from moe_lens.evaluation.tasks import CollateralMeasure
 from moe_lens.organisms import detect_document_experts
 
+pytestmark = pytest.mark.broad  # whole evaluations; the functions' examples run in the first tier
+
 NAME = "specialised"
 WORLD = organisms.world(NAME)
 CONFLICTS = WORLD.conflicts("test")[:24]

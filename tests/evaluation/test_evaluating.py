@@ -149,6 +149,7 @@ def test_what_any_experts_of_the_layers_do_is_no_effect(model: HookedMoE) -> Non
     assert (report.p_matched, report.p_any <= 0.05) == (1.0, True)
 
 
+@pytest.mark.broad
 def test_plans_no_better_than_random_are_rarely_called_better(model: HookedMoE) -> None:
     """The error rate is at most alpha; here 80 plans of which none is special."""
     alpha, wrong = 0.2, 0

@@ -94,6 +94,7 @@ def test_a_pilot_promises_what_the_process_behind_it_keeps() -> None:
     assert reached(mean // 2, 0.2, 60) < 0.65
 
 
+@pytest.mark.broad
 def test_larger_gaps_need_fewer_and_more_power_more() -> None:
     pilot = process(np.random.default_rng(1), 40, gap=0.3)
 

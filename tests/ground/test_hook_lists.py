@@ -14,6 +14,7 @@ from tests.fetched import ROOT
 from tests.tiny_models import prompt, tiny_model, tokenizer
 
 
+@pytest.mark.broad
 def test_none_is_no_hooks_and_a_plan_is_refused_with_the_remedy() -> None:
     """In a process of its own: here types are checked, and a plan would not come so far."""
     done = subprocess.run(

@@ -16,6 +16,8 @@ from moe_lens import HookedMoE, RoutedModel, SteeringPlan, hook_names, steer_hoo
 from moe_lens.hook_names import HookList
 from tests.tiny_models import EVERY_FAMILY, tiny_model, tokens
 
+pytestmark = pytest.mark.broad  # compilers take their time; test_routed_model_as_it_was.py compiles one
+
 ORDERS = ("unhooked, plan, ablation", "ablation, plan, unhooked", "plan, unhooked, ablation")
 
 

@@ -20,6 +20,7 @@ TINY = replace(
 )
 
 
+@pytest.mark.broad
 def test_trains_saves_and_gives_the_same_bits_again(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     states = []

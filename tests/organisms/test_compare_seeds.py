@@ -53,6 +53,7 @@ def test_table_has_a_row_a_seed() -> None:
     )
 
 
+@pytest.mark.broad
 def test_seeds_are_measured_on_development_prompts_and_test_prompts_stay_unseen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

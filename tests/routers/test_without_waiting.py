@@ -54,6 +54,7 @@ print("whole")
 """
 
 
+@pytest.mark.broad
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="older dynamo cannot trace dataclasses.replace")
 def test_steering_compiles_whole_and_waits_for_nothing() -> None:
     done = subprocess.run(

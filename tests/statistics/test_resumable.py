@@ -168,6 +168,7 @@ def _interrupting(at: int, seen: list[int]) -> Callable[..., Any]:
     return call
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("prompts", ["a list", pytest.param("a generator", marks=pytest.mark.broad)])
 def test_it_may_be_interrupted_at_every_line(prompts: str, model: HookedMoE, tmp_path: Path) -> None:
     """Ctrl-C may arrive anywhere; a batch is never counted twice, nor left out."""

@@ -191,6 +191,7 @@ RouteRecord.from_cache(random_cache(0, (2, 3)), weights=True).save(f"{folder}/ro
 """
 
 
+@pytest.mark.broad
 def test_identical_results_are_identical_files_in_every_process(tmp_path: Path) -> None:
     digests = []
     for seed in ("1", "2", "3"):

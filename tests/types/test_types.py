@@ -67,6 +67,7 @@ def test_a_users_code_is_understood_and_its_mistakes_are_found(tmp_path: Path) -
     assert told(findings(tmp_path / "usage.py")) == expected
 
 
+@pytest.mark.broad
 def test_every_public_name_has_a_type(tmp_path: Path) -> None:
     """Every name of `__all__` of every face resolves, and to more than Unknown."""
     lines = ["from typing import reveal_type"]
