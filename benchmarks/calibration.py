@@ -1,6 +1,6 @@
 """Does what says p, q, interval or power keep its word? Simulations with known truth, in one page.
 
-    make calibration                                             # a quarter of an hour of one core; writes the page
+    make calibration                                             # a quarter of an hour; writes the page
     python benchmarks/calibration.py --samples 20 --out page.md  # does it run?
     python benchmarks/calibration.py effects verdicts            # these tables only, printed
 
