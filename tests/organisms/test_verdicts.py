@@ -9,7 +9,7 @@ from tests.families import broad
 pytestmark = broad
 
 
-@pytest.mark.parametrize("name", ["specialised", "planted", "planted-mixtral", "candid"])
+@pytest.mark.parametrize("name", ["specialised", "planted", "planted-mixtral", "natural", "candid"])
 def test_steers_both_ways_beyond_its_controls(name: str) -> None:
     report = run_demo(name, n_random=19, progress=False).report
     assert report.gap_interval[0] > 0.4
