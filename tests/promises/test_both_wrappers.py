@@ -45,9 +45,10 @@ from moe_lens import (
 from moe_lens.detection import risk_difference
 from moe_lens.evaluation import answers_with, continuation_log_probs
 from moe_lens.statistics import iterate_routing
-from tests.families import one_of_each_kind
-from tests.tiny_models import tiny_model, tokenizer, tokens
+from tests.families import recipes
+from tests.tiny_models import EVERY_FAMILY, tiny_model, tokenizer, tokens
 
+some_kinds = recipes(["olmoe", "deepseek_v3", "deepseek_v4_hash", "gpt_oss"], EVERY_FAMILY)
 SEQUENCES = [tokens(1, length, seed=length)[0].tolist() for length in (3, 6, 5)]
 PADDED = ("deepseek_v4", "deepseek_v4_hash")
 """Families whose numbers depend on padding, in Hugging Face's own forward: they run one prompt at a time."""
@@ -83,7 +84,7 @@ def score(logits: Tensor) -> Tensor:
     return logits[:, -1, 7]
 
 
-@one_of_each_kind
+@some_kinds
 def test_statistics(recipe: str) -> None:
     size = batch_size(recipe)
 
@@ -111,7 +112,7 @@ def test_statistics(recipe: str) -> None:
     the_same(recipe, run)
 
 
-@one_of_each_kind
+@some_kinds
 def test_caches_and_records(recipe: str) -> None:
     given = tokens(2, 5)
     plan = SteeringPlan(deactivate=[(wrapped(recipe)[0].moe_layers[-1], 0)])
@@ -131,7 +132,7 @@ def test_caches_and_records(recipe: str) -> None:
     the_same(recipe, run)
 
 
-@one_of_each_kind
+@some_kinds
 def test_generation(recipe: str) -> None:
     layer = wrapped(recipe)[0].moe_layers[-1]
     hooks = scale_experts([(layer, 0)], 0.5, positions="generated")
@@ -145,7 +146,7 @@ def test_generation(recipe: str) -> None:
     the_same(recipe, run)
 
 
-@one_of_each_kind
+@some_kinds
 @pytest.mark.parametrize("positions", [None, "prompt", -1, "last"], ids=str)
 def test_interventions(recipe: str, positions: Any) -> None:
     given, last = tokens(2, 6), wrapped(recipe)[0].moe_layers[-1]
@@ -172,7 +173,7 @@ def test_interventions(recipe: str, positions: Any) -> None:
     the_same(recipe, run)
 
 
-@one_of_each_kind
+@some_kinds
 def test_sweeps(recipe: str) -> None:
     clean, corrupted = tokens(1, 4, seed=1), tokens(1, 4, seed=2)
 
@@ -199,7 +200,7 @@ def test_sweeps(recipe: str) -> None:
     the_same(recipe, run)
 
 
-@one_of_each_kind
+@some_kinds
 def test_mediation(recipe: str) -> None:
     def run(model: Any) -> list[Any]:
         found = mediation(model, tokens(2, 4, seed=1), tokens(2, 4, seed=2), score, progress=False)
@@ -208,7 +209,7 @@ def test_mediation(recipe: str) -> None:
     the_same(recipe, run)
 
 
-@one_of_each_kind
+@some_kinds
 def test_logit_attribution(recipe: str) -> None:
     def run(model: Any) -> list[Any]:
         options = {"batch_size": 2, "progress": False}
@@ -223,7 +224,7 @@ def test_logit_attribution(recipe: str) -> None:
     the_same(recipe, run)
 
 
-@one_of_each_kind
+@some_kinds
 def test_virtual_ablation(recipe: str) -> None:
     def run(model: Any) -> list[Any]:
         found = virtual_ablation(model, SEQUENCES[:1], progress=False)
@@ -232,7 +233,7 @@ def test_virtual_ablation(recipe: str) -> None:
     the_same(recipe, run)
 
 
-@one_of_each_kind
+@some_kinds
 def test_measures_and_gradients_of_padded_prompts(recipe: str) -> None:
     size, given = batch_size(recipe), SEQUENCES[:1] if recipe in PADDED else SEQUENCES
 
