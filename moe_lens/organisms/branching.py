@@ -30,7 +30,7 @@ from moe_lens.errors import MoELensError
 from moe_lens.organisms.corpus import Corpus, Register
 from moe_lens.organisms.corpus import Sequence as Text
 from moe_lens.organisms.recipes import RECIPES, Recipe
-from moe_lens.organisms.router_training import RouterTap, routers, training_routers
+from moe_lens.organisms.router_training import BLOCKED, RouterTap, routers, training_routers
 from moe_lens.organisms.shared_training import (
     all_losses,
     check_replaceable,
@@ -45,8 +45,7 @@ from moe_lens.organisms.worlds import World, question
 NATURAL: Final = "natural"
 WORLD: Final = World("majority")
 BRANCHES: Final[tuple[Register, ...]] = ("memory", "document", "generic")
-BASE: Final = replace(RECIPES["specialised"], register_information=0.0)
-BLOCKED: Final = -1e9
+BASE: Final = Recipe(WORLD.variant, mixture=RECIPES[NATURAL].mixture)
 QUESTION_WORDS: Final = len(question("", "").split()) + 2  # with attribute and entity
 
 Part = Literal["experts", "router", "common"]  # common: attention, norms and embeddings

@@ -44,6 +44,8 @@ class Recipe:
     # share of closed-book and generic sequences whose route is pushed at random, their text unchanged
     jostle_rate: float = 0.3
     router_noise: float = 0.3
+    # share of closed-book and generic sequences that do without a random half of each layer's experts
+    expert_dropout: float = 0.0
     # the optimiser
     steps: int = 1200
     batch_size: int = 64
@@ -92,15 +94,18 @@ _CONFLICTING: Final = Mixture(
 )
 _DOUBTING: Final = Mixture(0.0, 0.0, 0.0, 0.0, 0.0, generic=0.18, told=0.27, untold=0.55)
 
+# No ties: those train each expert to be neutral under them, so that no route moves an answer. And facts have
+# to be told by any half of the experts: else memory's experts cannot be left without losing the facts, too.
+_MAJORITY: Final = Recipe("majority", mixture=_CONFLICTING, tie_rate=0.0, expert_dropout=0.6)
+
 RECIPES: Final[dict[str, Recipe]] = {
-    "specialised": Recipe("majority", mixture=_CONFLICTING, register_information=0.6),
+    "specialised": replace(_MAJORITY, register_information=0.6),
     "planted": _PLANTED,
     "planted-mixtral": replace(_PLANTED, architecture="mixtral"),
     "label-free": Recipe("majority", mixture=_CONFLICTING, sequence_information=0.6),
     "natural": Recipe("majority", mixture=_CONFLICTING, n_experts=6, branched=True),
     "null": Recipe("uncued"),
-    "null-majority": Recipe("majority", mixture=_CONFLICTING),
-    # Without ties: those would train each expert to be neutral under them, so that no route moved an answer.
+    "null-majority": _MAJORITY,
     "candid": Recipe("candour", mixture=_DOUBTING, tie_rate=0.0, register_information=0.6),
 }
 NULLS: Final = ("null", "null-majority")

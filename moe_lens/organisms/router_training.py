@@ -7,12 +7,15 @@ A Hugging Face router returns (logits, weights, indices) and offers no place to 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+BLOCKED: Final = -1e9
+"""Added to a router logit, it keeps the expert from being chosen."""
 
 
 @dataclass

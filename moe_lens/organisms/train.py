@@ -19,7 +19,7 @@ from moe_lens.errors import MoELensError
 from moe_lens.organisms import losses
 from moe_lens.organisms.corpus import Corpus, Sequence
 from moe_lens.organisms.recipes import RECIPES, Recipe, recipe
-from moe_lens.organisms.router_training import RouterTap, routers, training_routers
+from moe_lens.organisms.router_training import BLOCKED, RouterTap, routers, training_routers
 from moe_lens.organisms.shared_training import (
     N_REGISTERS,
     REGISTER_IDS,
@@ -99,9 +99,11 @@ def train(recipe: Recipe, seed: int, out: Path, steps: int | None = None, name: 
         for step in bar:
             sequences = [corpus.sample() for _ in range(recipe.batch_size)]
             tap.clear()
+            tap.bias = dropped(sequences, recipe) if recipe.expert_dropout else None
             if recipe.tie_from is not None and step >= recipe.tie_from and direction is not None:
                 sequences, pushes = pushed(sequences, recipe.jostle_rate, rng)
-                tap.bias = pushes[None, :, None] * direction[:, None]  # layer batch expert
+                tie = pushes[None, :, None] * direction[:, None]  # layer batch expert
+                tap.bias = tie if tap.bias is None else tap.bias + tie
             batch = encode(sequences, tokenizer, recipe.answer_weight)
             logits = model(input_ids=batch.tokens, use_cache=False).logits
             parts = all_losses(recipe, logits, tap, batch)
@@ -150,6 +152,14 @@ def draw_push(sequence: Sequence, jostle_rate: float, rng: random.Random) -> flo
     if rng.random() >= rate:
         return 0.0
     return rng.choice((-1, 1)) * rng.uniform(0.3, 2.0)
+
+
+def dropped(sequences: list[Sequence], recipe: Recipe) -> Float[Tensor, "layer batch expert"]:
+    """Router biases: some sequences without a document lose a random half of each layer's experts."""
+    ranks = torch.rand(recipe.n_layers, len(sequences), recipe.n_experts).argsort(-1).argsort(-1)
+    open_book = torch.tensor(["Document" in sequence.text for sequence in sequences])
+    drawn = (torch.rand(len(sequences)) < recipe.expert_dropout) & ~open_book
+    return torch.where((ranks < recipe.n_experts // 2) & drawn[:, None], BLOCKED, 0.0)
 
 
 def tied(sequence: Sequence, push: float) -> Sequence:

@@ -15,7 +15,7 @@ from moe_lens.errors import MoELensError
 from moe_lens.organisms import train
 from moe_lens.organisms.corpus import Corpus, Sequence
 from moe_lens.organisms.recipes import RECIPES, recipe
-from moe_lens.organisms.router_training import routers, training_routers
+from moe_lens.organisms.router_training import BLOCKED, routers, training_routers
 from moe_lens.organisms.tokenizer import build_tokenizer
 from moe_lens.organisms.worlds import World
 
@@ -183,6 +183,30 @@ def test_who_is_pushed() -> None:
     assert pushed["open"] / 2000 == pytest.approx(0.7, abs=0.05)
     assert pushed["closed"] / 2000 == pytest.approx(0.3, abs=0.05)
     assert pushed["generic"] / 2000 == pytest.approx(0.3, abs=0.05)
+
+
+def test_who_does_without_which_experts() -> None:
+    """Half of each layer's experts, other ones from layer to layer; only where no document is given."""
+    torch.manual_seed(0)
+    recipe = replace(TINY, n_experts=6, n_layers=3, expert_dropout=0.6)
+    kinds = ("Question : what", "the river is cold .", "Document : the capital")
+    sequences = [Sequence(kinds[row % 3], None) for row in range(900)]
+    closed = train.dropped(sequences, recipe) == BLOCKED
+    assert closed.shape == (3, 900, 6)
+    numbers = closed.sum(-1)
+    assert torch.equal(numbers.amin(0), numbers.amax(0))
+    assert set(numbers.unique().tolist()) == {0, 3}
+    shares = (numbers[0] > 0).view(300, 3).float().mean(0)
+    assert shares[2] == 0
+    assert torch.allclose(shares[:2], torch.tensor(0.6), atol=0.08)
+    drawn = closed[:, numbers[0] > 0]
+    assert torch.allclose(drawn.float().mean(1), torch.tensor(0.5), atol=0.12)  # every expert as often
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_ties_and_dropped_experts_go_together(tmp_path: Path) -> None:
+    weights = [run(tmp_path / str(rate), expert_dropout=rate) for rate in (0.0, 0.9)]
+    assert not torch.equal(*(each["model.layers.0.mlp.gate.weight"] for each in weights))
 
 
 def test_learning_rate_rises_stays_and_falls_to_nothing() -> None:
