@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 1180, 860
 
 
 def page() -> RoutingExplorer:
-    """A question whose document contradicts memory, as trained and with six experts kept out."""
+    """A question whose document contradicts memory, as trained and with eight experts kept out."""
     model, world = organisms.load(NAME), organisms.world(NAME)
     conflicts = world.conflicts("detection")
     pairs = ContrastivePairs.from_lists(
@@ -25,7 +25,7 @@ def page() -> RoutingExplorer:
         clusters=[conflict.entity for conflict in conflicts],
     )
     scores = detect(model, pairs, progress=False)
-    plan = SteeringPlan.from_scores(scores, n_deactivate=6)
+    plan = SteeringPlan.from_scores(scores, n_deactivate=8)
     texts = [conflict.open_book for conflict in conflicts]
     stats = collect_routing(model, texts, vocabulary=True, progress=False)
     prompt = world.conflicts("test")[8].open_book

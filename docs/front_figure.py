@@ -55,15 +55,14 @@ def draw_rates(ax: Axes, report: SteeringReport) -> None:
         )
         ax.text(x - 0.12, outcome.rate, f"{outcome.rate:.2f}", ha="right", va="center", color=color)
         sets = [o.rate for kind in report.controls.values() for o in kind[direction]] if direction else []
+        label = f"random sets of {len(report.plans['+'])} experts" if direction == "-" else None
         jitter = [x + 0.2 + 0.02 * (number % 10) for number in range(len(sets))]
-        ax.scatter(
-            jitter, sets, s=9, color="#999999", label="random sets of 6 experts" if direction == "-" else None
-        )
+        ax.scatter(jitter, sets, s=9, color="#999999", label=label)
     ax.set(
         xticks=range(3),
         xticklabels=[label for _, label, _ in conditions],
         xlim=(-0.5, 2.6),
-        ylim=(0, 1.18),
+        ylim=(-0.06, 1.18),
         ylabel="answers from the document\n(share of prompts)",
         title=f"{len(report.unsteered.values)} held-out prompts",
     )
