@@ -1,6 +1,6 @@
 """Every published method on every organism, beside its controls, in one table.
 
-    make methods                                             # a quarter of an hour of one core; writes a page
+    make methods                                             # an hour of one core; writes a page
     python benchmarks/methods_table.py --quick --out DIR     # two methods, few controls: does it run?
     python benchmarks/methods_table.py --only splits         # a part; once more for the page
 
@@ -356,19 +356,21 @@ def page(
         null=null_table(splits),
         readings=reading_table(readings),
         pools=POOLS,
+        fewer=FEWER if len({len(own) for own in splits.values()}) > 1 else "",
     )
 
 
+FEWER = " Search and\ninterventions are run on fewer splits."
 PAGE_TEXT = """\
 # The methods, side by side
 
 <!-- written by benchmarks/methods_table.py -->
 
 `make methods` runs [the published methods](methods.md) on the shipped [organisms](explanation/organisms.md)
-and writes this page, its sentences about results included; a quarter of an hour of one core. The contrast is
-the demo's: does the model answer with its document or from memory? Methods choose by 48 conflicts of 12
-countries (search and learning use 96 of 12 others, too); all rates are of 96 held-out conflicts of 24
-further countries.
+and writes this page, its sentences about results included; an hour of one core, most of
+it for search and learning on the splits of *null*. The contrast is the demo's: does the model answer with its
+document or from memory? Methods choose by 48 conflicts of 12 countries (search and learning use 96 of 12
+others, too); all rates are of 96 held-out conflicts of 24 further countries.
 
 - *experts, for the document* and *for memory*: what is switched off (nudged or replaced, as the method
   says; on, with a plus) so that the model says what its document says, or what it remembers; at most
@@ -403,9 +405,8 @@ general. The organisms have 4 layers of 8 experts and, but for *null*, were trai
 The null organism's 48 countries are split anew: 12 countries to choose by, 12 for development (4 conflicts
 each), 24 to judge by (2 conflicts each). Counted are splits on which the method *names experts* both ways, on
 which the gap's *interval* lies above 0, on which *both p-values* are at most 0.05 (against {n_split} random
-choices of either kind and direction), and on which the whole verdict is *beyond controls*. Search and
-interventions are run on fewer splits. All share one model, its countries and {pools} pool(s) of random sets:
-they are no independent trials.
+choices of either kind and direction), and on which the whole verdict is *beyond controls*.{fewer}
+All share one model, its countries and {pools} pool(s) of random sets: they are no independent trials.
 
 {null}
 
@@ -439,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to run; then no page")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="the same")
     parser.add_argument("--splits", type=int, default=100, help="of the null organism")
-    parser.add_argument("--dear-splits", type=int, default=3, help="for search and interventions")
+    parser.add_argument("--dear-splits", type=int, default=100, help="for search and interventions")
     parser.add_argument("--n-random", type=int, default=12, help="random sets of each kind and direction")
     parser.add_argument("--n-random-split", type=int, default=9, help="the same on splits")
     parser.add_argument("--quick", action="store_true", help="two methods on two organisms, few controls")
