@@ -220,7 +220,7 @@ def test_the_table_holds_every_share(specialised) -> None:
     parts = table[table["part"] != "expert"]
     assert set(parts["part"]) == set(found.part_names)
     assert parts[["layer", "expert"]].isna().all(axis=None)
-    assert "<td>embed</td>" in found._repr_html_()
+    assert f"<td>{table['part'][0]}</td>" in found._repr_html_()
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -456,10 +456,11 @@ def _generated(model: Any, prompt: Any, plan: SteeringPlan | None, n: int) -> st
 def test_steer_writes_both_texts(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts, model = [c.open_book for c in HELD_OUT[:4]], organisms.load(NAME)
     (tmp_path / "p.txt").write_text("\n".join(prompts))
-    common = ("steer", NAME, work / "plan.json", "--max-new-tokens", 1)
+    file = work / "reverse.json"
+    common = ("steer", NAME, file, "--max-new-tokens", 1)
     assert run(*common, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o.jsonl") == 0
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
-    plan = SteeringPlan.load(work / "plan.json")
+    plan = SteeringPlan.load(file)
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
     for row, prompt in zip(rows, prompts, strict=True):
         assert prompt in row["prompt"]
@@ -505,8 +506,9 @@ def test_a_measure_may_be_given_instead_of_the_tasks(command: str, work: Path, t
     """On tasks whose alternatives make another behaviour of it."""
     task = json.loads((work / "task.json").read_text(encoding="utf-8"))
     for row, conflict in zip(task["prompts"], HELD_OUT, strict=True):
-        row["answer"] = f"{conflict.document_answer} ."  # two tokens, of which the second is certain
-        row["alternative"] = conflict.memory_answer
+        # likely but for its last token: by the sum the alternative is preferred, by the mean often not
+        row["answer"] = f"{conflict.memory_answer} . Question"
+        row["alternative"] = conflict.document_answer
     (tmp_path / "task.json").write_text(json.dumps(task), encoding="utf-8")
     found = {}
     for measure in (None, "sum", "mean", "first_difference"):
