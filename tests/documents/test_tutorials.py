@@ -11,20 +11,14 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
+from tests.families import broad
 from tests.notebooks import ROOT, TUTORIALS, differences, executed, main, not_built, same_text, shown
 
 every_tutorial = pytest.mark.parametrize("path", TUTORIALS, ids=[path.stem for path in TUTORIALS])
-LATER = tuple(path.stem for path in TUTORIALS[1:])
-"""Twenty seconds and more: in the second tier."""
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.broad] if path.stem in LATER else [])
-        for path in TUTORIALS
-    ],
-)
+@broad
+@every_tutorial
 def test_runs_from_clean_and_shows_what_is_committed(path: Path) -> None:
     committed = nbformat.read(path, as_version=4)
     if reason := not_built(committed):

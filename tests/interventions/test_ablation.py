@@ -22,7 +22,7 @@ from moe_lens import (
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.registration import routing_layers
 from tests import router_oracle as oracle
-from tests.families import core_family, every_family, one_of_each_kind
+from tests.families import core_family, one_of_each_kind
 from tests.model.test_expert_points import routed_outputs
 from tests.tiny_models import FAMILIES, prompt, tiny_model, tokenizer, tokens
 
@@ -56,7 +56,7 @@ def chosen(model: Any, hooks: Any = ()) -> dict[int, Tensor]:
     return {n: cache["topk_indices", n] for n in model.moe_layers}
 
 
-@every_family
+@one_of_each_kind
 def test_zero_and_keep_are_the_whole(hooked: Hooked, recipe: str) -> None:
     """What the experts of one layer add up to, by Hugging Face's modules: without some + only those = all."""
     model = hooked(recipe)
@@ -100,7 +100,7 @@ def test_route_around_is_a_logit_of_minus_infinity_in_hugging_faces_router(recip
     torch.testing.assert_close(run(model, hooks), expected, rtol=1e-4, atol=1e-5)
 
 
-@every_family
+@one_of_each_kind
 def test_route_around_lets_the_next_best_take_the_place(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layer, plain = model.moe_layers[-1], chosen(model)[model.moe_layers[-1]]

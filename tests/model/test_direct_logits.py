@@ -8,7 +8,7 @@ import torch
 
 from moe_lens import RoutedModel, SteeringPlan, hook_names, steer_hooks, with_top_k
 from moe_lens.errors import PlanError
-from tests.families import every_family, one_of_each_kind
+from tests.families import one_of_each_kind
 from tests.tiny_models import tiny_model, tokens
 
 
@@ -26,7 +26,7 @@ def a_plan(model: RoutedModel) -> SteeringPlan:
     return SteeringPlan(activate=[(layer, 1)], deactivate=[(layer, 2)])
 
 
-@every_family
+@one_of_each_kind
 @torch.no_grad()
 def test_a_plan_alone_gives_what_it_gives_beside_other_hooks(recipe: str) -> None:
     model = RoutedModel(tiny_model(recipe))

@@ -17,7 +17,7 @@ from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 from tests import router_oracle as oracle
 from tests.edits import SPELLERS, on_logits, roll, same
-from tests.families import every_family, one_of_each_kind
+from tests.families import one_of_each_kind
 from tests.promises.decisions import Hooked, Plain, assert_near, hf_model
 from tests.tiny_models import (
     EVERY_FAMILY,
@@ -56,7 +56,7 @@ def test_a_block_that_bypasses_its_router_is_refused(hooked: Hooked, recipe: str
             model.run_with_hooks(tokens(), fwd_hooks=on_logits(roll, layer))
 
 
-@every_family
+@one_of_each_kind
 def test_detach_leaves_no_trace(hooked: Hooked, plain: Plain, recipe: str) -> None:
     model: Any = copy.deepcopy(hooked(recipe))
     bare: Any = copy.deepcopy(plain(recipe))

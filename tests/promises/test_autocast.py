@@ -15,7 +15,7 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.statistics.routing_stats import is_routing_point
 from tests import router_oracle as oracle
 from tests.edits import same
-from tests.families import every_family
+from tests.families import one_of_each_kind
 from tests.promises.decisions import Hooked, hf_model, on_all_points, routing
 from tests.tiny_models import tokens
 
@@ -43,7 +43,7 @@ def own_decisions(model: HookedMoE) -> tuple[Tensor, dict[int, oracle.Decision]]
             handle.remove()
 
 
-@every_family
+@one_of_each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_cache_is_the_models_route_and_identity_hooks_change_nothing(
     hooked: Hooked, recipe: str, dtype: torch.dtype

@@ -15,13 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from moe_lens.statistics.routing_stats import is_routing_point
 from tests import router_oracle as oracle
 from tests.edits import on_logits, roll
-from tests.families import (
-    every_family,
-    every_family_in_every_dtype,
-    half_precision,
-    in_every_dtype,
-    one_of_each_kind,
-)
+from tests.families import every_family_in_every_dtype, half_precision, in_every_dtype, one_of_each_kind
 from tests.promises.decisions import (
     SCALES,
     Hooked,
@@ -114,7 +108,7 @@ def test_edited_logits_reroute_in_every_cached_step(
             assert_decided(routing(step, layer), decided)
 
 
-@every_family
+@one_of_each_kind
 def test_the_gradient_at_the_logits_is_that_of_hfs_router(hooked: Hooked, plain: Plain, recipe: str) -> None:
     model, bare = hooked(recipe), plain(recipe)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lens import SteeringPlan, bias_experts, hook_names, route_around, steer_hooks
 from moe_lens.statistics.routing_stats import is_routing_point
-from tests.families import every_family, every_family_in_every_dtype, one_of_each_kind
+from tests.families import every_family_in_every_dtype, one_of_each_kind
 from tests.promises.decisions import Hooked
 from tests.tiny_models import tokens
 
@@ -75,7 +75,7 @@ def test_a_plan_holds_beside_hooks_on_the_logits(hooked: Hooked, recipe: str, dt
             raise AssertionError(f"beside: {name}") from error
 
 
-@every_family
+@one_of_each_kind
 def test_a_plan_holds_beside_hooks_under_autocast(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layers = steerable(model)
@@ -86,7 +86,7 @@ def test_a_plan_holds_beside_hooks_under_autocast(hooked: Hooked, recipe: str) -
         assert_holds(cache, layers)
 
 
-@every_family
+@one_of_each_kind
 def test_plans_interventions_and_casts_add_up(hooked: Hooked, recipe: str) -> None:
     """A plan, a bias on another expert, an expert routed around, in both orders."""
     model = hooked(recipe)

@@ -16,7 +16,7 @@ from moe_lens.statistics.routing_stats import is_routing_point
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 from tests import router_oracle as oracle
-from tests.families import every_dtype, every_family, every_family_in_every_dtype, one_of_each_kind
+from tests.families import every_dtype, every_family_in_every_dtype, one_of_each_kind
 from tests.promises.decisions import Hooked, Plain, generate, hf_model, is_hash, padded, routing
 from tests.tiny_models import (
     hook_census,
@@ -118,7 +118,7 @@ def test_steering_holds_in_generation_with_and_without_cache(
         assert torch.equal(cached, grown)
 
 
-@every_family
+@one_of_each_kind
 def test_what_groups_of_experts_exclude_is_refused_before_the_run(hooked: Hooked, recipe: str) -> None:
     model, generator = hooked(recipe), random.Random(5)
     before, (n_experts, k) = hook_census(model), (model.n_experts, model.top_k)

@@ -20,7 +20,7 @@ from moe_lens.statistics import RoutingStats, collect_routing, collect_to_file, 
 from moe_lens.statistics.counting import RoutingCounter
 from moe_lens.steering import SteeringPlan, steer_hooks
 from moe_lens.text.batching import WINDOW, Limits
-from tests.families import every_family, one_of_each_kind
+from tests.families import one_of_each_kind
 from tests.statistics.sums import Hooked
 from tests.tiny_models import MOE_LAYERS, prompt, tiny_model, tokenizer, tokens
 
@@ -45,7 +45,7 @@ def by_hand(model: Any, sequences: list[Tensor]) -> dict[str, Tensor]:
     return {"per_prompt": counts, "counts": counts.sum(0), "weights": weights}
 
 
-@every_family
+@one_of_each_kind
 def test_counts_are_those_of_single_prompts(recipe: str) -> None:
     """Prompts of like length share a batch, padded on the right, and are given back in their order."""
     model = RoutedModel(tiny_model(recipe))

@@ -24,7 +24,7 @@ from moe_lens import (
 )
 from moe_lens.errors import DataError, HookError
 from moe_lens.shape import MoEShape
-from tests.families import every_family, one_of_each_kind
+from tests.families import one_of_each_kind
 from tests.tiny_models import FAMILIES, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
@@ -38,7 +38,7 @@ def run(model: Any, hooks: Any = (), given: Any = None) -> tuple[Tensor, Any]:
 
 
 @with_and_without_weights
-@every_family
+@one_of_each_kind
 def test_replaying_a_runs_own_route_gives_its_own_logits(hooked: Hooked, recipe: str, weights: bool) -> None:
     model = hooked(recipe)
     logits, cache = run(model)

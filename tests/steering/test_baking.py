@@ -20,7 +20,7 @@ from moe_lens.steering.baking import bake
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 from tests import oracle
-from tests.families import core_family, every_dtype, every_family, one_of_each_kind
+from tests.families import core_family, every_dtype, one_of_each_kind
 from tests.tiny_models import EVERY_FAMILY, tiny_model, tokens
 
 GROUPED = (
@@ -73,7 +73,7 @@ def weights_equal(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("how", ["prune", "bias"])
-@every_family
+@one_of_each_kind
 def test_it_computes_what_routing_around_computes_or_says_why_not(recipe: str, how: Any) -> None:
     model = model_of(recipe)
     plan, plain = plan_of(model), logits_of(model)
