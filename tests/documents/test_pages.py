@@ -88,7 +88,7 @@ def test_the_ten_line_example_prints_what_its_comments_say(capsys: pytest.Captur
     unsteered, steered = capsys.readouterr().out.splitlines()
     said = re.findall(r"# \.\.\. (Answer : \w+)", blocks("README.md")[0])
     assert [unsteered.endswith(said[0]), steered.endswith(said[1])] == [True, True]
-    assert len(names["plan"]) == 6
+    assert len(names["plan"]) == 8
 
 
 @pytest.mark.broad
