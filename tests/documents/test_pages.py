@@ -131,6 +131,7 @@ def demo_table() -> dict[str, dict[str, str]]:
     return {cells[0]: dict(zip(header, cells, strict=True)) for cells in rows if len(cells) == len(header)}
 
 
+@pytest.mark.broad
 def test_the_table_is_what_the_demo_gives(planted_demo: DemoResult) -> None:
     """Within .05: another processor may break a near tie the other way."""
     row, report = demo_table()["planted"], planted_demo.report
