@@ -36,7 +36,7 @@ from moe_lens.engines import Answer, harness_collateral
 from moe_lens.errors import DataError, HookError, MoELensError
 from tests.engines.harness_files import chosen_by_loop, log_prob_by_loop, write_tasks, written_by_loop
 
-CONFLICTS = organisms.world("specialised").conflicts("test")[:36:4]
+CONFLICTS = organisms.world("label-free").conflicts("test")[:36:4]
 PROMPTS = [conflict.open_book for conflict in CONFLICTS]
 LONG = [(f"{c.document_answer} .", f"{c.memory_answer} .", c.memory_answer) for c in CONFLICTS]
 SHORT = [(c.document_answer, c.memory_answer) for c in CONFLICTS]
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=WRAPPERS, ids=lambda wrapper: wrapper.__name__)
 def model(request: pytest.FixtureRequest) -> Any:
-    return organisms.load("specialised", wrapper=request.param)
+    return organisms.load("label-free", wrapper=request.param)
 
 
 def task_of(folder: Path, name: str, metric: str | None = None, **options: Any) -> Any:
@@ -130,7 +130,7 @@ def by_tokens(phase: str, n_prompt: int) -> Any:
 
 def test_the_phases_of_written_answers_are_three_different_things(folder: Path) -> None:
     """So the test above would notice one taken for another."""
-    model, seen = organisms.load("specialised", wrapper=RoutedModel), []
+    model, seen = organisms.load("label-free", wrapper=RoutedModel), []
 
     def judge(answers: Any) -> list[float]:
         seen.append(tuple(answer.text for answer in answers))
@@ -147,7 +147,7 @@ def test_the_phases_of_written_answers_are_three_different_things(folder: Path) 
 @pytest.mark.parametrize("name", ["conflict_long", "conflict_gen"])
 def test_values_are_those_that_the_harness_logs(folder: Path, name: str) -> None:
     """`simple_evaluate` on the Hugging Face model under `steered`, without moe_lens' part of it."""
-    model = RoutedModel.from_pretrained(organisms.path("specialised"))
+    model = RoutedModel.from_pretrained(organisms.path("label-free"))
     metric = "exact_match" if name == "conflict_gen" else "acc"
     options = {"filter": "first"} if name == "conflict_gen" else {}
     ours = task_of(folder, name, metric, num_fewshot=1, **options).values(model, steer_hooks(PLAN))
@@ -178,7 +178,7 @@ def test_a_file_of_a_task_is_one_too(model: Any, folder: Path) -> None:
 
 
 def test_a_report_with_collateral(folder: Path) -> None:
-    model = organisms.load("specialised", wrapper=RoutedModel)
+    model = organisms.load("label-free", wrapper=RoutedModel)
     task = task_of(
         folder,
         "conflict_mc",
@@ -204,7 +204,7 @@ def test_a_report_with_collateral(folder: Path) -> None:
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_texts_become_tokens_as_the_model_says(wrapper: Any, folder: Path, bos: bool) -> None:
-    model = organisms.load("specialised", wrapper=wrapper)
+    model = organisms.load("label-free", wrapper=wrapper)
     model.prepend_bos = bos
     seen: list[Any] = []
     handle = model.original_model.register_forward_pre_hook(
@@ -218,7 +218,7 @@ def test_texts_become_tokens_as_the_model_says(wrapper: Any, folder: Path, bos: 
 
 
 def test_an_attached_model_and_hooks_that_are_set_already(folder: Path) -> None:
-    hf_model = RoutedModel.from_pretrained(organisms.path("specialised"))
+    hf_model = RoutedModel.from_pretrained(organisms.path("label-free"))
     tokenizer, hf_model = hf_model.tokenizer, hf_model.detach()
     model = attach(hf_model, tokenizer)
     task = task_of(folder, "conflict_mc").on(model)
@@ -230,7 +230,7 @@ def test_an_attached_model_and_hooks_that_are_set_already(folder: Path) -> None:
 
 
 def test_model_tokenizer_and_random_numbers_stay_as_they_are(folder: Path) -> None:
-    model = organisms.load("specialised", wrapper=RoutedModel)
+    model = organisms.load("label-free", wrapper=RoutedModel)
     model.tokenizer.pad_token = None
     model.tokenizer.padding_side = "right"
     hf_model: Any = model.hf_model
