@@ -121,6 +121,9 @@ ONE_OF_EACH_KIND = (
 """One recipe of each kind that differs much: plain softmax, shared experts, biases with and without groups,
 a table by token id, scales of experts, a softmax after the choice, scaled inputs, sparsemixer."""
 
+SOME_KINDS = ("olmoe", "deepseek_v3", "deepseek_v4_hash", "gpt_oss")
+"""Of these, a plain softmax, biases with groups, a table by token id, and a softmax after the choice."""
+
 _CORRECTION_BIASES = ("e_score_correction_bias", "expert_bias")
 
 MOE_LAYERS = {

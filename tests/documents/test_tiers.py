@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests import families
 from tests.notebooks import ROOT
-from tests.tiny_models import EVERY_FAMILY, ONE_OF_EACH_KIND
+from tests.tiny_models import EVERY_FAMILY, ONE_OF_EACH_KIND, SOME_KINDS
 
 CASES: list[int] = []
 
@@ -28,8 +28,8 @@ def test_make_test_leaves_out_what_is_broad_and_ci_runs_everything() -> None:
 
 def test_promises_run_on_every_family_in_every_dtype() -> None:
     parameters = families.every_family_in_every_dtype.mark.args[1]
-    in_first = {(name, torch.float32) for name in EVERY_FAMILY}
-    in_first |= {(name, torch.bfloat16) for name in ONE_OF_EACH_KIND}
+    in_first = {(name, torch.float32) for name in ONE_OF_EACH_KIND}
+    in_first |= {(name, torch.bfloat16) for name in SOME_KINDS}
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     assert {case.values for case in parameters} == {
         (name, dtype) for name in EVERY_FAMILY for dtype in dtypes
@@ -37,10 +37,13 @@ def test_promises_run_on_every_family_in_every_dtype() -> None:
     assert {case.values for case in parameters if not case.marks} == in_first
 
 
-def test_one_of_each_kind_is_widened_to_every_family() -> None:
-    first = [case for case in families.one_of_each_kind.mark.args[1] if isinstance(case, str)]
-    rest = [case for case in families.one_of_each_kind.mark.args[1] if not isinstance(case, str)]
-    assert first == list(ONE_OF_EACH_KIND)
+@pytest.mark.parametrize("kinds", [ONE_OF_EACH_KIND, SOME_KINDS])
+def test_a_few_kinds_are_widened_to_every_family(kinds: tuple[str, ...]) -> None:
+    decorator = families.one_of_each_kind if kinds == ONE_OF_EACH_KIND else families.some_kinds
+    first = [case for case in decorator.mark.args[1] if isinstance(case, str)]
+    rest = [case for case in decorator.mark.args[1] if not isinstance(case, str)]
+    assert first == list(kinds)
+    assert set(kinds) <= set(ONE_OF_EACH_KIND)
     assert sorted(first + [case.values[0] for case in rest]) == sorted(EVERY_FAMILY)
     assert all(case.marks == (families.broad,) for case in rest)
 

@@ -21,7 +21,7 @@ from moe_lens.statistics.collection import Counting, collect_routing
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.text.groups import ContrastiveGroups
 from moe_lens.text.pairs import ContrastivePairs
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import tiny_model, tokenizer
 
 PROMPTS = [" ".join(f"w{(7 * i + j) % 46}" for j in range(2 + i % 5)) for i in range(22)]
@@ -77,7 +77,7 @@ def test_it_is_collect_routing(unit: int, model: HookedMoE, tmp_path: Path, ran:
     assert content(merge_distributed(tmp_path)) == expected
 
 
-@one_of_each_kind
+@some_kinds
 def test_on_every_kind_of_router_in_both_wrappers(recipe: str, tmp_path: Path) -> None:
     for wrap in (RoutedModel, HookedMoE.from_hf):
         model = wrap(tiny_model(recipe), tokenizer())

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_lens import HookedMoE, RoutedModel, SteeringPlan, scale_experts, steer_hooks
 from moe_lens.evaluation import answers_with, continuation_log_probs, text_loss
 from moe_lens.model.kept_logits import reading_logits
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import (
     SPECIAL,
     WORDS,
@@ -82,7 +82,7 @@ def agrees(model: Any, expected: Found, **options: Any) -> None:
     assert text_loss(model, SEQUENCES, **options) == pytest.approx(expected.loss, rel=1e-5)
 
 
-@one_of_each_kind
+@some_kinds
 def test_without_hooks_it_is_hugging_face_one_prompt_at_a_time(recipe: str) -> None:
     for model in wrapped(recipe):
         agrees(model, bare(recipe)[1], batch_size=1 if recipe in TIED else None)
@@ -94,7 +94,7 @@ def test_batches_of_any_size_find_the_same(options: Any) -> None:
         agrees(model, bare("olmoe")[1], **options)
 
 
-@one_of_each_kind
+@some_kinds
 def test_under_hooks_it_is_each_prompt_by_itself_under_them(recipe: str) -> None:
     size = 1 if recipe in PADDED else None
     for model in wrapped(recipe):
@@ -171,7 +171,7 @@ def counting_rows(model: Any) -> Iterator[list[int]]:
         del head.forward
 
 
-@one_of_each_kind
+@some_kinds
 def test_no_more_of_the_vocabulary_than_is_read(recipe: str) -> None:
     equal = [tokens(1, 6, seed=seed)[0].tolist() for seed in range(4)]
     for model in wrapped(recipe):

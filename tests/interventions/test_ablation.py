@@ -22,7 +22,7 @@ from moe_lens import (
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.registration import routing_layers
 from tests import router_oracle as oracle
-from tests.families import core_family, one_of_each_kind
+from tests.families import core_family, some_kinds
 from tests.model.test_expert_points import routed_outputs
 from tests.tiny_models import FAMILIES, prompt, tiny_model, tokenizer, tokens
 
@@ -56,7 +56,7 @@ def chosen(model: Any, hooks: Any = ()) -> dict[int, Tensor]:
     return {n: cache["topk_indices", n] for n in model.moe_layers}
 
 
-@one_of_each_kind
+@some_kinds
 def test_zero_and_keep_are_the_whole(hooked: Hooked, recipe: str) -> None:
     """What the experts of one layer add up to, by Hugging Face's modules: without some + only those = all."""
     model = hooked(recipe)
@@ -71,7 +71,7 @@ def test_zero_and_keep_are_the_whole(hooked: Hooked, recipe: str) -> None:
     assert bool((totals[2] != totals[0]).any())
 
 
-@one_of_each_kind
+@some_kinds
 def test_zero_leaves_the_route_and_the_others_weights(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layer = model.moe_layers[0]
@@ -100,7 +100,7 @@ def test_route_around_is_a_logit_of_minus_infinity_in_hugging_faces_router(recip
     torch.testing.assert_close(run(model, hooks), expected, rtol=1e-4, atol=1e-5)
 
 
-@one_of_each_kind
+@some_kinds
 def test_route_around_lets_the_next_best_take_the_place(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layer, plain = model.moe_layers[-1], chosen(model)[model.moe_layers[-1]]
@@ -154,7 +154,7 @@ def test_means_are_those_of_a_loop_over_tokens(hooked: Hooked, recipe: str) -> N
     assert torch.equal(means.counts, collect_routing(model, texts, span="all").counts)
 
 
-@one_of_each_kind
+@some_kinds
 def test_a_mean_over_one_token_leaves_that_token_as_it_is(with_outputs: Hooked, recipe: str) -> None:
     model = with_outputs(recipe)
     model.set_use_expert_out(False)
@@ -213,7 +213,7 @@ def test_swapping_both_ways_is_swapping_the_parameters(recipe: str) -> None:
     assert not torch.equal(got, run(model))
 
 
-@one_of_each_kind
+@some_kinds
 def test_swapping_an_expert_with_itself_changes_nothing(with_outputs: Hooked, recipe: str) -> None:
     model = with_outputs(recipe)
     itself = [(n, e, e) for n in model.moe_layers for e in range(model.n_experts)]

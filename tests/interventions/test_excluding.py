@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_lens import SteeringPlan, exclude_experts, route_around, steer_hooks
 from moe_lens.errors import DataError, HookError
 from moe_lens.statistics.routing_stats import is_routing_point
-from tests.families import every_family_in_every_dtype, one_of_each_kind
+from tests.families import every_family_in_every_dtype, some_kinds
 from tests.promises.decisions import Hooked
 from tests.tiny_models import prompt, tokens
 
@@ -54,7 +54,7 @@ def test_excluded_experts_do_not_run_and_the_next_best_do(
         assert bool(weights.isfinite().all())
 
 
-@one_of_each_kind
+@some_kinds
 def test_each_token_is_routed_around_what_its_mask_names(hooked: Hooked, recipe: str) -> None:
     """Token by token with `rule.without`, one call a token."""
     model = hooked(recipe)

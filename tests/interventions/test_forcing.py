@@ -12,7 +12,7 @@ from moe_lens.errors import DataError, HookError
 from moe_lens.interventions.edits import experts_by_layer
 from moe_lens.model.hooked_moe import HookedMoE
 from tests import router_oracle as oracle
-from tests.families import core_family, one_of_each_kind
+from tests.families import core_family, some_kinds
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
@@ -34,7 +34,7 @@ def at(layer: int, spell: Any, function: Any) -> tuple[str, Any]:
     return spell(layer), function
 
 
-@one_of_each_kind
+@some_kinds
 def test_forced_experts_run_where_they_are_meant_and_nowhere_else(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layer, k = model.moe_layers[0], model.top_k
@@ -53,14 +53,14 @@ def test_forced_experts_run_where_they_are_meant_and_nowhere_else(hooked: Hooked
         torch.testing.assert_close(got[layer][1].float(), expected.float())
 
 
-@one_of_each_kind
+@some_kinds
 def test_forcing_the_routers_own_sets_changes_nothing(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     own = {n: indices.flip(-1) for n, (indices, _) in routes(model).items()}  # in another order
     assert torch.equal(run(model, force_experts(own)), run(model))
 
 
-@one_of_each_kind
+@some_kinds
 def test_neutral_biases_and_factors_change_nothing(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     zeros = {n: torch.zeros(model.n_experts) for n in model.moe_layers}
@@ -70,7 +70,7 @@ def test_neutral_biases_and_factors_change_nothing(hooked: Hooked, recipe: str) 
     assert torch.equal(run(model, scale_experts(every, 1.0)), plain)
 
 
-@one_of_each_kind
+@some_kinds
 def test_a_bias_routes_as_hugging_faces_router_does_with_it(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     bias = torch.linspace(-2, 2, model.n_experts)

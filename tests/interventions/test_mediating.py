@@ -19,7 +19,7 @@ from moe_lens.errors import DataError
 from moe_lens.interventions import shared_runs
 from moe_lens.interventions.results import Mediation
 from moe_lens.model.resuming import record
-from tests.families import every_dtype_first_float32, first_of, one_of_each_kind, recipes
+from tests.families import every_dtype_first_float32, first_of, recipes, some_kinds
 from tests.tiny_models import (
     EVERY_FAMILY,
     FAMILIES,
@@ -178,7 +178,7 @@ def counting_blocks(model: Any) -> Iterator[list[int]]:
             del block.forward
 
 
-@one_of_each_kind
+@some_kinds
 @every_dtype_first_float32
 @pytest.mark.parametrize("wrapper", ["bridge", "routed"])
 def test_resumed_runs_are_whole_ones(hooked: Hooked, recipe: str, dtype: torch.dtype, wrapper: str) -> None:

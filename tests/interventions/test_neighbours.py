@@ -26,7 +26,7 @@ from moe_lens import (
 )
 from moe_lens.errors import DataError, HookError
 from moe_lens.routers import dense_weights, logits_of_dense, no_dense_weights
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
@@ -39,7 +39,7 @@ def routed(model: Any, texts: Any, hooks: Any = ()) -> Any:
     return cache
 
 
-@one_of_each_kind
+@some_kinds
 def test_every_rule_routes_by_its_own_dense_weights_as_before(hooked: Hooked, recipe: str) -> None:
     """Weights to logits and back: same experts, same weights, or a refusal that says why."""
     model = hooked(recipe)
@@ -65,7 +65,7 @@ def test_every_rule_routes_by_its_own_dense_weights_as_before(hooked: Hooked, re
     )
 
 
-@one_of_each_kind
+@some_kinds
 def test_following_ones_own_record_changes_nothing_but_rounding(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     if no_dense_weights(model.routing_rule(model.moe_layers[0])) is not None:

@@ -26,7 +26,7 @@ from moe_lens.errors import DataError
 from moe_lens.interventions.noise import noise_at
 from moe_lens.interventions.uncertainty import RouteUncertainty
 from moe_lens.resampling import spawned_seeds
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
@@ -91,7 +91,7 @@ def routed(model: Any, given: Any, hooks: Any, **kwargs: Any) -> dict[int, Tenso
     return {n: cache["router_logits", n] for n in model.moe_layers}
 
 
-@one_of_each_kind
+@some_kinds
 def test_logits_get_temperature_times_the_noise_of_their_layer(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     last = model.moe_layers[-1]

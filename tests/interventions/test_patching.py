@@ -24,7 +24,7 @@ from moe_lens.model import edited_runs
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
-from tests.families import core_family, one_of_each_kind
+from tests.families import core_family, some_kinds
 from tests.tiny_models import (
     FAMILIES,
     hook_census,
@@ -126,7 +126,7 @@ def test_in_bfloat16_one_by_one_is_bit_for_bit(hooked: Hooked, recipe: str) -> N
         assert torch.equal(found, by_transformer_lens(model, cache, "router_logits"))
 
 
-@one_of_each_kind
+@some_kinds
 def test_every_kind_can_be_patched(with_outputs: Hooked, recipe: str) -> None:
     """Its own cache changes nothing, stacking changes nothing, a route is indices and weights."""
     model = with_outputs(recipe)

@@ -14,7 +14,7 @@ from moe_lens.errors import DataError, HookError
 from moe_lens.interventions.edits import RoutingEdit
 from moe_lens.interventions.positions import checked_positions, selected
 from moe_lens.model.state import ForwardState
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
@@ -108,7 +108,7 @@ def test_texts_are_found_in_the_strings_that_run() -> None:
         in_forward(model, "question", texts[0])
 
 
-@one_of_each_kind
+@some_kinds
 @pytest.mark.parametrize("cached", [True, False])
 def test_while_writing(hooked: Hooked, recipe: str, cached: bool) -> None:
     """The prompt has 4 columns; three tokens are written and two of them read. With and without a cache."""

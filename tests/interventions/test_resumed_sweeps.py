@@ -16,7 +16,7 @@ from moe_lens.interventions.patching import patch_expert_outputs, patch_router
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.registration import routing_layers
 from moe_lens.model.routed_model import RoutedModel
-from tests.families import broad, half_precision, one_of_each_kind
+from tests.families import broad, half_precision, some_kinds
 from tests.tiny_models import EVERY_FAMILY, tiny_model, tokenizer, tokens
 
 BATCH, N_POS = 2, 9
@@ -54,7 +54,7 @@ def both(sweep: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return found, whole
 
 
-@one_of_each_kind
+@some_kinds
 def test_nothing_is_repeated_and_nothing_changes(with_outputs: Any, recipe: str) -> None:
     model = with_outputs(recipe)
     cache = cached(model)

@@ -16,7 +16,7 @@ from moe_lens.errors import MoELensError
 from moe_lens.model.hooked_moe import HookedMoE, detach
 from moe_lens.routers.models import supported_models
 from tests import model_recipes
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import hook_census, plain_bridge, tiny_model, tokenizer, tokens
 
 OPTIONS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
@@ -147,7 +147,7 @@ def log_p(bridge: Any) -> Tensor:
 # Options that are right
 
 
-@one_of_each_kind
+@some_kinds
 def test_options_that_are_not_named_keep_predictions_routing_and_hooks(recipe: str) -> None:
     hf_model = tiny_model(recipe)
     model = HookedMoE.from_hf(hf_model, tokenizer())

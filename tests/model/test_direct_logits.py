@@ -8,7 +8,7 @@ import torch
 
 from moe_lens import RoutedModel, SteeringPlan, hook_names, steer_hooks, with_top_k
 from moe_lens.errors import PlanError
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import tiny_model, tokens
 
 
@@ -26,7 +26,7 @@ def a_plan(model: RoutedModel) -> SteeringPlan:
     return SteeringPlan(activate=[(layer, 1)], deactivate=[(layer, 2)])
 
 
-@one_of_each_kind
+@some_kinds
 @torch.no_grad()
 def test_a_plan_alone_gives_what_it_gives_beside_other_hooks(recipe: str) -> None:
     model = RoutedModel(tiny_model(recipe))
@@ -52,7 +52,7 @@ def test_a_bias_that_was_zero_counts_when_it_is_loaded() -> None:
     assert torch.equal(model.run_with_hooks(tokens(2, 6), fwd_hooks=steer_hooks(plan)), expected)
 
 
-@one_of_each_kind
+@some_kinds
 @torch.no_grad()
 def test_a_router_in_float32_in_a_model_of_bfloat16(recipe: str) -> None:
     model = RoutedModel(tiny_model(recipe))

@@ -14,7 +14,7 @@ from moe_lens.errors import HookError
 from moe_lens.model.hooked_moe import detach
 from moe_lens.model.registration import routing_layers
 from moe_lens.model.router_points import installed_points
-from tests.families import core_family, one_of_each_kind
+from tests.families import core_family, some_kinds
 from tests.tiny_models import (
     hook_census,
     prompt,
@@ -70,7 +70,7 @@ def routed_outputs(model: Any, forward: Callable[[], Any]) -> dict[int, Tensor]:
     return seen
 
 
-@one_of_each_kind
+@some_kinds
 def test_identity_hooks_are_bit_for_bit_and_the_weighted_sum_is_the_routed_output(
     with_outputs: Hooked, recipe: str
 ) -> None:
@@ -99,7 +99,7 @@ def test_identity_hooks_are_bit_for_bit_and_the_weighted_sum_is_the_routed_outpu
         torch.testing.assert_close(theirs[layer].double(), total, rtol=1e-5, atol=1e-6)
 
 
-@one_of_each_kind
+@some_kinds
 def test_an_edit_counts_and_off_leaves_no_trace(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     plain, names, census = run(model), set(model.hook_dict), hook_census(model)
@@ -162,7 +162,7 @@ def test_outputs_are_those_of_the_experts_formula(recipe: str) -> None:
             torch.testing.assert_close(cache["expert_out", layer][0, token, slot], expected)
 
 
-@one_of_each_kind
+@some_kinds
 def test_gradients_reach_the_outputs(with_outputs: Hooked, recipe: str) -> None:
     """d loss / d output is the weight times d loss / d routed output, whose gradient torch gives."""
     model = with_outputs(recipe)

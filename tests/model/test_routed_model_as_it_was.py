@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moe_lens import RoutedModel, SteeringPlan, attach, detach, hook_names, steered
-from tests.families import first_of, one_of_each_kind
+from tests.families import first_of, some_kinds
 from tests.tiny_models import EVERY_FAMILY, tiny_model, tokens
 
 core = pytest.mark.parametrize("recipe", ["olmoe", "deepseek_v3", "gpt_oss"])
@@ -56,7 +56,7 @@ def tables(part: Any) -> list[Any]:
 # Saved and loaded
 
 
-@one_of_each_kind
+@some_kinds
 def test_it_is_saved_as_without_points(recipe: str, tmp_path: Path) -> None:
     plain, model = tiny_model(recipe), tiny_model(recipe)
     routed = attach(model)
@@ -113,7 +113,7 @@ def test_embeddings_are_resized(recipe: str) -> None:
 # What it reports
 
 
-@one_of_each_kind
+@some_kinds
 def test_it_reports_the_router_logits_that_ran(recipe: str) -> None:
     model = tiny_model(recipe)
     plain = getattr(model(tokens(), output_router_logits=True), "router_logits", ())

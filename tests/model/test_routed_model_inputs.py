@@ -8,11 +8,11 @@ from transformers import GenerationConfig
 
 from moe_lens import RoutedModel, RoutingStats, SteeringPlan, hook_names, steer_hooks
 from moe_lens.errors import DataError
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import tiny_model, tokenizer, tokens
 
 
-@one_of_each_kind
+@some_kinds
 @torch.no_grad()
 def test_the_last_residual_stream_reads_as_the_logits(recipe: str) -> None:
     model = RoutedModel(tiny_model(recipe))

@@ -14,7 +14,7 @@ from moe_lens.errors import HookError
 from moe_lens.interventions.positions import checked_positions, selected
 from moe_lens.interventions.replay import replay_hooks
 from moe_lens.statistics.routes import RouteRecord
-from tests.families import one_of_each_kind, recipes
+from tests.families import recipes, some_kinds
 from tests.tiny_models import EVERY_FAMILY, tiny_model, tokenizer, tokens
 
 N_PROMPT = 23
@@ -140,7 +140,7 @@ def test_masks_and_rows_follow_beams_and_samples() -> None:
     assert not seen[-1].any()
 
 
-@one_of_each_kind
+@some_kinds
 def test_a_hook_that_runs_the_model_disturbs_nothing(recipe: str) -> None:
     model, given, other = RoutedModel(tiny_model(recipe), tokenizer()), tokens(2, 5), tokens(1, 3, seed=1)
     layer = model.moe_layers[-1]
@@ -163,7 +163,7 @@ def test_a_hook_that_runs_the_model_disturbs_nothing(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("build", [RoutedModel, HookedMoE.from_hf])
-@one_of_each_kind
+@some_kinds
 def test_a_deep_copy_under_hooks_has_its_own(recipe: str, build: Callable[..., Any]) -> None:
     model, given = build(tiny_model(recipe), tokenizer()), tokens(2, 5)
     layer = model.moe_layers[-1]

@@ -12,7 +12,7 @@ from transformers import StaticCache
 
 from moe_lens import HookedMoE, RoutedModel, SteeringPlan, hook_names, steered
 from moe_lens.errors import MoELensError
-from tests.families import first_of, one_of_each_kind
+from tests.families import first_of, some_kinds
 from tests.tiny_models import EVERY_FAMILY, plain_bridge, tiny_model, tokenizer, tokens
 
 WITHOUT = {
@@ -57,7 +57,7 @@ def plan_for(model: RoutedModel) -> SteeringPlan:
     )
 
 
-@one_of_each_kind
+@some_kinds
 def test_a_routed_model_is_right_with_a_static_cache(recipe: str) -> None:
     if recipe in WITHOUT:
         with pytest.raises((KeyError, AssertionError)):

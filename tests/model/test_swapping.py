@@ -9,7 +9,7 @@ import torch
 from moe_lens import HookedMoE, RoutedModel, swap_routers
 from moe_lens.errors import MoELensError
 from moe_lens.model.hf_models import numbered_layers, tensors_of
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import tiny_model, tokenizer, tokens
 
 
@@ -34,7 +34,7 @@ def transplanted(base: Any, donor: Any) -> Any:
     return twin
 
 
-@one_of_each_kind
+@some_kinds
 def test_routers_change_places(recipe: str) -> None:
     a, b = tiny_model(recipe, seed=0), tiny_model(recipe, seed=1)
     given = tokens(2, 6)

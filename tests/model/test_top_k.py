@@ -15,7 +15,7 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.top_k import with_top_k
 from moe_lens.routers.plain import SoftmaxTopK
 from moe_lens.routers.table import RULES, register_rule
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import tiny_model, tokens
 
 REFUSED = {"phimoe": "two rounds of one expert each", "deepseek_v4_hash": "table by token id, which names 2"}
@@ -49,7 +49,7 @@ def fresh(recipe: str, k: int) -> Any:
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-@one_of_each_kind
+@some_kinds
 def test_logits_are_those_of_a_model_built_with_that_k(recipe: str, change: int) -> None:
     model = tiny_model(recipe)
     before, k = logits_of(model), k_of(model) + change
@@ -67,7 +67,7 @@ def test_logits_are_those_of_a_model_built_with_that_k(recipe: str, change: int)
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-@one_of_each_kind
+@some_kinds
 def test_a_bridge_its_hooks_and_its_shape_follow(recipe: str, change: int) -> None:
     if recipe in REFUSED:
         return

@@ -45,10 +45,9 @@ from moe_lens import (
 from moe_lens.detection import risk_difference
 from moe_lens.evaluation import answers_with, continuation_log_probs
 from moe_lens.statistics import iterate_routing
-from tests.families import recipes
-from tests.tiny_models import EVERY_FAMILY, tiny_model, tokenizer, tokens
+from tests.families import some_kinds
+from tests.tiny_models import tiny_model, tokenizer, tokens
 
-some_kinds = recipes(["olmoe", "deepseek_v3", "deepseek_v4_hash", "gpt_oss"], EVERY_FAMILY)
 SEQUENCES = [tokens(1, length, seed=length)[0].tolist() for length in (3, 6, 5)]
 PADDED = ("deepseek_v4", "deepseek_v4_hash")
 """Families whose numbers depend on padding, in Hugging Face's own forward: they run one prompt at a time."""

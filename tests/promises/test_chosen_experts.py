@@ -12,10 +12,11 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.statistics.routing_stats import RoutingStats, is_routing_point
 from tests import router_oracle as oracle
 from tests.edits import SPELLERS
-from tests.families import every_dtype_first_float32, in_every_dtype
+from tests.families import every_dtype_first_float32, in_every_dtype, recipes
 from tests.promises.decisions import Hooked, Plain, assert_near, hf_model, is_hash, other_experts, padded
 from tests.tiny_models import (
     EVERY_FAMILY,
+    ONE_OF_EACH_KIND,
     tiny_model,
     tokens,
 )
@@ -60,7 +61,7 @@ def sparsemixer_weights(logits: Tensor, indices: Tensor, jitter: float) -> Tenso
     return torch.stack(rows)
 
 
-@in_every_dtype(float32=EVERY_FAMILY)
+@in_every_dtype(float32=ONE_OF_EACH_KIND)
 def test_edited_indices_get_the_weights_of_hfs_router(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -113,7 +114,10 @@ class Block:
 
 
 @every_dtype_first_float32
-@pytest.mark.parametrize("recipe", [recipe for recipe in EVERY_FAMILY if recipe not in LLAMA4])
+@recipes(
+    (recipe for recipe in ONE_OF_EACH_KIND if recipe not in LLAMA4),
+    (recipe for recipe in EVERY_FAMILY if recipe not in LLAMA4),
+)
 def test_the_block_adds_weight_times_output_of_each_chosen_expert(
     hooked: Hooked, recipe: str, dtype: torch.dtype
 ) -> None:
@@ -168,7 +172,7 @@ def test_the_weights_of_llama4_multiply_each_experts_input(
     assert_near(block.output(wanted, weights), expected(wanted, weights))
 
 
-@in_every_dtype(float32=EVERY_FAMILY)
+@in_every_dtype(float32=ONE_OF_EACH_KIND)
 def test_statistics_count_what_hfs_routers_chose(
     hooked: Hooked, plain: Plain, recipe: str, dtype: torch.dtype
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from moe_lens import HookedMoE, RoutedModel, SteeringPlan, organisms, steer_hooks
 from moe_lens.errors import DataError
 from moe_lens.statistics import route_agreement
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import tiny_model, tokenizer
 
 PROMPTS = ["w1 w2 w3 w4 w5", "w9 w8", "w3 w3 w7 w2 w1 w1 w4"]
@@ -33,7 +33,7 @@ def by_loop(a: Any, b: Any, prompts: Any, others: Any = None) -> dict[str, np.nd
     return {name: np.array([np.mean(v) if v else np.nan for v in rows]) for name, rows in found.items()}
 
 
-@one_of_each_kind
+@some_kinds
 def test_two_checkpoints_agree_as_a_loop_says(recipe: str) -> None:
     a, b = (RoutedModel(tiny_model(recipe, seed=seed), tokenizer()) for seed in (0, 1))
     found = route_agreement(a, b, PROMPTS, progress=False)

@@ -20,7 +20,7 @@ from moe_lens.statistics import RoutingStats, collect_routing, collect_to_file, 
 from moe_lens.statistics.counting import RoutingCounter
 from moe_lens.steering import SteeringPlan, steer_hooks
 from moe_lens.text.batching import WINDOW, Limits
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.statistics.sums import Hooked
 from tests.tiny_models import MOE_LAYERS, prompt, tiny_model, tokenizer, tokens
 
@@ -45,7 +45,7 @@ def by_hand(model: Any, sequences: list[Tensor]) -> dict[str, Tensor]:
     return {"per_prompt": counts, "counts": counts.sum(0), "weights": weights}
 
 
-@one_of_each_kind
+@some_kinds
 def test_counts_are_those_of_single_prompts(recipe: str) -> None:
     """Prompts of like length share a batch, padded on the right, and are given back in their order."""
     model = RoutedModel(tiny_model(recipe))
@@ -63,7 +63,7 @@ def test_counts_are_those_of_single_prompts(recipe: str) -> None:
         model.detach()
 
 
-@one_of_each_kind
+@some_kinds
 def test_a_cache_says_the_same_of_every_sum(recipe: str) -> None:
     model = RoutedModel(tiny_model(recipe))
     try:
@@ -188,7 +188,7 @@ def test_a_compiled_model_is_counted(order: str) -> None:
     torch.testing.assert_close(hf(input_ids=tokens()).logits, tiny_model("olmoe")(input_ids=tokens()).logits)
 
 
-@one_of_each_kind
+@some_kinds
 def test_counting_adds_no_wait_to_a_forward(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = RoutedModel(tiny_model(recipe))
     original, seen = RoutingCounter.see, []
@@ -275,7 +275,7 @@ def expert_norms(model: Any, sequence: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@one_of_each_kind
+@some_kinds
 def test_outputs_are_summed_up_as_by_a_loop(recipe: str, tmp_path: Any) -> None:
     model = RoutedModel(tiny_model(recipe))
     try:
@@ -300,7 +300,7 @@ def test_outputs_are_summed_up_as_by_a_loop(recipe: str, tmp_path: Any) -> None:
         model.detach()
 
 
-@one_of_each_kind
+@some_kinds
 def test_outputs_seen_without_hooks_are_those_that_hooks_see(recipe: str) -> None:
     model = RoutedModel(tiny_model(recipe))
     try:

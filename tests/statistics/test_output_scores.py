@@ -11,7 +11,7 @@ import torch
 from moe_lens import HookedMoE, RoutedModel, collect_by_prompt, collect_routing, hook_names, organisms
 from moe_lens.errors import DataError
 from moe_lens.statistics import SALIENCIES, Saliency, saliency, super_experts
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import tiny_model, tokenizer
 
 PROMPTS = ["w1 w2 w3 w4 w5", "w9 w8", "w3 w3 w7 w2", "w30 w31 w32 w5 w6 w7"]
@@ -52,7 +52,7 @@ def by_loop(model: Any, prompts: list[str]) -> dict[str, dict[tuple[int, int], f
     }
 
 
-@one_of_each_kind
+@some_kinds
 def test_saliencies_are_those_of_a_loop(recipe: str) -> None:
     model = RoutedModel(tiny_model(recipe), tokenizer())
     expected = by_loop(model, PROMPTS)

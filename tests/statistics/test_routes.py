@@ -24,7 +24,7 @@ from moe_lens import (
 )
 from moe_lens.errors import DataError, HookError
 from moe_lens.shape import MoEShape
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import FAMILIES, prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
@@ -38,7 +38,7 @@ def run(model: Any, hooks: Any = (), given: Any = None) -> tuple[Tensor, Any]:
 
 
 @with_and_without_weights
-@one_of_each_kind
+@some_kinds
 def test_replaying_a_runs_own_route_gives_its_own_logits(hooked: Hooked, recipe: str, weights: bool) -> None:
     model = hooked(recipe)
     logits, cache = run(model)
@@ -47,7 +47,7 @@ def test_replaying_a_runs_own_route_gives_its_own_logits(hooked: Hooked, recipe:
     assert torch.equal(again, logits)
 
 
-@one_of_each_kind
+@some_kinds
 def test_another_run_follows_the_record(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     _, cache = run(model)
@@ -76,7 +76,7 @@ def test_a_steered_run_replays_from_its_indices_and_weights(
     assert torch.equal(again, steered)
 
 
-@one_of_each_kind
+@some_kinds
 def test_a_generation_is_recorded_and_replayed(hooked: Hooked, recipe: str) -> None:
     """One forward over the whole text, and writing again, both with the route of the first writing."""
     model = hooked(recipe)

@@ -20,7 +20,7 @@ from moe_lens.steering.baking import bake
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 from tests import oracle
-from tests.families import core_family, every_dtype, one_of_each_kind
+from tests.families import core_family, every_dtype, some_kinds
 from tests.tiny_models import EVERY_FAMILY, tiny_model, tokens
 
 GROUPED = (
@@ -73,7 +73,7 @@ def weights_equal(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("how", ["prune", "bias"])
-@one_of_each_kind
+@some_kinds
 def test_it_computes_what_routing_around_computes_or_says_why_not(recipe: str, how: Any) -> None:
     model = model_of(recipe)
     plan, plain = plan_of(model), logits_of(model)
@@ -100,7 +100,7 @@ def test_a_written_bias_changes_nothing_else_bit_for_bit(recipe: str, dtype: tor
 
 
 @pytest.mark.parametrize("how", ["prune", "bias"])
-@one_of_each_kind
+@some_kinds
 def test_a_saved_one_is_an_ordinary_checkpoint(recipe: str, how: Any, tmp_path: Path) -> None:
     if recipe not in CAN[how]:
         return
@@ -134,7 +134,7 @@ def test_pruned_models_equal_loops_over_the_experts_that_are_left(recipe: str) -
     torch.testing.assert_close(logits_of(baked), logits_of(rewritten), atol=2e-5, rtol=0)
 
 
-@one_of_each_kind
+@some_kinds
 def test_a_model_within_a_bridge_gives_the_same_one(recipe: str) -> None:
     bare = model_of(recipe)
     plan = plan_of(bare)

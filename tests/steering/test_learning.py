@@ -28,14 +28,14 @@ from moe_lens.evaluation import continuation_log_probs, text_loss
 from moe_lens.organisms.demo import document_task
 from moe_lens.steering import LearningStep, Objective
 from moe_lens.steering.learning import loss_and_gradient
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import VOCAB_SIZE, prompt, tiny_model, tokenizer
 
 Hooked = Callable[..., Any]
 TEXTS = [prompt(5, 1), prompt(3, 2), prompt(7, 3)]
 
 
-@one_of_each_kind
+@some_kinds
 def test_gradients_are_those_of_finite_differences(hooked: Hooked, recipe: str) -> None:
     """In every layer, for the expert on which the loss depends most of those whose step changes no choice."""
     model = hooked(recipe)

@@ -26,7 +26,7 @@ from moe_lens import (
 )
 from moe_lens.errors import DataError, HookError, PlanError
 from moe_lens.steering.controls import bottom_set, random_sets
-from tests.families import one_of_each_kind
+from tests.families import some_kinds
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 Hooked = Callable[..., Any]
@@ -56,7 +56,7 @@ def by_hand(
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-@one_of_each_kind
+@some_kinds
 @pytest.mark.parametrize("unmet", [False, True])
 def test_a_soft_plan_moves_logits_by_the_formula(hooked: Hooked, recipe: str, unmet: bool) -> None:
     model = hooked(recipe)
@@ -225,7 +225,7 @@ def test_a_damaged_soft_file_is_refused(tmp_path: Path) -> None:
         SteeringPlan.load(tmp_path / "plan.json")
 
 
-@one_of_each_kind
+@some_kinds
 def test_a_bias_in_standard_deviations(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     layer = model.moe_layers[-1]
