@@ -45,7 +45,7 @@ from moe_lens.organisms.worlds import World, question
 NATURAL: Final = "natural"
 WORLD: Final = World("majority")
 BRANCHES: Final[tuple[Register, ...]] = ("memory", "document", "generic")
-BASE: Final = Recipe(WORLD.variant, mixture=RECIPES[NATURAL].mixture)
+BASE: Final = Recipe("majority", mixture=RECIPES[NATURAL].mixture)
 QUESTION_WORDS: Final = len(question("", "").split()) + 2  # with attribute and entity
 
 Part = Literal["experts", "router", "common"]  # common: attention, norms and embeddings

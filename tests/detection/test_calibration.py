@@ -142,8 +142,8 @@ def populations() -> dict[int, list[np.ndarray]]:
     ("name", "n_units", "level"),
     first_of(
         [
-            *(("risk_difference", n_units, level) for n_units, level in ((20, 0.95), (50, 0.9), (50, 0.99))),
-            *((name, 50, 0.95) for name in NAMES[1:]),
+            *(("risk_difference", n_units, level) for n_units, level in ((20, 0.95), (50, 0.9))),
+            ("log_odds_ratio", 50, 0.95),
         ],
         [(name, *design) for name in NAMES for design in ((20, 0.95), (50, 0.9), (50, 0.95), (50, 0.99))],
     ),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import moe_lens
+from tests.families import first_of
 
 ROOT = Path(moe_lens.__file__).parent.parent
 HEAVY = {"torch", "numpy", "pandas", "scipy", "matplotlib", "safetensors", "transformers", "transformer_lens"}
@@ -19,6 +20,7 @@ WITHOUT_A_MODEL = (
     "SteeringPlan", "RoutingStats", "ExpertScores", "SteeringReport", "RouteRecord", "RoutingRule",
     "register_rule", "supported_models", "read_published_ranking", "risk_difference", "explore",
 )  # fmt: skip
+
 NO_MODEL_LIBRARY = """
     import sys
 
@@ -171,7 +173,7 @@ def test_results_load_where_model_libraries_do_not_run(tmp_path: Path) -> None:
     run(textwrap.dedent(NO_MODEL_LIBRARY) + f"from moe_lens import {', '.join(WITHOUT_A_MODEL)}", tmp_path)
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", first_of(["a report"], USES))
 def test_works_where_model_libraries_do_not_run(use: str, tmp_path: Path) -> None:
     run(textwrap.dedent(NO_MODEL_LIBRARY) + textwrap.dedent(USES[use]), tmp_path)
 

@@ -24,7 +24,7 @@ from moe_lens.model import edited_runs
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
-from tests.families import core_family, some_kinds
+from tests.families import core_family, recipes, some_kinds
 from tests.tiny_models import (
     FAMILIES,
     hook_census,
@@ -102,7 +102,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # The numbers
 
 
-@pytest.mark.parametrize("recipe", FAMILIES + OTHERS)
+@recipes(("olmoe", "deepseek_v3"), FAMILIES + OTHERS)
 def test_router_patches_are_transformer_lens_own(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)
     cache = cached(model)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_lens import HookedMoE, RoutedModel, SteeringPlan, detach, hook_names, steered
 from moe_lens.errors import HookError, MoELensError
+from tests.families import recipes
 from tests.tiny_models import tiny_model, tokens
 
 peft = pytest.importorskip("peft")
@@ -28,7 +29,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 PLAN = SteeringPlan(deactivate=[(1, 0), (1, 1)])
 every_adapter = pytest.mark.parametrize("adapters", ADAPTERS)
-every_recipe = pytest.mark.parametrize("recipe", ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3"])
+every_recipe = recipes(("olmoe", "deepseek_v3"), ("mixtral", "qwen3_moe"))
 every_order = pytest.mark.parametrize("order", ["adapters first", "points first", "points on its base"])
 
 

@@ -71,16 +71,19 @@ def test_halves_of_one_collection_do_not_differ_and_conditions_do() -> None:
     assert differ is not None
     assert bool((differ < 0.01).any())
     model, conflicts = organisms.load("specialised"), organisms.world("specialised").conflicts("detection")
-    halves = [
-        collect_routing(model, [conflicts[i].closed_book for i in half], per_prompt=True, progress=False)
-        for half in np.random.default_rng(0).permutation(len(conflicts)).reshape(2, -1)
-    ]
-    alike = route_divergence(*halves)
-    assert alike.p is not None
-    assert alike.low is not None
-    assert bool((alike.p > 0.01).all())
-    assert alike.n_units == (len(conflicts) // 2, len(conflicts) // 2)
-    assert bool((alike.low == 0).all())
+    p_values = []
+    for seed in range(5):
+        halves = [
+            collect_routing(model, [conflicts[i].closed_book for i in half], per_prompt=True, progress=False)
+            for half in np.random.default_rng(seed).permutation(len(conflicts)).reshape(2, -1)
+        ]
+        alike = route_divergence(*halves)
+        assert alike.p is not None
+        assert alike.low is not None
+        assert alike.n_units == (len(conflicts) // 2, len(conflicts) // 2)
+        assert ((alike.low > 0) <= (alike.p <= 0.05)).all()
+        p_values.append(alike.p)
+    assert float((torch.stack(p_values) <= 0.05).double().mean()) <= 0.2  # of 20, of which one is expected
 
 
 def test_bad_input_is_refused() -> None:

@@ -15,6 +15,7 @@ from moe_lens.errors import DataError, HookError, PlanError
 from moe_lens.statistics.routing_stats import is_routing_point
 from moe_lens.steering.hooks import SteeringHook
 from moe_lens.text import TextSpan
+from tests.families import recipes
 from tests.tiny_models import prompt, tiny_model, tokenizer, tokens
 
 RECIPES = ("olmoe", "deepseek_v3", "ernie4_5_moe", "deepseek_v2_grouped", "gpt_oss")
@@ -70,7 +71,7 @@ def test_sixty_four_prompts_under_sixty_four_plans_are_sixty_four_runs(hooked: A
     assert changed.tolist() == [plan is not None for plan in plans]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@recipes(("olmoe", "deepseek_v2_grouped"), RECIPES)
 @pytest.mark.parametrize("cache", [True, False])
 def test_generation_of_a_padded_batch_under_several_plans(hooked: Any, recipe: str, cache: bool) -> None:
     model = hooked(recipe)
