@@ -500,6 +500,7 @@ def test_evaluate_prints_and_writes_the_report(
     assert "follows the document" in printed
 
 
+@pytest.mark.broad
 @pytest.mark.filterwarnings("ignore:In 6 of 6 prompts:UserWarning")
 @pytest.mark.parametrize("command", ["evaluate", "sweep"])
 def test_a_measure_may_be_given_instead_of_the_tasks(command: str, work: Path, tmp_path: Path) -> None:

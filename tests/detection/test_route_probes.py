@@ -86,6 +86,7 @@ def test_it_tells_what_the_route_shows_from_what_the_words_show() -> None:
     assert len(neither.by_group) == 4
 
 
+@pytest.mark.broad
 def test_areas_are_of_pairs_within_groups() -> None:
     units, labels, groups = data(True, False, 24)
     probe = route_probe(units, labels, groups=groups)

@@ -324,6 +324,7 @@ def test_the_least_scoring_experts_are_some_that_can_be_steered(hooked: Hooked) 
 # For real
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(("name", "found"), [("planted", True), ("null", False)])
 def test_on_organisms_whose_truth_is_known(name: str, found: bool) -> None:
     model, world = organisms.load(name), organisms.world(name)

@@ -107,6 +107,7 @@ def test_larger_gaps_need_fewer_and_more_power_more() -> None:
     assert needed(power=0.5) < middle <= needed(level=0.999)
 
 
+@pytest.mark.broad
 def test_a_pilots_other_measures_and_sizes_do_not_matter() -> None:
     """Values need not be zeros and ones: in another unit the answer is the same."""
     pilot = process(np.random.default_rng(2), 30, gap=0.3)

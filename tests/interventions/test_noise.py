@@ -162,6 +162,7 @@ def test_a_generation_has_the_noise_of_its_columns_with_a_cache_and_without() ->
     model.detach()
 
 
+@pytest.mark.broad
 def test_averages_and_uncertainty_are_those_of_runs_one_by_one(hooked: Hooked) -> None:
     model = hooked("olmoe")
     texts = [prompt(5, 1), prompt(3, 2), prompt(8, 3), prompt(5, 4)]

@@ -162,6 +162,7 @@ def test_options_that_are_not_named_keep_predictions_routing_and_hooks(recipe: s
     torch.testing.assert_close(log_p(model), before[0][0], rtol=0, atol=1e-3)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("fields", [BIASED, DENSE_OR_NOT], ids=["biased", "all sparse"])
 def test_they_do_in_other_shapes_too(fields: dict[str, dict[str, Any]]) -> None:
     for recipe, config in fields.items():

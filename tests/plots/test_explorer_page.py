@@ -541,6 +541,7 @@ def test_the_view_in_a_notebook_works_in_its_frame(
     )
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(("scheme", "words"), [("light", "darker"), ("dark", "brighter")])
 def test_both_schemes_keep_text_readable(show: Any, known: dict[str, Any], scheme: str, words: str) -> None:
     page = page_of(known, plan=PLAN)

@@ -360,6 +360,7 @@ resumable.collect_to_file(model, PROMPTS, sys.argv[1], **settings)
 """
 
 
+@pytest.mark.broad
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_killed_run_continues(model: HookedMoE, forwards: Forwards, tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"

@@ -87,6 +87,7 @@ def test_the_divergence_is_scipys(seed: int, n_tokens: int) -> None:
                 assert float(found.divergence[row, expert]) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.broad
 def test_the_null_is_the_multinomial_of_each_size() -> None:
     """Mean and quantiles of the streams' running divergences against numpy's own multinomial draws."""
     totals = np.array([57, 30, 0, 12, 5, 2, 1])

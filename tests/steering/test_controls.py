@@ -116,6 +116,7 @@ def test_the_seed_makes_the_sets(hooked: Hooked, recipe: str) -> None:
         assert first != random_sets(model, plan, 6, seed=6, layer_matched=matched)
 
 
+@pytest.mark.broad
 def test_every_expert_is_drawn_about_equally_often(hooked: Hooked) -> None:
     model = hooked("olmoe")
     sets = random_sets(model, SteeringPlan(deactivate=[(0, 0), (1, 1), (1, 2)]), 600, seed=2)
