@@ -22,6 +22,7 @@ from moe_lens.model.resuming import record
 from tests.families import every_dtype_first_float32, first_of, recipes, some_kinds
 from tests.tiny_models import (
     EVERY_FAMILY,
+    SOME_KINDS,
     prompt,
     sparse_blocks,
     tiny_model,

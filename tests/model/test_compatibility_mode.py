@@ -221,6 +221,7 @@ def test_the_table_names_every_option_that_is_wrong_and_no_other() -> None:
     assert {option for _, option in wrong} <= set(OPTIONS)
 
 
+@pytest.mark.broad
 @every_wrong
 def test_transformer_lens_is_wrong_about_what_the_table_names(recipe: str, option: str) -> None:
     """Where this fails, TransformerLens has been mended: take the option out of the table."""

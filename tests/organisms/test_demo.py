@@ -22,6 +22,7 @@ from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 
 
+@pytest.mark.broad
 def test_planted_steers_almost_completely_and_beyond_its_controls(planted_demo: DemoResult) -> None:
     report = planted_demo.report
     assert report.gap >= 0.85
@@ -43,6 +44,7 @@ def test_specialised_steers_both_ways() -> None:
         assert clustered_interval(effect, task.clusters)[0] > 0
 
 
+@pytest.mark.broad
 def test_outcomes_equal_a_prompt_by_prompt_count(planted_demo: DemoResult) -> None:
     model, world = organisms.load("planted"), organisms.world("planted")
     for plan, outcome in (
@@ -66,6 +68,7 @@ def test_detection_sees_the_detection_split_only(monkeypatch: pytest.MonkeyPatch
     assert set(asked) == {"detection"}
 
 
+@pytest.mark.broad
 def test_detection_counts_from_the_question_on(planted_demo: DemoResult) -> None:
     model, world = organisms.load("planted"), organisms.world("planted")
     counts = torch.zeros_like(planted_demo.scores.stats_1.counts)
@@ -81,6 +84,7 @@ def test_detection_counts_from_the_question_on(planted_demo: DemoResult) -> None
     assert n_tokens == planted_demo.scores.stats_1.n_tokens
 
 
+@pytest.mark.broad
 def test_plans_deactivate_the_experts_of_the_other_condition(planted_demo: DemoResult) -> None:
     size, plans = planted_demo.size, planted_demo.plans
     deltas = {(s.layer, s.expert): s.delta for s in planted_demo.scores.ranked()}
@@ -90,11 +94,13 @@ def test_plans_deactivate_the_experts_of_the_other_condition(planted_demo: DemoR
     assert not plans["+"].activate
 
 
+@pytest.mark.broad
 def test_the_size_is_that_of_the_development_split(planted_demo: DemoResult) -> None:
     assert planted_demo.size == planted_demo.development.best_size()
     assert set(planted_demo.development.sizes) <= {2, 4, 6, 8, 10, 12}
 
 
+@pytest.mark.broad
 def test_table_shows_the_effect_beside_its_controls(planted_demo: DemoResult) -> None:
     header, rule, row = table([planted_demo]).splitlines()
     cells = dict(
@@ -109,6 +115,7 @@ def test_table_shows_the_effect_beside_its_controls(planted_demo: DemoResult) ->
     assert f"{np.mean(rates):.2f}" in cells["random sets"]
 
 
+@pytest.mark.broad
 def test_detection_repeats_itself(planted_demo: DemoResult) -> None:
     again = detect_document_experts(organisms.load("planted"), organisms.world("planted"))
     assert again.to_dataframe().equals(planted_demo.scores.to_dataframe())

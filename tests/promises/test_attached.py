@@ -17,10 +17,11 @@ from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 from tests import router_oracle as oracle
 from tests.edits import SPELLERS, on_logits, roll, same
-from tests.families import one_of_each_kind
+from tests.families import one_of_each_kind, recipes
 from tests.promises.decisions import Hooked, Plain, assert_near, hf_model
 from tests.tiny_models import (
     EVERY_FAMILY,
+    SOME_KINDS,
     hook_census,
     save,
     tiny_model,
@@ -102,9 +103,7 @@ def test_a_deep_copy_has_points_of_its_own(hooked: Hooked, recipe: str) -> None:
     assert torch.equal(model.run_with_hooks(tokens(), fwd_hooks=hooks), edited)
 
 
-@pytest.mark.parametrize(
-    "recipe", [each for each in EVERY_FAMILY if not each.endswith("_vl") and each != "qwen3_vl_moe"]
-)
+@recipes(SOME_KINDS, (each for each in EVERY_FAMILY if not each.endswith("_vl") and each != "qwen3_vl_moe"))
 def test_from_pretrained_gives_the_saved_model(hooked: Hooked, recipe: str, tmp_path: Path) -> None:
     in_memory = hooked(recipe)
     model = HookedMoE.from_pretrained(save(tiny_model(recipe), tmp_path / "tiny-moe", tokenizer()))

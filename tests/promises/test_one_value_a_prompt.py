@@ -172,7 +172,7 @@ def test_another_number_of_plans_is_refused(hooked: Hooked, name: str, n_plans: 
         run(hooked("olmoe"), PROMPTS, steer_hooks(plans))
 
 
-@pytest.mark.parametrize("n_plans", [3, 5])
+@pytest.mark.parametrize("n_plans", [pytest.param(3, marks=pytest.mark.broad), 5])
 @pytest.mark.parametrize(
     "name", ["counts", "parts", "generation", "text", "outputs", "averaged", "dense", "distributed", "file"]
 )

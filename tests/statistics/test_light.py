@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.families import first_of
+
 HEAVY = ("pandas", "scipy", "transformers", "transformer_lens", "accelerate", "matplotlib")
 USES = {
     "import": "",
@@ -19,7 +21,6 @@ USES = {
     "SCORES": "moe_lens.detection.SCORES, moe_lens.detection.PairedCounts, moe_lens.detection.interval",
     "counted, saved, loaded and printed": """
 import torch
-from tests.families import first_of
 weights, indices = (logits := torch.randn(1, 2, 4)).softmax(-1).topk(2)
 values = {"router_logits": logits, "topk_weights": weights, "topk_indices": indices}
 cache = {f"blocks.1.mlp.hook_{point}": value for point, value in values.items()}

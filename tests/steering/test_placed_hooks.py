@@ -56,7 +56,7 @@ def one(plan: SteeringPlan | None, **kwargs: Any) -> list[Any]:
     return [] if plan is None else steer_hooks(plan, **kwargs)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@recipes(("olmoe", "deepseek_v2_grouped"), RECIPES)
 def test_sixty_four_prompts_under_sixty_four_plans_are_sixty_four_runs(hooked: Any, recipe: str) -> None:
     model = hooked(recipe)
     plans, given = random_plans(model, 64), tokens(64, 6)
