@@ -131,6 +131,7 @@ def test_stats_of_a_text_file(work: Path, tmp_path: Path, capsys: pytest.Capture
     assert (found.per_prompt, found.by_position, found.vocabulary) == (None, None, None)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("command", ["detect", "evaluate", "sweep"])
 def test_work_shared_through_a_folder_gives_the_same_file(
     work: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -157,6 +157,7 @@ def test_an_interrupted_run_goes_on_with_more_workers(
     assert ran == [2, 2, 2, 2]  # nothing anew
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "other",
     [

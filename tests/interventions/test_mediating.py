@@ -177,6 +177,7 @@ def counting_blocks(model: Any) -> Iterator[list[int]]:
             del block.forward
 
 
+@pytest.mark.broad
 @some_kinds
 @every_dtype_first_float32
 @pytest.mark.parametrize("wrapper", ["bridge", "routed"])

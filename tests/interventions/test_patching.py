@@ -153,6 +153,7 @@ def test_every_kind_can_be_patched(with_outputs: Hooked, recipe: str) -> None:
         torch.testing.assert_close(by_route, by_logits, **TOLERANCE)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("recipe", FAMILIES + OTHERS)
 def test_expert_outputs_are_put_in_where_the_expert_runs_in_both(with_outputs: Hooked, recipe: str) -> None:
     model = with_outputs(recipe)

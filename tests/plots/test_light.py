@@ -31,6 +31,7 @@ assert ContrastivePairs.from_file("pairs.jsonl") == pairs[:3] == pairs
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("room", USES)
 def test_a_room_loads_where_model_libraries_do_not_run(room: str, tmp_path: Path) -> None:
     names = ", ".join(getattr(moe_lens, room).__all__)

@@ -75,6 +75,7 @@ def test_a_plan_holds_beside_hooks_on_the_logits(hooked: Hooked, recipe: str, dt
             raise AssertionError(f"beside: {name}") from error
 
 
+@pytest.mark.broad
 @one_of_each_kind
 def test_a_plan_holds_beside_hooks_under_autocast(hooked: Hooked, recipe: str) -> None:
     model = hooked(recipe)

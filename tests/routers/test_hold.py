@@ -51,6 +51,7 @@ def later_after_earlier(rule: Any, later: list[int], earlier: list[int]) -> list
     raise AssertionError("the later plan alone is always possible")
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("rule", [PLAIN, GROUPED], ids=["plain", "grouped"])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
