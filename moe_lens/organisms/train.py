@@ -70,14 +70,20 @@ def train(recipe: Recipe, seed: int, out: Path, steps: int | None = None, name: 
         The trained model, in evaluation mode.
 
     Raises:
-        MoELensError: for steps below 1, a recipe of branches (`branching.py`), or a folder `out` that holds
-            something else than a checkpoint.
+        MoELensError: for steps below 1, a recipe of branches (`branching.py`), one that drops so many experts
+            that fewer than its top-k are left, or a folder `out` that holds something else than a checkpoint.
     """
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise MoELensError(f"train: steps must be at least 1, got {steps}")
     if recipe.branched:
         raise MoELensError("train: this recipe has branches; run python -m moe_lens.organisms.branching")
+    left = recipe.n_experts - recipe.n_experts // 2
+    if recipe.expert_dropout and left < recipe.top_k:
+        raise MoELensError(
+            f"train: expert_dropout leaves {left} of {recipe.n_experts} experts, fewer than top_k ="
+            f" {recipe.top_k}; take more experts, a smaller top_k, or expert_dropout = 0"
+        )
     check_replaceable(out)
     torch.manual_seed(seed)
     rng = random.Random(seed)

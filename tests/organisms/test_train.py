@@ -76,6 +76,14 @@ def test_no_steps_is_an_error(tmp_path: Path) -> None:
         train.train(TINY, seed=0, out=tmp_path / "out", steps=0)
 
 
+@pytest.mark.parametrize(("n_experts", "top_k", "left"), [(4, 3, 2), (5, 4, 3)])
+def test_dropping_must_leave_enough_experts(tmp_path: Path, n_experts: int, top_k: int, left: int) -> None:
+    recipe = replace(TINY, n_experts=n_experts, top_k=top_k, expert_dropout=0.1)
+    with pytest.raises(MoELensError, match=f"{left} of {n_experts} experts, fewer than top_k = {top_k}"):
+        train.train(recipe, seed=0, out=tmp_path / "out", steps=1)
+    train.train(replace(recipe, top_k=left), seed=0, out=tmp_path / "fits", steps=1)
+
+
 def test_command_line_explains_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["null", "--steps", "0", "--out", str(tmp_path / "out")])
