@@ -142,8 +142,8 @@ def columns_of(
     rows = hook.state.by_prompt(values, n_rows)
     if rows is None:
         raise HookError(
-            f"{hook.name}: the given route is that of {len(values)} prompts, and {n_rows} are running; give "
-            "one of as many prompts, or of one."
+            f"{hook.name}: the given route is that of {len(values)} prompts, and "
+            f"{hook.state.of_how_many(n_rows)} are running; give one of as many prompts, or of one."
         )
     columns = hook.state.columns(n_pos).clamp(max=values.shape[1] - 1)
     return rows.to(like.device)[:, columns.to(like.device)]

@@ -43,8 +43,8 @@ class DenseEdit(RoutingEdit):
         rows = hook.state.by_prompt(self.weights, len(value))
         if rows is None:
             raise HookError(
-                f"{hook.name}: the dense weights are those of {len(self.weights)} prompts, and {len(value)} "
-                "are running; give those of as many prompts, or of one."
+                f"{hook.name}: the dense weights are those of {len(self.weights)} prompts, and "
+                f"{hook.state.of_how_many(len(value))} are running; give those of as many prompts, or of one."
             )
         logits = logits_of_dense(hook.rule, rows.to(value.device)).to(value.dtype)
         everywhere = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)

@@ -125,9 +125,9 @@ def _fitting(mask: Bool[Tensor, "..."], state: ForwardState, n_rows: int) -> Boo
     fitting = state.by_prompt(rows, n_rows)
     if fitting is None or rows.shape[1] != state.n_prompt:
         raise HookError(
-            f"The mask given as positions has shape {tuple(mask.shape)}; this run has {n_rows} prompts of "
-            f"{state.n_prompt} columns, padding included. span_mask(model, prompts, span) gives masks that "
-            "fit."
+            f"The mask given as positions has shape {tuple(mask.shape)}; this run has "
+            f"{state.of_how_many(n_rows)} prompts of {state.n_prompt} columns, padding included. "
+            "span_mask(model, prompts, span) gives masks that fit."
         )
     return fitting
 

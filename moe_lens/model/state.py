@@ -191,9 +191,13 @@ class ForwardState:
             if len(self.rows) == n_rows and among.fits(len(values), int(self.rows.max())):
                 return values[self.rows.to(values.device)]
             return values if among.rows_too and len(values) == n_rows else None
-        if len(values) == n_rows:
-            return values
-        return copied(values, n_rows) if self.n_prompts == len(values) else None
+        if len(values) != self.of_how_many(n_rows):
+            return None
+        return values if len(values) == n_rows else copied(values, n_rows)
+
+    def of_how_many(self, n_rows: int) -> int:
+        """How many prompts the rows of this forward are of; beams and samples are copies of one."""
+        return n_rows if self.n_prompts is None else self.n_prompts
 
 
 def copied(values: Tensor, n_rows: int) -> Tensor | None:

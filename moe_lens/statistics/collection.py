@@ -13,7 +13,7 @@ The digest is of everything that the counts depend on, so a run with other setti
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +273,8 @@ def collect_to_file(
             it changes, or any setting but `progress`, counting starts afresh.
         hooks: forward hooks to run under. Plans (`steer_hooks`) say what they do; under other hooks an
             interrupted run is not continued.
+        span: as in `collect_routing`. A function says what it does by an attribute `digest`, a string;
+            without one an interrupted run is not continued.
         batch_size: and the other settings, as in `collect_routing`.
 
     Raises:
@@ -282,7 +284,7 @@ def collect_to_file(
     check_writable(path)
     wanted = Wanted(per_prompt, positions, vocabulary, outputs)
     counting = Counting(model, hooks, wanted, span, special_tokens, batch_size, batch_tokens)
-    described = f"{about} {counting.limits} {wanted} {span} {special_tokens} {_described(hooks)}"
+    described = f"{about} {counting.limits} {wanted} {_said_of(span)} {special_tokens} {_described(hooks)}"
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
     counted, done = _newest_partial(path, digest)
     counter = counting.counter(counted, done)
@@ -310,8 +312,20 @@ def collect_to_file(
 
 
 def _described(hooks: Hooks) -> list[str]:
-    """What hooks do, where they say so (`hook.digest`, as a plan does); otherwise something new each time."""
-    return [f"{point} {getattr(hook, 'digest', None) or uuid4().hex}" for point, hook in hook_list(hooks)]
+    """What hooks do, where they say so, as a plan does."""
+    return [f"{point} {_digest_of(hook)}" for point, hook in hook_list(hooks)]
+
+
+def _said_of(span: Span) -> str:
+    """What a span, or each of a list of them, selects; a function's name and address do not tell."""
+    if isinstance(span, Sequence) and not isinstance(span, str):
+        return f"{[_said_of(each) for each in span]}"
+    return _digest_of(span) if callable(span) else repr(span)
+
+
+def _digest_of(function: Any) -> str:
+    """What a function says that it does (`function.digest`); otherwise something new each time."""
+    return str(getattr(function, "digest", None) or uuid4().hex)
 
 
 def _partials(path: Path, digest: str = "[0-9a-f]{16}") -> list[tuple[int, Path]]:

@@ -86,8 +86,8 @@ def plans_by_row(n_plans: int, state: Any, n_rows: int, device: torch.device) ->
         rows = state.by_prompt(in_turn, n_rows)
         if rows is None:
             raise HookError(
-                f"{n_plans} plans were given, one a prompt, and {n_rows} prompts run. Give as many plans "
-                "(None for a prompt that is not steered), or one for all."
+                f"{n_plans} plans were given, one a prompt, and {state.of_how_many(n_rows)} prompts run. "
+                "Give as many plans (None for a prompt that is not steered), or one for all."
             )
         state.memory[key] = None if rows is in_turn else rows.to(device)
     return state.memory[key]

@@ -9,6 +9,8 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import OlmoeForCausalLM
 
 from moe_lens.errors import DataError
@@ -222,6 +224,52 @@ def test_a_run_with_other_settings_starts_afresh(
     plain = {name: value for name, value in other.items() if name != "about"}
     assert content(stats) == uninterrupted(model, **plain)
     assert partials(tmp_path) == []
+
+
+class Chosen:
+    """A span that is a function; its repr, as that of a lambda, may come again with another object."""
+
+    def __init__(self, places: list[int], digest: str | None = None) -> None:
+        self.places = places
+        if digest is not None:
+            self.digest = digest
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return torch.isin(torch.arange(len(tokens)), torch.tensor(self.places))
+
+    def __repr__(self) -> str:
+        return "<function <lambda> at 0x7f0000000000>"
+
+
+@pytest.mark.parametrize("how", ["one", "a list", "lists"])
+def test_a_span_that_is_a_function_never_continues_another_ones_count(
+    how: str, model: HookedMoE, forwards: Forwards, tmp_path: Path
+) -> None:
+    def spans(places: list[int]) -> Any:
+        mixed: list[Any] = ["last", *[Chosen(places)] * (len(PROMPTS) - 1)]
+        return {"one": Chosen(places), "a list": mixed, "lists": tuple(mixed)}[how]
+
+    path = tmp_path / "s.safetensors"
+    forwards.restart(3)
+    interrupted(model, path, span=spans([0]))
+    forwards.restart()
+    stats = count(model, path, span=spans([1, 2]))
+    assert forwards.number == N_BATCHES
+    assert content(stats) == uninterrupted(model, span=spans([1, 2]))
+    assert not partials(tmp_path)
+
+
+@pytest.mark.parametrize(("digest", "left"), [("columns 0 and 1", N_BATCHES - 3), ("others", N_BATCHES)])
+def test_a_span_that_says_what_it_does_continues(
+    digest: str, left: int, model: HookedMoE, forwards: Forwards, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.safetensors"
+    forwards.restart(3)
+    interrupted(model, path, span=Chosen([0, 1], "columns 0 and 1"))
+    forwards.restart()
+    stats = count(model, path, span=Chosen([0, 1], digest))
+    assert forwards.number == left
+    assert content(stats) == uninterrupted(model, span=Chosen([0, 1]))
 
 
 def test_runs_into_other_files_do_not_meet(model: HookedMoE, forwards: Forwards, tmp_path: Path) -> None:

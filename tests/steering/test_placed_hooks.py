@@ -100,6 +100,22 @@ def test_beams_have_the_plan_of_their_prompt(hooked: Any, recipe: str) -> None:
             assert torch.equal(together[row], alone[0])
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str
+)
+@pytest.mark.parametrize("n_prompts", [1, 2])
+def test_plans_and_masks_for_copies_of_prompts_are_refused(
+    hooked: Any, options: dict[str, Any], n_prompts: int
+) -> None:
+    """As many as beams or samples: beams change places, so each would have now this plan, now that."""
+    model, given = hooked("olmoe"), tokens(n_prompts, 5)
+    plans = random_plans(model, 2 * n_prompts)
+    mask = torch.ones(2 * n_prompts, 5, dtype=torch.bool)
+    for hooks in (steer_hooks(plans), steer_hooks(plans[0], positions=mask)):
+        with model.hooks(hooks), pytest.raises(HookError, match=rf"{n_prompts} prompts"):
+            model.hf_generate(given, max_new_tokens=2, eos_token_id=None, **options)
+
+
 @pytest.mark.parametrize("positions", [None, "prompt", [0, -1], slice(3, 4)], ids=str)
 def test_all_at_once_is_the_plan_at_its_positions(hooked: Any, positions: Any) -> None:
     """Where positions= selects nothing of a layer, logits are those of no plan; else those of the plan."""
