@@ -190,6 +190,15 @@ def _place(position: Any, n_pos: int) -> int | None:
     return number % n_pos if -n_pos <= number < n_pos else None
 
 
+def pads_exactly(model: Any) -> bool:
+    """Whether a prompt that is padded on the left has the numbers in this model that it has alone.
+
+    DeepSeek-V4's attention has others, in Hugging Face's own forward.
+    """
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(config, "model_type", None) != "deepseek_v4"
+
+
 def padding_at_ends(pad: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """With how many padding tokens each of the rows [batch pos] begins, and ends: int64 [batch] each."""
     is_pad = rows == pad

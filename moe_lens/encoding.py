@@ -9,14 +9,20 @@ string, keeps its own and gets no second one, with a warning where one would hav
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.checks import check_text
 from moe_lens.errors import DataError, warn
+
+_OTHER_INTEGERS: Final = (
+    *(torch.uint8, torch.int8, torch.int16),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -66,6 +72,20 @@ def warn_of_own_bos(tokenizer: Any) -> None:
         f"A text begins with the tokenizer's BOS ({tokenizer.bos_token!r}), so no second one is prepended. "
         "A chat need not be rendered first: give its list of messages."
     )
+
+
+def tensor_of(given: Any) -> Tensor:
+    """Numbers as a tensor; integers as int32 or int64, since an embedding takes no others.
+
+    Raises TypeError, ValueError or RuntimeError, as `torch.as_tensor`, for anything that makes none.
+    """
+    tensor = torch.as_tensor(given)
+    return tensor.long() if tensor.dtype in _OTHER_INTEGERS else tensor
+
+
+def without_numpy(given: Any) -> Any:
+    """A NumPy array of integers as the tensor that it is; anything else unchanged."""
+    return tensor_of(given) if isinstance(given, np.ndarray) and given.dtype.kind in "iu" else given
 
 
 def is_chat(prompt: Any) -> bool:
@@ -161,7 +181,7 @@ def encoded_columns(
     encoded_rows(encoding, what)  # its checks
     ids, mask = encoding["input_ids"], encoding.get("attention_mask")
     try:
-        tokens = torch.as_tensor(ids)
+        tokens = tensor_of(ids)
     except ValueError:
         return None
     tokens = tokens if tokens.ndim == 2 else tokens[None]
@@ -183,7 +203,7 @@ def _is_prompt(given: Any) -> bool:
 
 def _own(row: Any, mask: Any, what: str) -> Int[Tensor, "_"]:
     try:
-        tokens = torch.as_tensor(row)
+        tokens = tensor_of(row)
         kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{what}: input_ids or attention_mask are no numbers ({error}).") from error

@@ -144,7 +144,7 @@ class WrappedLM(AnyHFLM):
             [torch.tensor(context) for _, context, _ in requests],
             [[continuation] for _, _, continuation in requests],
         )
-        limits = Limits.of(self.batch_size, None, self.moe.cfg.device)
+        limits = Limits.of(self.batch_size, None, self.moe)
         model: Any = self.moe
         sums = [float(found[0].sum()) for found in after.values(model, (), limits, log_probs)]
         greedy = [bool(found[0].all()) for found in after.values(model, (), limits, is_most_probable)]

@@ -10,7 +10,7 @@ Measures (measures.py) and tasks ask; how they are batched and which logits are 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_lens.errors import DataError
 from moe_lens.hook_names import Hooks
-from moe_lens.text.batching import DEFAULT_TOKENS, Limits, TextModel, pad_sequences
+from moe_lens.text.batching import Limits, TextModel, default_tokens, pad_sequences
 
 if TYPE_CHECKING:
     from moe_lens.model.kept_logits import LogitReader
@@ -138,12 +138,12 @@ def is_most_probable(
 
 def limits_of(model: MeasuredModel, batch_size: Any, batch_tokens: Any, *, all_read: bool = False) -> Limits:
     """How large batches may be; smaller where all logits are read and nothing is given."""
-    limits = Limits.of(batch_size, batch_tokens, model.cfg.device)
+    limits = Limits.of(batch_size, batch_tokens, model)
     if not all_read or batch_size is not None or batch_tokens is not None:
         return limits
     kind = torch.device(model.cfg.device).type
     fit = max(1, MOST_LOGITS.get(kind, MOST_LOGITS["cuda"]) // model.cfg.d_vocab)
-    return Limits(None, min(fit, DEFAULT_TOKENS.get(kind, DEFAULT_TOKENS["cuda"])))
+    return replace(limits, tokens=min(fit, default_tokens(model)))
 
 
 @dataclass(frozen=True, eq=False)

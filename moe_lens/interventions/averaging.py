@@ -22,7 +22,7 @@ from moe_lens.model.kept_logits import reading_logits
 from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.resampling import spawned_seeds
-from moe_lens.text.batching import Prompts, chunks, how_many, pad_sequences, token_sequences
+from moe_lens.text.batching import Prompts, chunks_to_pad, how_many, pad_sequences, token_sequences
 
 
 def average_routes(
@@ -160,7 +160,7 @@ def _by_batch(
     given, among, done = hook_list(hooks), Pass(how_many(prompts)), 0
     numbered = enumerate(token_sequences(model, prompts))
     with tqdm(desc="noisy routes", unit="run", disable=not progress) as bar:
-        for chunk in chunks(numbered, batch_size):
+        for chunk in chunks_to_pad(model, numbered, batch_size, lambda item: len(item[1])):
             rows, sequences = [number for number, _ in chunk], [tokens for _, tokens in chunk]
 
             def run(more: Hooks, rows: list[int] = rows, sequences: list[Tensor] = sequences) -> Tensor:

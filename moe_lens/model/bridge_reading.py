@@ -7,6 +7,7 @@ never doubled, and texts give the same tokens together as one by one.
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -19,6 +20,7 @@ from moe_lens.encoding import (
     prompt_ids,
     prompts_among,
     table_of_texts,
+    tensor_of,
     text_ids,
 )
 from moe_lens.errors import DataError, warn
@@ -119,7 +121,8 @@ class BridgeReading(_Base):
             return self._padded(rows, "left" if writes else self._side(kwargs.get("padding_side")), kwargs)
         texts = as_texts(input)
         if texts is None:
-            is_numbers = isinstance(input, list | tuple) and len(input) > 0
+            is_list = isinstance(input, list | tuple) and len(input) > 0
+            is_numbers = is_list or isinstance(input, np.ndarray | Tensor)
             return (_as_tokens(input) if is_numbers else input), kwargs
         if self.tokenizer is None:
             raise DataError("The input is text and the model has no tokenizer; give tokens instead.")
@@ -182,7 +185,7 @@ def follow_tokenizer(bridge: Any, prepend_bos: bool | None) -> None:
 
 def _as_tokens(numbers: Any) -> Tensor:
     try:
-        return torch.as_tensor(numbers)
+        return tensor_of(numbers)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             "The input must be text, chats, a tokenizer's output, or tokens [batch pos] of one length; got "

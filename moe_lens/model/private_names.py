@@ -18,6 +18,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens import hook_names
+from moe_lens.checks import pads_exactly
 
 
 class PointsOnly(nn.Module):
@@ -72,9 +73,10 @@ def supports_padding(bridge: Any) -> bool:
     """Whether the model inside a wrapper can run prompts of different lengths in one batch.
 
     `adapter.supports_batched_generation`, True by default: TransformerLens' own `generate` refuses lists of
-    prompts by it. A RoutedModel has no adapter, and every architecture that it takes can.
+    prompts by it. A RoutedModel has no adapter. Where padding changes the numbers (`pads_exactly`), none can.
     """
-    return getattr(getattr(bridge, "adapter", None), "supports_batched_generation", True)
+    can = getattr(getattr(bridge, "adapter", None), "supports_batched_generation", True)
+    return can and pads_exactly(bridge)
 
 
 def hf_path(name: str) -> str:

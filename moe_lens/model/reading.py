@@ -23,6 +23,7 @@ from moe_lens.encoding import (
     prompt_ids,
     prompts_among,
     table_of_texts,
+    tensor_of,
     text_ids,
 )
 from moe_lens.errors import DataError, warn
@@ -197,7 +198,7 @@ def as_numbers(input: Any) -> Int[Tensor, "*batch pos"] | None:
 
 def _as_tensor(input: Any) -> Tensor:
     try:
-        tensor = torch.as_tensor(input)
+        tensor = tensor_of(input)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"The input must be text, texts, tokens or embeddings; got {input!r}.") from error
     if not tensor.numel() or tensor.dtype == torch.bool or tensor.ndim not in (1, 2, 3):

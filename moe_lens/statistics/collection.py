@@ -154,7 +154,7 @@ class Counting:
     def __post_init__(self) -> None:
         check_hooked(self.model)
         self.device = self.model.cfg.device
-        self.limits = Limits.of(self.batch_size, self.batch_tokens, self.device)
+        self.limits = Limits.of(self.batch_size, self.batch_tokens, self.model)
         self.hooks = hook_list(self.hooks)
         self.shape = moe_shape(self.model)
         self.now = self.counter()  # counts the batch that runs

@@ -14,7 +14,7 @@ from moe_lens.model.state import Pass
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.routers.dense import dense_weights, no_dense_weights
 from moe_lens.statistics.dense import DenseRoutes
-from moe_lens.text.batching import Prompts, chunks, how_many, pad_sequences, padding, token_sequences
+from moe_lens.text.batching import Prompts, chunks_to_pad, how_many, pad_sequences, padding, token_sequences
 
 
 def record_dense(
@@ -54,7 +54,7 @@ def record_dense(
     bar = tqdm(total=among.n_prompts, desc="dense routes", unit="prompt", disable=not progress)
     with torch.no_grad(), model.hooks([*hook_list(hooks), *points]), bar:
         numbered = enumerate(token_sequences(model, prompts))
-        for chunk in chunks(numbered, batch_size):
+        for chunk in chunks_to_pad(model, numbered, batch_size, lambda item: len(item[1])):
             tokens, mask = pad_sequences(model, [sequence for _, sequence in chunk])
             with running_of(model).of_prompts([number for number, _ in chunk], among):
                 model(tokens, return_type=None, **padding(mask))

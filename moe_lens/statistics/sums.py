@@ -175,9 +175,12 @@ class RoutingSums(Result):
                 f"RoutingStats.{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {size}."
             )
         finite = bool(torch.isfinite(tensor).all()) or name == "margin_sums"
-        if not finite or bool((tensor < 0).any()):
+        if not finite:
+            raise DataError(f"RoutingStats.{name} holds NaN or infinite values; were the router logits NaN?")
+        if bool((tensor < 0).any()):
             raise DataError(
-                f"RoutingStats.{name} holds NaN, infinite or negative values; were the router logits NaN?"
+                f"RoutingStats.{name} holds negative values; did a hook multiply routing weights by a "
+                "negative factor? Statistics are of weights from 0 on: count under other hooks."
             )
 
     def tables(self) -> dict[str, Any]:

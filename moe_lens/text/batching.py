@@ -9,18 +9,26 @@ promised (`Limits`), prompts of like length share one, within a window of the st
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.checks import check_text, short, whole_number
-from moe_lens.encoding import encoded_rows, is_chat, is_encoding, padded_rows, without_special
+from moe_lens.checks import check_text, pads_exactly, short, whole_number
+from moe_lens.encoding import (
+    encoded_rows,
+    is_chat,
+    is_encoding,
+    padded_rows,
+    tensor_of,
+    without_numpy,
+    without_special,
+)
 from moe_lens.errors import DataError, warn
 from moe_lens.text.prompts import Message, Prompt, as_prompt, render
-from moe_lens.text.token_rows import only_row, rows_of, without_padding
+from moe_lens.text.token_rows import check_padding, only_row, rows_of, without_padding
 
 
 @runtime_checkable
@@ -42,10 +50,10 @@ class TextModel(Protocol):
 
 
 Prompts = Any
-"""A string, a chat (a list of messages), a `Prompt`, or any number of them; a token tensor [pos] or [batch
-pos], or token sequences of any lengths; a tokenizer's output (a `BatchEncoding` or dictionary of "input_ids"
-and "attention_mask", padded on either side), or one of these a prompt. Not typed more closely, since prompts
-come from users' files; anything else raises a DataError with the prompt's number."""
+"""A string, a chat (a list of messages), a `Prompt`, or any number of them; a token tensor or array [pos] or
+[batch pos], or token sequences of any lengths; a tokenizer's output (a `BatchEncoding` or dictionary of
+"input_ids" and "attention_mask", padded on either side), or one of these a prompt. Not typed more closely,
+since prompts come from users' files; anything else raises a DataError with the prompt's number."""
 
 Item = TypeVar("Item")
 
@@ -55,8 +63,8 @@ def token_sequences(model: TextModel, prompts: Prompts) -> Iterator[Int[Tensor, 
 
     Strings go through `model.to_tokens`, so that they get the same BOS as in `model(prompt)`; chats through
     the tokenizer's chat template, which writes its own special tokens. Tokens that an `attention_mask` masks
-    are left out, and of rows of one length without a mask (a tensor [batch pos], or lists) those padding
-    tokens at their ends that stand for nothing else. Words outside the vocabulary give a warning.
+    are left out, and without a mask those padding tokens at a prompt's ends that stand for nothing else.
+    Words outside the vocabulary give a warning.
 
     >>> from moe_lens import organisms
     >>> [len(tokens) for tokens in token_sequences(organisms.load("specialised"), ["Question : what", "the"])]
@@ -66,8 +74,9 @@ def token_sequences(model: TextModel, prompts: Prompts) -> Iterator[Int[Tensor, 
         DataError: no prompts, an empty prompt, one longer than the model's context, a token outside the
             vocabulary, text without a tokenizer or with half a character (a lone surrogate), a chat without a
             chat template, or something that is neither text nor tokens. Raised when that prompt's turn comes.
-        DataError: rows of one length that begin or end with different numbers of a padding token which stands
-            for something else, too (it is the EOS, say): which of them are padding cannot be known.
+        DataError: rows of one length (a tensor or array [batch pos], or lists) that begin or end with
+            different numbers of a padding token which stands for something else, too (it is the EOS, say):
+            which of them are padding cannot be known.
     """
     return (tokens for _, tokens in prompts_with_tokens(model, prompts))
 
@@ -76,8 +85,10 @@ def prompts_with_tokens(
     model: TextModel, prompts: Prompts
 ) -> Iterator[tuple[Prompt | None, Int[Tensor, "pos"]]]:
     """Like `token_sequences`, each after its `Prompt`, which is None if the prompt was given as tokens."""
-    if is_encoding(prompts):
-        prompts = rows_of(model.tokenizer, prompts)
+    prompts = without_numpy(prompts)
+    is_masked = is_encoding(prompts)
+    if is_masked:
+        prompts = rows_of(model.tokenizer, prompts, "The prompts' encoding")
     elif _is_single(prompts):
         prompts = [prompts]
     if (
@@ -89,16 +100,20 @@ def prompts_with_tokens(
             "Prompts must be strings, chats (each a list of messages), token sequences or a tokenizer's "
             f"output; got {short(prompts)}."
         )
-    prompts = without_padding(model.tokenizer, prompts)
+    if not is_masked:
+        check_padding(model.tokenizer, prompts)
     index, unknown, cfg = -1, _unknown_token(model), model.cfg  # read once: it costs as much as tokenising
     for index, given in enumerate(prompts):
         prompt = _prompt_of(index, given)
-        tokens = given if prompt is None else _tokens_of_prompt(model, index, prompt)
-        tokens = _checked_tokens(cfg, index, tokens)
+        if prompt is None:
+            tokens = _given_tokens(model, index, given, is_masked)
+        else:
+            tokens = _tokens_of_prompt(model, index, prompt)
+        _check_tokens(cfg, index, tokens)
         if prompt is not None and unknown is not None and (count := int((tokens == unknown).sum())):
             _warn_of_unknown(model, index, prompt, unknown, count)
             unknown = None  # one warning is enough
-        yield prompt, tokens
+        yield prompt, tokens.long()
     if index < 0:
         raise DataError("The list of prompts is empty; give at least one prompt.")
 
@@ -125,6 +140,7 @@ def _warn_of_unknown(model: TextModel, index: int, prompt: Prompt, unknown: int,
 
 def how_many(prompts: Prompts) -> int | None:
     """The number of prompts; None for a generator, whose length is not known."""
+    prompts = without_numpy(prompts)
     if is_encoding(prompts):
         return len(encoded_rows(prompts))
     if _is_single(prompts):
@@ -145,7 +161,7 @@ def padded_batches(
     Raises:
         DataError: batch_size below 1, or as in `token_sequences`.
     """
-    for chunk in chunks(token_sequences(model, prompts), batch_size):
+    for chunk in chunks_to_pad(model, token_sequences(model, prompts), batch_size, len):
         yield pad_sequences(model, chunk)
 
 
@@ -156,8 +172,26 @@ def chunks(items: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
+def chunks_to_pad(
+    model: TextModel, items: Iterator[Item], batch_size: int, length: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """`chunks` of what will run together; in a model that padding disturbs, each of one length."""
+    for chunk in chunks(items, batch_size):
+        if pads_exactly(model):
+            yield chunk
+        else:
+            yield from (list(alike) for _, alike in groupby(chunk, length))
+
+
 DEFAULT_TOKENS: Final = {"cpu": 1024, "cuda": 16384}
 """Tokens a batch: more do not fit a CPU's caches, fewer do not fill a GPU."""
+
+
+def default_tokens(model: TextModel | None) -> int:
+    """`DEFAULT_TOKENS` for the model's device; None: a CPU."""
+    kind = "cpu" if model is None else torch.device(model.cfg.device).type
+    return DEFAULT_TOKENS.get(kind, DEFAULT_TOKENS["cuda"])
+
 
 WINDOW: Final = 32
 """How many batches' worth of prompts are read before the first of them runs."""
@@ -176,26 +210,29 @@ class Limits:
     Attributes:
         prompts: at most so many; None without limit.
         tokens: at most so many, padding included, unless one prompt is longer; None without limit.
+        one_length: only prompts of one length, so that nothing is padded (see `pads_exactly`).
     """
 
     prompts: int | None
     tokens: int | None
+    one_length: bool = False
 
     @classmethod
-    def of(cls, batch_size: Any, batch_tokens: Any, device: Any = "cpu") -> "Limits":
-        """Of what a user gives; where that is nothing, `DEFAULT_TOKENS` for the device.
+    def of(cls, batch_size: Any, batch_tokens: Any, model: TextModel | None = None) -> "Limits":
+        """Of what a user gives; where that is nothing, `DEFAULT_TOKENS` for the model's device (None: a CPU).
 
         Raises DataError for anything but whole numbers.
         """
+        one_length = model is not None and not pads_exactly(model)
         if batch_size is None and batch_tokens is None:
-            kind = torch.device(device).type
-            return cls(None, DEFAULT_TOKENS.get(kind, DEFAULT_TOKENS["cuda"]))
+            return cls(None, default_tokens(model), one_length)
         numbers = {"batch_size": batch_size, "batch_tokens": batch_tokens}
         return cls(
             *(
                 None if number is None else whole_number(number, name, least=1)
                 for name, number in numbers.items()
-            )
+            ),
+            one_length,
         )
 
     def windows(self, items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
@@ -220,7 +257,8 @@ class Limits:
             size = len(batches[-1]) + 1 if batches else 1
             too_many = self.prompts is not None and size > self.prompts
             too_long = self.tokens is not None and size * lengths[number] > self.tokens
-            if batches and not too_many and not too_long:
+            other = self.one_length and batches and lengths[batches[-1][0]] != lengths[number]
+            if batches and not too_many and not too_long and not other:
                 batches[-1].append(number)
             else:
                 batches.append([number])
@@ -230,7 +268,15 @@ class Limits:
 def pad_sequences(
     model: TextModel, sequences: Sequence[Int[Tensor, "_"]], side: str = "left"
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """(tokens, mask of the real ones) as long as the longest sequence, on the model's device."""
+    """(tokens, mask of the real ones) as long as the longest sequence, on the model's device.
+
+    Warns where that changes what the model computes.
+    """
+    if not pads_exactly(model) and len({len(sequence) for sequence in sequences}) > 1:
+        warn(
+            f"{type(model).__name__}: this model's numbers change where prompts are padded, in Hugging "
+            "Face's own forward. Give prompts of one length, or one at a time."
+        )
     tokens, mask = padded(model, sequences, side)
     return tokens.to(model.cfg.device), mask.to(model.cfg.device)
 
@@ -274,27 +320,31 @@ def _prompt_of(index: int, given: Any) -> Prompt | None:
         raise DataError(f"Prompt {index}: {error}") from error
 
 
-def _tokens_of_prompt(model: TextModel, index: int, prompt: Prompt) -> Any:
+def _tokens_of_prompt(model: TextModel, index: int, prompt: Prompt) -> Tensor:
     if model.tokenizer is None:
         raise DataError(f"Prompt {index} is text and the model has no tokenizer; give tokens instead.")
     if isinstance(prompt.content, str):
         check_text(prompt.content, f"Prompt {index}")
         return model.to_tokens(prompt.content, move_to_device=False, truncate=False)[0]
     try:
-        return without_special(model.tokenizer, render(model.tokenizer, prompt, names=()).text)
+        return torch.tensor(without_special(model.tokenizer, render(model.tokenizer, prompt, names=()).text))
     except DataError as error:
         raise DataError(f"Prompt {index}: {error}") from error
 
 
-def _checked_tokens(cfg: Any, index: int, prompt: Any) -> Int[Tensor, "pos"]:
+def _given_tokens(model: TextModel, index: int, prompt: Any, is_masked: bool) -> Tensor:
     if is_encoding(prompt):
-        prompt = only_row(index, prompt)
+        return only_row(model.tokenizer, index, prompt)
     try:
-        tokens = torch.as_tensor(prompt).cpu()
+        tokens = tensor_of(prompt).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"Prompt {index} is neither a string, a chat nor a sequence of tokens: {prompt!r}."
         ) from error
+    return tokens if is_masked else without_padding(model.tokenizer, tokens)
+
+
+def _check_tokens(cfg: Any, index: int, tokens: Tensor) -> None:
     if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise DataError(
             f"Prompt {index} must be a non-empty sequence of token numbers; got {tokens.dtype} of shape "
@@ -306,4 +356,3 @@ def _checked_tokens(cfg: Any, index: int, prompt: Any) -> Int[Tensor, "pos"]:
         raise DataError(
             f"Prompt {index} has {len(tokens)} tokens, the model's context is {cfg.n_ctx}; shorten it."
         )
-    return tokens.long()

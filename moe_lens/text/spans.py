@@ -23,8 +23,7 @@ from moe_lens.text.batching import (
     Limits,
     Prompts,
     TextModel,
-    chunks,
-    pad_sequences,
+    chunks_to_pad,
     padded,
     prompts_with_tokens,
 )
@@ -123,7 +122,7 @@ def span_mask(
     if not isinstance(prompts, str | Tensor | Prompt | Sequence):
         prompts = list(prompts)
     sequences, counted = zip(*_counted(model, prompts, span, special_tokens), strict=True)
-    tokens, mask = pad_sequences(model, sequences, side)
+    tokens, mask = (part.to(model.cfg.device) for part in padded(model, sequences, side))
     chosen = torch.zeros_like(mask)
     chosen[mask] = torch.cat(counted).to(mask.device)
     if isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts):
@@ -146,7 +145,8 @@ def counted_batches(
         DataError: as in `span_mask`, or a batch_size below 1. Raised when that prompt's turn comes.
     """
     device = model.cfg.device
-    for chunk in chunks(_counted(model, prompts, span, special_tokens), batch_size):
+    items = _counted(model, prompts, span, special_tokens)
+    for chunk in chunks_to_pad(model, items, batch_size, lambda item: len(item[0])):
         sequences, chosen = zip(*chunk, strict=True)
         tokens, mask, counted = CountedPrompts([], list(sequences), list(chosen)).padded(model, "left")
         yield tokens.to(device), mask.to(device), counted.to(device)

@@ -50,7 +50,7 @@ from tests.tiny_models import tiny_model, tokenizer, tokens
 
 SEQUENCES = [tokens(1, length, seed=length)[0].tolist() for length in (3, 6, 5)]
 PADDED = ("deepseek_v4", "deepseek_v4_hash")
-"""Families whose numbers depend on padding, in Hugging Face's own forward: they run one prompt at a time."""
+"""Families whose numbers depend on padding, in Hugging Face's own forward."""
 
 
 @cache
@@ -75,20 +75,14 @@ def the_same(recipe: str, run: Callable[[Any], list[Any]], tolerance: float = 1e
             assert torch.equal(ours, theirs)
 
 
-def batch_size(recipe: str) -> int:
-    return 1 if recipe in PADDED else 2
-
-
 def score(logits: Tensor) -> Tensor:
     return logits[:, -1, 7]
 
 
 @some_kinds
 def test_statistics(recipe: str) -> None:
-    size = batch_size(recipe)
-
     def run(model: Any) -> list[Any]:
-        options = {"batch_size": size, "progress": False}
+        options = {"batch_size": 2, "progress": False}
         stats = collect_routing(
             model, SEQUENCES, per_prompt=True, positions=True, vocabulary=True, span="last", **options
         )
@@ -137,7 +131,7 @@ def test_generation(recipe: str) -> None:
     hooks = scale_experts([(layer, 0)], 0.5, positions="generated")
 
     def run(model: Any) -> list[Any]:
-        options = {"batch_size": batch_size(recipe), "progress": False}
+        options = {"batch_size": 2, "progress": False}
         found = collect_generation(model, SEQUENCES, max_new_tokens=5, hooks=hooks, **options)
         assert found.decode is not None
         return [found.prefill.rates, found.decode.rates, found.texts, *found.tokens]
@@ -234,17 +228,17 @@ def test_virtual_ablation(recipe: str) -> None:
 
 @some_kinds
 def test_measures_and_gradients_of_padded_prompts(recipe: str) -> None:
-    size, given = batch_size(recipe), SEQUENCES[:1] if recipe in PADDED else SEQUENCES
+    given = SEQUENCES[:1] if recipe in PADDED else SEQUENCES  # all at once
 
     def run(model: Any) -> list[Any]:
         found = gradient_attribution(model, given, lambda logits: score(logits).sum())
-        says = answers_with(model, SEQUENCES, ["w1", "w2", "w3"], batch_size=size)
+        says = answers_with(model, SEQUENCES, ["w1", "w2", "w3"], batch_size=2)
         texts = ["w1 w2", "w2", "w3"]
         return [
             found.router_logits,
             found.expert_out,
             says,
-            torch.tensor(continuation_log_probs(model, SEQUENCES, texts, batch_size=size)),
+            torch.tensor(continuation_log_probs(model, SEQUENCES, texts, batch_size=2)),
         ]
 
     the_same(recipe, run)

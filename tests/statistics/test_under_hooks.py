@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from moe_lens import scale_experts
+from moe_lens.errors import DataError
 from moe_lens.statistics import RoutingStats, collect_routing, collect_to_file, iterate_routing
 from moe_lens.statistics import collection as collection_file
 from moe_lens.steering import SteeringPlan, steer_hooks
@@ -88,3 +90,10 @@ def test_a_file_is_counted_under_hooks_and_its_partial_file_belongs_to_them(
     runs.clear()
     assert same(collect_to_file(model, PROMPTS, path, hooks=steer_hooks(PLAN), **options), expected)
     assert len(runs) == 1
+
+
+def test_negative_weights_are_refused_by_their_cause(hooked: Hooked) -> None:
+    model = hooked("olmoe")
+    hooks = scale_experts([(0, expert) for expert in range(model.n_experts)], -1.0)
+    with pytest.raises(DataError, match="negative values; did a hook multiply"):
+        collect_routing(model, PROMPTS, hooks=hooks, progress=False)

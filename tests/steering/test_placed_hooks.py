@@ -111,7 +111,7 @@ def test_plans_and_masks_for_copies_of_prompts_are_refused(
     model, given = hooked("olmoe"), tokens(n_prompts, 5)
     plans = random_plans(model, 2 * n_prompts)
     mask = torch.ones(2 * n_prompts, 5, dtype=torch.bool)
-    for hooks in (steer_hooks(plans), steer_hooks(plans[0], positions=mask)):
+    for hooks in (steer_hooks(plans), steer_hooks(SteeringPlan([(0, 1)]), positions=mask)):
         with model.hooks(hooks), pytest.raises(HookError, match=rf"{n_prompts} prompts"):
             model.hf_generate(given, max_new_tokens=2, eos_token_id=None, **options)
 

@@ -1,9 +1,11 @@
 """Prompts to tokens to left-padded batches: nothing lost, nothing invented, in order."""
 
 import warnings
+from collections import UserList
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,11 +204,34 @@ def test_what_a_tokenizer_pads_never_counts(hooked: Hooked, side: str) -> None:
     given: list[Any] = [lists_of, tensors, dict(lists_of), dict(tensors), made(texts)]
     given += [tensors["input_ids"], lists_of["input_ids"], {"input_ids": tensors["input_ids"]}]
     given += [[made(text) for text in texts], [made(text, return_tensors="pt") for text in texts]]
+    rows = lists_of["input_ids"]
+    kinds = [np.int64, np.int32, np.int16, np.uint8, np.uint16, np.uint32, np.uint64]
+    arrays = [np.array(rows, dtype=kind) for kind in kinds]
+    given += [rows, tuple(map(tuple, rows)), UserList(rows), list(tensors["input_ids"])]
+    given += [*arrays, *map(list, arrays), *map(torch.as_tensor, arrays), {"input_ids": arrays[-1]}]
     for prompts in given:
         assert lists(token_sequences(model, prompts)) == alone
         assert how_many(prompts) == 3
+    assert lists(token_sequences(model, iter(rows))) == alone
+    for one in (rows[0], arrays[0][0], tensors["input_ids"][0]):
+        assert lists(token_sequences(model, torch.as_tensor(one))) == alone[:1]
+    assert lists(token_sequences(model, arrays[0][0])) == alone[:1]
+    assert how_many(arrays[0][0]) == 1
     assert lists(token_sequences(model, made(texts[0]))) == alone[:1]
     assert how_many(made(texts[0])) == 1
+
+
+def test_a_mask_says_more_than_the_padding_token(hooked: Hooked) -> None:
+    """Which may be what a text is about."""
+    given = {"input_ids": [[0, 5, 6, 0]], "attention_mask": [[0, 1, 1, 1]]}
+    assert lists(token_sequences(hooked("olmoe"), given)) == [[5, 6, 0]]
+    assert lists(token_sequences(hooked("olmoe"), [given])) == [[5, 6, 0]]
+
+
+@pytest.mark.parametrize("given_as", [list, torch.tensor, np.array, iter])
+def test_nothing_but_padding_is_no_prompt(hooked: Hooked, given_as: Any) -> None:
+    with pytest.raises(DataError, match="Prompt 1 must be a non-empty sequence"):
+        list(token_sequences(hooked("olmoe"), given_as([[5, 6], [0, 0]])))
 
 
 @pytest.mark.parametrize("meaning", ["eos_token", "bos_token", "unk_token"])
@@ -216,7 +241,8 @@ def test_padding_that_means_something_else_is_asked_for(meaning: str) -> None:
     model.tokenizer.pad_token = made.pad_token = pad
     texts = [prompt(3), prompt(6)]
     encoded = made(texts, padding=True, return_tensors="pt")
-    for rows in (encoded["input_ids"], encoded["input_ids"].tolist(), {"input_ids": encoded["input_ids"]}):
+    ids = encoded["input_ids"]
+    for rows in (ids, ids.tolist(), {"input_ids": ids}, ids.numpy(), UserList(ids.tolist())):
         with pytest.raises(DataError, match=f"{pad}.* what is padding cannot be known"):
             list(token_sequences(model, rows))
     assert lists(token_sequences(model, encoded)) == made(texts)["input_ids"]
