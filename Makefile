@@ -4,7 +4,7 @@ BIN := .venv/bin
 # By file, so that models which a file's tests share are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: env env-vllm chromium demo test test-all test-vllm test-lowest bench bench-real methods calibration lint docs docs-serve \
+.PHONY: env env-vllm chromium demo test test-all test-vllm test-lowest bench bench-real methods calibration seeds lint docs docs-serve \
 	tutorials
 
 env: .venv/installed  ## create .venv with the tested versions
@@ -76,6 +76,9 @@ methods: env  ## every published method on the shipped models, in one table: wri
 
 calibration: env  ## do intervals, p, q, verdicts and power keep their word? writes docs/calibration.md; a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py
+
+seeds: env  ## ten seeds of every recipe that ships, judged one by one, into seeds/; some hours; resumes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/organism_seeds.py
 
 tutorials: env  ## run the tutorials again, from clean, and write their outputs
 	$(BIN)/python -m tests.notebooks

@@ -108,6 +108,7 @@ def expert_logit_attribution(
         part_names=tuple(names[part] for part in order),
         logit=whole["logit"],
         soft_cap=logit_cap(model),
+        is_difference=wrong is not None,
     )
 
 

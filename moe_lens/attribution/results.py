@@ -49,6 +49,7 @@ class LogitAttribution(Result):
             dense MLP), "ln_final.bias", "unembed.bias"...
         logit: what the model returned; before the soft cap if it has one.
         soft_cap: c of c · tanh(logit / c), which Gemma 4 applies to its logits; None elsewhere.
+        is_difference: whether it is that of two logits.
     """
 
     shape: MoEShape
@@ -58,6 +59,7 @@ class LogitAttribution(Result):
     part_names: tuple[str, ...]
     logit: Float[Tensor, "batch"]
     soft_cap: float | None = None
+    is_difference: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -88,7 +90,7 @@ class LogitAttribution(Result):
         """Model, prompts, and the mean logit as experts + rest + error, in logits."""
         n_prompts = len(self.logit)
         return (
-            f"{self.shape.model}, {n_prompts} prompt{'s' * (n_prompts != 1)}: {self._logit_name} "
+            f"{self.shape.model}, {n_prompts} prompt{'s' * (n_prompts != 1)}: {self.logit_name} "
             f"{float(self.logit.mean()):+.3f} = experts {float(self.experts.sum((0, 2)).mean()):+.3f} "
             f"+ rest {float(self.rest.mean()):+.3f} + error, at most {float(self.error.abs().max()):.1g}"
         )
@@ -103,8 +105,10 @@ class LogitAttribution(Result):
         return "\n".join(lines)
 
     @property
-    def _logit_name(self) -> str:
-        return "logit before the soft cap" if self.soft_cap else "logit"
+    def logit_name(self) -> str:
+        """What is shared out: "logit" or "logit difference", before the soft cap if there is one."""
+        name = "logit difference" if self.is_difference else "logit"
+        return f"{name} before the soft cap" if self.soft_cap else name
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row a writer, largest share first: every expert that was chosen, and every other part.

@@ -40,7 +40,8 @@ def _loaded(options: Options) -> Any:
         raise
     except Exception as error:  # transformers, the hub and torch raise all kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"The model {options.model} cannot be loaded: {reason}") from error
+        known = "" if "/" in str(options.model) else f" (Shipped are {', '.join(organisms.names())}.)"
+        raise DataError(f"The model {options.model} cannot be loaded: {reason}{known}") from error
 
 
 def _place(options: Options) -> dict[str, Any]:

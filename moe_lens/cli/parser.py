@@ -47,8 +47,8 @@ From prompts to a result:
 
   moe-lens stats specialised prompts.txt --out stats.safetensors
   moe-lens detect specialised pairs.jsonl --out scores.safetensors --table scores.csv
-  moe-lens plan scores.safetensors --deactivate 6 --out plan.json
-  moe-lens plan scores.safetensors --deactivate 6 --opposite --out opposite.json
+  moe-lens plan scores.safetensors --deactivate 8 --out plan.json
+  moe-lens plan scores.safetensors --deactivate 8 --opposite --out opposite.json
   moe-lens steer specialised plan.json --prompt "Question : what is the capital of Eldria ? Answer :"
   moe-lens evaluate specialised plan.json task.json --reverse opposite.json --out report.json
   moe-lens plot volcano scores.safetensors --out volcano.png
@@ -234,8 +234,7 @@ def _plan(adder: Any) -> None:
         "choose the experts to steer",
         """Write a steering plan: activate the experts with the most positive scores, deactivate those with
         the most negative ones. SCORES comes from `moe-lens detect`, or, with --steermoe, is a ranking that
-        the SteerMoE authors published (a pickled DataFrame, read without running its code). Deactivation is
-        the gentler lever.""",
+        the SteerMoE authors published (a pickled DataFrame, read without running its code).""",
     )
     command.add_argument("scores", type=Path, metavar="SCORES", help="file of scores")
     for verb in ("activate", "deactivate"):

@@ -301,7 +301,7 @@ def sweep(
         task: what to measure, on development prompts.
         sizes: numbers of experts; those that the model has no room for are left out.
         directions: "+" (toward the scores' first condition), "-" (toward the second), or both.
-        mode: "deactivate" (the gentler lever), "activate", or "both" (as many of each).
+        mode: "deactivate", "activate", or "both" (as many of each).
         n_random: random sets of each size, in any layers; may be 0.
         level: of the intervals.
         seed: of the random sets and the bootstrap.

@@ -150,17 +150,21 @@ def attribution_bars(
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(heights, [name for name, _ in bars])
     limit = 1.25 * max(float(np.abs(values).max()), 1e-9)
-    ax.set(xlim=(-limit, limit), xlabel="share of the logit (nats)")
+    ax.set(xlim=(-limit, limit), xlabel=f"share of the {found.logit_name} (nats)")
     logit = float(_of_prompt(found.logit, prompt))
     whose = f"mean over {n_prompts} prompts" if prompt is None else f"prompt {prompt}"
-    ax.set_title(f"Who wrote the logit {logit:+.2f} ({whose})")
+    ax.set_title(f"Who wrote the {found.logit_name} {logit:+.2f} ({whose})")
     return ax
 
 
 def _expert_bars(found: LogitAttribution, prompt: int | None, n_bars: int) -> list[tuple[str, float]]:
-    """(name, share) of the experts with the largest shares, and of all others together."""
+    """(name, share) of the experts that ran with the largest shares, and of all others together."""
     shares = _of_prompt(found.by_expert().movedim(1, -1), prompt)  # [layer expert]
-    largest = np.argsort(-np.abs(shares), axis=None)[:n_bars]
+    ran = np.zeros(shares.shape, dtype=bool)
+    chosen = found.indices if prompt is None else found.indices[:, [prompt]]
+    for row, experts in enumerate(chosen.flatten(1)):
+        ran[row, experts.unique()] = True
+    largest = np.argsort(np.where(ran, -np.abs(shares), 1.0), axis=None)[: min(n_bars, int(ran.sum()))]
     places = [np.unravel_index(place, shares.shape) for place in largest]
     bars = [
         (f"layer {found.layers[row]}, expert {expert}", float(shares[row, expert])) for row, expert in places

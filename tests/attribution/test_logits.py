@@ -74,6 +74,8 @@ def test_a_difference_of_logits_is_the_difference_of_shares(hooked) -> None:
     torch.testing.assert_close(both.parts, right.parts - wrong.parts, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(both.logit, right.logit - wrong.logit)
     assert both.part_names[-1] == "unembed.bias"
+    assert [each.is_difference for each in (both, right)] == [True, False]
+    assert [": logit difference " in repr(each) for each in (both, right)] == [True, False]
 
 
 def test_parts_are_named_and_shared_experts_are_theirs(hooked) -> None:

@@ -107,6 +107,28 @@ def test_bars_leave_out_what_the_model_lacks(hooked: Hooked, family: str) -> Non
     assert [*labels[3:5]] == ["embedding", "attention and mixers"]
 
 
+def test_only_experts_that_ran_have_a_bar(hooked: Hooked) -> None:
+    """Of one prompt top_k a layer, however many are asked for."""
+    model = hooked("olmoe")
+    found = expert_logit_attribution(model, tokens(3, 4), 9)
+    labels = [label.get_text() for label in attribution_bars(found, prompt=1, n_experts=99).get_yticklabels()]
+    experts = [label for label in labels if label.startswith("layer ")]
+    ran = found.indices[:, 1]
+    assert set(experts) == {
+        f"layer {layer}, expert {expert}"
+        for layer, of_layer in zip(found.layers, ran.tolist(), strict=True)
+        for expert in of_layer
+    }
+
+
+def test_a_difference_of_logits_is_called_that(hooked: Hooked) -> None:
+    ax = attribution_bars(expert_logit_attribution(hooked("olmoe"), tokens(2, 3), 9, wrong_tokens=10))
+    assert ax.get_xlabel() == "share of the logit difference (nats)"
+    assert ax.get_title().startswith("Who wrote the logit difference ")
+    ax = attribution_bars(expert_logit_attribution(hooked("olmoe"), tokens(2, 3), 9))
+    assert ax.get_xlabel() == "share of the logit (nats)"
+
+
 def test_bars_of_what_is_not_there_are_refused(hooked: Hooked) -> None:
     found = expert_logit_attribution(hooked("olmoe"), tokens(2, 3), 9)
     with pytest.raises(DataError, match="2 prompts"):
