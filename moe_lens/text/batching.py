@@ -226,14 +226,11 @@ class Limits:
         one_length = model is not None and not pads_exactly(model)
         if batch_size is None and batch_tokens is None:
             return cls(None, default_tokens(model), one_length)
-        numbers = {"batch_size": batch_size, "batch_tokens": batch_tokens}
-        return cls(
-            *(
-                None if number is None else whole_number(number, name, least=1)
-                for name, number in numbers.items()
-            ),
-            one_length,
+        prompts, tokens = (
+            None if number is None else whole_number(number, name, least=1)
+            for name, number in (("batch_size", batch_size), ("batch_tokens", batch_tokens))
         )
+        return cls(prompts, tokens, one_length)
 
     def windows(self, items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
         """The items in order, `WINDOW` full batches' worth at a time."""
