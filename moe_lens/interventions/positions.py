@@ -23,6 +23,7 @@ from moe_lens.errors import DataError, HookError
 from moe_lens.model.state import ForwardState
 from moe_lens.text.batching import token_sequences
 from moe_lens.text.spans import TextSpan, span_mask
+from moe_lens.text.token_rows import as_they_stand
 
 Positions = Any
 """At which tokens a hook acts:
@@ -148,7 +149,7 @@ def _located(span: Any, state: ForwardState, n_rows: int) -> Bool[Tensor, "batch
     else:
         mask = state.own_tokens()
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, : state.n_prompt].cpu()
-        prompts = [row[kept] for row, kept in zip(tokens, real, strict=True)]
+        prompts = as_they_stand(row[kept] for row, kept in zip(tokens, real, strict=True))
     try:
         in_span = span_mask(state.bridge, prompts, span, padding_side="left").cpu()
     except DataError as error:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_lens.checks import whole_number
+from moe_lens.encoding import without_numpy
 from moe_lens.errors import DataError
 from moe_lens.hook_names import HookList, Hooks, hook_list
 from moe_lens.model.edited_runs import MOST_TOKENS, EditedRuns
@@ -29,6 +30,7 @@ from moe_lens.model.metric import Metric, check_metric
 from moe_lens.model.registration import routing_layers, running_of
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.text.batching import token_sequences
+from moe_lens.text.token_rows import as_they_stand
 
 
 class Cell(NamedTuple):
@@ -199,8 +201,9 @@ def checked_runs(
     size = batch_size
     if size is not None:
         size = whole_number(size, "batch_size", least=1, remedy="It is a number of patches; None: what fits.")
+    tokens = without_numpy(tokens)
     if isinstance(tokens, Tensor) and tokens.ndim == 2 and attention_mask is not None:
-        tokens = iter(tokens)  # as they stand, column by column: the mask says what is padding
+        tokens = as_they_stand(tokens)  # column by column: the mask says what is padding
     sequences = list(token_sequences(model, tokens))
     lengths = [len(sequence) for sequence in sequences]
     if len(set(lengths)) > 1:

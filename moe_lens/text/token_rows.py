@@ -5,7 +5,7 @@ check_padding(tokenizer, [[0, 0, 5], [6, 7, 8]])        # refuses rows in which 
 without_padding(tokenizer, torch.tensor([0, 0, 5]))     # tensor([5]) if 0 does nothing but pad
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ def without_padding(tokenizer: Any, tokens: Shaped[Tensor, "..."]) -> Shaped[Ten
         return tokens
     before, after = (int(number) for number in padding_at_ends(pad, tokens[None]))
     return tokens[before : len(tokens) - after]
+
+
+def as_they_stand(rows: Iterable[Int[Tensor, "_"]]) -> list[dict[str, Tensor]]:
+    """Rows of tokens as prompts of which nothing is taken for padding."""
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
 
 
 def check_padding(tokenizer: Any, prompts: Any) -> None:

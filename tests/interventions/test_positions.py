@@ -314,6 +314,23 @@ class OneColumn:
 
 
 @pytest.mark.parametrize("wrapper", [HookedMoE, RoutedModel])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.filterwarnings("ignore:Some rows of these tokens begin or end")
+def test_a_function_sees_what_runs_though_it_looks_padded(wrapper: Any, side: str) -> None:
+    """Without a mask the model reads padding as text, and columns count from its first one."""
+    own = tokenizer()
+    model = wrapper.from_hf(tiny_model(), own) if wrapper is HookedMoE else wrapper(tiny_model(), own)
+    given = own(["w1 w2 w3 w4", "w2 w5"], padding=True, padding_side=side, return_tensors="pt")["input_ids"]
+    mask = torch.tensor([[0, 0, 0, 1, 0]] * 2).bool()
+    runs = [
+        model.run_with_hooks(given, fwd_hooks=route_around([(0, 1), (1, 2), (2, 0)], positions=positions))
+        for positions in (OneColumn(3), mask, None)
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("wrapper", [HookedMoE, RoutedModel])
 @pytest.mark.parametrize(
     "options",
     [
