@@ -2,12 +2,14 @@
 
 Trains each recipe on each seed (a few minutes on one core), measures it (seed_measures.py) and prints two
 tables: a row a seed, and a row a recipe with the spread over its seeds. Resumable: a trained checkpoint is a
-folder of --out, what was measured one JSON file, and neither is made twice. `make seeds` takes ten seeds of
-every recipe that ships, some eight hours on one core.
+folder of --out, what was measured one JSON file, and neither is made twice. Nor is what `KEPT` has, the
+measures behind docs/explanation/seeds.md, unless --fresh: another kind of processor trains other weights.
+`make seeds` takes ten seeds of every recipe that ships, some eight hours on one core where nothing was kept.
 """
 
 import argparse
 import json
+import lzma
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -27,6 +29,9 @@ from moe_lens.organisms.train import train
 
 KINDS = ("deactivate", "activate")
 Seeds = list[dict[str, Any]]
+Found = dict[tuple[str, int], dict[str, Any]]
+KEPT = Path(__file__).with_suffix(".jsonl.xz")
+"""Measures of seeds, one JSON object a line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,13 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("seeds"), help="checkpoints, measures and tables")
     parser.add_argument("--steps", type=int, help="of training, instead of the recipe's")
     parser.add_argument("--n-random", type=int, default=20, help="random sets of each kind and direction")
+    parser.add_argument(
+        "--fresh", action="store_true", help=f"make what {KEPT.name} has, too, and leave it out"
+    )
+    parser.add_argument("--keep", action="store_true", help=f"add what is found to {KEPT.name}")
     options = parser.parse_args(arguments)
+    known = {} if options.fresh else kept()
     torch.set_num_threads(1)  # as in training: the same bits wherever it runs
     for name in options.recipes or RECIPES:
         for seed in seeds_of(options.seeds):
-            one_seed(name, seed, options.out, options.steps, options.n_random)
+            if (name, seed) not in known:
+                one_seed(name, seed, options.out, options.steps, options.n_random)
             print(f"{name}, seed {seed}: done", flush=True)
-    text = tables(read(options.out))
+    found = known | read(options.out)
+    if options.keep:
+        keep(found)
+    text = tables(by_recipe(found))
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "tables.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -74,23 +89,45 @@ def seeds_of(text: str) -> list[int]:
     return seeds
 
 
-def read(out: Path) -> dict[str, Seeds]:
-    """Recipe -> what was measured of its seeds, in their order; whatever the folder has."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in out.glob("*-*.json")]
-    found.sort(key=lambda about: about["seed"])
-    return {name: own for name in RECIPES if (own := [about for about in found if about["name"] == name])}
+def read(out: Path) -> Found:
+    """(recipe, seed) -> what was measured; whatever the folder has."""
+    return _found(json.loads(file.read_text(encoding="utf-8")) for file in out.glob("*-*.json"))
 
 
-def tables(by_recipe: dict[str, Seeds]) -> str:
+def kept() -> Found:
+    """(recipe, seed) -> what was measured; whatever `KEPT` has."""
+    if not KEPT.exists():
+        return {}
+    with lzma.open(KEPT, "rt", encoding="utf-8") as lines:
+        return _found(map(json.loads, lines))
+
+
+def keep(found: Found) -> None:
+    """Write `KEPT`."""
+    lines = [json.dumps(found[key], sort_keys=True) + "\n" for key in sorted(found)]
+    KEPT.write_bytes(lzma.compress("".join(lines).encode(), preset=9))
+
+
+def _found(measures: Iterable[dict[str, Any]]) -> Found:
+    return {(about["name"], about["seed"]): about for about in measures}
+
+
+def by_recipe(found: Found) -> dict[str, Seeds]:
+    """Recipe -> what was measured of its seeds, in their order."""
+    seeds = [found[key] for key in sorted(found)]
+    return {name: own for name in RECIPES if (own := [about for about in seeds if about["name"] == name])}
+
+
+def tables(recipes: dict[str, Seeds]) -> str:
     """Both tables, in Markdown."""
     rows = [["organism", "seed", "off", "doc rate, + / −", "two-way gap [95 %]", "p matched / any", "verdict",
              "closed-book, + / −", "generic loss, + / −", "in the middle layers"]]  # fmt: skip
-    rows += [row_of(about) for seeds in by_recipe.values() for about in seeds]
+    rows += [row_of(about) for seeds in recipes.values() for about in seeds]
     spread = [["organism", "beyond controls [95 %]", "two-way gap", "selection shared by seeds (by chance)",
                "in the middle layers (by chance)", "harm at equal effect: deactivated / activated",
                f"selection found, gap with {', '.join(map(str, FEW_PAIRS))} pairs",
                f"selection found with {', '.join(HEADERS)}"]]  # fmt: skip
-    spread += [spread_of(name, seeds) for name, seeds in by_recipe.items()]
+    spread += [spread_of(name, seeds) for name, seeds in recipes.items()]
     return f"{markdown(rows)}\n\n{markdown(spread)}\n"
 
 

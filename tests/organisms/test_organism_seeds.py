@@ -1,6 +1,7 @@
 """`benchmarks/organism_seeds.py`: recipes on several seeds, resumable, and what selections of seeds share."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,47 @@ def test_seeds_are_read_as_written(script: Any) -> None:
     assert script.seeds_of("20-22,30") == [20, 21, 22, 30]
 
 
+def test_what_was_measured_is_kept_and_not_made_again(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (about, *_) = script.by_recipe(script.kept())["planted"]
+    monkeypatch.setattr(script, "KEPT", tmp_path / "kept.jsonl.xz")
+    script.keep({("planted", 20): about})
+    monkeypatch.setattr(script, "train", lambda *_, **__: pytest.fail("trained again"))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "planted-21.json").write_text(json.dumps({**about, "seed": 21}))
+    script.main(["planted", "--seeds", "20-21", "--out", str(tmp_path / "new"), "--keep"])
+    assert capsys.readouterr().out.count("| planted | ") == 3
+    assert sorted(script.kept()) == [("planted", 20), ("planted", 21)]
+
+
+def test_the_page_shows_what_was_kept(script: Any) -> None:
+    page = (FOLDER.parent / "docs" / "explanation" / "seeds.md").read_text(encoding="utf-8")
+    for table in script.tables(script.by_recipe(script.kept())).split("\n\n"):
+        for row in table.splitlines()[2:]:
+            assert row in page, row
+
+
+def test_the_readme_says_how_many_seeds_exceeded(script: Any) -> None:
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    row = r"^\| ([\w, -]+) \| [^|]+ \| [^|]+ controls \| ([^|]+) \|$"
+    said = {
+        name.strip(): rate.strip()
+        for names, rates in re.findall(
+            r"^\| ([\w, -]+) \| [^|]+ \| [^|]+ controls \| ([^|]+) \|$", text, re.M
+        )
+        for name, rate in zip(names.split(","), rates.split(","), strict=True)
+    }
+    assert {"specialised", "planted", "natural", "null-majority"} <= set(said)
+    for name, seeds in script.by_recipe(script.kept()).items():
+        assert said[name] == f"{sum(about['verdict'] for about in seeds)} of {len(seeds)}"
+
+
 @broad
 def test_trains_measures_and_goes_on(
     script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["null", "--out", str(tmp_path), "--steps", "12", "--n-random", "4"]
+    arguments = ["null", "--out", str(tmp_path), "--steps", "12", "--n-random", "4", "--fresh"]
     script.main([*arguments, "--seeds", "1-2"])
     printed = capsys.readouterr().out
     assert (tmp_path / "tables.md").read_text(encoding="utf-8") in printed
