@@ -71,9 +71,7 @@ def test_the_readme_says_how_many_seeds_exceeded(script: Any) -> None:
     row = r"^\| ([\w, -]+) \| [^|]+ \| [^|]+ controls \| ([^|]+) \|$"
     said = {
         name.strip(): rate.strip()
-        for names, rates in re.findall(
-            r"^\| ([\w, -]+) \| [^|]+ \| [^|]+ controls \| ([^|]+) \|$", text, re.M
-        )
+        for names, rates in re.findall(row, text, re.MULTILINE)
         for name, rate in zip(names.split(","), rates.split(","), strict=True)
     }
     assert {"specialised", "planted", "natural", "null-majority"} <= set(said)
