@@ -3,7 +3,8 @@
 Trains each recipe on each seed (a few minutes on one core), measures it (seed_measures.py) and prints two
 tables: a row a seed, and a row a recipe with the spread over its seeds. Resumable: a trained checkpoint is a
 folder of --out, what was measured one JSON file, and neither is made twice. Nor is what `KEPT` has, the
-measures behind docs/explanation/seeds.md, unless --fresh: another kind of processor trains other weights.
+measures behind docs/explanation/seeds.md (but for *specialised*), unless --fresh: another kind of processor
+trains other weights.
 `make seeds` takes ten seeds of every recipe that ships, some eight hours on one core where nothing was kept.
 """
 
@@ -49,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--keep", action="store_true", help=f"add what is found to {KEPT.name}")
     options = parser.parse_args(arguments)
-    known = {} if options.fresh else kept()
+    other = options.steps is not None or options.n_random != 20
+    if other and options.keep:
+        parser.error("--keep is for the recipe's own steps and 20 random sets")
+    known = {} if options.fresh or other else kept()
     torch.set_num_threads(1)  # as in training: the same bits wherever it runs
     for name in options.recipes or RECIPES:
         for seed in seeds_of(options.seeds):
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}, seed {seed}: done", flush=True)
     found = known | read(options.out)
     if options.keep:
-        keep(found)
+        keep(kept() | found)
     text = tables(by_recipe(found))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "tables.md").write_text(text, encoding="utf-8")

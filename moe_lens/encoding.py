@@ -79,7 +79,8 @@ def tensor_of(given: Any) -> Tensor:
 
     Raises TypeError, ValueError or RuntimeError, as `torch.as_tensor`, for anything that makes none.
     """
-    tensor = torch.as_tensor(given)
+    is_array = isinstance(given, np.ndarray) and given.dtype.kind in "iu"
+    tensor = torch.from_numpy(np.array(given, dtype=np.int64)) if is_array else torch.as_tensor(given)
     return tensor.long() if tensor.dtype in _OTHER_INTEGERS else tensor
 
 

@@ -70,10 +70,11 @@ def gradient_attribution(
     """
     check_hooked(model, error=DataError)
     check_metric(metric)
-    tokens, mask = pad_sequences(model, list(token_sequences(model, prompts)))
-    attention_mask = padding(mask)
-    if attention_mask and not supports_padding(model):
+    sequences = list(token_sequences(model, prompts))
+    if len({len(sequence) for sequence in sequences}) > 1 and not supports_padding(model):
         raise DataError("This model cannot run prompts of different lengths at once; give them one by one.")
+    tokens, mask = pad_sequences(model, sequences)
+    attention_mask = padding(mask)
     layers = model.moe_layers
     points = (hook_names.ROUTER_LOGITS, hook_names.EXPERT_OUT)
     other = None if baseline is None else hook_names.points_of(baseline, points, layers, what="baseline")

@@ -202,8 +202,11 @@ def checked_runs(
     if size is not None:
         size = whole_number(size, "batch_size", least=1, remedy="It is a number of patches; None: what fits.")
     tokens = without_numpy(tokens)
-    if isinstance(tokens, Tensor) and tokens.ndim == 2 and attention_mask is not None:
-        tokens = as_they_stand(tokens)  # column by column: the mask says what is padding
+    if attention_mask is not None:  # then tokens run as they stand, column by column: it says what is padding
+        if isinstance(tokens, Tensor) and tokens.ndim in (1, 2):
+            tokens = as_they_stand(tokens if tokens.ndim == 2 else tokens[None])
+        elif isinstance(tokens, list | tuple) and all(isinstance(row, Tensor) for row in tokens):
+            tokens = as_they_stand(tokens)
     sequences = list(token_sequences(model, tokens))
     lengths = [len(sequence) for sequence in sequences]
     if len(set(lengths)) > 1:

@@ -22,7 +22,7 @@ from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.model.registration import running_of
 from moe_lens.model.state import Generation
 from moe_lens.model.wrapper import Model
-from moe_lens.text.batching import Prompts, chunks, pad_sequences, padding, token_sequences
+from moe_lens.text.batching import Prompts, chunks_to_pad, pad_sequences, padding, token_sequences
 
 Loss = Callable[[Any, Hooks], Tensor]
 """From a model and forward hooks to a scalar tensor with gradients, the smaller the better."""
@@ -107,7 +107,7 @@ def answer_objective(
         groups.setdefault(tuple(len(texts[row]) for texts in written), []).append(row)
     parts: list[Loss] = []
     for lengths, of_lengths in groups.items():
-        for rows in chunks(iter(of_lengths), batch_size):
+        for rows in chunks_to_pad(model, iter(of_lengths), batch_size, lambda row: len(sequences[row])):
             both = [
                 _Written(
                     rows,
@@ -140,7 +140,7 @@ def text_objective(model: Model, texts: Prompts, *, batch_size: int = 8) -> Obje
         raise DataError("text_objective needs texts of at least two tokens.")
     parts = tuple(
         _text_loss(rows, len(sequences), [sequences[row] for row in rows])
-        for rows in chunks(iter(asked), batch_size)
+        for rows in chunks_to_pad(model, iter(asked), batch_size, lambda row: len(sequences[row]))
     )
     return Objective(parts, sum(len(sequences[row]) - 1 for row in asked))
 

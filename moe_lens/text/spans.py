@@ -9,7 +9,7 @@
 Masks are aligned with the tokens that the model gets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.checks import short
+from moe_lens.encoding import without_numpy
 from moe_lens.errors import DataError
 from moe_lens.text.batching import (
     Limits,
@@ -119,7 +120,8 @@ def span_mask(
     side = padding_side or getattr(model.tokenizer, "padding_side", "right")
     if side not in ("left", "right"):
         raise DataError(f"padding_side must be 'left' or 'right'; got {padding_side!r}.")
-    if not isinstance(prompts, str | Tensor | Prompt | Sequence):
+    prompts = without_numpy(prompts)
+    if not isinstance(prompts, str | Tensor | Prompt | Sequence | Mapping):
         prompts = list(prompts)
     sequences, counted = zip(*_counted(model, prompts, span, special_tokens), strict=True)
     tokens, mask = (part.to(model.cfg.device) for part in padded(model, sequences, side))

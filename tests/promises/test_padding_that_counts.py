@@ -11,12 +11,14 @@ from moe_lens import (
     HookedMoE,
     RoutedModel,
     SteeringPlan,
+    answer_objective,
     collect_generation,
     collect_routing,
     generate_text,
     gradient_attribution,
     record_dense,
     steer_hooks,
+    text_objective,
 )
 from moe_lens.errors import DataError
 from moe_lens.evaluation import answers_with, continuation_log_probs, text_loss
@@ -62,6 +64,15 @@ def counts(model: Any, prompts: Any, hooks: Any) -> Tensor:
     return found.counts
 
 
+def objectives(model: Any, prompts: Any, hooks: Any) -> Tensor:
+    """Sums: what each of the prompts alone adds up to, these together do."""
+    answers = ["w1"] * len(prompts)
+    given = [answer_objective(model, prompts, answers), text_objective(model, prompts)]
+    n_read = [len(prompts), sum(len(tokenizer()(one)["input_ids"]) - 1 for one in prompts)]
+    with torch.no_grad():
+        return torch.tensor([[float(each(model, hooks)) * n for each, n in zip(given, n_read, strict=True)]])
+
+
 MEASURES: dict[str, Callable[[Any, Any, Any], Tensor]] = {
     "counts": counts,
     "log-probabilities": lambda model, prompts, hooks: torch.tensor(
@@ -104,6 +115,14 @@ def test_prompts_together_are_each_alone(recipe: str, measure: str, strength: fl
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
         if strength == 0:
             torch.testing.assert_close(together, found(model, PROMPTS, ()), rtol=1e-5, atol=1e-5)
+
+
+@RECIPES
+def test_what_learning_minimises_is_of_each_prompt_alone(recipe: str) -> None:
+    for model in models(recipe):
+        together = objectives(model, PROMPTS, hooks_of(model, 0.0))
+        alone = torch.cat([objectives(model, [one], hooks_of(model, 0.0)) for one in PROMPTS])
+        torch.testing.assert_close(together[0], alone.sum(0), rtol=1e-5, atol=1e-5)
 
 
 @RECIPES

@@ -221,6 +221,14 @@ def test_what_a_tokenizer_pads_never_counts(hooked: Hooked, side: str) -> None:
     assert how_many(made(texts[0])) == 1
 
 
+def test_arrays_of_any_order_of_bytes_and_strides_are_tokens(hooked: Hooked) -> None:
+    model, rows = hooked("olmoe"), tokens(2, 4)
+    array = rows.numpy()
+    for given_as in (array[:, ::-1], array[::-1], array.astype(">i4"), np.asfortranarray(array)):
+        assert lists(token_sequences(model, given_as)) == given_as.tolist()
+        assert torch.equal(model(given_as), model(torch.tensor(given_as.tolist())))
+
+
 def test_a_mask_says_more_than_the_padding_token(hooked: Hooked) -> None:
     """Which may be what a text is about."""
     given = {"input_ids": [[0, 5, 6, 0]], "attention_mask": [[0, 1, 1, 1]]}

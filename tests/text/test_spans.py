@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -492,3 +493,17 @@ def test_the_words_of_a_text_are_the_words_counted(hooked: Hooked) -> None:
             else:
                 with pytest.raises(DataError, match="selects no token"):
                     span_mask(model, Prompt(text, {"x": (first, last)}), "x")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_of_a_tokenizers_output_and_of_arrays(hooked: Hooked, side: str) -> None:
+    model, texts = hooked("olmoe"), ["w1 w2 w3 w4", "w5"]
+    made = tokenizer(side)
+    expected = span_mask(model, texts, slice(1, 2), padding_side=side)
+    encoded = made(texts, padding=True)
+    arrays = made(texts, padding=True, return_tensors="np")
+    tensors = made(texts, padding=True, return_tensors="pt")
+    for given_as in (encoded, dict(encoded), arrays["input_ids"], tensors):
+        assert torch.equal(span_mask(model, given_as, slice(1, 2), padding_side=side), expected)
+    one = np.array(made("w1 w2")["input_ids"])
+    assert span_mask(model, one, slice(1, 2)).long().tolist() == [[0, 1, 0]]
