@@ -109,7 +109,8 @@ def kept() -> Found:
 def keep(found: Found) -> None:
     """Write `KEPT`."""
     lines = [json.dumps(found[key], sort_keys=True) + "\n" for key in sorted(found)]
-    KEPT.write_bytes(lzma.compress("".join(lines).encode(), preset=9))
+    with atomic_write(KEPT) as temporary:
+        temporary.write_bytes(lzma.compress("".join(lines).encode(), preset=9))
 
 
 def _found(measures: Iterable[dict[str, Any]]) -> Found:

@@ -78,14 +78,14 @@ def _rectangle(prompts: Any) -> Int[Tensor, "batch pos"] | None:
     if len({len(row) for row in prompts}) > 1:
         return None
     try:
-        found = [_tokens(torch.as_tensor(row)) for row in prompts]
+        found = [_tokens(row) for row in prompts]
     except (TypeError, ValueError, RuntimeError):
         return None
     rows = [row for row in found if row is not None and row.ndim == 1]
     return torch.stack(rows) if len(rows) == len(found) else None
 
 
-def _tokens(numbers: Tensor) -> Int[Tensor, "..."] | None:
+def _tokens(numbers: Any) -> Int[Tensor, "..."] | None:
     """On the CPU; None where these are no integers."""
     tokens = tensor_of(numbers)
     return tokens.cpu() if tokens.dtype in (torch.int32, torch.int64) else None

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moe_lens
-from moe_lens import cli, organisms
+from moe_lens import SteeringReport, cli, organisms
 from moe_lens.model.layers import MoELayer
 from moe_lens.model.self_check import check_router
 from moe_lens.organisms.demo import DemoResult
@@ -100,8 +100,18 @@ def test_the_commands_on_the_page_run_and_write_their_files(tmp_path: Path) -> N
     assert len(lines) == 6
     for line in lines:
         assert cli.main(shlex.split(line)[1:]) == 0, line
+    assert SteeringReport.load(tmp_path / "report.json").verdict  # as the page says
     outputs = [words[words.index("--out") + 1] for words in map(shlex.split, lines) if "--out" in words]
     assert all((tmp_path / name).stat().st_size for name in [*outputs, "scores.csv"])
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("name", ["docs/how-to/evaluate.md", "docs/harness.md"])
+def test_the_flagship_exceeds_its_controls_where_a_page_evaluates_it(name: str) -> None:
+    code = blocks(name)[0]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, name, "exec"), names)
+    assert names["report"].verdict
 
 
 def test_the_readme_can_be_read_at_once() -> None:
