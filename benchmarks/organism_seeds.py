@@ -24,10 +24,13 @@ from seed_measures import FEW_PAIRS, HEADERS, SIDES, matched_overlap, measured
 from moe_lens.checks import chosen_layers
 from moe_lens.evaluation import CLOSED_BOOK, LOSS
 from moe_lens.files import atomic_write
+from moe_lens.organisms.branching import RECIPE as BRANCHES
 from moe_lens.organisms.branching import train_branches
 from moe_lens.organisms.recipes import RECIPES, recipe
 from moe_lens.organisms.train import train
 
+N_RANDOM = 20
+"""Random sets of each kind and direction, as in the demo."""
 KINDS = ("deactivate", "activate")
 Seeds = list[dict[str, Any]]
 Found = dict[tuple[str, int], dict[str, Any]]
@@ -44,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="20-29", help="such as 20-29 or 3,5,8 (default: 20-29)")
     parser.add_argument("--out", type=Path, default=Path("seeds"), help="checkpoints, measures and tables")
     parser.add_argument("--steps", type=int, help="of training, instead of the recipe's")
-    parser.add_argument("--n-random", type=int, default=20, help="random sets of each kind and direction")
+    parser.add_argument("--n-random", type=int, default=N_RANDOM, help="random sets of each kind and direction")
     parser.add_argument(
         "--fresh", action="store_true", help=f"make what {KEPT.name} has, too, and leave it out"
     )
     parser.add_argument("--keep", action="store_true", help=f"add what is found to {KEPT.name}")
     options = parser.parse_args(arguments)
-    other = options.steps is not None or options.n_random != 20
+    other = options.steps is not None or options.n_random != N_RANDOM
     if other and options.keep:
-        parser.error("--keep is for the recipe's own steps and 20 random sets")
+        parser.error(f"--keep is for the recipe's own steps and {N_RANDOM} random sets")
     known = {} if options.fresh or other else kept()
     torch.set_num_threads(1)  # as in training: the same bits wherever it runs
     for name in options.recipes or RECIPES:
@@ -62,11 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}, seed {seed}: done", flush=True)
     found = known | read(options.out)
     if options.keep:
+        if foreign := [key for key, about in found.items() if not of_the_recipe(about)]:
+            parser.error(f"{options.out} has measures of other --steps or --n-random: {foreign}")
         keep(kept() | found)
     text = tables(by_recipe(found))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "tables.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def of_the_recipe(about: dict[str, Any]) -> bool:
+    """Whether this seed had the recipe's own steps, and 20 random sets of each kind."""
+    own = recipe(about["name"])
+    steps = sum(stage.steps for stage in BRANCHES.stages) if own.branched else own.steps
+    return about["steps"] == steps and about.get("n_random", N_RANDOM) == N_RANDOM
 
 
 def one_seed(name: str, seed: int, out: Path, steps: int | None, n_random: int) -> None:

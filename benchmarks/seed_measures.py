@@ -43,6 +43,7 @@ def measured(folder: Path, n_random: int = 20) -> dict[str, Any]:
         "name": about["name"],
         "seed": about["seed"],
         "steps": about["steps"],
+        "n_random": n_random,
         "size": demo.size,
         "rates": [report.unsteered.rate, *(report.steered[side].rate for side in SIDES)],
         "gap": report.gap,

@@ -321,7 +321,8 @@ _BAD = [
     (("stats", "null", "p.txt", "--out", "folder"), "folder"),
     (("stats", "null", "p.txt", "--out", "noise/result"), "noise"),
     (("stats", "null", "p.txt", "--device", "toaster", *_OUT), "toaster"),
-    (("stats", "no-such-model", "p.txt", *_OUT), "no-such-model"),
+    (("stats", "no-such-model", "p.txt", *_OUT), "The model no-such-model cannot be loaded"),
+    (("stats", "nul", "p.txt", *_OUT), "(Shipped are specialised, planted, "),
     (("stats", "folder", "p.txt", *_OUT), "folder"),
     # detect
     (("detect", "null", "missing.jsonl", *_QUICK), "missing.jsonl"),

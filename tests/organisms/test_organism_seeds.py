@@ -59,6 +59,22 @@ def test_what_was_measured_is_kept_and_not_made_again(
     assert sorted(script.kept()) == [("planted", 20), ("planted", 21)]
 
 
+@pytest.mark.parametrize("other", [{"steps": 12}, {"n_random": 4}])
+def test_a_trial_is_not_kept(
+    script: Any, other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (about, *_) = script.by_recipe(script.kept())["natural"]
+    monkeypatch.setattr(script, "KEPT", tmp_path / "kept.jsonl.xz")
+    (tmp_path / "natural-91.json").write_text(json.dumps({**about, "seed": 91}))
+    (tmp_path / "natural-90.json").write_text(json.dumps({**about, "seed": 90, **other}))
+    with pytest.raises(SystemExit):
+        script.main(["natural", "--seeds", "90-91", "--out", str(tmp_path), "--keep"])
+    assert not script.KEPT.exists()
+    (tmp_path / "natural-90.json").unlink()
+    script.main(["natural", "--seeds", "91", "--out", str(tmp_path), "--keep"])
+    assert sorted(script.kept()) == [("natural", 91)]
+
+
 def test_the_page_shows_what_was_kept(script: Any) -> None:
     page = (FOLDER.parent / "docs" / "explanation" / "seeds.md").read_text(encoding="utf-8")
     for table in script.tables(script.by_recipe(script.kept())).split("\n\n"):
