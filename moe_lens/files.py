@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -128,17 +129,24 @@ class FileKind:
 
 def _json(content: Any, indent: int | None = None) -> str:
     """As text that UTF-8 can hold: half a character (a lone surrogate, from somebody's text) is escaped."""
-    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    text = json.dumps(content, ensure_ascii=False, indent=indent, default=_plain)
     try:
         text.encode()
     except UnicodeEncodeError:
-        return json.dumps(content, indent=indent)
+        return json.dumps(content, indent=indent, default=_plain)
     return text
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's or torch's, which settings may be, as Python's."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is nothing that JSON holds: {value!r}.")
 
 
 def digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256, in hexadecimal, of JSON-like content and tensors, whatever the order of their names."""
-    as_read = json.loads(json.dumps(content))  # keys as strings, tuples as lists
+    as_read = json.loads(json.dumps(content, default=_plain))  # keys as strings, tuples as lists
     digest = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode())
     for name, tensor in sorted((tensors or {}).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -149,7 +149,7 @@ def detected_by(
         raise DataError(f"detect needs ContrastivePairs or ContrastiveGroups; got {type(pairs).__name__}.")
     formula = check_settings(score, level, n_resamples, n_permutations, seed)
     counted = pairs.span if isinstance(span, str) and span == "pairs" else span
-    alignment, settings = None, _Settings(formula, level, n_resamples, n_permutations, seed)
+    alignment, settings = None, _Settings.of(formula, level, n_resamples, n_permutations, seed)
     units = _units_of(pairs)
     if isinstance(pairs, ContrastivePairs):
         alignment = token_alignment(model, pairs, counted, special_tokens)
@@ -218,7 +218,7 @@ def compare_routing(
     else:
         units = _unpaired_units(clusters, templates, n_1, n_2)
     warn_of_floor(units.clusters, units.clusters_2, n_permutations, stats_1.counts.numel())
-    return _compared(stats_1, stats_2, units, _Settings(formula, level, n_resamples, n_permutations, seed))
+    return _compared(stats_1, stats_2, units, _Settings.of(formula, level, n_resamples, n_permutations, seed))
 
 
 class _Settings(NamedTuple):
@@ -227,6 +227,11 @@ class _Settings(NamedTuple):
     n_resamples: int
     n_permutations: int
     seed: int
+
+    @classmethod
+    def of(cls, formula: Score, level: Any, n_resamples: Any, n_permutations: Any, seed: Any) -> "_Settings":
+        """Numbers that `check_settings` has let through (numpy's and torch's, too), as Python's."""
+        return cls(formula, float(level), int(n_resamples), int(n_permutations), int(seed))
 
 
 class _Units(NamedTuple):

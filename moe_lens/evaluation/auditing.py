@@ -28,7 +28,7 @@ from moe_lens.evaluation.audit_report import (
     AuditReport,
 )
 from moe_lens.evaluation.evaluating import check_model_and_task
-from moe_lens.evaluation.tasks import SteeringTask, split_clusters
+from moe_lens.evaluation.tasks import SteeringTask, n_shared_prompts, shared_labels, split_clusters
 from moe_lens.evaluation.worst_plans import GreedySearch, Search, checked_search
 from moe_lens.hook_names import Hooks
 from moe_lens.interventions.noise import noisy_routes
@@ -116,7 +116,7 @@ def audit(
         PlanError: an empty plan or one that the model's routers refuse, or a search that gives no plan of the
             size asked for.
     """
-    check_model_and_task(model, task, seed, level)
+    seed, level = check_model_and_task(model, task, seed, level)
     n_noisy, n_random = whole_number(n_noisy, "n_noisy"), whole_number(n_random, "n_random")
     _check_plan(model, plan)
     size = (len(plan) if plan is not None else 4) if max_size is None else whole_number(max_size, "max_size")
@@ -194,10 +194,15 @@ def _measures(
     here = values_of(task)
     if development is not None:
         check_model_and_task(model, development, seed, 0.95)
-        if shared := set(development.clusters) & set(task.clusters):
+        if shared := shared_labels(development, task):
             raise DataError(
-                f"development and task share clusters ({sorted(shared)[0]!r} for one), so that the worst "
+                f"development and task share clusters ({shared[0]!r} for one), so that the worst "
                 "case would not be held out. Give prompts of other clusters, under other labels."
+            )
+        if n_shared := n_shared_prompts(development.on(model), task.on(model)):
+            raise DataError(
+                f"{n_shared} prompts of the task are development prompts, too, so that the worst case would "
+                "not be held out. Give others."
             )
         before = values_of(development)
         return _Measures(

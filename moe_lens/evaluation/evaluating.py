@@ -8,6 +8,7 @@ size = sweep(model, scores, development_task, sizes=(2, 4, 8, 16)).best_size()
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
+from math import ceil
 from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
@@ -29,7 +30,7 @@ from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.tasks import SteeringTask
 from moe_lens.model.wrapper import Model, check_hooked
 from moe_lens.resampling import clustered_interval, spawned_seeds
-from moe_lens.steering.controls import bottom_set, random_sets
+from moe_lens.steering.controls import bottom_set, random_pairs, random_sets, share_experts
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 
@@ -71,7 +72,9 @@ def evaluate_steering(
         reverse: the plan for the opposite direction. By default `opposite_plan` of the scores, and without
             scores the plan with activated and deactivated experts swapped, where that is possible.
         scores: those that the plan came from; they give the reverse plan and the least-scoring experts.
-        n_random: random sets of each kind (layer-matched, any layer) and for each direction.
+        n_random: random sets of each kind (layer-matched, any layer) and for each direction. If plan and
+            reverse share experts (the one swapped is the other), the sets of both are drawn together, and no
+            p-value falls below 1 / (n_random + 1); else below 1 / (n_random + 1)².
         alpha: error rate of the verdict.
         level: of the intervals.
         seed: of the random sets and the bootstrap.
@@ -123,10 +126,11 @@ def evaluated_by(
     seed: int,
 ) -> SteeringReport:
     """`evaluate_steering`, with all outcomes measured by a function."""
-    check_model_and_task(model, task, seed, level)
-    _check(plan, scores, n_random, alpha)
+    seed, level = check_model_and_task(model, task, seed, level)
+    n_random, alpha = _check(plan, scores, n_random, alpha)
     _check_fits(model, plan)
     plans = {"+": plan, "-": _reverse(model, plan, reverse, scores)}
+    _check_resolution(plans, n_random, alpha)
     bottom = None if scores is None else bottom_set(scores, plan, model)
     task = task.on(model)
     random: list[SteeringPlan] = []
@@ -150,6 +154,7 @@ def evaluated_by(
         alpha=alpha,
         level=level,
         seed=seed,
+        joint_controls=share_experts(*plans.values()),
     )
 
 
@@ -172,7 +177,10 @@ def run_controls(
     seed: int,
     super_experts: Any = None,
 ) -> dict[str, dict[str, list[Outcome]]]:
-    """Kind -> direction -> outcomes of random sets; each of the four lists has draws of its own."""
+    """Kind -> direction -> outcomes of random sets; each of the four lists has draws of its own.
+
+    Where the plans share experts, the i-th sets of both directions are one draw (`random_pairs`).
+    """
     kinds = _controls(model, plans, n_random, seed, super_experts)
     return _by_kind((kind, direction, [measure(set_) for set_ in sets]) for kind, direction, sets in kinds)
 
@@ -181,17 +189,24 @@ def _controls(
     model: Model, plans: dict[str, SteeringPlan], n_random: int, seed: int, super_experts: Any
 ) -> list[tuple[str, str, list[SteeringPlan]]]:
     """(kind, direction, random sets)."""
+    settings = {"super_experts": super_experts}
     lists = [(kind, direction) for kind in (LAYER_MATCHED, ANY_LAYER) for direction in DIRECTIONS]
-    found = []
-    for (kind, direction), list_seed in zip(lists, spawned_seeds(seed, len(lists)), strict=True):
+    seeds = spawned_seeds(seed, len(lists))
+    found: list[tuple[str, str, list[SteeringPlan]]] = []
+    if share_experts(*plans.values()):
+        for kind, kind_seed in zip((LAYER_MATCHED, ANY_LAYER), seeds[::2], strict=True):
+            matched = kind == LAYER_MATCHED
+            pairs = random_pairs(
+                model, plans["+"], plans["-"], n_random, seed=kind_seed, layer_matched=matched, **settings
+            )
+            found += [
+                (kind, side, [pair[number] for pair in pairs]) for number, side in enumerate(DIRECTIONS)
+            ]
+        return found
+    for (kind, direction), list_seed in zip(lists, seeds, strict=True):
         matched = kind == LAYER_MATCHED
         sets = random_sets(
-            model,
-            plans[direction],
-            n_random,
-            seed=list_seed,
-            layer_matched=matched,
-            super_experts=super_experts,
+            model, plans[direction], n_random, seed=list_seed, layer_matched=matched, **settings
         )
         found.append((kind, direction, sets))
     return found
@@ -247,25 +262,29 @@ def _check_fits(model: Model, plan: SteeringPlan) -> None:
         raise PlanError(f"Layer {layer} cannot be steered by this plan: {reason}.")
 
 
-def check_model_and_task(model: Model, task: SteeringTask, seed: int, level: float) -> None:
-    """Raise DataError before anything runs, rather than after."""
+def check_model_and_task(model: Model, task: SteeringTask, seed: int, level: float) -> tuple[int, float]:
+    """Raise DataError before anything runs, rather than after; seed and level as Python's numbers."""
     check_hooked(model, error=DataError)
     if not isinstance(task, SteeringTask):
         raise DataError(f"A SteeringTask is needed here; got {type(task).__name__}.")
-    whole_number(seed, "seed")
-    share(level, "level")
+    return whole_number(seed, "seed"), share(level, "level")
 
 
-def _check(plan: SteeringPlan, scores: ExpertScores | None, n_random: int, alpha: float) -> None:
+def _check(plan: SteeringPlan, scores: ExpertScores | None, n_random: int, alpha: float) -> tuple[int, float]:
     if not isinstance(plan, SteeringPlan) or not len(plan):
         raise PlanError("evaluate_steering needs a SteeringPlan that names experts.")
     if scores is not None and not isinstance(scores, ExpertScores):
         raise DataError(f"scores must be ExpertScores; got {type(scores).__name__}.")
-    share(alpha, "alpha")
-    if 1 / (whole_number(n_random, "n_random") + 1) ** 2 > alpha:
+    return whole_number(n_random, "n_random"), share(alpha, "alpha")
+
+
+def _check_resolution(plans: dict[str, SteeringPlan], n_random: int, alpha: float) -> None:
+    joint = share_experts(*plans.values())
+    if (n_random + 1) ** (1 if joint else 2) < 1 / alpha:
+        why = "1 / (n_random + 1) where plan and reverse share experts" if joint else "1 / (n_random + 1)²"
         raise DataError(
-            f"With n_random={n_random!r} no p-value can reach alpha={alpha:g}, since none falls below "
-            "1 / (n_random + 1)²; take more random sets, 20 for example."
+            f"With n_random={n_random} no p-value can reach alpha={alpha:g}, since none falls below {why}; "
+            f"take more random sets, {max(20, ceil(1 / alpha) - 1)} for example."
         )
 
 
@@ -339,8 +358,8 @@ def swept_by(
     seed: int,
 ) -> SweepResult:
     """`sweep`, with all outcomes measured by a function."""
-    check_model_and_task(model, task, seed, level)
-    directions = _checked_sweep(sizes, directions, mode, n_random)
+    seed, level = check_model_and_task(model, task, seed, level)
+    sizes, directions, n_random = _checked_sweep(sizes, directions, mode, n_random)
     plans = _plans(model, scores, sizes, directions, mode)
     task = task.on(model)
     conditions = [SteeringPlan()]
@@ -392,12 +411,11 @@ def _plans(
 
 def _checked_sweep(
     sizes: Sequence[int], directions: Sequence[str], mode: str, n_random: int
-) -> tuple[str, ...]:
-    """The directions, after everything has been looked at; raises DataError before anything runs."""
+) -> tuple[list[int], tuple[str, ...], int]:
+    """Sizes, directions and number of random sets, looked at; raises DataError before anything runs."""
     if not isinstance(sizes, Iterable) or not len(sizes):
         raise DataError(f"sizes must be numbers of experts, at least one; got {sizes!r}.")
-    for size in sizes:
-        whole_number(size, "each of sizes", least=1)
+    numbers = [whole_number(size, "each of sizes", least=1) for size in sizes]
     try:
         named = tuple(direction_of(direction) for direction in directions)
     except DataError:
@@ -406,5 +424,4 @@ def _checked_sweep(
         raise DataError(f"directions must be of {DIRECTIONS}, at least one; got {directions!r}.")
     if mode not in get_args(Mode):
         raise DataError(f"mode must be one of {get_args(Mode)}; got {mode!r}.")
-    whole_number(n_random, "n_random")
-    return named
+    return numbers, named, whole_number(n_random, "n_random")

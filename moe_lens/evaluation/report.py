@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _KIND: Final = FileKind("moe_lens.SteeringReport", 2, (1, 2), "a steering report")
 """Schema 1 had no digest and named the direction "-" by a minus sign."""
+_SETTINGS: Final = ("task", "model", "alpha", "level", "seed", "joint_controls")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,6 +58,8 @@ class SteeringReport(SteeringOutcomes, Result):
         alpha: error rate of the verdict.
         level: of the intervals.
         seed: of random sets and bootstrap.
+        joint_controls: the i-th random sets of both directions are one draw, as they must be if the plans
+            share experts (`random_pairs`, `gap_p_value`).
 
     Raises:
         DataError: an outcome missing, or not of one finite value a prompt; alpha or level outside (0, 1).
@@ -101,7 +104,7 @@ class SteeringReport(SteeringOutcomes, Result):
 
     def _content(self) -> dict[str, Any]:
         return {
-            **{name: getattr(self, name) for name in ("task", "model", "alpha", "level", "seed")},
+            **{name: getattr(self, name) for name in _SETTINGS},
             "clusters": list(self.clusters),
             "plans": {direction: plan.to_json() for direction, plan in self.plans.items()},
             "limits": {name: asdict(limit) for name, limit in self.limits.items()},
@@ -144,6 +147,7 @@ class SteeringReport(SteeringOutcomes, Result):
                 alpha=content["alpha"],
                 level=content["level"],
                 seed=content["seed"],
+                joint_controls=content.get("joint_controls", False),
             )
         except (KeyError, TypeError, AttributeError, ValueError, MoELensError) as error:
             raise DataError(f"{path} is damaged: {error!r}") from error

@@ -19,7 +19,7 @@ from moe_lens.evaluation.evaluating import check_model_and_task, measure_outcome
 from moe_lens.evaluation.growing import TIES, Experts, best_of, growing
 from moe_lens.evaluation.outcomes import Outcome
 from moe_lens.evaluation.plan_search import Change, PlanSearch, Step
-from moe_lens.evaluation.tasks import SteeringTask
+from moe_lens.evaluation.tasks import SteeringTask, n_shared_prompts, shared_labels
 from moe_lens.model.wrapper import Model
 from moe_lens.resampling import clustered_interval
 from moe_lens.steering.choosing import Expert
@@ -94,10 +94,10 @@ def search_plan(
         DataError: one task for both, no candidates, more runs than max_runs, bad settings.
         PlanError: experts that the model does not have, or no admissible set at all.
     """
-    check_model_and_task(model, development, seed, level)
+    seed, level = check_model_and_task(model, development, seed, level)
     check_model_and_task(model, held_out, seed, level)
     _check_settings(development, held_out, goal, method, role, toward)
-    whole_number(n_random, "n_random")
+    n_random = whole_number(n_random, "n_random")
     experts = _candidates(model, candidates)
     largest = whole_number(size, "size", least=1)
     largest = min(largest, len(experts))
@@ -107,8 +107,14 @@ def search_plan(
             f"The {method} search needs up to {n_runs} runs of the development task, more than "
             f"max_runs={max_runs}; give fewer candidates or a smaller size, or allow more."
         )
+    searched, on_held_out = development.on(model), held_out.on(model)
+    if n_shared := n_shared_prompts(searched, on_held_out):
+        warn(
+            f"{n_shared} held-out prompts are development prompts, too, so the held-out number is too good. "
+            "Hold out others."
+        )
     with tqdm(total=n_runs, unit="run", disable=not progress) as bar:
-        search = _Search(model, development.on(model), role, 1 if toward == "higher" else -1, bar)
+        search = _Search(model, searched, role, 1 if toward == "higher" else -1, bar)
         steps = (
             search.greedy(experts, largest, goal)
             if method == "greedy"
@@ -116,7 +122,6 @@ def search_plan(
         )
     best = steps[-1]
     plan = search.plan_of(best.experts)
-    on_held_out = held_out.on(model)
     outcomes = [measure_outcome(model, on_held_out, p) for p in (SteeringPlan(), plan)]
     sets = random_sets(model, plan, n_random, seed=seed, layer_matched=True)
     random = [measure_outcome(model, on_held_out, set_).rate - outcomes[0].rate for set_ in sets]
@@ -264,11 +269,6 @@ def _most_runs(n: int, size: int, method: str, goal: float | None) -> int:
     return 1 + sum(n - step for step in range(size)) + (0 if goal is None else max(size - 1, 0))
 
 
-def _numbered(clusters: tuple[str, ...]) -> bool:
-    """Whether these are the numbers that prompts without clusters get, which say nothing."""
-    return clusters == tuple(map(str, range(len(clusters))))
-
-
 def _check_settings(
     development: SteeringTask, held_out: SteeringTask, goal: Any, method: Any, role: Any, toward: Any
 ) -> None:
@@ -282,9 +282,7 @@ def _check_settings(
     is_number = isinstance(goal, int | float | np.number) and not isinstance(goal, bool)
     if goal is not None and (not is_number or not goal > 0 or not isfinite(goal)):
         raise DataError(f"goal must be a number above 0, how far the mean is to move; got {goal!r}.")
-    tasks = (development, held_out)
-    named = [set[str]() if _numbered(task.clusters) else set(task.clusters) for task in tasks]
-    if shared := sorted(named[0] & named[1]):
+    if shared := shared_labels(development, held_out):
         warn(
             f"Development and held-out prompts share {len(shared)} clusters ({shared[0]!r} is one), so the "
             "held-out number is not of new ones; split_clusters makes splits that share none."

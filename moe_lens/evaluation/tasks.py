@@ -25,7 +25,7 @@ from moe_lens.evaluation.answering import (
     on_model,
     share_answered,
 )
-from moe_lens.evaluation.reading import MeasuredModel
+from moe_lens.evaluation.reading import MeasuredModel, Reading
 from moe_lens.files import FileKind
 from moe_lens.hook_names import Hooks, hook_list
 from moe_lens.results import Result
@@ -47,13 +47,23 @@ class CollateralMeasure:
 
     Attributes:
         measure: from a model and hooks to one number.
-        limit: how much worse a plan may make it.
+        limit: how much worse a plan may make it, from 0 on; infinite for no limit.
         larger_is_worse: True for a loss, False for an accuracy.
+
+    Raises:
+        DataError: a limit that is no number from 0 on.
     """
 
     measure: Collateral
     limit: float
     larger_is_worse: bool = True
+
+    def __post_init__(self) -> None:
+        limit = self.limit
+        is_number = isinstance(limit, int | float | np.number) and not isinstance(limit, bool)
+        if not is_number or not limit >= 0:
+            raise DataError(f"The limit of a collateral measure must be a number from 0 on; got {limit!r}.")
+        object.__setattr__(self, "limit", float(limit))
 
     def harm(self, value: float, unsteered: float) -> float:
         """How much worse `value` is than the unsteered one."""
@@ -134,6 +144,30 @@ class SteeringTask(Result):
         return values
 
 
+def is_numbered(clusters: Sequence[str]) -> bool:
+    """Whether these are the numbers that prompts without clusters get, which say nothing."""
+    return tuple(clusters) == tuple(map(str, range(len(clusters))))
+
+
+def shared_labels(development: SteeringTask, held_out: SteeringTask) -> list[str]:
+    """The clusters that both tasks name; none where one has no clusters of its own."""
+    if is_numbered(development.clusters) or is_numbered(held_out.clusters):
+        return []
+    return sorted(set(development.clusters) & set(held_out.clusters))
+
+
+def n_shared_prompts(development: SteeringTask, held_out: SteeringTask) -> int:
+    """How many prompts of the held-out task the other one has, too.
+
+    Both as they come from `on(model)`. A measure of somebody's own does not tell its prompts: 0.
+    """
+    seen: list[set[tuple[int, ...]]] = []
+    for task in (development, held_out):
+        asked = task.measure.asked if isinstance(task.measure, Reading) else ()
+        seen.append({tuple(each.tokens[: each.n_prompt].tolist()) for each in asked})
+    return len(seen[0] & seen[1])
+
+
 def answer_task(
     prompts: Sequence[Any],
     answers: Sequence[str | Sequence[str]],
@@ -194,7 +228,7 @@ def answer_task(
     Raises:
         DataError: unequal numbers; a measure that does not go with alternatives, or without; when measured,
             an answer of several tokens with neither alternatives nor a measure, or answers and alternatives
-            that do not differ in a token.
+            that do not differ in a token. A limit that is no number from 0 on.
     """
     prompts, given = _listed(prompts, "prompts"), _answers(answers)
     neutral_texts, closed_book = _texts(neutral_texts, "neutral_texts"), _pairs(closed_book)

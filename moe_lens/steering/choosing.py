@@ -2,6 +2,7 @@
 
     activate, deactivate = select(scores.ranked(), 0, 50, scores.shape)
     activate, deactivate = draw_like(plan.activate, plan.deactivate, shape, seed=0)
+    plus, minus = draw_jointly([(plus_on, plus_off), (minus_on, minus_off)], model, seed=0)
 
 `SteeringPlan.from_scores`, `PublishedRanking.plan` and `SteeringPlan.random_like` make plans of such pairs.
 """
@@ -9,6 +10,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any, Final, Literal, Protocol, get_args, runtime_checkable
 
 from moe_lens.checks import whole_number
@@ -19,6 +21,9 @@ from moe_lens.shape import MoEShape
 
 Expert = tuple[int, int]
 """(layer, expert)"""
+Experts = Sequence[Expert]
+TwoLists = tuple[Experts, Experts]
+"""The experts of a plan to activate, and those to deactivate."""
 Chosen = tuple[list[Expert], list[Expert]]
 """The experts to activate, and those to deactivate."""
 OnExcess = Literal["raise", "drop"]
@@ -240,3 +245,109 @@ def _redrawn(
                 [expert for expert in off if expert[0] != layer] + [(layer, e) for e in drawn[n_on:]],
             )
     return on, off
+
+
+def draw_jointly(
+    several: Sequence[TwoLists],
+    model: SteerableModel,
+    *,
+    seed: int,
+    layer_matched: bool = False,
+) -> list[Chosen]:
+    """The experts of several plans under other names, the same in all: they share what they shared before.
+
+    Args:
+        several: experts to activate and to deactivate, of each plan; no expert may be in both lists of one.
+        model: whose routers are to accept each plan; layers that cannot be steered are not drawn from.
+        seed: the same seed gives the same experts.
+        layer_matched: each expert stays in its layer.
+
+    Returns: of each plan its experts' new names, in their order.
+
+    Raises:
+        PlanError: no room for so many, or 100 draws of which the routers accept none.
+    """
+    rng = random.Random(whole_number(seed, "seed", error=PlanError))
+    closed = set() if layer_matched else _closed_layers(model, model.moe_shape)
+    names: dict[Expert, Expert] = {}
+    refused: list[int] = []
+    for _ in range(_ATTEMPTS):
+        names = _names_in_layer(rng, several, model) if layer_matched else _names(rng, several, model, closed)
+        refused = _refusing(several, names, model)
+        for layer in refused:
+            names = _renamed(rng, several, names, layer, model)
+        if not _refusing(several, names, model):
+            return _under(names, several)
+    raise PlanError(
+        f"{_ATTEMPTS} random draws of {len(names)} experts for plans that share some gave none that the "
+        f"routers accept; layer {refused[0]} refuses most. Steer fewer experts, or none in that layer."
+    )
+
+
+def _names_in_layer(
+    rng: random.Random, several: Sequence[TwoLists], model: SteerableModel
+) -> dict[Expert, Expert]:
+    """Expert -> another of its layer, or itself; no two get the same."""
+    names: dict[Expert, Expert] = {}
+    experts = _all_of(several)
+    for layer in sorted({layer for layer, _ in experts}):
+        there = [expert for expert in experts if expert[0] == layer]
+        drawn = rng.sample(range(model.moe_shape.n_experts), len(there))
+        names |= {expert: (layer, e) for expert, e in zip(there, drawn, strict=True)}
+    return names
+
+
+def _names(
+    rng: random.Random, several: Sequence[TwoLists], model: SteerableModel, closed: set[int]
+) -> dict[Expert, Expert]:
+    """Expert -> another of any open layer in which every plan that names it has room for one more."""
+    shape, names = model.moe_shape, {}
+    free = [(layer, e) for layer in shape.layers if layer not in closed for e in range(shape.n_experts)]
+    rng.shuffle(free)
+    left = Counter(
+        {
+            (number, kind, layer): room
+            for number in range(len(several))
+            for kind, room in enumerate((shape.top_k, shape.max_deactivated))
+            for layer in shape.layers
+        }
+    )
+    for expert in rng.sample(experts := _all_of(several), len(experts)):
+        roles = [role for role in product(range(len(several)), (0, 1)) if expert in several[role[0]][role[1]]]
+        fitting = (place for place in free if all(left[*role, place[0]] for role in roles))
+        if (place := next(fitting, None)) is None:
+            raise PlanError(f"No room for {len(experts)} experts of plans that share some; steer fewer.")
+        free.remove(place)
+        left.subtract([(*role, place[0]) for role in roles])
+        names[expert] = place
+    return names
+
+
+def _renamed(
+    rng: random.Random,
+    several: Sequence[TwoLists],
+    names: dict[Expert, Expert],
+    layer: int,
+    model: SteerableModel,
+) -> dict[Expert, Expert]:
+    """The same with other names in one layer, if some that its rule accepts are soon found."""
+    there = [expert for expert, place in names.items() if place[0] == layer]
+    for _ in range(_ATTEMPTS):
+        drawn = rng.sample(range(model.moe_shape.n_experts), len(there))
+        other = names | {expert: (layer, e) for expert, e in zip(there, drawn, strict=True)}
+        if layer not in _refusing(several, other, model):
+            return other
+    return names
+
+
+def _under(names: dict[Expert, Expert], several: Sequence[TwoLists]) -> list[Chosen]:
+    return [([names[expert] for expert in on], [names[expert] for expert in off]) for on, off in several]
+
+
+def _refusing(several: Sequence[TwoLists], names: dict[Expert, Expert], model: SteerableModel) -> list[int]:
+    """The layers that refuse one of the plans, ascending."""
+    return sorted({layer for plan in _under(names, several) for layer in refused_layers(*plan, model)})
+
+
+def _all_of(several: Sequence[TwoLists]) -> list[Expert]:
+    return list(dict.fromkeys(expert for on, off in several for expert in (*on, *off)))

@@ -115,10 +115,71 @@ def test_p_with_rounding_errors_still_counts_the_ties() -> None:
     assert gap_p_value([0.1 + 0.2, 0.3], [0.0, 0.0]) == 1.0
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=1, max_size=8))
+def test_p_of_joint_draws_is_the_share_of_their_gaps(both: list[tuple[int, int]]) -> None:
+    (first, *_), gaps = both, [plus - minus for plus, minus in both]
+    as_far = sum(gap >= first[0] - first[1] for gap in gaps)
+    plus, minus = ([float(pair[side]) for pair in both] for side in (0, 1))
+    assert gap_p_value(plus, minus, joint=True) == pytest.approx(as_far / len(gaps), abs=1e-12)
+
+
+def test_swapped_plans_that_do_nothing_need_joint_draws() -> None:
+    """The reverse does the opposite of the plan, whatever that is: gaps vary more than those of two draws."""
+    rng = np.random.default_rng(0)
+    found: dict[str, int] = {"joint": 0, "alone": 0}
+    for _ in range(1500):
+        plus, other = rng.normal(size=(2, 21)).tolist()
+        found["joint"] += gap_p_value(plus, [-one for one in plus], joint=True) <= 0.05
+        found["alone"] += gap_p_value(plus, [-plus[0], *other[1:]]) <= 0.05
+    assert found["joint"] / 1500 <= 0.06  # 1 / 21 expected, sd .0055
+    assert found["alone"] / 1500 > 0.09
+
+
+@pytest.mark.parametrize("arguments", [([], []), ([1.0], []), ([1.0, float("nan")], [0.0, 0.0])])
+def test_p_of_nothing_is_refused(arguments: tuple[list[float], list[float]]) -> None:
+    with pytest.raises(DataError, match="finite"):
+        gap_p_value(*arguments)
+    with pytest.raises(DataError, match="pairs"):
+        gap_p_value([1.0, 2.0], [1.0], joint=True)
+
+
 # The verdict
 
 HIGH = [0.95] * 9
 WORSE, WORST = ([0.3] * 9, [0.5] * 9), ([0.0] * 9, [1.0] * 9)
+
+
+def test_joint_controls_are_compared_draw_by_draw() -> None:
+    """Sets drawn together: the i-th of both directions; and the excess beyond them, on whole clusters."""
+    matched = ([0.5, 0.9, 0.2, 0.6] * 5, [0.4, 0.3, 0.1, 0.9] * 5)
+    apart, joint = report(0.8, 0.2, matched, matched), report(0.8, 0.2, matched, matched, joint_controls=True)
+    gaps = np.array(matched[0]) - np.array(matched[1])
+    assert joint.p_matched == pytest.approx((1 + (gaps >= 0.6).sum()) / 21)
+    assert joint.p_matched != apart.p_matched
+    assert joint.excess_matched.value == pytest.approx(0.6 - np.quantile(gaps, 0.95))
+    assert apart.excess_matched.value != pytest.approx(joint.excess_matched.value)
+
+
+def test_joint_controls_come_in_pairs() -> None:
+    with pytest.raises(DataError, match="pairs"):
+        report(matched=([0.5] * 9, [0.5] * 8), joint_controls=True)
+
+
+def test_plans_that_share_experts_want_joint_controls(tmp_path: Path) -> None:
+    plan = SteeringPlan([(0, 1)], [(1, 2)], 0.01, SHAPE)
+    plans = {"+": plan, "-": plan.reversed()}
+    with pytest.warns(UserWarning, match="share experts"):
+        report(plans=plans)
+    joint = report(plans=plans, joint_controls=True)
+    joint.save(tmp_path / "r.json")
+    assert SteeringReport.load(tmp_path / "r.json").p_any == joint.p_any == pytest.approx(1 / 10)
+    content = json.loads((tmp_path / "r.json").read_text())
+    del content["joint_controls"], content["digest"]  # as older versions wrote it
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="share experts"):
+        old = SteeringReport.load(tmp_path / "old.json")
+    assert old.p_any == pytest.approx(1 / 100)
 
 
 def test_all_three_criteria_make_the_verdict() -> None:

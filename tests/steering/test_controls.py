@@ -15,7 +15,7 @@ from moe_lens.errors import DataError, MoELensError, PlanError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.routing_stats import RoutingStats
-from moe_lens.steering.controls import bottom_set, random_sets
+from moe_lens.steering.controls import bottom_set, random_pairs, random_sets, share_experts
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import SteeringPlan
 from tests.tiny_models import tiny_model, tokenizer, tokens
@@ -127,6 +127,79 @@ def test_every_expert_is_drawn_about_equally_often(hooked: Hooked) -> None:
     drawn = Counter(expert for one in matched for expert in one.deactivate)
     assert set(drawn) == {(1, expert) for expert in range(6)}
     assert all(60 < number < 140 for number in drawn.values())  # 100 expected, sd 8
+
+
+OVERLAPPING = {
+    "swapped": ([(0, 1), (2, 3)], [(1, 0), (1, 2)], [(1, 0), (1, 2)], [(0, 1), (2, 3)]),
+    "in part": ([(0, 1)], [(1, 0), (2, 5)], [(1, 0), (2, 2)], [(0, 1), (1, 2)]),
+    "in one role": ([], [(1, 0), (1, 2)], [], [(1, 2), (2, 0)]),
+}
+
+
+@pytest.mark.parametrize("layer_matched", [False, True])
+@pytest.mark.parametrize("case", OVERLAPPING)
+def test_random_pairs_share_what_the_plans_share(hooked: Hooked, case: str, layer_matched: bool) -> None:
+    model = hooked("olmoe")
+    on, off, on_2, off_2 = OVERLAPPING[case]
+    plan, reverse = SteeringPlan(on, off), SteeringPlan(on_2, off_2)
+    assert share_experts(plan, reverse)
+    pairs = random_pairs(model, plan, reverse, 12, seed=1, layer_matched=layer_matched)
+    assert len(set(pairs)) > 6
+    for plus, minus in pairs:
+        before, after = [*on, *off, *on_2, *off_2], [
+            *plus.activate, *plus.deactivate, *minus.activate, *minus.deactivate
+        ]  # fmt: skip
+        assert len(before) == len(after)
+        names = dict(zip(before, after, strict=True))  # the same expert has the same new name everywhere
+        assert [names[expert] for expert in before] == after
+        assert len(set(names.values())) == len(names)
+        if layer_matched:
+            assert all(old[0] == new[0] for old, new in names.items())
+        for one, like in ((plus, plan), (minus, reverse)):
+            one.check_fits(model.moe_shape)
+            assert one.refused_layers(model) == []
+            assert (len(one.activate), len(one.deactivate)) == (len(like.activate), len(like.deactivate))
+
+
+@pytest.mark.parametrize("layer_matched", [False, True])
+@pytest.mark.parametrize("recipe", ["deepseek_v3", "deepseek_v2_grouped", "deepseek_v4_hash"])
+def test_random_pairs_of_routers_that_refuse_much(hooked: Hooked, recipe: str, layer_matched: bool) -> None:
+    model, plan = hooked(recipe), PLANS[recipe]
+    for plus, minus in random_pairs(model, plan, plan.reversed(), 20, layer_matched=layer_matched):
+        assert minus == plus.reversed()
+        assert plus.refused_layers(model) == minus.refused_layers(model) == []
+
+
+def test_the_seed_makes_the_pairs(hooked: Hooked) -> None:
+    model, plan = hooked("olmoe"), PLANS["olmoe"]
+    both = (plan, plan.reversed())
+    first = random_pairs(model, *both, 6, seed=5)
+    assert first == random_pairs(model, *both, 6, seed=5)
+    assert first[:3] == random_pairs(model, *both, 3, seed=5)
+    assert first != random_pairs(model, *both, 6, seed=6)
+    with pytest.raises(DataError, match="from 0 on"):
+        random_pairs(model, *both, -1)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("layer_matched", [False, True])
+def test_every_expert_is_drawn_about_equally_often_for_pairs(hooked: Hooked, layer_matched: bool) -> None:
+    plan = SteeringPlan([(1, 0)], [(1, 1)])
+    pairs = random_pairs(hooked("olmoe"), plan, plan.reversed(), 600, seed=2, layer_matched=layer_matched)
+    drawn = Counter(expert for plus, _ in pairs for expert in (*plus.activate, *plus.deactivate))
+    layers = [1] if layer_matched else [0, 1, 2]
+    assert set(drawn) == {(layer, expert) for layer in layers for expert in range(6)}
+    expected = 1200 / len(drawn)
+    assert all(0.7 * expected < number < 1.3 * expected for number in drawn.values())
+
+
+def test_no_room_for_pairs_is_refused(hooked: Hooked) -> None:
+    """The table of layer 0 decides there, and the other layers activate k experts each at most."""
+    model = hooked("deepseek_v4_hash")
+    k = model.moe_shape.top_k
+    plan = SteeringPlan([(layer, e) for layer in range(3) for e in range(k)])
+    with pytest.raises(PlanError, match="No room"):
+        random_pairs(model, plan, SteeringPlan([(0, 0)], [(0, 5)]), 1)
 
 
 @pytest.mark.parametrize("arguments", [{"n": -1}, {"n": 1, "seed": -1}])
