@@ -41,6 +41,8 @@ ORGANISMS = ("planted", "specialised", "label-free", "null")
 BASE = "risk difference"
 POOLS = 1
 """Seeds of random sets of the splits, in turn; sets that splits share are measured once."""
+N_JOINT = 24
+"""Random draws for what comes in mirrored pairs: with fewer than 19, no p-value would reach 0.05."""
 BLOCK = 10
 """Splits in a file."""
 PAGE = Path(__file__).parents[1] / "docs" / "methods-table.md"
@@ -110,12 +112,16 @@ class Bench:
         def measured(lever: Lever) -> Outcome:
             return Outcome(self.says_document(lever, conflicts), {})
 
+        joint = all(lever.joint for lever in both.values())
         kinds = [(kind, side) for kind in (LAYER_MATCHED, ANY_LAYER) for side in DIRECTIONS]
         controls: dict[str, dict[str, list[Outcome]]] = {LAYER_MATCHED: {}, ANY_LAYER: {}}
-        for (kind, side), own in zip(kinds, spawned_seeds(seed, 4), strict=True):
+        own_seeds = spawned_seeds(seed, 4)
+        if joint:
+            own_seeds[1::2] = own_seeds[::2]
+        for (kind, side), own in zip(kinds, own_seeds, strict=True):
             draw = both[side].random
             assert draw is not None
-            seeds = spawned_seeds(own, n_random)
+            seeds = spawned_seeds(own, max(n_random, N_JOINT) if joint else n_random)
             controls[kind][side] = [measured(draw(number, kind == LAYER_MATCHED)) for number in seeds]
         return SteeringReport(
             task="answers with the document's value",
@@ -130,6 +136,7 @@ class Bench:
             alpha=0.05,
             level=0.95,
             seed=seed,
+            joint_controls=joint,
         )
 
 
@@ -351,6 +358,7 @@ def page(
         size=SIZE,
         n_random=n_random,
         n_split=n_split,
+        n_joint=N_JOINT,
         tables="\n\n".join(parts),
         sentences="\n".join(sentences),
         null=null_table(splits),
@@ -382,10 +390,11 @@ others, too); all rates are of 96 held-out conflicts of 24 further countries.
   bootstrap interval over countries. *− risk difference's*: how much more than in the first row, on the same
   prompts.
 - *p*: exact p-value of the gap against {n_random} random choices a direction of as many experts, in the same
-  layers or in any. A learned bias is held against its own numbers given to other experts, neighbours' routes
-  against random records. *beyond controls*: [the verdict](explanation/verdicts.md), both p-values and an
-  excess that other prompts would confirm. "–": nobody is named in a direction, or everybody is moved, so that
-  there is nothing to draw at random.
+  layers or in any. A learned bias is held against its own numbers given to other experts, those of both
+  directions to the same ones ({n_joint} draws), since they mirror each other (on *specialised* with a
+  correlation of −.65); neighbours' routes against random records. *beyond controls*: [the
+  verdict](explanation/verdicts.md), both p-values and an excess that other prompts would confirm. "–":
+  nobody is named in a direction, or everybody is moved, so that there is nothing to draw at random.
 - *closed-book*, *generic loss* (nats a token): as trained / for the document / for memory.
 - *CPU s*: what choosing took, both directions, on one core.
 

@@ -3,9 +3,8 @@
 Trains each recipe on each seed (a few minutes on one core), measures it (seed_measures.py) and prints two
 tables: a row a seed, and a row a recipe with the spread over its seeds. Resumable: a trained checkpoint is a
 folder of --out, what was measured one JSON file, and neither is made twice. Nor is what `KEPT` has, the
-measures behind docs/explanation/seeds.md (but for *specialised*), unless --fresh: another kind of processor
-trains other weights.
-`make seeds` takes ten seeds of every recipe that ships, some eight hours on one core where nothing was kept.
+measures behind docs/explanation/seeds.md, unless --fresh: another kind of processor trains other weights.
+`make seeds` takes ten seeds of every recipe that ships, some five hours on one core where nothing was kept.
 """
 
 import argparse

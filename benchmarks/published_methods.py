@@ -77,6 +77,8 @@ class Lever:
         key: levers of one key do the same. None: unknown.
         on_outputs: whether its hooks are on the experts' outputs.
         switched_on: experts that it names to switch on.
+        joint: what is done in the other direction mirrors it, so that random draws of both go together: from
+            one seed, the numbers of both are given to the same experts.
     """
 
     hooks: Callable[[Sequence[str]], HookList]
@@ -85,6 +87,7 @@ class Lever:
     key: Hashable = None
     on_outputs: bool = False
     switched_on: tuple[Expert, ...] = ()
+    joint: bool = False
 
 
 Both = Mapping[str, Lever]
@@ -464,7 +467,7 @@ def _of_bias(bias: RouterBias) -> Lever:
         return _of_bias(RouterBias(bias.shape, torch.from_numpy(mixed)))
 
     hooks = bias_experts(bias) if bias.numbers else []
-    return Lever(lambda _: hooks, (), random if bias.numbers else None)
+    return Lever(lambda _: hooks, (), random if bias.numbers else None, joint=True)
 
 
 def noisy(_: Material) -> Both:
