@@ -244,6 +244,18 @@ def test_refused(hooked: Hooked, options: Any, error: type[Exception], match: st
         audit(hooked("olmoe"), fake(weakening), progress=False, **options)
 
 
+def test_development_prompts_without_clusters_must_be_others_all_the_same() -> None:
+    model, facts = organisms.load("null"), organisms.world("null").facts("test")[:12]
+    one, other, again = (
+        answer_task([f.question for f in part], [f.answer for f in part])
+        for part in (facts[:6], facts[6:], facts[5:])
+    )
+    few = {"n_noisy": 0, "n_random": 1, "max_size": 0, "progress": False}
+    assert len(audit(model, other, development=one, **few).clusters) == 6
+    with pytest.raises(DataError, match="1 prompts of the task are development prompts"):
+        audit(model, again, development=one, **few)
+
+
 def test_a_report_needs_a_value_a_prompt() -> None:
     good = AuditCondition(AS_TRAINED, np.ones(3), np.ones(2))
     for conditions in (

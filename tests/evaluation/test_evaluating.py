@@ -149,15 +149,25 @@ def test_what_any_experts_of_the_layers_do_is_no_effect(model: HookedMoE) -> Non
     assert (report.p_matched, report.p_any <= 0.05) == (1.0, True)
 
 
+def mirrored(plan: SteeringPlan) -> float:
+    """What activating an expert adds, deactivating it takes away; every expert has an effect of its own."""
+    effects = np.random.default_rng(5).normal(size=(3, 12))
+    signed = sum(effects[expert] for expert in plan.activate) - sum(effects[e] for e in plan.deactivate)
+    return float(np.clip(0.5 + 0.08 * signed, 0, 1))
+
+
 @pytest.mark.broad
-def test_plans_no_better_than_random_are_rarely_called_better(model: HookedMoE) -> None:
+@pytest.mark.parametrize(("rate", "swapped"), [(noise, False), (noise, True), (mirrored, True)])
+def test_plans_no_better_than_random_are_rarely_called_better(
+    model: HookedMoE, rate: Callable[[SteeringPlan], float], swapped: bool
+) -> None:
     """The error rate is at most alpha; here 80 plans of which none is special."""
-    alpha, wrong = 0.2, 0
+    alpha, wrong, like = 0.2, 0, SteeringPlan(PLAN.deactivate[:1], PLAN.deactivate[1:]) if swapped else PLAN
     for seed in range(80):
-        plan = PLAN.random_like(seed=10**6 + seed, model=model)
-        reverse = PLAN.random_like(seed=2 * 10**6 + seed, model=model)
+        plan = like.random_like(seed=10**6 + seed, model=model)
+        reverse = plan.reversed() if swapped else like.random_like(seed=2 * 10**6 + seed, model=model)
         report = evaluate(
-            model, fake_task(noise), plan=plan, reverse=reverse, n_random=4, alpha=alpha, seed=seed
+            model, fake_task(rate), plan=plan, reverse=reverse, n_random=4, alpha=alpha, seed=seed
         )
         wrong += report.verdict
     assert wrong <= binom.ppf(0.9999, 80, alpha)
@@ -224,8 +234,36 @@ def test_the_reverse_comes_from_the_scores_or_from_swapping(model: HookedMoE) ->
     assert set(report.plans["-"].deactivate) == set(AGAINST)
     assert report.plans["-"].epsilon == 0.3
     assert report.verdict
-    swapped = evaluate_steering(model, PLAN, fake_task(planted()), n_random=4, progress=False).plans["-"]
+    swapped = evaluate_steering(model, PLAN, fake_task(planted()), n_random=19, progress=False).plans["-"]
     assert (swapped.activate, swapped.deactivate) == (PLAN.deactivate, ())
+
+
+@pytest.mark.parametrize("reverse", [None, SteeringPlan([TOWARD[0]], AGAINST[:1])])
+def test_random_sets_of_plans_that_share_experts_are_drawn_together(
+    model: HookedMoE, reverse: SteeringPlan | None
+) -> None:
+    seen: list[SteeringPlan] = []
+    report = evaluate(model, fake_task(noise, seen), reverse=reverse, n_random=19)
+    assert report.joint_controls
+    assert not evaluate(model, fake_task(noise), n_random=4).joint_controls
+    minus = report.plans["-"]
+    named = [*PLAN.deactivate, *minus.activate, *minus.deactivate]
+    for plus_sets, minus_sets in ((seen[3:22], seen[22:41]), (seen[41:60], seen[60:79])):
+        for one, other in zip(plus_sets, minus_sets, strict=True):
+            drawn = [*one.deactivate, *other.activate, *other.deactivate]
+            assert len(drawn) == len(named)
+            same = [(i, j) for i, x in enumerate(named) for j, y in enumerate(named) if x == y]
+            assert [(i, j) for i, x in enumerate(drawn) for j, y in enumerate(drawn) if x == y] == same
+    gaps = [
+        (plus.rate - minus.rate)
+        for plus, minus in zip(*(report.controls["any layer"][side] for side in "+-"), strict=True)
+    ]
+    assert report.p_any == pytest.approx((1 + sum(gap >= report.gap for gap in gaps)) / 20)
+
+
+def test_joint_draws_must_be_enough_for_the_error_rate(model: HookedMoE) -> None:
+    with pytest.raises(DataError, match="share experts"):
+        evaluate(model, fake_task(noise), reverse=None, n_random=18)
 
 
 def test_opposite_plan_has_the_numbers_of_the_plan(model: HookedMoE) -> None:

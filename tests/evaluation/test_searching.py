@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lens import ExpertScores, SteeringPlan, collect_routing, organisms, search_plan
+from moe_lens import ExpertScores, SteeringPlan, answer_task, collect_routing, organisms, search_plan
 from moe_lens.errors import DataError, PlanError
 from moe_lens.evaluation import (
     CollateralMeasure,
@@ -193,6 +193,21 @@ def test_clusters_that_are_numbers_are_compared_unless_they_only_number_the_prom
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         search((replace(one, clusters=numbers), replace(other, clusters=numbers)), size=1)
+
+
+def test_held_out_prompts_that_are_development_prompts_are_said() -> None:
+    """Whatever their clusters; without any, prompts are all that tells."""
+    facts = organisms.world("null").facts("test")[:12]
+    one, other, again = (
+        answer_task([f.question for f in part], [f.answer for f in part])
+        for part in (facts[:6], facts[6:], facts[4:])
+    )
+    settings: Any = {"size": 1, "candidates": EXPERTS[:2]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search((one, other), **settings)
+    with pytest.warns(UserWarning, match="2 held-out prompts are development prompts"):
+        search((one, again), **settings)
 
 
 def test_scores_of_another_model_are_refused(known: Any) -> None:

@@ -353,3 +353,12 @@ def test_too_few_clusters_and_no_seed_are_refused() -> None:
         split_clusters(["a"] * 9, (0.5, 0.5))
     with pytest.raises((DataError, TypeCheckError), match="seed"):
         split_clusters(["a", "b"], (0.5, 0.5), seed=-1)
+
+
+@pytest.mark.parametrize("limit", [float("nan"), -0.1, float("-inf")], ids=str)
+def test_a_limit_is_a_number_from_0_on(limit: Any) -> None:
+    with pytest.raises(DataError, match="limit"):
+        CollateralMeasure(lambda model, hooks: 0.0, limit)
+    with pytest.raises(DataError, match="limit"):
+        answer_task(["a", "b"], ["c", "d"], neutral_texts=["a"], loss_limit=limit)
+    assert CollateralMeasure(lambda model, hooks: 0.0, float("inf")).limit == float("inf")
