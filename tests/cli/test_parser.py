@@ -232,6 +232,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = risk_difference(first, second)
     scores.save(folder / "scores")
     SteeringPlan.from_scores(scores, n_deactivate=2).save(folder / "plan.json")
+    SteeringPlan.from_scores(-scores, n_deactivate=2).save(folder / "reverse.json")
     SteeringPlan(deactivate=[(0, 1)]).save(folder / "hand.json")
     SteeringPlan(deactivate=[(77, 1)]).save(folder / "other-layer.json")
     SteeringPlan(deactivate=[(0, 300)]).save(folder / "other-expert.json")
@@ -292,7 +293,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 _OUT = ("--out", "result")
 _QUICK = ("--resamples", "20", "--permutations", "20", *_OUT)
-_EVALUATE = ("--n-random", "4", "--reverse", "plan.json")
+_EVALUATE = ("--n-random", "4", "--reverse", "reverse.json")
 _BAD = [
     # stats
     (("stats", "null", "missing.txt", *_OUT), "missing.txt"),

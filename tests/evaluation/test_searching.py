@@ -197,17 +197,17 @@ def test_clusters_that_are_numbers_are_compared_unless_they_only_number_the_prom
 
 def test_held_out_prompts_that_are_development_prompts_are_said() -> None:
     """Whatever their clusters; without any, prompts are all that tells."""
-    facts = organisms.world("null").facts("test")[:12]
+    conflicts = organisms.world("specialised").conflicts("test")[:24]
     one, other, again = (
-        answer_task([f.question for f in part], [f.answer for f in part])
-        for part in (facts[:6], facts[6:], facts[4:])
+        answer_task([c.open_book for c in part], [c.document_answer for c in part])
+        for part in (conflicts[:12], conflicts[12:], conflicts[10:])
     )
-    settings: Any = {"size": 1, "candidates": EXPERTS[:2]}
+    model, settings = organisms.load("specialised"), {"size": 1, "n_random": 0, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        search((one, other), **settings)
+        search_plan(model, one, other, [(0, 0)], **settings)
     with pytest.warns(UserWarning, match="2 held-out prompts are development prompts"):
-        search((one, again), **settings)
+        search_plan(model, one, again, [(0, 0)], **settings)
 
 
 def test_scores_of_another_model_are_refused(known: Any) -> None:
