@@ -150,7 +150,7 @@ def _organism(adder: Any) -> None:
         """Build an organism in the cache folder (MOE_LENS_CACHE, or the platform's folder for caches):
         smollm2-split, the dense model SmolLM2-135M-Instruct split into 30 layers of 8 experts and distilled.
         It takes about an hour on two cores. If the command is interrupted, the same command continues where
-        it stopped. Needs the extra moe-lens[real]. Its routes are an artefact of the split, not learned
+        it stopped. Needs the package gguf. Its routes are an artefact of the split, not learned
         specialisation.""",
     )
     command.add_argument("action", choices=("build",), metavar="build", help="what to do")

@@ -212,4 +212,4 @@ def need_harness() -> None:
     from moe_lens.errors import MoELensError
 
     if find_spec("lm_eval") is None:
-        raise MoELensError("lm-evaluation-harness is not installed: pip install 'moe-lens[harness]'.")
+        raise MoELensError("lm-evaluation-harness is not installed: pip install lm-eval==0.4.13.")

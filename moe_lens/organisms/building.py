@@ -93,7 +93,7 @@ def build(name: str, *, recipe: SplitRecipe | None = None, progress: bool = True
         recipe and what was measured. Where it exists already, nothing is done.
 
     Raises:
-        MoELensError: for another name, or without the extra `moe-lens[real]`.
+        MoELensError: for another name, or without the package gguf.
     """
     if name not in BUILT:
         raise MoELensError(f"organisms: there is no build of {name!r}; there is one of {', '.join(BUILT)}.")

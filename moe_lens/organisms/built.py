@@ -40,7 +40,7 @@ def built_path(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise MoELensError(
             f"organisms: {name!r} does not ship with moe_lens and has not been built here. Build it with "
-            f"`moe-lens organism build {name}`, which takes about an hour on two cores and needs the extra "
-            f'real (`pip install "moe-lens[real]"`).'
+            f"`moe-lens organism build {name}`, which takes about an hour on two cores and needs the "
+            "package gguf (`pip install gguf`)."
         )
     return folder

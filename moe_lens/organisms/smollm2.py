@@ -73,7 +73,7 @@ def load_dense(folder: Path) -> tuple[LlamaForCausalLM, Any]:
         import gguf  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
     except ImportError as error:
         raise MoELensError(
-            'Reading SmolLM2 needs the package gguf; install it with `pip install "moe-lens[real]"`.'
+            "Reading SmolLM2 needs the package gguf; install it with `pip install gguf`."
         ) from error
     file = fetch_weights(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
