@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,14 +70,10 @@ class FileKind:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                about = _about(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if _HEADER in metadata:
-                about = json.loads(metadata[_HEADER])
-            else:  # before there was one header, each field had its own
-                about = {key: json.loads(value) for key, value in metadata.items()}
-        except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
-            raise self.error(f"{path} cannot be read as {self.words}: {error}.") from error
+        except _UNREADABLE as error:
+            raise self._unreadable(path, error, _read_json) from error
         return self.opened(path, about, tensors), tensors
 
     def save_json(self, path: str | Path, content: Mapping[str, Any]) -> None:
@@ -93,10 +89,27 @@ class FileKind:
             `error`: as in `load_tensors`.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Notepad writes a mark
-        except (OSError, ValueError, RecursionError) as error:
-            raise self.error(f"{path} cannot be read as {self.words}: {error}.") from error
+            content = _read_json(path)
+        except _UNREADABLE as error:
+            raise self._unreadable(path, error, _read_about) from error
         return self.opened(path, content)
+
+    def _unreadable(
+        self, path: str | Path, error: Exception, other: Callable[[str | Path], Any]
+    ) -> MoELensError:
+        """What to say of a file that is not of this format: its kind, where `other` can read it."""
+        try:
+            self._check_kind(path, other(path))
+        except self.error as wrong_kind:
+            return wrong_kind
+        except _UNREADABLE:
+            pass
+        return self.error(f"{path} cannot be read as {self.words}: {error}.")
+
+    def _check_kind(self, path: str | Path, content: Any) -> None:
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if kind not in (self.name, *self.former_names):
+            raise self.error(f"{path} is no file of {self.words}: its kind is {kind!r}, not {self.name!r}.")
 
     def sealed(
         self, content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
@@ -109,9 +122,7 @@ class FileKind:
         self, path: str | Path, content: Any, tensors: Mapping[str, Tensor] | None = None
     ) -> dict[str, Any]:
         """What `sealed` made a file's content of, with its "schema"; `path` is named in errors."""
-        if not isinstance(content, dict) or content.get("kind") not in (self.name, *self.former_names):
-            kind = content.get("kind") if isinstance(content, dict) else None
-            raise self.error(f"{path} is no file of {self.words}: its kind is {kind!r}, not {self.name!r}.")
+        self._check_kind(path, content)
         schema = content.get("schema", self.default_schema)
         if isinstance(schema, bool) or schema not in self.reads:
             known = " or ".join(map(str, self.reads))
@@ -125,6 +136,27 @@ class FileKind:
                 "purpose, take out its field 'digest'."
             )
         return {"schema": schema, **rest}
+
+
+_UNREADABLE: Final = (OSError, SafetensorError, TypeError, ValueError, RecursionError)
+
+
+def _read_json(path: str | Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Notepad writes a mark
+
+
+def _read_about(path: str | Path) -> Any:
+    """What the header of a safetensors file says."""
+    with safe_open(path, framework="pt") as file:
+        return _about(file.metadata() or {})
+
+
+def _about(metadata: Mapping[str, str]) -> Any:
+    if _HEADER in metadata:
+        return json.loads(metadata[_HEADER])
+    if "kind" not in metadata:  # a model's weights, say
+        return {}
+    return {key: json.loads(value) for key, value in metadata.items()}  # before there was one header
 
 
 def _json(content: Any, indent: int | None = None) -> str:
@@ -170,7 +202,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     >>> with atomic_write("plan.json") as temporary:
     ...     _ = temporary.write_text("{}")
 
-    Where `path` is a symbolic link, the file that it points to is replaced and the link stays.
+    Folders on the way that do not exist are made. Where `path` is a symbolic link, the file that it points to
+    is replaced and the link stays.
 
     Raises:
         DataError: the file cannot be written: no place left, a name that the system does not take.

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 _MOST: Final = 160
-"""Characters of a line; what is longer is cut."""
+"""Characters of a line; what is longer is cut, between two words."""
 _MOST_ROWS: Final = 20
 """Rows of a notebook's table; of longer ones the first and last are shown, as pandas does."""
 
@@ -26,7 +26,7 @@ class Result:
 
     def __repr__(self) -> str:
         line = f"{type(self).__name__}({' '.join(self.summary().split())})"
-        return line if len(line) <= _MOST else f"{line[: _MOST - 4]}...)"
+        return line if len(line) <= _MOST else f"{_cut(line, _MOST - 5)} ...)"
 
     def _repr_html_(self) -> str:
         """What a notebook shows for a result at the end of a cell: the line, and its table if it has one."""
@@ -35,6 +35,12 @@ class Result:
         if to_dataframe is None:
             return line
         return line + to_dataframe().to_html(max_rows=_MOST_ROWS, border=0, float_format="{:.4g}".format)
+
+
+def _cut(line: str, most: int) -> str:
+    """The whole words among the first `most` letters; a part of the word where there is only one."""
+    words = line[: most + 1].rpartition(" ")[0] or line[:most]
+    return words.rstrip(",;: ")
 
 
 def columns(**parts: Any) -> dict[str, np.ndarray]:

@@ -144,6 +144,8 @@ def plan(options: Options) -> None:
     """Choose a plan from scores or from a published ranking."""
     numbers = {"n_activate": options.activate, "n_deactivate": options.deactivate}
     common = {"epsilon": options.epsilon, "on_excess": options.on_excess}
+    if options.q is None and not any(numbers.values()):
+        raise DataError("The plan names no expert; ask for some with --activate, --deactivate or --q.")
     if options.steermoe:
         if options.q is not None:
             raise DataError("--q needs q-values, which published rankings do not have; give numbers only.")
@@ -161,7 +163,7 @@ def plan(options: Options) -> None:
         scores = -scores if options.opposite else scores
         chosen = steering.SteeringPlan.from_scores(scores, **numbers, q=options.q, **common)
     if not len(chosen):
-        raise DataError("The plan names no expert; ask for some with --activate, --deactivate or --q.")
+        raise DataError("The plan names no expert: none has such a q-value, and the sign that was asked for.")
     chosen.save(options.out)
     print(f"{len(chosen.activate)} experts activated, {len(chosen.deactivate)} deactivated")
     _wrote(options.out)
@@ -305,7 +307,7 @@ def demo(options: Options) -> None:
     (options.out / "table.md").write_text(words, encoding="utf-8")
     written = [options.out / "table.md"]
     for result in results:
-        named = {f"deactivated toward {result.aims[side]}": plan for side, plan in result.plans.items()}
+        named = {f"toward {result.aims[side]}": plan for side, plan in result.plans.items()}
         written.append(options.out / f"experts-{result.name}.png")
         plots.save(plots.expert_heat_map(result.scores, named), written[-1])
     for task in dict.fromkeys(result.report.task for result in results):  # a figure has one behaviour

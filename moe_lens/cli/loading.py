@@ -5,6 +5,7 @@ model = load_model(options)                                # in the wrapper that
 
 import argparse
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import moe_lens
@@ -15,7 +16,9 @@ Options = argparse.Namespace
 
 
 def load_model(options: Options) -> Any:
-    """The model that --model or MODEL names, in its wrapper: an organism, a folder or a name on the hub."""
+    """The model that --model or MODEL names, in its wrapper: a checkpoint's folder, an organism or a name on
+    the hub, the first of them that there is.
+    """
     model = _loaded(options)
     if options.prepend_bos is not None:
         model.prepend_bos = options.prepend_bos == "yes"
@@ -27,13 +30,14 @@ def _loaded(options: Options) -> Any:
 
     wrapper = wrapper_of(options)
     kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
-    shipped = options.model in organisms.names()
+    is_folder = (Path(str(options.model)) / "config.json").is_file()
+    shipped = options.model in organisms.names() and not is_folder
     if shipped:
         one_thread()
     try:
         if shipped and options.device_map is None:
             return organisms.load(options.model, wrapper=wrapper, device=options.device, **kwargs)
-        here = shipped or options.model in organisms.BUILT
+        here = shipped or (options.model in organisms.BUILT and not is_folder)
         source = organisms.path(options.model) if here else options.model
         return wrapper.from_pretrained(source, **_place(options), **kwargs)
     except MoELensError:

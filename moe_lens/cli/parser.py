@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import moe_lens
 from moe_lens.cli.arguments import (
     Choices,
     add_loading,
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_WORKFLOW,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"moe-lens {moe_lens.__version__}")
     adders = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     steps = (_stats, _detect, _plan, _steer, _evaluate, _sweep, _plot, _explore)
     for add in (_demo, _models, _organism, *steps):

@@ -91,16 +91,17 @@ class Evidence(Result):
         else:
             prompts = f"unpaired, {len(self.clusters)} and {len(self.clusters_2)} prompts"
             labels = {*self.clusters, *self.clusters_2}
-        found = f"{int((self.q <= 0.05).sum())} of {self.q.numel()} experts with q ≤ 0.05{self._floor()}"
+        n_found = int((self.q <= 0.05).sum())
+        found = f"{n_found} of {self.q.numel()} experts with q ≤ 0.05{self._floor(n_found)}"
         return (
             f"{found}; {prompts} in {len(labels)} clusters, {self.level:.0%} intervals, "
             f"{self.n_resamples} resamples, {self.n_permutations} permutations, seed {self.seed}"
         )
 
-    def _floor(self) -> str:
-        """What few clusters rule out."""
+    def _floor(self, n_found: int) -> str:
+        """What few clusters rule out, where fewer experts were found than they allow."""
         together = experts_together(self.smallest_p, self.q.numel())
-        if together <= 1:
+        if together <= max(1, n_found):
             return ""
         few = f"too few clusters: p ≥ {self.smallest_p:.2g}"
         return f" ({few})" if together > self.q.numel() else f" ({few}, so {together} or more, or none)"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from moe_lens.errors import DataError
+from moe_lens.errors import DataError, warn
 from moe_lens.evaluation.outcomes import Limit, direction_of
 from moe_lens.files import FileKind
 from moe_lens.results import Result
@@ -116,11 +116,19 @@ class SweepResult(Result):
         """The smallest size whose gap is within `tolerance` of the largest, among those within the limits.
 
         A smaller plan does less damage. If no size keeps the limits, the one that exceeds them least.
+
+        Warns where there is nothing to choose by: no size within the limits moves the behaviour the right way
+        (every gap is 0 or below), or the measure tells no size from another (`saturation`). The size that is
+        given back says nothing then.
         """
         gentle = [size for size in self.sizes if self.excess(size) <= 1e-12]
         if not gentle:
             return min(self.sizes, key=self.excess)
         largest = max(self.gap(size) for size in gentle)
+        if largest <= 0 or self.saturation is not None:
+            gaps = ", ".join(f"{size}: {self.gap(size):+.2f}" for size in gentle)
+            why = f"no size moves the behaviour the right way{self._no_room}"
+            warn(f"{self.task}: {why if largest <= 0 else self._no_room[2:]} (gap by size: {gaps}).")
         return min(size for size in gentle if self.gap(size) >= largest - tolerance)
 
     def summary(self) -> str:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from moe_lens.encoding import prompts_among
 from moe_lens.model.reading import Reading, is_written
 from moe_lens.model.registration import running_of
+from moe_lens.model.wrapper import check_options
 
 
 class Generating(Reading):
@@ -45,7 +46,11 @@ class Generating(Reading):
                 `generation_config` there takes the place of the arguments on length and sampling here.
 
         Returns: prompt and what was written.
+
+        Raises:
+            HookError: a plan or hooks among the arguments; a `with model.hooks(...)` around it takes them.
         """
+        check_options(kwargs)
         input = kwargs.pop("input_ids", input)
         given_config = kwargs.pop("generation_config", None)
         inputs = self._inputs(input, prepend_bos, padding_side, attention_mask, writes=True)

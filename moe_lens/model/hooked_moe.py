@@ -30,7 +30,7 @@ from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model.bridge_reading import BridgeReading, follow_tokenizer
 from moe_lens.model.compatibility import refuse_wrong_options
 from moe_lens.model.layers import find_moe_layers, no_moe
-from moe_lens.model.loading import boot, check_wrappable, wrap
+from moe_lens.model.loading import boot, check_wrappable, placed, wrap
 from moe_lens.model.private_names import become
 from moe_lens.model.reading import is_written
 from moe_lens.model.registration import (
@@ -45,7 +45,7 @@ from moe_lens.model.registration import (
 from moe_lens.model.router_points import points_of
 from moe_lens.model.self_check import check_router
 from moe_lens.model.state import Generation, as_prompts
-from moe_lens.model.wrapper import Model
+from moe_lens.model.wrapper import Model, check_options
 
 P = ParamSpec("P")
 
@@ -82,7 +82,8 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
         """Load a model by its name on the Hugging Face hub or from a folder, and attach the hook points.
 
         Args:
-            name_or_path: hub id ("allenai/OLMoE-1B-7B-0125-Instruct") or checkpoint folder.
+            name_or_path: hub id ("allenai/OLMoE-1B-7B-0125-Instruct") or checkpoint folder. An existing
+                folder goes before a name.
             prepend_bos: whether a BOS stands before every text; None as the tokenizer does by itself.
             **kwargs: passed to `TransformerBridge.boot_transformers`: device, dtype (a torch.dtype, its name,
                 or "auto", the default: the checkpoint's), device_map, offload_folder, n_devices, max_memory,
@@ -91,9 +92,9 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
         Raises:
             UnsupportedRouterError: the model has no router, or one without a routing rule.
             RouterMismatchError: a router does not compute what its rule says.
-            MoELensError: TransformerLens has no adapter for the architecture.
+            MoELensError: TransformerLens has no adapter for the architecture, or there is no such folder.
         """
-        bridge, adds = boot(str(name_or_path), **kwargs)
+        bridge, adds = boot(placed(name_or_path, "HookedMoE"), **kwargs)
         follow_tokenizer(bridge, adds if prepend_bos is None else prepend_bos)
         return cls._of(bridge)
 
@@ -154,6 +155,7 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
 
         The input may also be a chat or several, or a tokenizer's output, padded on either side.
         """
+        check_options(kwargs)
         with running_of(self).generation(input):
             input, kwargs = self._read(input, kwargs, writes=True)
             return super().generate(input, *args, **kwargs)
@@ -165,6 +167,7 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
         options = {name: value for name, value in bound.arguments.items() if name != "generation_kwargs"}
         options |= bound.arguments.get("generation_kwargs", {})
         del options["input"]
+        check_options(options)
         as_text = is_written(input) and options.get("return_type", "input") != "tokens"
         if as_text:
             options["return_type"] = "tokens"
@@ -176,6 +179,7 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
     @signature_of(TransformerBridge.generate_stream)
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; hooks know which tokens are the prompt's."""
+        check_options(kwargs)
         state, generation = running_of(self), Generation(as_prompts(input))
         input, kwargs = self._read(input, kwargs, writes=True)
         stream = iter(super().generate_stream(input, *args, **kwargs))
@@ -277,8 +281,21 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
     @signature_of(TransformerBridge.add_hook)
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; a routing hook on a layer without router raises `HookError`."""
-        self._refuse_absent_points(name)
+        self._refuse_absent_points(name, args[0] if args else kwargs.get("hook"))
         super().add_hook(name, *args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the bridge holds the model's weights in TransformerLens' parts, under other names.
+
+        Raises:
+            MoELensError: always; it says what to save instead.
+        """
+        raise MoELensError(
+            f"A {type(self).__name__} cannot be saved: TransformerLens' bridge has taken the Hugging Face "
+            "model apart, and its keys are others now. Save the model before it is wrapped, or use a "
+            "RoutedModel, whose model stays what it is: model.hf_model.save_pretrained(folder). For a "
+            "checkpoint that behaves as under a plan: bake(hf_model, plan).save_pretrained(folder)."
+        )
 
     @signature_of(TransformerBridge.enable_compatibility_mode)
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
@@ -294,11 +311,12 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
 
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
         hooks = hook_names.hook_list(hooks)
-        self._refuse_absent_points([name for name, _ in hooks])
+        for name, hook in hooks:
+            self._refuse_absent_points(name, hook)
         return hooks
 
-    def _refuse_absent_points(self, names: Any) -> None:
-        """Raise for a name that no point has; filters pass."""
+    def _refuse_absent_points(self, names: Any, hook: Any = None) -> None:
+        """Raise for a name that no point has, on which `hook` is put; filters pass."""
         names = names if isinstance(names, list | tuple) else [names]
         for name in names:
             parsed = hook_names.parse(name) if isinstance(name, str) else None
@@ -308,7 +326,7 @@ class HookedMoE(Model, BridgeReading, TransformerBridge):
                 continue
             layer, point = parsed
             if layer not in self.moe_layers:
-                raise HookError(f"{name}: layer {layer} has no router; the MoE layers are {self.moe_layers}.")
+                raise self._no_router(name, layer, hook)
             if point == hook_names.EXPERT_OUT and not self.use_expert_out:
                 raise HookError(f"{name} is switched off; call model.set_use_expert_out(True) first.")
 

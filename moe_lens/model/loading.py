@@ -6,6 +6,7 @@ bridge = wrap(hf_model, tokenizer)
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,42 @@ from moe_lens.model.layers import has_adapters
 
 TRANSFORMER_LENS_NAMES: Final = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 """Architectures that transformers and TransformerLens spell differently: transformers' name -> the other."""
+_SHIPPED: Final = Path(__file__).parents[1] / "organisms" / "weights"
+"""The checkpoints that ship; the room above gives them out, and is not imported from here."""
+
+
+def placed(name_or_path: str | Path, wrapper: str) -> str:
+    """A model's place as transformers and TransformerLens take it: a name on the hub, or a folder's path.
+
+    >>> placed("allenai/OLMoE-1B-7B-0924", "HookedMoE")
+    'allenai/OLMoE-1B-7B-0924'
+
+    An existing folder goes before a name on the hub, and before TransformerLens' short names for some there
+    ("olmoe", "mixtral"): it is given as an absolute path, which no name is.
+
+    Args:
+        name_or_path: what a user gave; a `Path` means a folder.
+        wrapper: the class to load with, for the error.
+
+    Raises:
+        MoELensError: a path where there is no folder, or the name of an organism that ships.
+    """
+    name = str(name_or_path)
+    if name and Path(name).is_dir():
+        return name if Path(name).is_absolute() else str(Path.cwd() / name)
+    if name and Path(name).name == name and (_SHIPPED / name / "config.json").is_file():
+        how = "" if wrapper == "HookedMoE" else f", wrapper={wrapper}"
+        raise MoELensError(
+            f"{name} is neither a folder here nor a name on the hub, but an organism that ships with "
+            f"moe_lens: organisms.load({name!r}{how})."
+        )
+    is_path = isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path or "\\" in name:
+        raise MoELensError(
+            f"There is no folder {name} (looked for in {Path.cwd()}). Give a checkpoint's folder, or a "
+            'name on the Hugging Face hub as a string ("allenai/OLMoE-1B-7B-0125-Instruct").'
+        )
+    return name
 
 
 def boot(

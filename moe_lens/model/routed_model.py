@@ -32,7 +32,7 @@ from moe_lens.model.expert_points import uninstall_expert_out
 from moe_lens.model.generating import Generating
 from moe_lens.model.hf_models import decoder_of, numbered_layers
 from moe_lens.model.layers import MoELayer
-from moe_lens.model.loading import own_tokenizer, with_quantisation
+from moe_lens.model.loading import own_tokenizer, placed, with_quantisation
 from moe_lens.model.model_config import ModelConfig, config_of
 from moe_lens.model.reading import as_numbers
 from moe_lens.model.residual_points import install_residual, residual_before
@@ -134,7 +134,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         """Load a causal language model with transformers, as it loads it, and put the points in.
 
         Args:
-            name_or_path: hub id or checkpoint folder.
+            name_or_path: hub id or checkpoint folder; an existing folder goes before a name.
             tokenizer: by default the checkpoint's own, padding on the left.
             prepend_bos: as in `RoutedModel(...)`.
             **kwargs: passed to `AutoModelForCausalLM.from_pretrained`: dtype (a torch.dtype, its name, or
@@ -143,10 +143,12 @@ class RoutedModel(Model, Generating, HookedRootModule):
                 revision, trust_remote_code...
 
         Raises:
-            as `RoutedModel(...)`; what transformers raises for a checkpoint that it cannot load.
+            as `RoutedModel(...)`; MoELensError: there is no such folder, or a shipped organism is named; what
+                transformers raises for a checkpoint that it cannot load.
         """
         kwargs = with_quantisation(kwargs)
-        hf_model = AutoModelForCausalLM.from_pretrained(str(name_or_path), **kwargs)
+        name_or_path = placed(name_or_path, "RoutedModel")
+        hf_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
         tokenizer = _own_tokenizer(name_or_path, kwargs) if tokenizer is None else tokenizer
         return cls(hf_model, tokenizer, prepend_bos)
 
@@ -274,7 +276,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """As in TransformerLens; a name that the model does not have raises `HookError`."""
-        self._check_name(name)
+        self._check_name(name, hook)
         super().add_hook(name, hook, dir, is_permanent, level, prepend)
 
     def run_with_cache(
@@ -386,14 +388,14 @@ class RoutedModel(Model, Generating, HookedRootModule):
             self._check_name(name)
         return [str(self.mod_dict[name].name) for name in names]
 
-    def _check_name(self, name: Any) -> None:
-        """Raise HookError for a name that the model does not have; filters pass."""
+    def _check_name(self, name: Any, hook: Any = None) -> None:
+        """Raise HookError for a name that the model does not have, on which `hook` is put; filters pass."""
         self._check_attached()
         if not isinstance(name, str) or name in self.mod_dict:
             return
         parsed = hook_names.parse(name)
         if parsed is not None and parsed[0] not in self.moe_layers:
-            raise HookError(f"{name}: layer {parsed[0]} has no router; the MoE layers are {self.moe_layers}.")
+            raise self._no_router(name, parsed[0], hook)
         if parsed is not None and parsed[1] == hook_names.EXPERT_OUT:
             raise HookError(f"{name} is switched off; call model.set_use_expert_out(True) first.")
         raise HookError(
@@ -403,8 +405,8 @@ class RoutedModel(Model, Generating, HookedRootModule):
 
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
         hooks = hook_names.hook_list(hooks)
-        for name, _ in hooks:
-            self._check_name(name)
+        for name, hook in hooks:
+            self._check_name(name, hook)
         return hooks
 
 

@@ -92,7 +92,9 @@ class HookedRouter(StandIn):
         if training and not self.points.allow_training:
             raise HookError(
                 f"{self.moe.where}: routing hooks are set and the model is in training mode, where a "
-                "router may add noise or be recomputed. Call model.eval() first, or allow it (training=True)."
+                "router may add noise or be recomputed. Call model.eval() first (a model made from a config, "
+                "not loaded, begins in training mode); to train under hooks, set them by "
+                "RoutedModel.hooks(..., training=True) or steered(..., training=True)."
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ def count(model: Model, ...):
     for layer in model.moe_layers: ...
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,12 @@ class Model:
         """Number of experts that run for each token in each MoE layer."""
         return self.moe_shape.top_k
 
+    def _no_router(self, name: str, layer: int, hook: Any) -> HookError:
+        """What to say of a point that is in no layer here; a plan for another model says so itself first."""
+        if (check_fits := getattr(hook, "check_fits", None)) is not None:
+            check_fits(self.moe_shape)
+        return HookError(f"{name}: layer {layer} has no router; the MoE layers are {self.moe_layers}.")
+
     def routing_rule(self, layer: int) -> RoutingRule:
         """The routing rule of one MoE layer, with the parameters that its router has now.
 
@@ -121,3 +128,14 @@ def check_hooked(model: Any, kind: type = Model, *, error: type[MoELensError] = 
         "(from_pretrained, or attach(model) for a bridge or a Hugging Face model); got "
         f"{type(model).__name__}."
     )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise HookError for a plan or hooks among the arguments of `generate`, which takes none."""
+    for name in ("plan", "plans", "hooks", "fwd_hooks"):
+        if name in options:
+            hooks = "steer_hooks(plan)" if name.startswith("plan") else "hooks"
+            raise HookError(
+                f"generate takes no {name}=. Write under hooks: with model.hooks({hooks}): "
+                f"model.generate(...); or generate_text(model, prompts, hooks={hooks})."
+            )

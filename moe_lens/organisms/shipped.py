@@ -81,7 +81,10 @@ def load(
         MoELensError: for a name that is in neither, one that has not been built, or another wrapper.
     """
     if wrapper not in (HookedMoE, RoutedModel):
-        raise MoELensError(f"wrapper must be HookedMoE or RoutedModel, the class; got {wrapper!r}.")
+        raise MoELensError(
+            f"organisms.load: wrapper must be the class itself, moe_lens.HookedMoE (the default) or "
+            f"moe_lens.RoutedModel; got {wrapper!r}."
+        )
     kwargs: dict[str, Any] = {"dtype": dtype}
     if device is not None:
         kwargs["device" if wrapper is HookedMoE else "device_map"] = device

@@ -1,6 +1,7 @@
 """Figures of patching, mediation and attribution.
 
-    ax = patching_map(patch_router(model, clean_cache, tokens, metric), corrupted=0.3, clean=4.1)
+    patched = patch_router(model, clean_cache, tokens, metric)
+    ax = patching_map(patched, corrupted=0.3, clean=4.1, layers=model.moe_layers, what="router logits")
     ax = mediation_curves(mediation(model, clean, corrupted, metric))
     ax = attribution_bars(expert_logit_attribution(model, prompt, answer))
 
@@ -33,13 +34,14 @@ def patching_map(
     layers: Sequence[int] | None = None,
     columns: Sequence[str] | str = "position",
     positions: Sequence[int] | None = None,
-    what: str = "router logits",
+    what: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """What patching does, layer by layer: a map of `patch_router` or `patch_expert_outputs`.
 
     >>> import torch
-    >>> patching_map(torch.tensor([[0.5, 1.0], [2.0, 0.0]]), corrupted=0.0, clean=2.0).get_ylabel()
+    >>> restored = torch.tensor([[0.5, 1.0], [2.0, 0.0]])
+    >>> patching_map(restored, corrupted=0.0, clean=2.0, layers=[2, 3]).get_ylabel()
     'layer'
 
     Args:
@@ -47,11 +49,12 @@ def patching_map(
         corrupted: the metric of the unpatched corrupted run, the centre of the colours.
         clean: that of the clean run. With it shares of the difference are drawn, without it differences of
             the metric.
-        layers: numbers of the rows; None: 0, 1, ...
+        layers: numbers of the rows (`model.moe_layers` of a sweep over all); None: not known, so that the
+            axis counts the rows and does not say which layers they are.
         columns: labels of the columns (a prompt's tokens; of more than 40 the numbers), or what they are
             ("position", "expert").
         positions: numbers of the columns, of a sweep over some positions; None: 0, 1, ...
-        what: what was patched, for the title.
+        what: what was patched, for the title ("router logits"); None: not known.
         ax: where to draw; a new figure if None.
 
     Raises:
@@ -70,6 +73,8 @@ def patching_map(
     ax = ax or new_axes(max(6.0, 2.2 + 0.42 * min(n_columns, _MANY)), rows=n_rows)
     image = signed_map(ax, change.numpy())
     layers_beside(ax, rows)
+    if layers is None:
+        ax.set_ylabel("row (MoE layers in order)")
     numbered = isinstance(columns, str) or n_columns > _MANY
     if numbered:
         shown = count_ticks(n_columns)
@@ -80,7 +85,7 @@ def patching_map(
             **label_font(columns),
         )  # fmt: skip
     ax.set_xlabel(columns if isinstance(columns, str) else "position of the token" if numbered else "token")
-    ax.set_title(f"Patching {what} from the clean run")
+    ax.set_title(f"Patching {f'{what} ' if what else ''}from the clean run")
     label = "change of the metric\n(0: corrupted run)"
     if clean is not None:
         label = "share of the difference restored\n(0: corrupted run, 1: clean run)"
@@ -150,10 +155,11 @@ def attribution_bars(
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(heights, [name for name, _ in bars])
     limit = 1.25 * max(float(np.abs(values).max()), 1e-9)
-    ax.set(xlim=(-limit, limit), xlabel=f"share of the {found.logit_name} (nats)")
+    ax.set(xlim=(-limit, limit), xlabel=f"part of the {found.logit_name} (nats)")
     logit = float(_of_prompt(found.logit, prompt))
-    whose = f"mean over {n_prompts} prompts" if prompt is None else f"prompt {prompt}"
-    ax.set_title(f"Who wrote the {found.logit_name} {logit:+.2f} ({whose})")
+    whose = f"prompt {prompt}" if prompt is not None else f"mean over {n_prompts} prompts"
+    whose = "one prompt" if n_prompts == 1 else whose
+    ax.set_title(f"Who wrote the {found.logit_name} {_signed(logit)} ({whose})")
     return ax
 
 
@@ -188,11 +194,15 @@ def _of_prompt(values: Float[Tensor, "*rest batch"], prompt: int | None) -> Floa
     return np.asarray((values.mean(-1) if prompt is None else values[..., prompt]).double())
 
 
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
 def _write_values(ax: Axes, heights: Int[np.ndarray, "bar"], values: Float[np.ndarray, "bar"]) -> None:
     """The number at the end of each bar."""
     for height, value in zip(heights, values, strict=True):
         ax.annotate(
-            f"{value:+.2f}",
+            _signed(value),
             (value, height),
             xytext=(3 if value >= 0 else -3, 0),
             textcoords="offset points",
@@ -204,12 +214,16 @@ def _write_values(ax: Axes, heights: Int[np.ndarray, "bar"], values: Float[np.nd
 
 _KINDS: Final = {
     "embed": "embedding",
-    "attn": "attention and mixers",
+    "attn": "attention",
+    "mixer": "mixers",
     "mlp": "dense and shared experts",
     "bias": "biases and other parts",
 }
+_OTHER_NAMES: Final = {"linear_attn": "mixer", "conv": "mixer", "shared_mlp": "mlp", "moe": "mlp"}
+"""Names that hybrid architectures give such parts."""
 
 
 def _kind(part: str) -> str:
     last = part.rsplit(".", 1)[-1]
+    last = _OTHER_NAMES.get(last, last)
     return last if last in _KINDS else "bias"

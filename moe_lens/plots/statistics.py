@@ -62,7 +62,8 @@ def coactivation_matrix(stats: RoutingStats, layer: int, *, ax: Axes | None = No
     ax.set_yticks(count_ticks(stats.shape.n_experts))
     ax.set(xlabel="expert", ylabel="expert")
     ax.set_title(f"{stats.shape.model}, layer {layer}: experts that run together", fontsize=10)
-    ax.figure.colorbar(image, ax=ax, label="log₂ lift (> 0: more often together\nthan if independent)")
+    label = "log₂ lift (> 0: more often together\nthan if independent; grey: never together)"
+    ax.figure.colorbar(image, ax=ax, label=label)
     return ax
 
 

@@ -92,7 +92,8 @@ def _band_of_random_sets(ax: Axes, found: SweepResult) -> None:
     if all(rates):
         low, high = (np.array([np.quantile(of_size, level) for of_size in rates]) for level in (0.05, 0.95))
         label = "random sets of as many experts, middle 90 %"
-        ax.fill_between(found.sizes, low, high, color=COLORS["random"], alpha=0.25, linewidth=0, label=label)
+        style: dict[str, Any] = {"facecolor": (COLORS["random"], 0.25), "edgecolor": COLORS["random"]}
+        ax.fill_between(found.sizes, low, high, **style, linewidth=1, label=label)  # an edge, if all agree
 
 
 def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = None) -> Axes:
@@ -124,7 +125,7 @@ def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = N
         ax.set_ylim(-0.04, 1.04)
     of = "share of" if are_shares else "mean over"
     ax.set_ylabel(f"{in_order[0].task}\n({of} held-out prompts)")
-    ax.set_title("Unsteered, steered both ways, and under random sets of as many experts")
+    ax.set_title("Unsteered, steered both ways,\nand under random sets of as many experts")
     legend_below(ax, down=0.2, ncols=2 if len(in_order) <= 3 else 3)
     return ax
 

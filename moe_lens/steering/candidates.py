@@ -40,6 +40,12 @@ def candidates(scores: ExpertScores, q: float | None = None, layers: Any = None)
     return [score for score in ranked if float(scores.q[rows[score.layer], score.expert]) <= q]
 
 
+def check_asks_for_some(n_activate: HowMany, n_deactivate: HowMany, remedy: str) -> None:
+    """Raise PlanError where both numbers are 0: such a plan steers nothing, without a word."""
+    if not any(n == "all" or n for n in (n_activate, n_deactivate)):
+        raise PlanError(f"The plan names no expert; ask for some with {remedy}.")
+
+
 def stable_candidates(
     scores: ExpertScores,
     ranked: Sequence[ExpertScore],

@@ -5,7 +5,7 @@ with steered(hf_model, plan):
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsFloat
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ def steered(
     model: Any,
     plan: Any,
     *,
+    layers: int | Iterable[int] | None = None,
     positions: Positions = None,
     strength: SupportsFloat | None = None,
     only_unmet: bool | None = None,
@@ -43,7 +44,7 @@ def steered(
     Args:
         model: where a Hugging Face model has no hook points, it gets them for the time; then it has no trace
             of them. (A deep copy made within has them for good: `detach(copy)`.)
-        plan, positions, strength, only_unmet: as in `steer_hooks`.
+        plan, layers, positions, strength, only_unmet: as in `steer_hooks`.
         training: allow it in training mode; see `RoutedModel.hooks`.
 
     Yields: the model that it was given.
@@ -51,7 +52,7 @@ def steered(
     Raises:
         as in `steer_hooks` and `attach`.
     """
-    hooks = steer_hooks(plan, positions=positions, strength=strength, only_unmet=only_unmet)
+    hooks = steer_hooks(plan, layers=layers, positions=positions, strength=strength, only_unmet=only_unmet)
     with _borrowed(model) as wrapper, allow_training(wrapper, training, wrapper.hooks(hooks)):
         yield model
 

@@ -10,7 +10,7 @@ experts keep their scores and order. An empty plan gives no hooks and changes no
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import hook_names
+from moe_lens.checks import numbers_of
 from moe_lens.errors import HookError, PlanError
 from moe_lens.hook_names import HookList
 from moe_lens.interventions.positions import Positions, checked_positions, selected
@@ -329,6 +330,7 @@ class SteeringHook:
 def steer_hooks(
     plan: SteeringPlan | Sequence[SteeringPlan | None],
     *,
+    layers: int | Iterable[int] | None = None,
     positions: Positions = None,
     strength: SupportsFloat | None = None,
     only_unmet: bool | None = None,
@@ -363,6 +365,7 @@ def steer_hooks(
     Args:
         plan: for all prompts; or a list with one plan, or None, for each prompt of the batch. Beams and
             several sequences of one prompt have that prompt's plan.
+        layers: only these of the layers that the plans name; None: all.
         positions: at which tokens; see `moe_lens.interventions.Positions`. All others keep their logits and
             weights bit for bit, and are not held.
         strength: None for that of the plans, which must agree in it (`SteeringPlan.strength`; None there is
@@ -374,16 +377,19 @@ def steer_hooks(
 
     Raises:
         PlanError: not plans; a strength that is not such a number; plans of different strengths; only_unmet
-            without a strength. DataError: positions of no known form.
+            without a strength; layers that no plan names. DataError: positions of no known form.
         HookError: during the run, another number of prompts than plans, or positions outside the prompt.
     """
     plans = _checked_plans(plan)
     where, (soft, unmet) = checked_positions(positions), _softness(plans, strength, only_unmet)
     named = {layer for one in plans if one is not None for layer, _ in one.activate + one.deactivate}
+    kept = named if layers is None else set(numbers_of(layers, "layers"))
+    if not kept <= named:
+        raise PlanError(f"steer_hooks: layers={layers!r}, but the plan's layers are {sorted(named)}.")
     fits: set[MoEShape] = set()
     return [
         (hook_names.router_logits(layer), SteeringHook(plans, layer, where, soft, unmet, fits))
-        for layer in sorted(named)
+        for layer in sorted(kept)
     ]
 
 

@@ -9,7 +9,7 @@ plan.save("plan.json")
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Final, SupportsFloat
 
 from moe_lens.checks import as_index
 from moe_lens.detection.expert_scores import ExpertScores
-from moe_lens.errors import DataError, PlanError
+from moe_lens.errors import DataError, PlanError, warn
 from moe_lens.files import FileKind, digest_of
 from moe_lens.results import Result
 from moe_lens.shape import MoEShape, shape_from_json
 from moe_lens.steering.candidates import (
     at_most,
     candidates,
+    check_asks_for_some,
     stable_candidates,
     warn_of_super_experts,
 )
@@ -64,7 +65,8 @@ class SteeringPlan(Result):
     (True, False)
 
     Attributes:
-        activate: (layer, expert) pairs to promote, in rank order where they come from scores.
+        activate: (layer, expert) pairs to promote, in rank order where they come from scores; may be given as
+            layer -> experts, {0: [1, 2]}, too.
         deactivate: pairs to keep out. Where an expert is in both, deactivation wins.
         epsilon: distance above the largest and below the smallest score, in `EPSILON_RANGE`; in nats on
             softmax routers, for others see the docstring of their rule.
@@ -92,8 +94,8 @@ class SteeringPlan(Result):
 
     def __init__(
         self,
-        activate: Iterable[Any] = (),
-        deactivate: Iterable[Any] = (),
+        activate: Iterable[Any] | Mapping[int, Iterable[int]] = (),
+        deactivate: Iterable[Any] | Mapping[int, Iterable[int]] = (),
         epsilon: SupportsFloat = 0.01,
         shape: MoEShape | None = None,
         strength: SupportsFloat | None = None,
@@ -137,8 +139,9 @@ class SteeringPlan(Result):
         4
 
         Args:
-            n_activate: how many; none by default. "all" takes every expert with a positive score that fits
-                its layer (at most k activated), with a warning that names those left out.
+            n_activate: how many; without `q`, at least one of both numbers is needed. "all" takes every
+                expert with a positive score that fits its layer (at most k activated), with a warning that
+                names those left out.
             n_deactivate: the same for negative scores (at most E − k deactivated in a layer).
             q: take significant experts only, those with a q-value up to this; needs scores from `detect`.
                 With neither number given, "all" of both signs.
@@ -156,11 +159,11 @@ class SteeringPlan(Result):
             strength, only_unmet: of the plan.
 
         Raises:
-            PlanError: a negative number, more experts asked for than have the sign (and the significance), an
-                excess, scores without q-values where `q` is given, or no stable expert.
+            PlanError: no expert asked for, a negative number, more experts asked for than have the sign (and
+                the significance), an excess, scores without q-values where `q` is given, or no stable expert.
 
-        Warns if the scores know how large the experts' outputs are (`detect(..., outputs=True)`) and the plan
-        deactivates `super_experts`.
+        Warns if "all" finds none, and if the scores know how large the experts' outputs are
+        (`detect(..., outputs=True)`) and the plan deactivates `super_experts`.
         """
         if not isinstance(scores, ExpertScores):
             raise PlanError(f"from_scores needs ExpertScores; got {type(scores).__name__}.")
@@ -169,6 +172,7 @@ class SteeringPlan(Result):
         ranked = candidates(scores, q, layers)
         n_on: HowMany = 0 if n_activate is None else n_activate
         n_off: HowMany = 0 if n_deactivate is None else n_deactivate
+        check_asks_for_some(n_on, n_off, "n_activate=, n_deactivate= or q=")
         if stable is not None:
             ranked = stable_candidates(
                 scores, ranked, n_on, n_off, share=stable, n_resamples=n_resamples, seed=seed
@@ -183,6 +187,8 @@ class SteeringPlan(Result):
             on_excess=on_excess,
             condition=where if q is None else f" and a q-value up to {q:g}{where}",
         )
+        if not activate and not deactivate:
+            warn("The plan names no expert: none has the sign (or the significance) that was asked for.")
         warn_of_super_experts(deactivate, scores.super_experts)
         return cls(activate, deactivate, epsilon, scores.shape, strength, only_unmet)
 
@@ -325,7 +331,7 @@ class SteeringPlan(Result):
         return pd.DataFrame(rows, columns=["layer", "expert", "role"])
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, atomically; equal plans give equal files."""
+        """Write the plan as JSON, atomically, making folders as needed; equal plans give equal files."""
         self._kind.save_json(path, self._content)
 
     def to_json(self) -> dict[str, Any]:
@@ -356,9 +362,14 @@ class SteeringPlan(Result):
 
 def _checked_experts(name: str, experts: Iterable[Any]) -> tuple[Expert, ...]:
     try:
+        if isinstance(experts, Mapping):
+            experts = [(layer, expert) for layer, own in experts.items() for expert in own]
         pairs = [tuple(item) for item in experts]
     except TypeError as error:
-        raise PlanError(f"{name} must be a list of (layer, expert) pairs; got {experts!r}.") from error
+        raise PlanError(
+            f"{name} must be a list of (layer, expert) pairs, or a mapping from layers to lists of experts; "
+            f"got {experts!r}."
+        ) from error
     checked: list[Expert] = []
     for pair in pairs:
         numbers = [as_index(number) for number in pair]

@@ -23,6 +23,7 @@ from moe_lens.detection.expert_scores import ExpertScore
 from moe_lens.errors import DataError, PlanError, warn
 from moe_lens.results import Result
 from moe_lens.shape import UNKNOWN_MODEL, MoEShape
+from moe_lens.steering.candidates import check_asks_for_some
 from moe_lens.steering.choosing import OnExcess, select
 from moe_lens.steering.pickled_table import read_columns
 from moe_lens.steering.plan import SteeringPlan
@@ -110,16 +111,19 @@ class PublishedRanking(Result):
             reverse: what `opposite` was called in version 0.1; it still works.
 
         Raises:
-            PlanError: more experts asked for than have the sign, an excess, or an argument out of range.
+            PlanError: no expert asked for, more than have the sign, an excess, or an argument out of range.
         """
         opposite = opposite if reverse is None else reverse
         if not isinstance(opposite, bool):
             raise PlanError(f"opposite must be True or False; got {opposite!r}.")
         sign = -1 if opposite else 1
+        n_on = whole_number(n_activate, "n_activate", error=PlanError)
+        n_off = whole_number(n_deactivate, "n_deactivate", error=PlanError)
+        check_asks_for_some(n_on, n_off, "n_activate= or n_deactivate=")
         chosen = select(
             [score._replace(delta=sign * score.delta) for score in self.ranked()],
-            whole_number(n_activate, "n_activate", error=PlanError),
-            whole_number(n_deactivate, "n_deactivate", error=PlanError),
+            n_on,
+            n_off,
             self.shape,
             on_excess=on_excess,
         )

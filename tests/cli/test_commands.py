@@ -681,3 +681,19 @@ def test_explore_writes_the_page_of_the_library(tmp_path: Path, capsys: pytest.C
     assert run("explore", NAME, "--prompt", "Question :", *given[:2], "--out", page) == 1
     assert "layer 9" in capsys.readouterr().err
     assert page.read_text("ascii") == expected.html()
+
+
+@pytest.mark.parametrize("wrapper", ["bridge", "routed"])
+def test_a_checkpoint_in_a_folder_of_an_organisms_name_is_the_model(
+    wrapper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one of a name that TransformerLens takes for a model on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("w1 w2\n")
+    hf_model = tiny_models.tiny_model("olmoe")
+    for name in ("null", "olmoe"):
+        tiny_models.save(hf_model, tmp_path / name, tiny_models.tokenizer())
+        assert run("stats", name, "p.txt", "--wrapper", wrapper, "--out", f"{name}.stats") == 0
+        shape = RoutingStats.load(tmp_path / f"{name}.stats").shape
+        assert (shape.model, shape.n_experts) == (name, hf_model.config.num_experts)
+        assert len(shape.layers) == hf_model.config.num_hidden_layers

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import moe_lens
 from moe_lens import organisms
 from moe_lens.cli import commands
 from moe_lens.cli import parser as cli
@@ -68,6 +69,13 @@ def test_demo_prints_the_table_and_writes_table_and_figures(
     assert sorted(path.name for path in out.iterdir()) == ["experts-planted.png", "rates.png", "table.md"]
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("experts-planted.png", "rates.png"))
     assert (out / "table.md").read_text(encoding="utf-8") in capsys.readouterr().out
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"moe-lens {moe_lens.__version__}\n"
 
 
 def test_models_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

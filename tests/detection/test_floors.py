@@ -1,9 +1,11 @@
 """What few clusters rule out is said before the model runs, and in the result."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from moe_lens import organisms
 from moe_lens.detection import (
@@ -98,6 +100,9 @@ def test_few_clusters_are_said_in_the_result() -> None:
     with pytest.warns(UserWarning, match="at least 2 of 3 experts"):
         six = compare_routing(synthetic(rates, 6, 0), synthetic(rates, 6, 1))
     assert "too few clusters: p ≥ 0.031, so 2 or more, or none" in repr(six)
+    assert six.evidence is not None
+    found = replace(six.evidence, q=torch.full_like(six.evidence.q, 0.03))
+    assert "3 of 3 experts with q ≤ 0.05;" in repr(found)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         enough = compare_routing(synthetic(rates, 7, 0), synthetic(rates, 7, 1))

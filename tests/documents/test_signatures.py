@@ -13,7 +13,12 @@ ROOMS = [
 ]
 PASSING_ON = {  # to a function of TransformerLens or transformers, with whatever that takes
     *("model.HookedMoE.from_pretrained", "model.HookedMoE.forward", "model.HookedMoE.generate"),
-    *("model.HookedMoE.hf_generate", "model.HookedMoE.generate_stream", "model.HookedMoE.run_with_cache"),
+    *(
+        "model.HookedMoE.hf_generate",
+        "model.HookedMoE.save_pretrained",
+        "model.HookedMoE.generate_stream",
+        "model.HookedMoE.run_with_cache",
+    ),
     *("model.HookedMoE.run_with_hooks", "model.HookedMoE.hooks", "model.HookedMoE.add_hook"),
     *("model.HookedMoE.enable_compatibility_mode", "organisms.load", "statistics.generate_text"),
     *("model.RoutedModel.from_pretrained", "model.RoutedModel.forward"),

@@ -2,7 +2,9 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,7 @@ eighths = st.integers(0, 8).map(lambda i: i / 8)
     ),
     st.sampled_from([0.0, 0.0625, 0.125, 0.5]),
 )
+@pytest.mark.filterwarnings("ignore:.*no size moves")
 def test_the_best_size_from_its_definition(points: Any, tolerance: float) -> None:
     gap = {size: plus - minus for size, (plus, minus, _, _) in points.items()}
     worst = {size: max(loss - 1.0, 1.0 - accuracy) for size, (_, _, loss, accuracy) in points.items()}
@@ -240,6 +243,24 @@ def test_without_limits_every_size_is_gentle() -> None:
 def test_a_harm_just_at_its_limit_is_allowed() -> None:
     result = made({1: (0.5, 0.5, 1.0, 1.0), 2: (1.0, 0.0, 1.3, 1.0)}, limit=0.3)
     assert result.best_size() == 2
+
+
+@pytest.mark.parametrize(("saturation", "says"), [(None, ""), ("floor", "; the measure is at its floor")])
+def test_the_best_of_sizes_without_effect_comes_with_a_warning(saturation: Any, says: str) -> None:
+    result = replace(
+        made({2: (0.25, 0.5, 1.0, 1.0), 4: (0.5, 0.5, 1.0, 1.0)}, limit=0.3), saturation=saturation
+    )
+    with pytest.warns(UserWarning, match=rf"no size moves .* way{says}.*gap by size: 2: -0.25, 4: \+0.00"):
+        assert result.best_size(tolerance=0.0) == 4
+
+
+def test_the_best_of_sizes_with_an_effect_warns_only_where_the_measure_is_saturated() -> None:
+    result = made({2: (0.5, 0.25, 1.0, 1.0), 4: (0.5, 0.5, 1.0, 1.0)}, limit=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert result.best_size() == 2
+    with pytest.warns(UserWarning, match="task: the measure is at its ceiling"):
+        assert replace(result, saturation="ceiling").best_size() == 2
 
 
 # Tables and files

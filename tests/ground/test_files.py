@@ -267,6 +267,24 @@ def test_other_kinds_and_schemas_are_refused(tmp_path: Path, content: Any, says:
         KIND.load_tensors(tmp_path / "a")
 
 
+def test_a_file_of_another_format_is_named_by_its_kind(tmp_path: Path) -> None:
+    """Tensors where JSON is expected, and the reverse; what has no kind is not given one."""
+    other = FileKind("test.Other", 1, (1,), "other things")
+    other.save_tensors(tmp_path / "tensors", {"x": torch.ones(2)}, {})
+    other.save_json(tmp_path / "json", {})
+    for load, name in ((KIND.load_json, "tensors"), (KIND.load_tensors, "json")):
+        with pytest.raises(
+            PlanError, match=f"{name} is no file of things: its kind is 'test.Other', not 'test.Kind'"
+        ):
+            load(tmp_path / name)
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights", {"format": "pt"})
+    with pytest.raises(PlanError, match=r"weights is no file of things: its kind is None"):
+        KIND.load_json(tmp_path / "weights")
+    KIND.save_tensors(tmp_path / "own", {"x": torch.ones(2)}, {})
+    with pytest.raises(PlanError, match="own cannot be read as things"):
+        KIND.load_json(tmp_path / "own")
+
+
 def test_former_names_and_old_headers_are_read(tmp_path: Path) -> None:
     old = {"kind": '"test things"', "schema": "1", "shape": '{"layers": [0, 2]}'}
     save_file({"x": torch.ones(2)}, tmp_path / "old", old)

@@ -38,6 +38,16 @@ def test_a_long_line_is_cut(length: int) -> None:
     assert line.endswith("...)" if length > 153 else ")")
 
 
+def test_a_long_line_is_cut_between_words_and_without_a_comma() -> None:
+    words = " ".join(f"word{n}," for n in range(100))
+    line = repr(Sized(words))
+    assert line.endswith(" ...)")
+    assert len(line) <= 160
+    kept = line.removeprefix("Sized(").removesuffix(" ...)")
+    assert words.startswith(f"{kept}, word")
+    assert len(line) + len(" word20,") > 160
+
+
 def test_a_notebook_gets_the_line_and_the_table() -> None:
     assert Sized("a < b & c")._repr_html_() == "<p><code>Sized(a &lt; b &amp; c)</code></p>"
     html = Tabled("t", 3)._repr_html_()

@@ -7,8 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe_lens.errors import RouterMismatchError
+from moe_lens import organisms
+from moe_lens.errors import MoELensError, RouterMismatchError
 from moe_lens.model.hooked_moe import HookedMoE, attach, detach
+from moe_lens.model.loading import placed
+from moe_lens.model.routed_model import RoutedModel
 from moe_lens.routers.plain import SoftmaxTopK
 from tests.edits import on_logits
 from tests.families import core_family, every_dtype
@@ -100,3 +103,46 @@ def test_from_hf_puts_a_model_in_training_mode_into_eval_mode(recipe: str) -> No
     model = HookedMoE.from_hf(tiny_model(recipe).train())
     assert not any(module.training for module in model.modules())
     assert not any(point.training for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("wrapper", [HookedMoE, RoutedModel])
+@pytest.mark.parametrize("given", ["olmoe", Path("olmoe"), "./olmoe", "null"], ids=repr)
+def test_a_folder_goes_before_a_name(
+    wrapper: Any, given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "olmoe" is TransformerLens' name of a model on the hub, "null" that of an organism."""
+    hf_model = tiny_model("olmoe")
+    save(hf_model, tmp_path / given, tokenizer())
+    monkeypatch.chdir(tmp_path)
+    model = wrapper.from_pretrained(given)
+    assert model.moe_shape.model == Path(given).name
+    torch.testing.assert_close(model(tokens()), hf_model(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", [HookedMoE, RoutedModel])
+@pytest.mark.parametrize(
+    "given", ["./absent", "/absent/model", "~/model", "a/b/c", Path("absent"), "..\\model"], ids=repr
+)
+def test_a_path_without_a_folder_is_no_name(wrapper: Any, given: Any) -> None:
+    with pytest.raises(MoELensError, match="There is no folder"):
+        wrapper.from_pretrained(given)
+
+
+def test_the_name_of_an_organism_is_answered_at_once_with_how_to_load_it() -> None:
+    for name in organisms.names():
+        with pytest.raises(MoELensError, match=rf"organisms\.load\('{name}'\)"):
+            HookedMoE.from_pretrained(name)
+        with pytest.raises(MoELensError, match=rf"organisms\.load\('{name}', wrapper=RoutedModel\)"):
+            RoutedModel.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["allenai/OLMoE-1B-7B-0924", "gpt2", "mixtral", "planted2", "a/null", ""])
+def test_names_on_the_hub_stay_as_they_are(name: str) -> None:
+    assert placed(name, "HookedMoE") == name
+
+
+def test_a_bridge_says_what_to_save_instead(tmp_path: Path) -> None:
+    model = HookedMoE.from_hf(tiny_model("olmoe"))
+    with pytest.raises(MoELensError, match=r"model\.hf_model\.save_pretrained"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -10,8 +10,11 @@ from jaxtyping import TypeCheckError
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from moe_lens import RoutedModel, SteeringPlan, hook_names, steer_hooks
-from moe_lens.errors import HookError, MoELensError, RouterMismatchError, UnsupportedRouterError
+from moe_lens.errors import HookError, MoELensError, PlanError, RouterMismatchError, UnsupportedRouterError
 from moe_lens.model.hooked_moe import HookedMoE, attach, detach
+from moe_lens.shape import MoEShape
+from moe_lens.statistics.collection import collect_routing
+from moe_lens.statistics.writing import generate_text
 from tests.edits import SPELLERS, on_logits, same
 from tests.families import core_family
 from tests.model.recorded import Hooked, negate, point_names
@@ -297,3 +300,44 @@ def test_a_mistyped_point_is_answered_with_the_nearest_names(wrap: Callable[[Any
         with pytest.raises(HookError, match=r"no hook point .*did you mean .*blocks\.1\.hook_resid_post"):
             way()
     model.run_with_hooks(tokens_, fwd_hooks=[(lambda each: each.endswith("resid_post"), same)])
+
+
+@pytest.mark.parametrize("wrap", [RoutedModel, HookedMoE.from_hf])
+def test_a_plan_of_another_model_says_so_before_it_misses_a_layer(wrap: Callable[[Any], Any]) -> None:
+    model = wrap(tiny_model("olmoe"))
+    layer = model.moe_layers[-1] + 1
+    other = MoEShape("other", (0, layer), model.n_experts, model.top_k)
+    hooks = steer_hooks(SteeringPlan(deactivate=[(layer, 1)], shape=other))
+    message = r"made for another model \(plan / model\): model 'other'"
+    with pytest.raises(PlanError, match=message):
+        model.run_with_hooks(tokens(), fwd_hooks=hooks)
+    with pytest.raises(PlanError, match=message), model.hooks(hooks):
+        pass
+    with pytest.raises(PlanError, match=message):
+        model.add_hook(*hooks[0])
+    with pytest.raises(PlanError, match=f"layer {layer} has no router"):
+        model.run_with_hooks(tokens(), fwd_hooks=steer_hooks(SteeringPlan(deactivate=[(layer, 1)])))
+    with pytest.raises(HookError, match=f"layer {layer} has no router"):
+        model.run_with_hooks(tokens(), fwd_hooks=[(hooks[0][0], same)])
+
+
+@pytest.mark.parametrize("wrap", [RoutedModel, HookedMoE.from_hf])
+@pytest.mark.parametrize("name", ["plan", "hooks", "fwd_hooks"])
+def test_generate_says_where_a_plan_belongs(wrap: Callable[..., Any], name: str) -> None:
+    model, plan = wrap(tiny_model("olmoe"), tokenizer()), SteeringPlan(deactivate=[(0, 1)])
+    given: Any = {name: plan if name == "plan" else steer_hooks(plan)}
+    ways = ["generate", "hf_generate", "generate_stream"] if isinstance(model, HookedMoE) else ["generate"]
+    for way in ways:
+        with pytest.raises(HookError, match=rf"no {name}=.*with model\.hooks\("):
+            list(getattr(model, way)("w1 w2", max_new_tokens=1, **given))
+    if name != "hooks":  # which generate_text has
+        with pytest.raises(HookError, match=r"generate_text\(model, prompts, hooks="):
+            generate_text(model, ["w1 w2"], max_new_tokens=1, progress=False, **given)
+
+
+def test_a_fresh_model_in_training_mode_is_told_what_its_caller_can_do() -> None:
+    model = RoutedModel(tiny_model("olmoe").train())
+    with pytest.raises(HookError, match=r"Call model\.eval\(\) first") as refusal:
+        collect_routing(model, tokens(), progress=False)
+    assert "or allow it" not in str(refusal.value)
+    assert "steered(..., training=True)" in str(refusal.value)

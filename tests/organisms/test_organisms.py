@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -125,6 +127,12 @@ def test_load_gives_a_model_with_causal_routing_hooks() -> None:
 def test_unknown_name_says_what_there_is(verb: Callable[[str], object]) -> None:
     with pytest.raises(MoELensError, match=r"'olmoe'.*planted.*moe_lens\.organisms\.train"):
         verb("olmoe")
+
+
+def test_another_wrapper_is_refused_with_those_that_there_are() -> None:
+    wrong: Any = "routed"
+    with pytest.raises((MoELensError, TypeCheckError), match=r"moe_lens\.RoutedModel|load"):
+        organisms.load("null", wrapper=wrong)
 
 
 def test_no_machine_path_in_the_checkpoints() -> None:

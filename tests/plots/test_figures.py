@@ -17,6 +17,7 @@ from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 
 from moe_lens import organisms, plots
 from moe_lens.detection.expert_scores import Evidence, ExpertScores, risk_difference
@@ -193,12 +194,32 @@ def test_heat_map_shows_every_score_on_a_scale_centred_on_zero(scores: ExpertSco
 def test_heat_map_marks_exactly_the_experts_of_each_plan(scores: ExpertScores) -> None:
     ax = plots.expert_heat_map(scores, PLANS)
     layers = scores.shape.layers
-    for line, (label, plan) in zip(ax.get_lines(), PLANS.items(), strict=True):
+    expected = {
+        "toward: activated": PLANS["toward"].activate,
+        "toward: deactivated": PLANS["toward"].deactivate,
+        "away: deactivated": PLANS["away"].deactivate,
+    }
+    for line, (label, experts) in zip(ax.get_lines(), expected.items(), strict=True):
         marked = {(layers[int(y)], int(x)) for x, y in np.asarray(line.get_xydata())}
-        assert marked == {*plan.activate, *plan.deactivate}
+        assert marked == set(experts)
         assert line.get_label() == label
-    assert legend(ax) == list(PLANS)
-    assert len({str(line.get_marker()) for line in ax.get_lines()}) == len(PLANS)
+    assert legend(ax) == list(expected)
+    assert len({str(line.get_marker()) for line in ax.get_lines()}) == len(expected)
+
+
+def test_heat_map_marks_an_expert_that_a_plan_names_twice_as_deactivated(scores: ExpertScores) -> None:
+    ax = plots.expert_heat_map(scores, {"a": SteeringPlan(activate=[(0, 1)], deactivate=[(0, 1)])})
+    assert legend(ax) == ["a: deactivated"]
+    assert plots.expert_heat_map(scores, {"none": SteeringPlan()}).get_legend() is None
+
+
+def test_markers_of_two_plans_on_one_expert_show_both(scores: ExpertScores) -> None:
+    """The later one is larger, hollow, and lies below."""
+    plan = SteeringPlan(deactivate=[(0, 1)])
+    small, large = plots.expert_heat_map(scores, {"one": plan, "two": plan.reversed()}).get_lines()
+    assert small.get_markersize() < large.get_markersize()
+    assert small.get_zorder() > large.get_zorder()
+    assert large.get_markerfacecolor() == "none"
 
 
 @pytest.mark.parametrize("expert", [(77, 0), (0, 300)])
@@ -242,9 +263,10 @@ def test_volcano_names_the_largest_of_those_below_q(
     below = [(layers[r], e) for r in row_numbers for e in range(8) if scores.q[r, e] < 1]
     size = {place: abs(float(scores.delta[layers.index(place[0]), place[1]])) for place in below}
     named = [text.get_text() for text in ax.texts]
-    assert len(named) == min(5, len(below))
-    expected = sorted(below, key=lambda place: -size[place])[:5]
-    assert set(named) == {f"L{layer} E{expert}" for layer, expert in expected}
+    expected = [f"L{layer} E{expert}" for layer, expert in sorted(below, key=lambda place: -size[place])[:5]]
+    assert set(named) <= set(expected)
+    assert named[:1] == expected[:1]
+    assert len(named) >= min(3, len(expected))
     assert any(np.allclose(line.get_ydata(), -np.log10(q)) for line in ax.get_lines())
 
 
@@ -256,9 +278,43 @@ def test_names_in_a_volcano_do_not_stand_over_each_other(scores: ExpertScores) -
     ax = plots.volcano(replace(scores, delta=near, evidence=replace(scores.evidence, q=q)), n_labels=8)
     laid_out(ax)
     boxes = [text.get_window_extent() for text in ax.texts]
-    assert len(boxes) == 8
+    assert len(boxes) >= 2
     for number, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+def many_scores() -> ExpertScores:
+    """Of 22 layers × 64 experts, made up, many with the smallest q."""
+    shape = MoEShape("big", tuple(range(2, 24)), 64, 6)
+    counts = torch.full((22, 64), 12)
+    stats = RoutingStats(shape, 128, counts, counts.double() / 8, counts.double())
+    delta = 0.15 * torch.randn(22, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q = (3 * torch.exp(-2 * (delta / 0.15) ** 2).clamp(min=0.002)).clamp(max=1)
+    evidence = Evidence(delta - 0.1, delta + 0.1, q / 3, q, 0.95, 10, 10, 0, ("a",), ("t",))
+    return ExpertScores(delta, stats, stats, evidence=evidence)
+
+
+@pytest.mark.parametrize("n_labels", [8, 60])
+def test_names_among_many_points_lie_on_none_and_a_line_leads_to_those_far_off(n_labels: int) -> None:
+    found = many_scores()
+    ax = plots.volcano(found, n_labels=n_labels)
+    figure = laid_out(ax)
+    assert found.q is not None
+    values = np.stack([found.delta.numpy().ravel(), -np.log10(found.q.numpy().ravel())], axis=1)
+    dots, radius = ax.transData.transform(values), 2.5 * figure.dpi / 72
+    assert 3 <= len(ax.texts) < max(n_labels, 9)
+    for text in ax.texts:
+        assert isinstance(text, Annotation)
+        box = Text.get_window_extent(text)  # without its line
+        nearest = np.clip(dots, (box.x0, box.y0), (box.x1, box.y1))
+        apart = np.linalg.norm(dots - nearest, axis=1)
+        assert apart.min() > radius
+        own = ax.transData.transform(text.xy)
+        from_own = np.linalg.norm(own - np.clip(own, (box.x0, box.y0), (box.x1, box.y1)))
+        assert (text.arrow_patch is not None) == (from_own > 10 * figure.dpi / 72)
+        frame = ax.get_window_extent()
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
 
 
 def test_volcano_of_q_zero_is_finite_and_within_the_axes(scores: ExpertScores) -> None:
@@ -316,6 +372,7 @@ def test_coactivation_shows_the_lift_of_every_pair(layer: int, stats: RoutingSta
     low, high = ax.get_images()[0].get_clim()
     assert low == -high == -np.nanmax(np.abs(shown))
     assert f"layer {layer}" in ax.get_title()
+    assert any("grey: never together" in other.get_ylabel() for other in laid_out(ax).axes)
 
 
 @pytest.mark.parametrize("layer", [1, 99, -1])
@@ -451,8 +508,8 @@ def test_random_sets_stand_by_their_line_however_few_reports_there_are(n_reports
     assert (low + high) / 2 == pytest.approx((n_reports - 1) / 2)
     found = ax.get_legend()
     assert found is not None
-    box = found.get_window_extent()
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    for box in (found.get_window_extent(), ax.title.get_window_extent()):
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
 def test_rates_that_are_no_shares_are_all_shown() -> None:
@@ -498,6 +555,20 @@ def test_sweep_curves_of_one_direction_without_random_sets() -> None:
     assert len([c for c in ax.containers if isinstance(c, ErrorbarContainer)]) == 1
     assert not [c for c in ax.collections if isinstance(c, PolyCollection)]
     assert len(legend(ax)) == 2
+
+
+def test_random_sets_that_all_agree_leave_a_line() -> None:
+    found = sweep_result()
+    points = tuple(replace(point, control_means=[0.25, 0.25]) for point in found.points)
+    (band,) = [
+        c
+        for c in plots.sweep_curves(replace(found, points=points)).collections
+        if isinstance(c, PolyCollection)
+    ]
+    assert np.ptp(np.asarray(band.get_paths()[0].vertices)[:, 1]) == 0
+    assert np.asarray(band.get_linewidth()).min() >= 1
+    assert to_hex(np.asarray(band.get_edgecolor())[0].tolist()) == plots.COLORS["random"]
+    assert np.asarray(band.get_edgecolor())[0, 3] == 1
 
 
 def test_sweep_curves_of_sizes_far_apart_keep_their_ticks_apart() -> None:

@@ -40,6 +40,16 @@ def test_a_patching_map_is_normalised_and_centred_on_zero() -> None:
     assert raw.get_xlabel() == "expert"
 
 
+def test_a_map_claims_no_layers_and_no_point_that_it_was_not_told() -> None:
+    values = torch.rand(2, 3)
+    ax = patching_map(values, corrupted=0.0)
+    assert ax.get_ylabel() == "row (MoE layers in order)"
+    assert ax.get_title() == "Patching from the clean run"
+    ax = patching_map(values, corrupted=0.0, layers=[2, 3], what="expert outputs")
+    assert ax.get_ylabel() == "layer"
+    assert ax.get_title() == "Patching expert outputs from the clean run"
+
+
 def test_a_map_of_some_layers_and_positions_has_their_numbers() -> None:
     ax = patching_map(torch.rand(2, 3), corrupted=0.0, layers=[3, 5], positions=[0, 7, 11])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["3", "5"]
@@ -104,7 +114,34 @@ def test_bars_leave_out_what_the_model_lacks(hooked: Hooked, family: str) -> Non
     dense = [part for name, part in zip(found.part_names, found.parts, strict=True) if name.endswith("mlp")]
     lacks = not any(bool((part != 0).any()) for part in dense)
     assert ("dense and shared experts" in labels) == (not lacks) == (family == "qwen2_moe")
-    assert [*labels[3:5]] == ["embedding", "attention and mixers"]
+    assert [*labels[3:5]] == ["embedding", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("qwen3_next", ["attention", "mixers", "dense and shared experts"]),
+        ("granitemoehybrid", ["attention", "mixers", "dense and shared experts"]),
+        ("nemotron_h", ["mixers"]),
+    ],
+)
+def test_parts_of_hybrid_models_are_called_what_they_are(
+    hooked: Hooked, family: str, kinds: list[str]
+) -> None:
+    ax = attribution_bars(expert_logit_attribution(hooked(family), tokens(2, 3), 9), n_experts=1)
+    assert [label.get_text() for label in ax.get_yticklabels()][2:] == ["embedding", *kinds]
+
+
+def test_the_numbers_of_bars_have_a_true_minus_and_one_prompt_is_no_mean(hooked: Hooked) -> None:
+    found = expert_logit_attribution(hooked("olmoe"), tokens(1, 4), 9)
+    ax = attribution_bars(found)
+    assert ax.get_title().endswith("(one prompt)")
+    written = [text.get_text() for text in ax.texts]
+    values = [bar.get_width() for bar in ax.patches]  # type: ignore[attr-defined]
+    assert any(value < 0 for value in values)
+    for text, value in zip(written, values, strict=True):
+        assert text[0] == ("+" if value >= 0 else "−")
+        assert float(text[1:]) == pytest.approx(abs(value), abs=0.005001)
 
 
 def test_only_experts_that_ran_have_a_bar(hooked: Hooked) -> None:
@@ -123,10 +160,10 @@ def test_only_experts_that_ran_have_a_bar(hooked: Hooked) -> None:
 
 def test_a_difference_of_logits_is_called_that(hooked: Hooked) -> None:
     ax = attribution_bars(expert_logit_attribution(hooked("olmoe"), tokens(2, 3), 9, wrong_tokens=10))
-    assert ax.get_xlabel() == "share of the logit difference (nats)"
+    assert ax.get_xlabel() == "part of the logit difference (nats)"
     assert ax.get_title().startswith("Who wrote the logit difference ")
     ax = attribution_bars(expert_logit_attribution(hooked("olmoe"), tokens(2, 3), 9))
-    assert ax.get_xlabel() == "share of the logit (nats)"
+    assert ax.get_xlabel() == "part of the logit (nats)"
 
 
 def test_bars_of_what_is_not_there_are_refused(hooked: Hooked) -> None:

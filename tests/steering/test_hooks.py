@@ -11,6 +11,7 @@ from moe_lens import hook_names
 from moe_lens.errors import HookError, MoELensError
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routers.plain import SoftmaxTopK
+from moe_lens.steering import context
 from moe_lens.steering.hooks import steer_hooks
 from moe_lens.steering.plan import EPSILON_RANGE, SteeringPlan
 from tests import oracle
@@ -326,3 +327,29 @@ def test_a_steering_hook_on_another_point_is_refused(hooked: Hooked) -> None:
     for wrong in (hook_names.router_logits(1), hook_names.topk_weights(0), "blocks.0.hook_resid_pre"):
         with pytest.raises(HookError, match="was put on"):
             model.run_with_hooks(tokens(), fwd_hooks=[(wrong, hook)])
+
+
+@core_family
+def test_a_plan_on_some_of_its_layers_is_the_plan_of_these(hooked: Hooked, recipe: str) -> None:
+    model, plan, batch = hooked(recipe), full_plan(recipe), tokens(2, 5)
+    for layers in (model.moe_layers[0], model.moe_layers[1:], list(model.moe_layers)):
+        kept = [layers] if isinstance(layers, int) else layers
+        part = SteeringPlan(
+            [pair for pair in plan.activate if pair[0] in kept],
+            [pair for pair in plan.deactivate if pair[0] in kept],
+        )
+        assert len(part) > 0
+        hooks = steer_hooks(plan, layers=layers)
+        assert [name for name, _ in hooks] == [hook_names.router_logits(layer) for layer in kept]
+        expected = steered(model, steer_hooks(part), batch)
+        assert torch.equal(steered(model, hooks, batch), expected)
+        with context.steered(model, plan, layers=layers):
+            assert torch.equal(model(batch), expected)
+
+
+@pytest.mark.parametrize("layers", [5, [0, 5], []])
+def test_layers_that_no_plan_names_are_refused(layers: Any) -> None:
+    with pytest.raises(MoELensError, match="layers"):
+        steer_hooks(
+            [SteeringPlan(deactivate=[(0, 1)]), SteeringPlan(deactivate=[(2, 1)]), None], layers=layers
+        )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
@@ -178,6 +178,7 @@ def test_activations_that_deactivation_overrules_take_no_room() -> None:
 def test_picks_the_most_positive_and_the_most_negative(
     delta: Any, n_activate: int, n_deactivate: int
 ) -> None:
+    assume(n_activate or n_deactivate)
     flat = {(layer, e): delta[row][e] for row, layer in enumerate((1, 4)) for e in range(6)}
     positive = sorted(
         (expert for expert in flat if flat[expert] > 0), key=lambda expert: (-flat[expert], expert)
@@ -722,8 +723,40 @@ def test_only_whole_numbers_count_experts(number: Any) -> None:
 
 
 def test_none_means_none_without_q() -> None:
-    assert SteeringPlan.from_scores(scores(DELTA)) == SteeringPlan(shape=SHAPE)
     assert SteeringPlan.from_scores(scores(DELTA), None, 2) == SteeringPlan.from_scores(scores(DELTA), 0, 2)
+
+
+@pytest.mark.parametrize("numbers", [(), (0, 0), (None, 0), (0, None)])
+def test_a_plan_that_would_steer_nothing_is_refused(numbers: Any) -> None:
+    with pytest.raises(PlanError, match=r"names no expert; ask for some with n_activate="):
+        SteeringPlan.from_scores(scores(DELTA), *numbers)
+    with pytest.raises(PlanError, match=r"names no expert"):
+        SteeringPlan.from_scores(scores(DELTA), 0, 0, stable=0.5)
+
+
+def test_all_of_none_is_an_empty_plan_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="names no expert"):
+        assert len(SteeringPlan.from_scores(scores(torch.zeros(2, 6)), "all")) == 0
+
+
+def test_experts_may_be_given_layer_by_layer() -> None:
+    plan = SteeringPlan(activate={4: [5, 0]}, deactivate={0: [1], 2: range(2)})
+    assert plan == SteeringPlan(activate=[(4, 5), (4, 0)], deactivate=[(0, 1), (2, 0), (2, 1)])
+    assert len(SteeringPlan({}, {3: []})) == 0
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({0: 1}, "mapping from layers"),
+        ({"0": [1]}, "whole numbers"),
+        ({0: [1, 1]}, "more than once"),
+        ({0: ["a"]}, "whole"),
+    ],
+)
+def test_mappings_of_other_things_are_refused(mapping: Any, words: str) -> None:
+    with pytest.raises((PlanError, TypeCheckError), match=f"{words}|__init__"):
+        SteeringPlan(deactivate=mapping)
 
 
 def test_numpy_and_torch_integers_are_numbers() -> None:

@@ -99,8 +99,8 @@ def test_plans_are_the_authors_selection(file, seed, n_layers, k, tokens, n, m, 
     assert ranking.shape == MoEShape(UNKNOWN_MODEL, tuple(range(n_layers)), 5, k)
     assert ranking.delta.tolist() == table["risk_diff"].tolist()  # bit for bit, in the file's order
     expected = authors_selection(table, n, m, reverse)
-    if expected is None:
-        with pytest.raises(PlanError, match=r"only .* experts have a"):
+    if expected is None or n + m == 0:
+        with pytest.raises(PlanError, match=r"only .* experts have a|The plan names no expert"):
             ranking.plan(n, m, opposite=reverse)
         return
     activated, deactivated = expected
@@ -127,11 +127,21 @@ def test_every_pair_of_numbers_on_one_file_with_many_ties(file) -> None:
                 try:
                     plan = ranking.plan(n, m, opposite=reverse)
                 except PlanError as error:
-                    assert expected is None or "at most" in str(error)  # noqa: PT017
+                    assert expected is None or n + m == 0 or "at most" in str(error)  # noqa: PT017
                 else:
                     assert expected == (list(plan.activate), list(plan.deactivate))
                     compared += 1
     assert compared > 40
+
+
+def test_a_plan_of_no_expert_is_refused(tmp_path) -> None:
+    result_table(5, n_layers=2, n_experts=4, k=2, tokens=3).to_csv(tmp_path / "t.csv")
+    ranking = read_published_ranking(tmp_path / "t.csv")
+    for numbers in ((), (0, 0)):
+        with pytest.raises(
+            PlanError, match="names no expert; ask for some with n_activate= or n_deactivate="
+        ):
+            ranking.plan(*numbers)
 
 
 def test_ties_follow_the_file_and_not_the_layer(tmp_path) -> None:
