@@ -1,5 +1,7 @@
 """Intervals from sums over units: strata, too few units, and how often they hold the truth."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -81,7 +83,7 @@ def test_of_ten_units_or_more_the_bounds_are_percentiles_bit_for_bit(n_units: in
     equal = np.full(n_units, 1 / n_units)
     weights = np.random.default_rng(7).multinomial(n_units, equal, 500).astype(float)
     expected = percentiles((weights @ events) / (weights @ tokens)[:, None], n_units)
-    settings = {"n_resamples": 500, "seed": 7}
+    settings: Any = {"n_resamples": 500, "seed": 7}
     everyone = np.ones((n_units, 2), dtype=bool)
     for informs in (None, everyone):
         low, high = interval_of(lambda a, n: a / n[:, None], [events, tokens], informs=informs, **settings)
