@@ -378,7 +378,9 @@ TABLES = {
     ),
     "detection-p": Table(
         "p-values of scores",
-        "Nothing differs. How often an expert's p is small all the same.",
+        "Nothing differs. How often an expert's p is small all the same. (Groups whose clusters are all in "
+        "both are tested as pairs are; where only some are, the test is conservative: pair the prompts where "
+        "you can.)",
         (
             "design",
             "units a condition",

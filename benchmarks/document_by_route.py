@@ -12,13 +12,11 @@ figure is drawn: a source word's effect in the specialised organism, layer by la
 
 import sys
 
-import numpy as np
-
 from moe_lens import mediation, organisms
 from moe_lens.interventions import Mediation
 from moe_lens.organisms import Conflict, words
 from moe_lens.plots import mediation_curves, save
-from moe_lens.resampling import cluster_weights, tail_of
+from moe_lens.resampling import bounds_of, cluster_weights
 
 
 def pairs(name: str, contrast: str) -> tuple[list[Conflict], list[str], list[str]]:
@@ -63,10 +61,11 @@ def row(name: str, contrast: str, weights: bool) -> str:
     found, control, clusters = measured(name, contrast, weights)
     total = found.total_effect.numpy()
     drawn = cluster_weights(clusters, 2000, 0)
-    tail = tail_of(len(set(clusters)), 0.95)
-    low, high = np.quantile((drawn @ control.route_effect.numpy()) / (drawn @ total), [tail, 1 - tail])
+    foreign = control.route_effect.numpy()
+    share = foreign.mean() / total.mean()
+    low, high = bounds_of(share, (drawn @ foreign) / (drawn @ total), len(set(clusters)), 0.95)
     cells = [found.share(effect, clusters=clusters) for effect in ("route", "representation")]
-    cells.append((control.route_effect.numpy().mean() / total.mean(), low, high))
+    cells.append((share, float(low), float(high)))
     return " | ".join(
         [
             f"| {name}",

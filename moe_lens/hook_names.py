@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_lens.checks import short
@@ -161,6 +162,46 @@ def points_of(
         if missing := [point for point in needed if point not in by_layer.get(layer, {})]:
             raise DataError(f"{what} lacks {' and '.join(missing)} of layer {layer}; {_remedy(missing)}.")
     return dict(sorted(by_layer.items()))
+
+
+def check_points(points: dict[int, dict[str, Tensor]], n_experts: int | None = None) -> None:
+    """Refuse the routing of a cache, from `points_of`, that no one run of a model can have given.
+
+    Args:
+        points: with the top-k indices of every layer.
+        n_experts: how many experts a layer has; None: as many as it has router logits.
+
+    Raises:
+        DataError: layers of different tokens, experts that are no whole numbers or not there, or other
+            numbers of weights than of experts.
+    """
+    first = next(iter(points))
+    batch = points[first][TOPK_INDICES].shape[:-1]
+    for layer, tensors in points.items():
+        for point in POINTS:
+            if point in tensors and tensors[point].shape[:-1] != batch:
+                raise DataError(
+                    f"Layer {layer}: {point} has shape {tuple(tensors[point].shape)}, layer {first} is of "
+                    f"a batch {tuple(batch)}; all layers must come from one run. Cache them in one."
+                )
+        indices, weights = tensors[TOPK_INDICES], tensors.get(TOPK_WEIGHTS)
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise DataError(
+                f"Layer {layer}: {TOPK_INDICES} must be integers; got {indices.dtype}. Are they weights?"
+            )
+        if weights is not None and weights.shape != indices.shape:
+            raise DataError(
+                f"Layer {layer}: {TOPK_WEIGHTS} has shape {tuple(weights.shape)}, and {TOPK_INDICES} "
+                f"{tuple(indices.shape)}; keep both as the run gave them."
+            )
+        there = tensors[ROUTER_LOGITS].shape[-1] if n_experts is None else n_experts
+        wrong = indices[(indices < 0) | (indices >= there)]
+        if wrong.numel():
+            raise DataError(
+                f"Layer {layer}: {TOPK_INDICES} names expert {int(wrong[0])}, and there are experts 0 to "
+                f"{there - 1}; were the indices padded or offset, or are the logits another model's? Keep "
+                "both as the run gave them."
+            )
 
 
 def _remedy(missing: Sequence[str]) -> str:

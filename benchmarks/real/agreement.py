@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from moe_lens.detection import SCORES, ExpertScores, bootstrap_scores, score
 from moe_lens.detection.detecting import evidence_of, unit_counts
 from moe_lens.evaluation import split_clusters
-from moe_lens.resampling import tail_of
+from moe_lens.resampling import bounds_of
 from moe_lens.steering import PublishedRanking
 
 NAME = "risk_difference"
@@ -29,8 +29,9 @@ def agreement(scores: ExpertScores, ranking: PublishedRanking, n_top: int, seed:
     counts = unit_counts(SCORES[NAME], scores.stats_1, scores.stats_2, evidence.clusters, None)
     own, published = score(NAME, counts), on_grid(ranking)
     draws = bootstrap_scores(NAME, counts, 1000, seed)
-    tail = tail_of(counts.n_units, 0.95)
-    low, high = np.quantile([rho(draw, published) for draw in draws], [tail, 1 - tail])
+    found = rho(own, published)
+    bounds = bounds_of(found, np.array([rho(draw, published) for draw in draws]), counts.n_units, 0.95)
+    low, high = np.clip(bounds, -1, 1)
     units = split_clusters(list(range(counts.n_units)), (0.5, 0.5), seed=seed)
     halves = [
         score(NAME, unit_counts(SCORES[NAME], scores.stats_1, scores.stats_2, chosen, None, rows))
@@ -41,7 +42,7 @@ def agreement(scores: ExpertScores, ranking: PublishedRanking, n_top: int, seed:
         "pairs": len(evidence.clusters),
         "independent clusters": counts.n_units,
         "experts": n,
-        "Spearman's rho": f"{rho(own, published):.3f} [{low:.3f}, {high:.3f}]",
+        "Spearman's rho": f"{found:.3f} [{low:.3f}, {high:.3f}]",
         "Spearman's rho between halves of your clusters": f"{rho(*halves):.3f}",
         "experts of the same sign": f"{np.mean(np.sign(own) == np.sign(published)):.3f}",
         f"shared among the {n_top} of largest size": shared(np.abs(own), np.abs(published), n_top),

@@ -191,7 +191,9 @@ def compare_routing(
         paired: True: prompt i of one is paired with prompt i of the other. False: they are different prompts,
             and as many or not. None: paired if there are as many, which `scores.evidence.is_paired` says.
         clusters: one label per pair; pairs of one label are one unit. By default every pair is its own. If
-            not paired: two lists, one label per prompt of each; a label that both have is one unit.
+            not paired: two lists, one label per prompt of each; a label that both have is one unit. If all
+            are such, units are compared with themselves; if only some are, p-values and intervals are
+            conservative: pair the prompts where you can.
         templates: one label per pair, for `template_agreement`.
 
     Unpaired p-values and intervals are conservative for rare experts (rates below 0.1 with 20 prompts a

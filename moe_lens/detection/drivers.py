@@ -38,7 +38,9 @@ class DriverExperts(Result):
             NaN for one never chosen.
         preference: [layer expert], 1 − H(p(· | e)) / ln n_domains, in [0, 1]: 0 for an expert as active in
             all domains, 1 for one that runs in one only.
-        low, high: its interval over prompts; None without per_prompt counts.
+        low, high: its interval over prompts; None without per_prompt counts, NaN for an expert that no prompt
+            or a single one chose. That of one that runs in one domain only is [1, 1], however few prompts
+            chose it: no resample can show others.
         effect: [layer expert], the causal effect of each expert, as it was given.
         eligible: [layer expert], whether it was chosen often enough to be ranked.
     """
@@ -231,6 +233,8 @@ def _interval(
                 lambda c, n: _preference(c / n[..., None]),
                 [joint, tokens],
                 strata=np.repeat(np.arange(len(sizes)), sizes),
+                informs=joint.sum(1) > 0,
+                limits=(0.0, 1.0),
                 level=level,
                 n_resamples=n_resamples,
                 seed=seed,

@@ -90,11 +90,13 @@ class Evidence(Result):
             prompts, labels = f"{len(self.clusters)} pairs", set(self.clusters)
         else:
             prompts = f"unpaired, {len(self.clusters)} and {len(self.clusters_2)} prompts"
-            labels = {*self.clusters, *self.clusters_2}
+            labels, shared = {*self.clusters, *self.clusters_2}, set(self.clusters) & set(self.clusters_2)
+            if shared and shared != labels:
+                prompts += f" ({len(shared)} clusters in both: conservative; pair prompts where you can)"
         n_found = int((self.q <= 0.05).sum())
         found = f"{n_found} of {self.q.numel()} experts with q ≤ 0.05{self._floor(n_found)}"
         return (
-            f"{found}; {prompts} in {len(labels)} clusters, {self.level:.0%} intervals, "
+            f"{found}; {prompts} in {len(labels)} clusters, {100 * self.level:g}% intervals, "
             f"{self.n_resamples} resamples, {self.n_permutations} permutations, seed {self.seed}"
         )
 

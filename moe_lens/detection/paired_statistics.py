@@ -118,7 +118,8 @@ def interval(
 
     Two groups of different prompts are resampled each by itself; t has Welch and Satterthwaite's degrees of
     freedom. Where some units are in both groups, all units are resampled together. A difference of rates gets
-    at least Newcombe's interval where an expert is rare (rare_experts.py).
+    at least Newcombe's interval where an expert is rare (rare_experts.py), unless all units are in both
+    groups: then each is compared with itself, as those of pairs are.
 
     The interval of paired_t is that of the mean difference, divided by the observed standard error.
 
@@ -139,7 +140,7 @@ def interval(
         upper = np.maximum(np.maximum(upper, centre), centre + t * error)
         low[columns] = formula.as_score(lower, centre, error)
         high[columns] = formula.as_score(upper, centre, error)
-    if formula.is_rate_difference and isinstance(counts, UnpairedCounts):
+    if formula.is_rate_difference and isinstance(counts, UnpairedCounts) and not counts.is_crossed:
         low, high = widened(counts, low, high, level)
     return np.clip(low, *formula.bounds), np.clip(high, *formula.bounds)
 
@@ -188,7 +189,7 @@ def sign_flip_p(
         p[columns] = b / len(signs) if exact else (1 + b) / (1 + n_permutations)
         if not exact and (sure := b == 0).any():
             p[columns][sure] = np.minimum(p[columns][sure], chernoff_bound(contributions[:, sure]))
-    if formula.counts_events and isinstance(counts, UnpairedCounts):
+    if formula.counts_events and isinstance(counts, UnpairedCounts) and not counts.is_crossed:
         return np.maximum(p, binomial_p(counts))
     if formula.counts_events and not np.array_equal(counts.tokens_1, counts.tokens_2):
         p = np.maximum(p, _few_events_p(counts))

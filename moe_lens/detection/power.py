@@ -135,7 +135,7 @@ class RequiredPairs(Result):
 
     def summary(self) -> str:
         """The numbers of clusters, for an expert of middling noise and for those of most."""
-        counted = [f"{row.n_clusters or 'too many'} for {row.share:.0%}" for row in self.rows]
+        counted = [f"{row.n_clusters or 'too many'} for {100 * row.share:g}%" for row in self.rows]
         numbers = ", ".join(counted) if len(counted) > 1 else str(self.n_clusters or "too many")
         return (
             f"clusters needed {numbers}{' of the experts' if len(counted) > 1 else ''}: difference of rates "

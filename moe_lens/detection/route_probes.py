@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from moe_lens.checks import chosen_layers, share, whole_number
 from moe_lens.detection.ridge_logistic import auroc, concordance, held_out_scores, stratified_folds
 from moe_lens.errors import DataError
+from moe_lens.resampling import FEW_UNITS, bounds_of
 from moe_lens.results import Result
 from moe_lens.shape import MoEShape
 from moe_lens.statistics.sums import RoutingSums
@@ -118,7 +119,8 @@ def route_probe(
     may be in training and test, and inflate both areas.
 
     Intervals resample whole groups, and in each of these its prompts of either label (the regressions are not
-    run again). They want ten groups or so; of few they are too short, and `by_group` shows all there is.
+    run again). They want ten groups or so; of fewer they hold at least the t interval over groups
+    (`moe_lens.resampling.bounds_of`), and `by_group` shows all there is.
 
     Args:
         stats: from `collect_by_prompt(..., vocabulary=True)`, one a prompt; or RoutingStats with per_prompt
@@ -264,16 +266,19 @@ def _areas(
         pairs += groups[:, number] * both[0].size
     values = [auroc(table) for table in tables]
     draws = sums / pairs
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    tails, n_groups = [(1 - level) / 2, (1 + level) / 2], len(tables[0])
 
-    def area(value: float, resampled: np.ndarray) -> Area:
-        low, high = np.quantile(resampled, tails)
+    def area(value: float, resampled: np.ndarray, least: float = 0.0) -> Area:
+        bounds: Any = np.quantile(resampled, tails)
+        if n_groups < FEW_UNITS:
+            bounds = bounds_of(value, resampled, n_groups, level)
+        low, high = np.clip(bounds, least, 1)
         return Area(value, float(low), float(high))
 
     return (
         area(values[0], draws[0]),
         area(values[1], draws[1]),
-        area(values[0] - values[1], draws[0] - draws[1]),
+        area(values[0] - values[1], draws[0] - draws[1], least=-1.0),
     )
 
 

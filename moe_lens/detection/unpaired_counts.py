@@ -105,6 +105,11 @@ class UnpairedCounts(UnitCounts):
         return not bool(((self.tokens_1 > 0) & (self.tokens_2 > 0)).any())
 
     @property
+    def is_crossed(self) -> bool:
+        """Whether every unit has prompts in both groups, so that each is compared with itself, like pairs."""
+        return bool(((self.tokens_1 > 0) & (self.tokens_2 > 0)).all())
+
+    @property
     def strata(self) -> Int[np.ndarray, "unit"]:
         """0 and 1 for the units of the first and of the second group; all 0 if some are in both."""
         in_second = (self.tokens_1 == 0).astype(np.int64)

@@ -65,7 +65,10 @@ def permutation_p(
       that takes as many tokens for independent as the prompts are worth (rare_experts.py).
     - Where some units have prompts in both groups (answers to one question, right and wrong), no labels can
       be permuted: then the signs of these parts are flipped (a wild bootstrap of the score; Kline & Santos
-      2012), which holds in large samples.
+      2012), which holds in large samples. Where all units have, that is the test of pairs, with the guard for
+      rare experts that pairs have: of 12 to 40 such clusters p ≤ 0.05 came in at most 6 % where nothing
+      differs. Where only some have, the binomial test above ignores that a unit's two groups go together,
+      and is conservative (0 to 1 % of rare experts): pair the prompts where you can.
 
     Raises:
         DataError: an unknown score, or one that needs pairs; fewer than two units in a group; a bad

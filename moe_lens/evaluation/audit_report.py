@@ -16,7 +16,7 @@ from jaxtyping import Float
 from moe_lens.checks import share
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.files import FileKind
-from moe_lens.resampling import clustered_interval
+from moe_lens.resampling import clustered_interval, in_words
 from moe_lens.results import Result
 from moe_lens.steering.plan import SteeringPlan, plan_from_json
 
@@ -151,10 +151,9 @@ class AuditReport(Result):
 
     def summary(self) -> str:
         """The worst case with its interval, beside the rate as trained."""
-        low, high = self.worst_interval
         return (
-            f"worst case {self.worst_rate:.2f} [{low:.2f}, {high:.2f}], {self.worst.kind}; as trained "
-            f"{self.as_trained.rate:.2f}; {self.task}, {self.model}"
+            f"worst case {self.worst_rate:.2f} {in_words(*self.worst_interval, '.2f')}, {self.worst.kind}; "
+            f"as trained {self.as_trained.rate:.2f}; {self.task}, {self.model}"
         )
 
     def to_dataframe(self) -> "pandas.DataFrame":
@@ -184,15 +183,15 @@ class AuditReport(Result):
     @property
     def explanation(self) -> str:
         """The headline in words, and what was left out."""
-        (low, high), (less, more) = self.worst_interval, self.change_interval
+        less, more = self.change_interval
         change = self.worst_rate - self.as_trained.rate
         plan = "" if self.worst.plan is None else f" ({self.worst.plan.summary()})"
         words = [
-            f"Worst case on held-out prompts: {self.worst_rate:.2f} [{low:.2f}, {high:.2f}], under "
-            f"{self.worst.kind}{plan}; {change:+.2f} [{less:+.2f}, {more:+.2f}] against the model as trained "
-            f"({self.as_trained.rate:.2f})."
+            f"Worst case on held-out prompts: {self.worst_rate:.2f} "
+            f"{in_words(*self.worst_interval, '.2f')}, under {self.worst.kind}{plan}; {change:+.2f} "
+            f"{in_words(less, more)} against the model as trained ({self.as_trained.rate:.2f})."
         ]
-        if less <= 0 <= more:
+        if not (less > 0 or more < 0):
             words.append("That is no change beyond chance.")
         words += [f"Left out: {name}, since {reason}." for name, reason in self.left_out.items()]
         words.append("Routes that were not tried may do worse.")

@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 from moe_lens.checks import share, whole_number
 from moe_lens.errors import DataError
 from moe_lens.interventions.uncertainty import RouteUncertainty
-from moe_lens.resampling import cluster_weights, tail_of
+from moe_lens.resampling import bounds_of, cluster_weights
 from moe_lens.results import Result
 
 if TYPE_CHECKING:
@@ -76,17 +76,23 @@ class ErrorPrediction(Result):
         return _auroc(self._of(name), self.wrong)
 
     def auroc_interval(self, name: str) -> tuple[float, float]:
-        """Bootstrap interval of the AUROC, the clusters resampled; widened where few hold either kind."""
-        return self._quantiles(self._resampled(name))
+        """Bootstrap interval of the AUROC, the clusters resampled; widened where few hold either kind.
+
+        NaN where all wrong answers, or all right ones, are in one cluster.
+        """
+        return self._interval(self.auroc(name), self._resampled(name), 0.0)
 
     def gain_interval(self, name: str) -> tuple[float, float]:
         """Bootstrap interval of the AUROC minus the baseline's, both of the same resampled clusters.
+
+        NaN as in `auroc_interval`.
 
         Raises DataError where there is no baseline.
         """
         if self.baseline is None:
             raise DataError("These predictors have no baseline; name one of them (baseline=).")
-        return self._quantiles(self._resampled(name) - self._resampled(self.baseline))
+        gain = self.auroc(name) - self.auroc(self.baseline)
+        return self._interval(gain, self._resampled(name) - self._resampled(self.baseline), -1.0)
 
     def curve(self, name: str) -> list[CalibrationBin]:
         """Calibration curve: bins of (nearly) equally many prompts, by predicted probability, ascending.
@@ -145,16 +151,18 @@ class ErrorPrediction(Result):
         return _weighted_auroc(self._of(name), self.wrong, weights)
 
     @cached_property
-    def _tail(self) -> float:
-        """By the clusters that hold wrong answers, or right ones, whichever are fewer."""
-        few = min(
+    def _n_units(self) -> int:
+        """Clusters that hold wrong answers, or right ones, whichever are fewer."""
+        return min(
             len({c for c, w in zip(self.clusters, self.wrong, strict=True) if w == kind}) for kind in (0, 1)
         )
-        return tail_of(few, self.level)
 
-    def _quantiles(self, values: Float[np.ndarray, "resample"]) -> tuple[float, float]:
-        low, high = np.nanquantile(values, [self._tail, 1 - self._tail])
-        return float(low), float(high)
+    def _interval(
+        self, value: float, resampled: Float[np.ndarray, "resample"], least: float
+    ) -> tuple[float, float]:
+        bounds = bounds_of(value, resampled, self._n_units, self.level)
+        low, high = (float(np.clip(bound, least, 1)) for bound in bounds)
+        return low, high
 
 
 def predict_errors(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from moe_lens.checks import share, whole_number
 from moe_lens.errors import DataError, warn
-from moe_lens.resampling import cluster_weights, clustered_interval, tail_of
+from moe_lens.resampling import bounds_of, cluster_weights, clustered_interval
 from moe_lens.results import Result
 from moe_lens.steering.controls import share_experts
 from moe_lens.steering.plan import SteeringPlan
@@ -329,6 +329,5 @@ class SteeringOutcomes:
         else:
             controls = (plus[:, 1:, None] - minus[:, None, 1:]).reshape(len(plus), -1)
         excess = plus[:, 0] - minus[:, 0] - np.quantile(controls, 1 - self.alpha, axis=1)
-        tail = tail_of(len(set(self.clusters)), self.level)
-        low, high = np.quantile(excess[1:], [tail, 1 - tail])
+        low, high = bounds_of(excess[0], excess[1:], len(set(self.clusters)), self.level)
         return Excess(float(excess[0]), float(low), float(high))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from moe_lens.resampling import in_words
 from moe_lens.results import Result
 from moe_lens.steering.choosing import Expert
 from moe_lens.steering.plan import SteeringPlan
@@ -19,7 +20,7 @@ class Step(NamedTuple):
 
 
 class Change(NamedTuple):
-    """How far a plan moves a task's mean, and the interval of that over clusters of prompts."""
+    """How far a plan moves a task's mean, and its interval over clusters of prompts; NaN of one cluster."""
 
     value: float
     low: float
@@ -89,6 +90,6 @@ class PlanSearch(Result):
         goal = "" if self.reached is None else f", goal {'reached' if self.reached else 'not reached'}"
         return (
             f"{self.method}, {len(self.plan)} experts{goal}: held-out {self.held_out.value:+.3f} "
-            f"[{self.held_out.low:+.3f}, {self.held_out.high:+.3f}]{control}; development "
+            f"{in_words(self.held_out.low, self.held_out.high, '+.3f')}{control}; development "
             f"{self.development.value:+.3f}"
         )

@@ -13,6 +13,7 @@ import numpy as np
 from moe_lens.errors import DataError, warn
 from moe_lens.evaluation.outcomes import Limit, direction_of
 from moe_lens.files import FileKind
+from moe_lens.resampling import in_words
 from moe_lens.results import Result
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class SweepPoint(Result):
         size: experts named (deactivated, activated, or each of both).
         direction: "+" toward the first condition of the scores, "-" toward the second.
         mean: of the behaviour.
-        low: lower bound of the mean's bootstrap interval over clusters.
+        low: lower bound of the mean's bootstrap interval over clusters; NaN of one cluster.
         high: its upper bound.
         collateral: name -> value.
         control_means: behaviour under each random set of that size, in any layers.
@@ -57,7 +58,9 @@ class SweepPoint(Result):
 
     def summary(self) -> str:
         """Size, direction, mean and interval."""
-        return f"size {self.size}, {self.direction}: mean {self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return (
+            f"size {self.size}, {self.direction}: mean {self.mean:.3f} {in_words(self.low, self.high, '.3f')}"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,7 +166,10 @@ class SweepResult(Result):
 
     def save(self, path: str | Path) -> None:
         """Write the sweep as JSON, atomically; equal sweeps give equal files."""
-        _KIND.save_json(path, asdict(self))
+        content = asdict(self)
+        for point in content["points"]:  # JSON has no NaN
+            point |= {side: None for side in ("low", "high") if np.isnan(point[side])}
+        _KIND.save_json(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> "SweepResult":
@@ -171,6 +177,8 @@ class SweepResult(Result):
         content = _KIND.load_json(path)
         try:
             del content["schema"]
+            for point in content["points"]:
+                point |= {side: np.nan for side in ("low", "high") if point[side] is None}
             content["points"] = tuple(SweepPoint(**point) for point in content["points"])
             content["limits"] = {name: Limit(**limit) for name, limit in content["limits"].items()}
             return cls(**content)

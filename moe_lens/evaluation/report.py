@@ -16,6 +16,7 @@ from moe_lens.errors import DataError, MoELensError
 from moe_lens.evaluation import verdict
 from moe_lens.evaluation.outcomes import Limit, Outcome, SteeringOutcomes
 from moe_lens.files import FileKind
+from moe_lens.resampling import in_words
 from moe_lens.results import Result
 from moe_lens.steering.plan import plan_from_json
 
@@ -72,8 +73,7 @@ class SteeringReport(SteeringOutcomes, Result):
 
     def summary(self) -> str:
         """The verdict, the gap and its p-values; or that the measure has no room to show any."""
-        low, high = self.gap_interval
-        gap = f"gap {self.gap:+.2f} [{low:+.2f}, {high:+.2f}]"
+        gap = f"gap {self.gap:+.2f} {in_words(*self.gap_interval)}"
         if self.saturation is not None and not self.verdict:
             where = "constant" if self.saturation == "constant" else f"at its {self.saturation}"
             return f"the measure is {where} under every condition and shows nothing: {gap}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from moe_lens.evaluation.outcomes import DIRECTIONS, ROUNDING, SATURATED, Outcome, SteeringOutcomes
+from moe_lens.resampling import in_words
 
 if TYPE_CHECKING:
     import pandas
@@ -18,8 +19,7 @@ SIGNS: Final = {"+": "+", "-": "−"}
 
 def explanation(outcomes: SteeringOutcomes) -> str:
     """The verdict in words: which criteria hold, which directions move, what suffers."""
-    low, high = outcomes.gap_interval
-    gap = f"The two-way gap of {outcomes.gap:+.2f} [{low:+.2f}, {high:+.2f}]"
+    gap = f"The two-way gap of {outcomes.gap:+.2f} {in_words(*outcomes.gap_interval)}"
     against_any = f"{outcomes.p_any:.3f} against any-layer random sets"
     ps = f"p = {outcomes.p_matched:.3f} against layer-matched, {against_any}"
     if outcomes.verdict:
@@ -89,7 +89,9 @@ def shown(value: Any) -> str:
 
 def _failed_criteria(outcomes: SteeringOutcomes) -> list[str]:
     failed = []
-    if not outcomes.gap_interval[0] > ROUNDING:
+    if np.isnan(low := outcomes.gap_interval[0]):
+        failed.append("one cluster of prompts tells nothing of others")
+    elif not low > ROUNDING:
         failed.append("its interval reaches 0 or lies below")
     for words, p, excess in (
         ("layer-matched random sets", outcomes.p_matched, outcomes.excess_matched),
@@ -104,7 +106,7 @@ def _failed_criteria(outcomes: SteeringOutcomes) -> list[str]:
 
 def _excesses(outcomes: SteeringOutcomes) -> str:
     parts = [
-        f"{excess.value:+.2f} [{excess.low:+.2f}, {excess.high:+.2f}] ({kind})"
+        f"{excess.value:+.2f} {in_words(excess.low, excess.high)} ({kind})"
         for kind, excess in outcomes.excesses.items()
     ]
     share = f"{100 * (1 - outcomes.alpha):g} %"
@@ -119,8 +121,8 @@ def _directions(outcomes: SteeringOutcomes) -> str:
         meant = low > 0 if direction == "+" else high < 0
         moved = "moves as meant" if meant else "does not move as meant"
         words.append(
-            f"{SIGNS[direction]}{_how(outcomes.plans[direction])} {moved} ({change:+.2f} [{low:+.2f}, "
-            f"{high:+.2f}] against unsteered)"
+            f"{SIGNS[direction]}{_how(outcomes.plans[direction])} {moved} ({change:+.2f} "
+            f"{in_words(low, high)} against unsteered)"
         )
     return f"Direction {'; direction '.join(words)}."
 

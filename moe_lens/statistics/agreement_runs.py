@@ -99,7 +99,13 @@ def route_agreement(
         sums.append(_compared(first, second, rng))
     tables = {name: np.stack([each[name] for each in sums]) for name in sums[0]}
     jaccard, low, high = with_interval(
-        _ratio, [tables["jaccard"], tables["n"]], level=level, n_resamples=n_resamples, seed=seed
+        _ratio,
+        [tables["jaccard"], tables["n"]],
+        informs=tables["n"] > 0,
+        limits=(0.0, 1.0),
+        level=level,
+        n_resamples=n_resamples,
+        seed=seed,
     )
 
     def mean(of: str, over: str) -> Tensor:

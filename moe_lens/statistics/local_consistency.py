@@ -115,7 +115,7 @@ def segment_consistency(
         raise DataError(f"No prompt has {length} tokens; choose a smaller m.")
     histograms = np.stack([_histogram(route, length, shape.n_experts) for route in prompts])
     settings = {"level": level, "n_resamples": n_resamples, "seed": seed}
-    best, low, high = with_interval(lambda h: _f1(h).max(-1), [histograms], **settings)
+    best, low, high = with_interval(lambda h: _f1(h).max(-1), [histograms], limits=(0.0, 1.0), **settings)
     total = histograms.sum(0)
     threshold = _f1(total).argmax(-1) + 1
     n_segments = total.sum(-1) / shape.n_experts
@@ -257,7 +257,7 @@ def cache_hits(
         ]
     hits, calls = np.stack([h for h, _ in counted]), np.array([float(n) for _, n in counted])
     settings = {"level": level, "n_resamples": n_resamples, "seed": seed}
-    rate, low, high = with_interval(lambda h, n: h / n[:, None], [hits, calls], **settings)
+    rate, low, high = with_interval(lambda h, n: h / n[:, None], [hits, calls], limits=(0.0, 1.0), **settings)
     return CacheHits(shape, policy, number, rate, low, high, len(prompts), level)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens.checks import as_index
@@ -32,7 +32,8 @@ class MarkerScores(Result):
         tokens: ids of the markers.
         values: [layer expert], mean over the markers; NaN for an expert that was never chosen.
         by_token: [token layer expert], of each marker.
-        low, high: interval of `values` over prompts; None where the statistics are not by prompt.
+        low, high: interval of `values` over prompts; None where the statistics are not by prompt, NaN where
+            a single prompt chose the expert, or holds a marker.
         n_units: independent units.
         level: of the intervals.
     """
@@ -119,7 +120,13 @@ def npmi(
     counted = np.array([unit.n_tokens for unit in units], dtype=np.float64)
     tables = [both, marked, chosen, counted]
     values, low, high = with_interval(
-        lambda *sums: _npmi(*sums).mean(1), tables, level=level, n_resamples=n_resamples, seed=seed
+        lambda *sums: _npmi(*sums).mean(1),
+        tables,
+        informs=_informing(marked, chosen),
+        limits=(-1.0, 1.0),
+        level=level,
+        n_resamples=n_resamples,
+        seed=seed,
     )
     return MarkerScores(
         units[0].shape, tuple(ids), values, of_all(_npmi, tables), low, high, len(units), level
@@ -138,6 +145,15 @@ def _npmi(
     values = np.log2(joint / (token * expert)) / -np.log2(joint)
     values = np.where(joint == 0, -1.0, np.where(joint == 1, 0.0, values))
     return np.where((expert == 0) | (token == 0), np.nan, values)
+
+
+def _informing(
+    marked: Float[np.ndarray, "unit token"], chosen: Float[np.ndarray, "unit layer expert"]
+) -> Bool[np.ndarray, "unit layer expert"]:
+    """Units that hold the rarest marker, or in which the expert ran, whichever are fewer."""
+    held, ran = marked > 0, chosen > 0
+    rarest = held[:, held.sum(0).argmin(), None, None]
+    return np.where(ran.sum(0) < rarest.sum(0), ran, rarest)
 
 
 def _met(unit: RoutingSums, ids: list[int]) -> Float[np.ndarray, "token layer expert"]:

@@ -42,7 +42,8 @@ class RouteDivergence(Result):
         shape: the model; rows are `shape.layers`.
         divergence: ≥ 0; divided by the mean entropy or in nats, as `normalise` says.
         corrected: the divergence less its bias; None where it is not known, and of pairs.
-        low, high: its interval over prompts (or pairs); None without per_prompt counts.
+        low, high: its interval over prompts (or pairs); None without per_prompt counts, NaN of a single pair
+            or cluster of pairs.
         p: of "both are routed alike", in (0, 1]; None without per_prompt counts, and of pairs.
         normalise: "entropy", or None.
         paired: whether it is the mean over pairs of prompts.
@@ -147,7 +148,9 @@ def route_divergence(
         labels = [str(label) for label in (range(len(values)) if units is None else units)]
         settings: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
         bounds = [clustered_interval(column, labels, **settings) for column in values.T]
-        low, high = (torch.tensor(side, dtype=torch.float64) for side in zip(*bounds, strict=True))
+        low, high = (
+            torch.tensor(side, dtype=torch.float64).clamp(min=0) for side in zip(*bounds, strict=True)
+        )
         mean, n_units = torch.from_numpy(values.mean(0)), (len(set(labels)),)
         return RouteDivergence(a.shape, mean, None, low, high, None, normalise, True, n_units, level)
     shares = np.stack([(s.probability_sums / s.n_tokens).numpy() for s in (a, b)])

@@ -139,11 +139,13 @@ class RouteRecord(Result):
                 replaying run's logits.
 
         Raises:
-            DataError: no routing in the cache, or a layer that lacks a tensor.
+            DataError: no routing in the cache, a layer that lacks a tensor, layers of different tokens, or
+                experts that are not there.
         """
         needed = [hook_names.TOPK_INDICES, *([hook_names.TOPK_WEIGHTS] if weights else [])]
         points = hook_names.points_of(cache, needed)
         shape = _shape_of(cache, points)
+        hook_names.check_points(points, shape.n_experts)
         kept = [_stacked(points, shape, point) for point in needed]
         return cls(shape, kept[0], kept[1] if weights else None)
 

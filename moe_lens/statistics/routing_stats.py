@@ -117,12 +117,13 @@ class RoutingStats(RoutingSums):
             vocabulary: also count by token of the vocabulary.
 
         Raises:
-            DataError: no routing in the cache, a layer without one of the three tensors, a mask of another
-                shape or other values, or one that selects nothing, NaN logits, `vocabulary` without tokens,
-                `positions` under a mask where the padding is not known; without a mask, a run that got
-                padded tokens without an attention_mask.
+            DataError: no routing in the cache, a layer without one of the three tensors, layers of different
+                tokens, experts that are not there, a mask of another shape or other values, or one that
+                selects nothing, NaN logits, `vocabulary` without tokens, `positions` under a mask where the
+                padding is not known; without a mask, a run that got padded tokens without an attention_mask.
         """
         points = hook_names.points_of(cache)
+        hook_names.check_points(points)
         batch = next(iter(points.values()))[hook_names.TOPK_INDICES].shape[:-1]
         real = known_padding(cache, attention_mask, batch)
         keep = checked_mask(every_token(cache, real, batch) if mask is None else mask, batch)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens.checks import chosen_layers, whole_number
@@ -48,17 +48,24 @@ def with_interval(
     formula: Callable[..., np.ndarray],
     tables: Sequence[np.ndarray],
     *,
+    informs: Bool[np.ndarray, "unit *value"] | None = None,
+    limits: tuple[float, float] = (-np.inf, np.inf),
     level: float,
     n_resamples: int,
     seed: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What a formula gives for the sums of all units, and its interval; None, None for a single unit.
 
+    Where a single unit informs a value, its bounds are NaN.
+
     Args:
         formula: of the summed tables, [resample *columns] each, to [resample *value].
         tables: [unit *columns] each.
+        informs, limits: as in `interval_of`.
     """
-    low, high = interval_of(formula, tables, level=level, n_resamples=n_resamples, seed=seed)
+    low, high = interval_of(
+        formula, tables, informs=informs, limits=limits, level=level, n_resamples=n_resamples, seed=seed
+    )
     if len(tables[0]) < 2:
         return of_all(formula, tables), None, None
     return of_all(formula, tables), torch.from_numpy(low), torch.from_numpy(high)

@@ -95,7 +95,7 @@ def stable_candidates(
     kept = [score for score, often in zip(ranked, frequency, strict=True) if often >= share - 1e-12]
     if not kept:
         raise PlanError(
-            f"No expert is selected on {share:.0%} of the resamples (the most stable one on "
+            f"No expert is selected on {100 * share:g}% of the resamples (the most stable one on "
             f"{frequency.max(initial=0):.0%}); ask for a smaller share, or give more prompts."
         )
     return kept

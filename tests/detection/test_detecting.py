@@ -1,6 +1,7 @@
 """Detection: counted as by hand, with the prompt as the unit, stable under resampling and templates."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,3 +239,11 @@ def test_what_cannot_be_detected_is_refused(planted: HookedMoE, scores: ExpertSc
     assert bare.q is None
     with pytest.raises(DataError, match="no evidence"):
         selection_stability(bare, n=3)
+
+
+def test_a_level_is_printed_as_it_was_given() -> None:
+    one, two = (synthetic(np.array([0.4, 0.3, 0.3]), 12, seed) for seed in (0, 1))
+    evidence = compare_routing(one, two, level=0.995, n_resamples=20).evidence
+    assert evidence is not None
+    assert " 99.5% intervals" in evidence.summary()
+    assert " 90% intervals" in replace(evidence, level=0.9).summary()

@@ -34,6 +34,10 @@ def test_preference_is_one_minus_entropy_and_both_is_the_intersection() -> None:
                 assert not found.eligible[row, expert]
     assert found.low is not None
     assert found.high is not None
+    parts = [s.per_prompt.counts > 0 for s in stats.values() if s.per_prompt]
+    n_prompts = torch.cat(parts).sum(0)
+    assert torch.equal(found.low.isnan(), n_prompts < 2)
+    assert bool(((found.low >= 0) & (found.high <= 1))[n_prompts > 1].all())
     sure = found.eligible & (sum(s.counts for s in stats.values()) > 30)
     assert bool((found.low <= found.preference + 1e-9)[sure].all())
     for domain in stats:

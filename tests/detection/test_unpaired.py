@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moe_lens import organisms
 from moe_lens.detection import (
     ExpertScores,
+    PairedCounts,
     UnpairedCounts,
     bootstrap_scores,
     compare_routing,
@@ -25,6 +26,7 @@ from moe_lens.detection import (
     q_values,
     risk_difference,
     selection_stability,
+    sign_flip_p,
     template_agreement,
 )
 from moe_lens.errors import DataError
@@ -215,6 +217,58 @@ def test_units_in_both_groups_are_resampled_together() -> None:
     wide = interval("log_odds_ratio", apart)
     assert (high - low < 0.5 * (wide[1] - wide[0])).all()
     assert (permutation_p("log_odds_ratio", counts) < 1e-6).all()
+
+
+def test_groups_whose_units_are_all_in_both_are_tested_as_pairs_are() -> None:
+    """Rare experts, which the guard for two groups would drown: u's two groups go together."""
+    generator = np.random.default_rng(1)
+    rates = generator.beta(0.3, 2.7, (20, 15))
+    one = generator.binomial(20, np.minimum(rates + 0.1, 1)).astype(float)
+    two = generator.binomial(20, rates).astype(float)
+    labels, tokens = [str(i) for i in range(20)], np.full(20, 20)
+    crossed = UnpairedCounts.of_prompts(one, tokens, two, tokens, labels, labels)
+    pairs = PairedCounts.of_pairs(one, tokens, two, tokens, labels)
+    p = permutation_p("risk_difference", crossed, seed=2)
+    assert crossed.is_crossed
+    assert np.array_equal(p, sign_flip_p("risk_difference", pairs, seed=2))
+    found, expected = (interval("risk_difference", counts, seed=2) for counts in (crossed, pairs))
+    assert np.array_equal(found[0], expected[0])
+    assert np.array_equal(found[1], expected[1])
+    assert (p <= 0.05).mean() > 0.8
+    some = UnpairedCounts.of_prompts(one, tokens, two, tokens, labels, [*labels[:19], "another"])
+    assert not some.is_crossed
+    assert not some.is_disjoint
+    assert np.median(permutation_p("risk_difference", some, seed=2)) > 2 * np.median(p)
+
+
+def test_crossed_groups_of_unequal_numbers_have_few_small_p_values_where_nothing_differs() -> None:
+    """Twenty clusters of a prompt of one group and three of the other, prompts of a cluster alike."""
+    generator, small, held = np.random.default_rng(2), [], []
+    labels = [str(i) for i in range(20)]
+    for seed in range(40):
+        rates = generator.beta(0.5, 4.5, (20, 10))
+        one = generator.binomial(20, rates).astype(float)
+        two = generator.binomial(20, np.repeat(rates, 3, axis=0)).astype(float)
+        counts = UnpairedCounts.of_prompts(
+            one, np.full(20, 20), two, np.full(60, 20), labels, list(np.repeat(labels, 3))
+        )
+        small.append(permutation_p("risk_difference", counts, seed=seed, n_permutations=200) <= 0.05)
+        low, high = interval("risk_difference", counts, seed=seed, n_resamples=200)
+        held.append((low <= 0) & (high >= 0))
+    assert 0.01 < np.mean(small) < 0.08
+    assert 0.92 < np.mean(held) < 0.995
+
+
+@pytest.mark.filterwarnings(
+    "ignore:6 clusters give no p-value", "ignore:12 clusters give", "ignore:9 clusters give"
+)
+def test_scores_say_where_only_some_clusters_are_in_both_groups() -> None:
+    one, two = (synthetic(np.array([0.4, 0.3, 0.2, 0.1]), 6, seed) for seed in (0, 1))
+    labels = list("abcdef")
+    for second, says in ((labels, False), (list("abcxyz"), True), (list("uvwxyz"), False)):
+        scores = compare_routing(one, two, paired=False, clusters=[labels, second])
+        assert scores.evidence is not None
+        assert ("3 clusters in both: conservative" in scores.evidence.summary()) == says
 
 
 DESIGNS = [  # prompts, lengths, correlations within prompts, of both groups

@@ -2,16 +2,19 @@
 
 import math
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from moe_lens import organisms, predict_errors, route_uncertainty
 from moe_lens.errors import DataError
 from moe_lens.evaluation.error_prediction import _logistic, _weighted_auroc
+from moe_lens.resampling import cluster_weights
 
 RNG = np.random.default_rng(0)
 WRONG = RNG.random(120) < 0.4
@@ -89,6 +92,21 @@ def test_a_signal_beats_noise_and_its_interval_says_so() -> None:
     assert report.brier("signal") < report.brier("softmax entropy")
     table = report.to_dataframe().set_index("predictor")
     assert table.loc["signal", "gain"] == pytest.approx(by_pairs(SIGNAL, WRONG) - by_pairs(NOISE, WRONG))
+
+
+def test_wrong_answers_of_one_cluster_have_no_interval_and_few_widen_it() -> None:
+    wrong = np.arange(40) < 3
+    signal = wrong + np.random.default_rng(0).normal(size=40)
+    labels = tuple(f"{number:02}" for number in range(40))
+    found = predict_errors({"signal": signal}, wrong, clusters=labels, baseline=None, n_folds=40)
+    low, high = found.auroc_interval("signal")
+    assert 0 <= low < found.auroc("signal") < high <= 1
+    weights = cluster_weights(labels, 2000, 0)[:400].astype(int)
+    draws = [by_pairs(np.repeat(signal, w), np.repeat(wrong, w)) for w in weights if w[:3].any()]
+    reach = stats.t.ppf(0.975, 2) * np.sqrt(3 / 2) * np.std(draws)  # three clusters hold wrong answers
+    assert low == pytest.approx(max(found.auroc("signal") - reach, 0), abs=0.1)
+    alone = replace(found, clusters=("00",) * 3 + labels[3:])
+    assert np.isnan(alone.auroc_interval("signal")).all()
 
 
 def test_curves_are_means_of_bins() -> None:

@@ -294,14 +294,13 @@ def test_the_order_of_the_units_is_of_no_account() -> None:
 
 
 def test_clusters_of_different_sizes_are_drawn_whole() -> None:
-    """Two clusters, 3 × 0 and 1 × 1: a resampled mean is 0, 1/4 or 1 and no other."""
-    values, clusters = np.array([0.0, 0.0, 0.0, 1.0]), ["a", "a", "a", "b"]
-    assert clustered_interval(values, clusters, level=0.99) == (0.0, 1.0)
+    """Five clusters of 3 × 0, five of 1 × 1: a resampled mean is b / (30 − 2 b), b of ten the others."""
+    values, clusters = np.array([0.0, 0.0, 0.0] * 5 + [1.0] * 5), [*np.repeat(list("abcde"), 3), *"fghij"]
+    possible = [b / (30 - 2 * b) for b in range(11)]
+    for level in (0.5, 0.9):
+        for bound in clustered_interval(values, clusters, level=level):
+            assert min(abs(bound - mean) for mean in possible) < 1e-12
     assert clustered_interval(values, clusters, level=0.01) == pytest.approx((0.25, 0.25))
-
-
-def test_one_cluster_has_an_interval_without_width() -> None:
-    assert clustered_interval(np.array([0.0, 0.5, 1.0]), ["a", "a", "a"]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -313,16 +312,16 @@ def test_values_and_labels_must_match(values: list[float], clusters: list[str]) 
 
 
 def test_cluster_weights_draw_whole_clusters_and_repeat_the_interval() -> None:
-    labels = ["a", "b", "a", "c", "b", "b"]
+    labels = ["a", "b", "a", "c", "b", "b", *"defghij"]
     weights = cluster_weights(labels, 500, seed=3)
     assert np.array_equal(weights[:, 0], weights[:, 2])
     assert np.array_equal(weights[:, 1], weights[:, 5])
-    assert (weights[:, [0, 1, 3]].sum(1) == 3).all()  # as many clusters as there are
+    assert (weights[:, [0, 1, 3, *range(6, 13)]].sum(1) == 10).all()  # as many clusters as there are
     assert weights[:, 3].mean() == pytest.approx(1, abs=0.15)
-    values = np.array([0.0, 1.0, 0.0, 1.0, 0.5, 0.25])
+    values = np.array([0.0, 1.0, 0.0, 1.0, 0.5, 0.25, *np.linspace(0, 1, 7)])
     means = weights @ values / weights.sum(1)
     low, high = clustered_interval(values, labels, seed=4)
-    tail = tail_of(3, 0.95)
+    tail = tail_of(10, 0.95)
     assert np.quantile(means, [tail, 1 - tail]) == pytest.approx([low, high], abs=0.05)
 
 

@@ -23,6 +23,7 @@ from moe_lens.evaluation.outcomes import Limit
 from moe_lens.evaluation.plan_sizes import SweepPoint, SweepResult
 from moe_lens.evaluation.tasks import CollateralMeasure, SteeringTask
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.plots import sweep_curves
 from moe_lens.resampling import clustered_interval
 from moe_lens.statistics.routing_stats import RoutingStats
 from moe_lens.steering.hooks import SteeringHook
@@ -230,6 +231,26 @@ def test_the_best_size_from_its_definition(points: Any, tolerance: float) -> Non
         expected = min(size for size in points if worst[size] == least)
     assert made(points).best_size(tolerance) == expected
     assert {size: made(points).excess(size) for size in points} == {s: w - 0.25 for s, w in worst.items()}
+
+
+def test_points_of_one_cluster_have_no_interval_and_the_file_is_json(tmp_path: Path) -> None:
+    point = SweepPoint(2, "+", 0.75, math.nan, math.nan, {}, [0.5])
+    assert "one cluster, no interval" in point.summary()
+    result = SweepResult(
+        "t", "m", "both", 0.5, {}, {}, (point, replace(point, direction="-", low=0.5, high=1.0))
+    )
+    result.save(tmp_path / "one.json")
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads((tmp_path / "one.json").read_text(encoding="utf-8"), parse_constant=no_constant)
+    loaded = SweepResult.load(tmp_path / "one.json")
+    assert math.isnan(loaded.points[0].low)
+    assert math.isnan(loaded.points[0].high)
+    assert loaded.points[1] == result.points[1]
+    for line in sweep_curves(loaded).containers[0][2]:
+        assert line.get_segments()
 
 
 def test_without_limits_every_size_is_gentle() -> None:

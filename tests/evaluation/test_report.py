@@ -220,6 +220,16 @@ def test_each_failing_criterion_denies_the_verdict_and_is_named(
     assert says_not not in failing.explanation
 
 
+def test_one_cluster_gives_no_interval_and_no_verdict() -> None:
+    alone = report(clusters=("all",) * len(CLUSTERS))
+    assert np.isnan(alone.gap_interval).all()
+    assert not alone.verdict
+    assert "one cluster of prompts tells nothing of others" in alone.explanation
+    assert "[one cluster, no interval]" in alone.summary()
+    assert "nan" not in alone.explanation + alone.summary()
+    assert "moves as meant" not in alone.explanation
+
+
 def test_several_failing_criteria_are_all_named() -> None:
     failing = report(0.4, 0.6)
     assert not failing.verdict

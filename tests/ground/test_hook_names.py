@@ -11,6 +11,8 @@ from transformer_lens.utilities.components_utils import get_act_name
 
 from moe_lens import hook_names
 from moe_lens.errors import DataError, HookError
+from moe_lens.statistics.routes import RouteRecord
+from moe_lens.statistics.routing_stats import RoutingStats
 
 SPELLERS = [hook_names.router_logits, hook_names.topk_indices, hook_names.topk_weights]
 
@@ -118,3 +120,34 @@ def test_a_missing_point_is_named_with_its_remedy() -> None:
     with pytest.raises(DataError, match="lacks hook_router_logits of layer 4"):
         hook_names.points_of(cache, [hook_names.ROUTER_LOGITS], layers=[1, 4])
     assert list(hook_names.points_of(cache, [hook_names.ROUTER_LOGITS], layers=[1])) == [1]
+
+
+def routing(**changes: Any) -> dict[str, Any]:
+    """Two layers' points of two prompts of three tokens, top 2 of 4 experts; some of them changed."""
+    cache: dict[str, Any] = {}
+    for layer in (0, 3):
+        cache[hook_names.router_logits(layer)] = torch.zeros(2, 3, 4)
+        cache[hook_names.topk_indices(layer)] = torch.tensor([0, 3]).expand(2, 3, 2)
+        cache[hook_names.topk_weights(layer)] = torch.full((2, 3, 2), 0.5)
+    return cache | {hook_names.name(3, f"hook_{name}"): value for name, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"topk_indices": torch.full((2, 3, 2), 35)},
+            r"Layer 3: hook_topk_indices names expert 35, .*0 to 3",
+        ),
+        ({"topk_indices": torch.full((2, 3, 2), -1)}, r"Layer 3: hook_topk_indices names expert -1"),
+        ({"topk_indices": torch.zeros(2, 3, 2)}, r"Layer 3: hook_topk_indices must be integers; got torch.f"),
+        ({"topk_weights": torch.zeros(2, 3, 1)}, r"Layer 3: hook_topk_weights has shape \(2, 3, 1\)"),
+        ({"topk_indices": torch.zeros(1, 3, 2, dtype=torch.int64)}, r"Layer 3: .*\(1, 3, 2\), .* one run"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:This cache does not say")
+@pytest.mark.parametrize("kind", [RoutingStats, RouteRecord])
+def test_a_cache_that_no_run_gives_is_refused_by_layer(kind: Any, changes: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        kind.from_cache(routing(**changes))
+    assert kind.from_cache(routing()).shape.layers == (0, 3)

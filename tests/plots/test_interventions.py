@@ -14,6 +14,7 @@ import torch
 
 from moe_lens import expert_logit_attribution, mediation
 from moe_lens.errors import DataError
+from moe_lens.interventions.results import Mediation
 from moe_lens.plots.interventions import attribution_bars, mediation_curves, patching_map
 from tests.tiny_models import tokens
 
@@ -71,6 +72,23 @@ def test_a_map_of_a_long_prompt_keeps_its_ticks_readable() -> None:
 def test_maps_that_do_not_fit_are_refused(arguments: Any) -> None:
     with pytest.raises(DataError):
         patching_map(torch.rand(2, 3), corrupted=0.0, **arguments)
+
+
+def test_a_share_that_may_be_anything_fills_the_axes() -> None:
+    """Total effects of both signs: the interval is (−∞, ∞), which is no interval of no width."""
+    total = torch.tensor([3.0, -1.0, 2.0, 1.0], dtype=torch.float64)
+    zeros = torch.zeros_like(total)
+    rows = torch.stack([total / 4, total / 2])
+    found = Mediation((0, 2), total, zeros, total / 2, zeros, rows, rows, rows, rows, weights=False)
+    assert np.isinf(found.share("route")[1:]).all()
+    ax = mediation_curves(found)
+    bottom, top = ax.get_ylim()
+    for band in ax.collections:
+        heights = np.asarray(band.get_paths()[0].vertices)[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((bottom, top))
+    assert "the share anything" in ax.get_title()
+    sure = Mediation((0, 2), total.abs() + 9, zeros, total, zeros, rows, rows, rows, rows, weights=False)
+    assert "anything" not in mediation_curves(sure).get_title()
 
 
 def test_mediation_curves_show_shares_and_their_intervals(hooked: Hooked) -> None:

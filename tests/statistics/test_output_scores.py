@@ -108,6 +108,26 @@ def test_intervals_hold_a_known_ratio_about_as_often_as_they_say() -> None:
     assert 0.88 <= held / repeats <= 0.99
 
 
+def test_an_expert_of_one_prompt_has_no_interval_and_one_of_two_has_that_of_two() -> None:
+    model = organisms.load("specialised")
+    world = organisms.world("specialised")
+    prompts = [c.closed_book for c in world.conflicts("detection")[:6]]
+    prompts += [world.conflicts("detection")[0].open_book, *world.generic("test", n=1)]
+    units = collect_by_prompt(model, prompts, outputs=True, progress=False)
+    n_prompts = torch.stack([unit.counts > 0 for unit in units]).sum(0)
+    found = saliency(units, "reap")
+    assert found.low is not None
+    assert found.high is not None
+    assert bool((n_prompts == 1).any())
+    assert bool((n_prompts == 2).any())
+    assert torch.equal(found.low.isnan(), n_prompts < 2)
+    assert torch.equal(found.high.isnan(), n_prompts < 2)
+    assert bool((found.low[n_prompts > 1] >= 0).all())
+    means = saliency(units, "frequency")  # divides by all tokens, of which every prompt has some
+    assert means.low is not None
+    assert not bool(means.low.isnan().any())
+
+
 def test_lowest_are_of_every_layer_and_spare_super_experts() -> None:
     model = organisms.load("specialised")
     units = collect_by_prompt(model, ["Question : what is", "Document : the"], outputs=True, progress=False)

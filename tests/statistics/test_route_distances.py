@@ -65,6 +65,22 @@ def test_its_evidence_is_that_of_the_divergence_it_divides() -> None:
     assert torch.allclose(found.corrected / plain.corrected, ratio, rtol=0.1)
 
 
+def test_one_pair_or_cluster_of_pairs_has_no_interval() -> None:
+    one, two = both(n=3)
+    for found in (
+        route_divergence(*both(n=1), paired=True),
+        route_divergence(one, two, paired=True, clusters="xxx"),
+    ):
+        assert found.n_units == (1,)
+        assert found.low is not None
+        assert found.high is not None
+        assert bool((found.low.isnan() & found.high.isnan()).all())
+        assert bool(found.to_dataframe()["low"].isna().all())
+    few = route_divergence(one, two, paired=True)
+    assert few.low is not None
+    assert bool((few.low >= 0).all())
+
+
 def test_halves_of_one_collection_do_not_differ_and_conditions_do() -> None:
     one, two = both()
     differ = route_divergence(one, two).p

@@ -102,7 +102,7 @@ function inScores(key) {
   const delta = SCORES.delta[key], head = element("h3", {}, `Score: ${SCORES.label}`);
   if (Number.isNaN(delta)) return [head, element("p", { class: "facts" }, "The scores do not cover this layer.")];
   const words = element("p", { class: "facts", id: "card-score" }, element("b", {}, signed(delta)));
-  if (SCORES.low) words.append(` [${signed(SCORES.low[key])}, ${signed(SCORES.high[key])}] (${Math.round(100 * SCORES.level)} % interval), q = ${written(SCORES.q[key])}`);
+  if (SCORES.low) words.append(` [${signed(SCORES.low[key])}, ${signed(SCORES.high[key])}] (${Number((100 * SCORES.level).toPrecision(6))} % interval), q = ${written(SCORES.q[key])}`);
   const rates = [1, 2].map((number) => `${percent(SCORES[`rate_${number}`][key])} under condition ${number}`);
   return [head, words, interval(key), element("p", { class: "facts" }, `ran at ${rates.join(", ")}`)];
 }
