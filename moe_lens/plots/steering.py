@@ -118,7 +118,8 @@ def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = N
     ax.scatter(places, minus, s=110, marker="v", color=COLORS["-"], label="− its reverse", zorder=3)
     unsteered, color = [report.unsteered.rate for report in in_order], COLORS["unsteered"]
     ax.hlines(unsteered, places - 0.1, places + 0.1, linewidth=2.5, color=color, label="unsteered")
-    ax.set_xticks(places, [_caption(label, report) for label, report in reports.items()])
+    captions = [_caption(label, report) for label, report in reports.items()]
+    ax.set_xticks(places, captions)
     spare = (max(len(in_order), 3) - len(in_order)) / 2  # so that dots keep near their line, however few
     ax.set_xlim(-0.6 - spare, len(in_order) - 0.4 + spare)
     are_shares = all(low >= 0 and high <= 1 for low, high in map(_extremes, in_order))
@@ -127,7 +128,8 @@ def steering_rates(reports: Mapping[str, SteeringReport], *, ax: Axes | None = N
     of = "share of" if are_shares else "mean over"
     ax.set_ylabel(f"{in_order[0].task}\n({of} held-out prompts)")
     ax.set_title("Unsteered, steered both ways,\nand under random sets of as many experts")
-    legend_below(ax, down=0.2, ncols=2 if len(in_order) <= 3 else 3)
+    n_lines = 1 + max(caption.count("\n") for caption in captions)  # three, with a label of one line
+    legend_below(ax, down=0.05 + 0.05 * n_lines, ncols=2 if len(in_order) <= 3 else 3)
     return ax
 
 
