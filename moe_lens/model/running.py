@@ -350,7 +350,8 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
     rows, among = cast(Any, found) or (None, None)
     forward = ForwardState(
         tokens=tokens if isinstance(tokens, Tensor) else None,
-        attention_mask=padding_mask(kwargs.get("attention_mask")),
+        attention_mask=(mask := padding_mask(kwargs.get("attention_mask"))),
+        padding_unknown=mask is None and kwargs.get("attention_mask") is not None and generation is None,
         offset=offset,
         n_prompt=offset or n_pos,
         texts=cast(Any, texts),

@@ -106,6 +106,7 @@ class ForwardState:
         tokens: its input, int64 [batch pos]; None where it was given embeddings.
         attention_mask: [batch total], 0 on padding; None without one. In a generation with a static cache,
             whose forwards get masks of another form, [batch n_prompt], as `generate` was given it.
+        padding_unknown: whether it has a mask of another form, and nobody knows what that hides.
         offset: how many columns are in the KV cache already; 0 in a plain forward.
         n_prompt: how many columns, cached ones included, are the prompt's. In a generation, those that
             `generate` was given, however its prefill is cut. Elsewhere all columns of a forward without
@@ -124,6 +125,7 @@ class ForwardState:
 
     tokens: Tensor | None = None
     attention_mask: Tensor | None = None
+    padding_unknown: bool = False
     offset: int = 0
     n_prompt: int = 0
     texts: list[Any] | None = None
@@ -142,7 +144,11 @@ class ForwardState:
         return torch.arange(self.offset, self.offset + n_pos)
 
     def own_tokens(self) -> Tensor | None:
-        """Bool [batch pos] for the columns that are running, False on padding; None without a mask."""
+        """Bool [batch pos] for the columns that are running, False on padding; None without a mask.
+
+        Raises HookError where `padding_unknown`.
+        """
+        self._check_padding()
         mask = self.attention_mask
         if mask is None:
             return None
@@ -152,7 +158,7 @@ class ForwardState:
     def places(self, n_rows: int, n_pos: int) -> Tensor:
         """The place of each of the `n_pos` tokens that are running in its own prompt and what follows it.
 
-        int64 [batch pos] on the CPU, from 0 on; -1 on padding.
+        int64 [batch pos] on the CPU, from 0 on; -1 on padding. Raises HookError where `padding_unknown`.
         """
         own = self._own(n_rows, self.offset + n_pos)
         if own is None:
@@ -171,6 +177,7 @@ class ForwardState:
     def _own(self, n_rows: int, stop: int) -> Tensor | None:
         """Which of the first columns are not padding, on the CPU; None without a mask."""
         if "mask" not in self.memory:  # a look at another device, once a forward
+            self._check_padding()
             self.memory["mask"] = None if self.attention_mask is None else self.attention_mask.cpu()
         mask = self.memory["mask"]
         if mask is None:
@@ -178,6 +185,14 @@ class ForwardState:
         if len(mask) not in (1, n_rows):
             raise HookError(f"The attention mask has {len(mask)} rows, and {n_rows} run; give a bool mask.")
         return _up_to(stop, mask).expand(n_rows, -1)
+
+    def _check_padding(self) -> None:
+        if self.padding_unknown:
+            raise HookError(
+                "The attention mask of this forward is not [batch total], so that its padding and the places of "
+                "tokens in their own prompts are unknown. Pass a mask [batch total], 0 on padding, or say "
+                "where by a bool mask [batch pos] over the columns (positions=mask)."
+            )
 
     def by_prompt(self, values: Tensor, n_rows: int) -> Tensor | None:
         """Those of `values` [prompt ...] that belong to the rows [batch ...]; None if they do not fit.

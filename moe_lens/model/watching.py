@@ -27,7 +27,7 @@ class Enter:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() and not self.running.needs_state:
             return
-        _enter(self.running, {"input_ids": args[0], **kwargs} if args else kwargs, self.of_decoder)
+        _enter(self.running, module, args, kwargs, self.of_decoder)
 
 
 class Leave:
@@ -44,8 +44,10 @@ class Leave:
 
 
 @uncompiled
-def _enter(running: Any, kwargs: dict[str, Any], of_decoder: bool) -> None:
-    running.enter(kwargs, of_decoder)
+def _enter(
+    running: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], of_decoder: bool
+) -> None:
+    running.enter(named(module, args, kwargs), of_decoder)
 
 
 @uncompiled
@@ -79,6 +81,14 @@ class Generate:
             generation.attention_mask = padding_mask(kwargs.get("attention_mask"))
         with self.running.generation(generation):
             return self.original(inputs, *args, **kwargs)
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by their names; the first one is its input, whatever its name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters) if len(args) > 1 else []
+    return {**dict(zip(names, args, strict=False)), "input_ids": args[0], **kwargs}
 
 
 def padding_mask(mask: Any) -> Tensor | None:
