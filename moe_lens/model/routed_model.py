@@ -255,9 +255,11 @@ class RoutedModel(Model, Generating, HookedRootModule):
                 backward() within the context: blocks are computed again, under the same hooks or not at all.
 
         Raises:
-            HookError: a name that the model does not have, or hooks that are no pairs (name, function).
+            HookError: a name that the model does not have, or hooks that are no pairs (name, function); a
+                block of the model was replaced since the points were put in.
         """
         fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
+        self._check_blocks()
         with (
             registration.allow_training(self, training),
             super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts),
@@ -360,6 +362,17 @@ class RoutedModel(Model, Generating, HookedRootModule):
                 "This RoutedModel has no hook points any more: they were detached, or a `steered` block in "
                 "which it was made has ended. Make another one: attach(hf_model, tokenizer)."
             )
+
+    def _check_blocks(self) -> None:
+        """Raise HookError where a block with points is no part of the model any more."""
+        there = {id(module) for module in self.hf_model.modules()}
+        for number, points in enumerate(registration.running_of(self).residual):
+            if id(points.block) not in there:
+                raise HookError(
+                    f"Block {number} of {type(self.hf_model).__name__} was replaced since the hook points "
+                    "were put in, so hooks could not fire there. Call detach() on this RoutedModel, "
+                    "detach(hf_model) if the new block has points, too, and then attach(hf_model)."
+                )
 
     def _block(self, layer: int) -> nn.Module | None:
         """A block by its number; None for the number after the last one, as in TransformerLens."""

@@ -78,6 +78,11 @@ class HookedRouter(StandIn):
         Others may be compiled, or their block did not run: it is watched in the next forward.
         """
         block = self.moe.block
+        if not self.points.running.holds(block):
+            raise HookError(
+                f"{self.moe.where}: this block was replaced since the steering plan was set, so it could not "
+                "fire. Replace blocks before the hook points are put in (detach, attach)."
+            )
         if "leave" in self.handles or not self.points.plan_fired:
             return
         replaced = ("forward" in vars(block)) != self.block_had_forward or not self.is_in_use

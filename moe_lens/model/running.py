@@ -107,6 +107,10 @@ class Running:
         """Whether the model still has the points."""
         return self._model is not None
 
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the model that it watches still has this module."""
+        return self._model is None or any(part is module for part in self._model.modules())
+
     @property
     def is_running(self) -> bool:
         """Whether a forward runs in this thread."""

@@ -189,8 +189,8 @@ class ForwardState:
     def _check_padding(self) -> None:
         if self.padding_unknown:
             raise HookError(
-                "The attention mask of this forward is not [batch total], so that its padding and the places of "
-                "tokens in their own prompts are unknown. Pass a mask [batch total], 0 on padding, or say "
+                "The attention mask of this forward is not [batch total], so that its padding and the places "
+                "of tokens in their own prompts are unknown. Pass a mask [batch total], 0 on padding, or say "
                 "where by a bool mask [batch pos] over the columns (positions=mask)."
             )
 

@@ -11,7 +11,7 @@ from typing import Any, SupportsFloat
 from weakref import WeakKeyDictionary
 
 from moe_lens.interventions.positions import Positions
-from moe_lens.model.attaching import attach, detach, wrapper_of
+from moe_lens.model.attaching import attach, detach, wrapper_of, wrappers_of
 from moe_lens.model.registration import allow_training
 from moe_lens.model.wrapper import Model
 from moe_lens.steering.hooks import steer_hooks
@@ -80,5 +80,7 @@ def _borrowed(model: Any) -> Iterator[Any]:
                 _USERS[wrapper] -= 1
                 if not _USERS[wrapper]:
                     del _USERS[wrapper]
-                    if wrapper_of(model) is wrapper:  # and nobody has wrapped it for himself meanwhile
+                    if any(
+                        each is wrapper for each in wrappers_of(model)
+                    ):  # and nobody has wrapped it for himself meanwhile
                         detach(wrapper)

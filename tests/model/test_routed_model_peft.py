@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe_lens import HookedMoE, RoutedModel, SteeringPlan, detach, hook_names, steered
+from moe_lens import HookedMoE, RoutedModel, SteeringPlan, attach, detach, hook_names, steered
 from moe_lens.errors import HookError, MoELensError
 from tests.families import recipes
 from tests.tiny_models import tiny_model, tokens
@@ -205,11 +205,19 @@ def test_a_plan_does_not_pass_over_routers_that_are_switched_off(positions: str 
 
 
 def test_routers_that_are_copied_under_the_points_are_not_passed_over() -> None:
-    model = tiny_model("olmoe")
+    model, trained = tiny_model("olmoe"), {"target_modules": ["o_proj"], "modules_to_save": ["gate"]}
     routed = RoutedModel(model)
-    with_adapters(model, {"target_modules": ["o_proj"], "modules_to_save": ["gate"]})
+    with_adapters(model, trained)
     with pytest.raises(HookError, match="modules_to_save"):
         routed.run_with_cache(tokens())
+    for act in (attach, lambda model: steered(model, PLAN).__enter__()):
+        with pytest.raises(HookError, match=r"not of one wrapper.*detach"):
+            act(model)
+    detach(model)
+    routed.detach()
+    own = with_adapters(tiny_model("olmoe"), trained)
+    with steered(model, PLAN), steered(own, PLAN):
+        assert torch.equal(model(tokens()).logits, own(tokens()).logits)
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
