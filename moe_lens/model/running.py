@@ -32,6 +32,7 @@ from moe_lens.model.state import (
     copied,
 )
 from moe_lens.model.static_caches import refuse_static_cache
+from moe_lens.model.unplaced import of_forward
 from moe_lens.model.watching import Enter, Generate, Leave, padding_mask
 
 
@@ -101,6 +102,11 @@ class Running:
             if thread is not None and thread.forwards
             else ForwardState(bridge=self.wrapper)
         )
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that is watched."""
+        return self._model
 
     @property
     def is_watching(self) -> bool:
@@ -227,6 +233,8 @@ class Running:
             return
         forward = _forward(kwargs, thread, self.wrapper, self.needs_state)
         forward.of_decoder = forward.in_decoder = of_decoder
+        if self.needs_state:
+            forward.unplaced = forward.unplaced or of_forward(self._model, kwargs)
         with self.lock:
             thread.forwards.append(forward)
             if self._checkpointing is not None:
@@ -368,6 +376,7 @@ def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state:
             generation.n_prompt = offset + n_pos
         forward.n_prompt, forward.texts = generation.n_prompt, generation.texts
         forward.n_prompts, forward.generating = generation.n_prompts, 1
+        forward.unplaced = generation.unplaced
         if forward.attention_mask is None and generation.attention_mask is not None:
             forward.attention_mask = copied(generation.attention_mask, n_rows)
     return forward
@@ -394,6 +403,7 @@ def _inherit(generation: Generation, thread: _Thread) -> None:
         else:
             outer.n_prompt = generation.n_prompt
         generation.n_prompts = outer.n_prompts or generation.n_prompts
+        generation.unplaced = generation.unplaced or outer.unplaced
     elif generation.texts is None and thread.given is not None and thread.given[0] == generation.depth:
         generation.texts = thread.given[1]
 

@@ -58,6 +58,7 @@ class Generation:
         n_prompt: columns of the prompt; None until its first forward tells.
         n_prompts: how many prompts, of which beams and samples are copies; None where that is not known.
         attention_mask: [prompt n_prompt], 0 on padding; None without one.
+        unplaced: as in `ForwardState`.
         depth: how deep in other forwards it runs.
     """
 
@@ -65,6 +66,7 @@ class Generation:
     n_prompt: int | None = None
     n_prompts: int | None = None
     attention_mask: Tensor | None = None
+    unplaced: str | None = None
     depth: int = 0
 
 
@@ -106,6 +108,7 @@ class ForwardState:
         tokens: its input, int64 [batch pos]; None where it was given embeddings.
         attention_mask: [batch total], 0 on padding; None without one. In a generation with a static cache,
             whose forwards get masks of another form, [batch n_prompt], as `generate` was given it.
+        unplaced: why columns tell no places of tokens in their prompts (`model.unplaced`); None: they do.
         padding_unknown: whether it has a mask of another form, and nobody knows what that hides.
         offset: how many columns are in the KV cache already; 0 in a plain forward.
         n_prompt: how many columns, cached ones included, are the prompt's. In a generation, those that
@@ -125,6 +128,7 @@ class ForwardState:
 
     tokens: Tensor | None = None
     attention_mask: Tensor | None = None
+    unplaced: str | None = None
     padding_unknown: bool = False
     offset: int = 0
     n_prompt: int = 0
@@ -164,6 +168,11 @@ class ForwardState:
         if own is None:
             return self.columns(n_pos).expand(n_rows, n_pos)
         return (own.long().cumsum(1) - 1).masked_fill(~own, -1)[:, self.offset :]
+
+    def check_placed(self, positions: Any) -> None:
+        """Raise HookError where positions cannot be found, since columns tell no places (`unplaced`)."""
+        if self.unplaced is not None:
+            raise HookError(f"positions={positions!r} cannot be found in this run: {self.unplaced}.")
 
     def note_own(self, own: Tensor) -> None:
         """Note which tokens are not padding, bool [batch pos], where no mask says so."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens.model.state import Bound, Generation, uncompiled
+from moe_lens.model.unplaced import inferred_mask, of_generation
 
 
 class Enter:
@@ -75,10 +76,15 @@ class Generate:
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         given = next((tensor for tensor in candidates if isinstance(tensor, Tensor)), None)
-        generation = Generation()
+        model, mask = self.running.model, padding_mask(kwargs.get("attention_mask"))
+        generation = Generation(unplaced=of_generation(model, args, kwargs))
         if given is not None and given.ndim > 1:
             generation.n_prompts, generation.n_prompt = given.shape[:2]
-            generation.attention_mask = padding_mask(kwargs.get("attention_mask"))
+            if mask is not None and kwargs.get("past_key_values") is not None:
+                generation.n_prompt = max(
+                    generation.n_prompt, mask.shape[1]
+                )  # the new columns alone are given
+            generation.attention_mask = inferred_mask(given, model, args, kwargs) if mask is None else mask
         with self.running.generation(generation):
             return self.original(inputs, *args, **kwargs)
 

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any, SupportsFloat
 from weakref import WeakKeyDictionary
 
+from moe_lens.errors import HookError
 from moe_lens.interventions.positions import Positions
 from moe_lens.model.attaching import attach, detach, wrapper_of, wrappers_of
 from moe_lens.model.registration import allow_training
+from moe_lens.model.unplaced import VIRTUAL, adds_tokens
 from moe_lens.model.wrapper import Model
 from moe_lens.steering.hooks import steer_hooks
 
@@ -51,6 +53,8 @@ def steered(
     Raises:
         as in `steer_hooks` and `attach`.
     """
+    if positions is not None and adds_tokens(model):
+        raise HookError(f"positions={positions!r} cannot be found in {type(model).__name__}: {VIRTUAL}.")
     hooks = steer_hooks(plan, positions=positions, strength=strength, only_unmet=only_unmet)
     with _borrowed(model) as wrapper, allow_training(wrapper, training, wrapper.hooks(hooks)):
         yield model
