@@ -210,7 +210,7 @@ class RoutingPoints:
         self.is_observed = False  # plain, for torch.compile
         self.observer: Any = None  # sees what the router decides, where nothing is hooked (`observing`)
         self.added_up: set[Any] = set()  # how the experts ran when their outputs were seen to add up
-        self.allow_training = False
+        self.allow_training = 0  # how many contexts do
         self.router: Any = None  # what stands in for the router's forward (`router_points.HookedRouter`)
         self.top_k = shape.top_k  # for which the hooks were asked whether they can be obeyed
         self.expert_out: RoutingPoint | None = None

@@ -12,6 +12,7 @@ hook_resid_post. For TransformerLens' own points inside attention and experts us
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ from moe_lens.model.self_check import check_router
 from moe_lens.model.wrapper import Model
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
+_LEVELS = count(1)
 
 
 class RoutedModel(Model, Generating, HookedRootModule):
@@ -80,6 +82,7 @@ class RoutedModel(Model, Generating, HookedRootModule):
         self.prepend_bos = prepend_bos
         self.mod_dict: dict[str, nn.Module] = {}
         self.hook_dict: dict[str, HookPoint] = {}
+        self._levels: list[int] = []  # of the contexts that are open
         vars(self)[registration.LAYERS] = layers
         running = next((points.running for moe in layers.values() if (points := points_of(moe))), None)
         if running is None:
@@ -262,9 +265,29 @@ class RoutedModel(Model, Generating, HookedRootModule):
         self._check_blocks()
         with (
             registration.allow_training(self, training),
-            super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts),
+            self._at_its_own_level(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts),
         ):
             yield self
+
+    @contextmanager
+    def _at_its_own_level(self, *args: Any) -> Iterator[None]:
+        """TransformerLens' context, which removes its own hooks, whichever of several contexts ends first.
+
+        It removes by level, which counts contexts; of another wrapper of the same model, too. So no level is
+        given twice.
+        """
+        level = next(_LEVELS)
+        self._levels.append(level)
+        self.context_level = level - 1
+        try:
+            with super().hooks(*args):
+                try:
+                    yield
+                finally:
+                    self.context_level = level
+        finally:
+            self._levels.remove(level)
+            self.context_level = self._levels[-1] if self._levels else 0
 
     def add_hook(
         self,

@@ -1,8 +1,10 @@
 """What hooks know of the forward that they are in, however a generation is cut, and of one in another."""
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -373,6 +375,65 @@ def test_steered_blocks_side_by_side_leave_no_trace() -> None:
     assert torch.equal(hf_model(given).logits, before)
     assert not any("forward" in vars(module) for module in hf_model.modules())
     assert "generate" not in vars(hf_model)
+
+
+@pytest.mark.parametrize("build", [RoutedModel, HookedMoE.from_hf, lambda hf_model: hf_model])
+def test_contexts_end_in_any_order(build: Callable[..., Any]) -> None:
+    """Each takes its own hooks away. Without a wrapper, the first one makes it and the last one detaches."""
+    model, given = build(tiny_model("olmoe")), tokens(2, 5)
+    plans = [SteeringPlan(deactivate=[(layer, 0), (layer, 1)]) for layer in (0, 1, 2)]
+
+    def logits(*which: int) -> Tensor:
+        with ExitStack() as stack:
+            for number in which:
+                stack.enter_context(steered(model, plans[number]))
+            return as_tensor(model(given))
+
+    with torch.no_grad():
+        plain, expected = as_tensor(model(given)), {n: logits(n) for n in (0, 1, 2)}
+        expected |= {both: logits(*both) for both in ((0, 1), (0, 2), (1, 2))}
+        for first, second, last in itertools.permutations(range(3)):
+            contexts = [steered(model, plan) for plan in plans]
+            for context in contexts:
+                context.__enter__()
+            contexts[first].__exit__(None, None, None)
+            assert torch.equal(as_tensor(model(given)), expected[min(second, last), max(second, last)])
+            contexts[second].__exit__(None, None, None)
+            assert torch.equal(as_tensor(model(given)), expected[last])
+            contexts[last].__exit__(None, None, None)
+            assert torch.equal(as_tensor(model(given)), plain)
+    assert getattr(model, "context_level", 0) == 0
+
+
+def test_contexts_of_two_wrappers_keep_their_hooks() -> None:
+    hf_model, given = tiny_model("olmoe"), tokens(2, 5)
+    one, other = RoutedModel(hf_model), RoutedModel(hf_model)
+    plans = [steer_hooks(SteeringPlan(deactivate=[(layer, 0), (layer, 1)])) for layer in (0, 1)]
+    with torch.no_grad():
+        expected = one.run_with_hooks(given, fwd_hooks=plans[0])
+        with one.hooks(plans[0]):
+            with other.hooks(plans[1]):
+                assert not torch.equal(one(given), expected)
+            assert torch.equal(one(given), expected)
+
+
+def test_training_is_allowed_until_the_context_that_allows_it_ends() -> None:
+    model, given = RoutedModel(tiny_model("olmoe")), tokens(2, 5)
+    hooks = steer_hooks(SteeringPlan(deactivate=[(0, 0)]))
+    model.train()
+    allows = [model.hooks(hooks, training=training) for training in (True, False, True)]
+    for context in allows:
+        context.__enter__()
+    for context in allows[:2]:
+        context.__exit__(None, None, None)
+        model(given)
+    allows[2].__exit__(None, None, None)
+    with pytest.raises(HookError, match="training mode"):
+        model.run_with_hooks(given, fwd_hooks=hooks)
+
+
+def as_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def test_a_wrapper_without_points_says_so() -> None:
