@@ -10,6 +10,7 @@ deep copy of the model and another thread each have their own.
 
 import copy
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from moe_lens.errors import HookError
 from moe_lens.model.checkpointing import Checkpointing
+from moe_lens.model.frames import frame_of_call, still_running
 from moe_lens.model.owners import Owners
 from moe_lens.model.state import (
     NAN_LOGITS,
@@ -155,6 +157,8 @@ class Running:
         finally:
             with self.lock:
                 self._contexts.remove(ident)
+            with self._in_thread():
+                pass  # what was broken off in it is forgotten
 
     @contextmanager
     def of_prompts(self, rows: Any, among: Pass | int) -> Iterator[None]:
@@ -227,12 +231,15 @@ class Running:
 
     def enter(self, kwargs: dict[str, Any], of_decoder: bool = False) -> None:
         """A forward of the Hugging Face model begins, or of its decoder alone, with these arguments."""
-        thread = self._threads.setdefault(threading.get_ident(), _Thread())
+        ident = threading.get_ident()
+        thread = self._threads.setdefault(ident, _Thread())
+        self._drop_broken(ident, thread)
         if of_decoder and thread.forwards and not thread.forwards[-1].in_decoder:
             thread.forwards[-1].in_decoder = True  # as part of the model's, which is noted already
             return
         forward = _forward(kwargs, thread, self.wrapper, self.needs_state)
         forward.of_decoder = forward.in_decoder = of_decoder
+        forward.frame = frame_of_call()
         if self.needs_state:
             forward.unplaced = forward.unplaced or of_forward(self._model, kwargs)
         with self.lock:
@@ -247,16 +254,18 @@ class Running:
         """It ends, or was broken off: what ran around it, if anything, goes on."""
         ident = threading.get_ident()
         thread = self._threads.get(ident)
+        if thread is not None:
+            self._drop_broken(ident, thread)  # within this one
         if thread is None or not thread.forwards:
             return  # broken off before it was noted
         if of_decoder and not thread.forwards[-1].of_decoder:
             thread.forwards[-1].in_decoder = False
             return
         forward = thread.forwards.pop()
+        forward.frame = None
         disturbed, thread.disturbed = thread.disturbed, False
         self._forget(ident, thread)
-        if self._checkpointing is not None and self._checkpointing.wrapped and not self._is_busy:
-            self._checkpointing.end()
+        self._end_checkpointing()
         if disturbed:
             raise HookError(_TWO_THREADS)
         if completed:
@@ -287,6 +296,9 @@ class Running:
 
     def _check_owners(self, own: _Thread) -> None:
         """Refuse a thread that would see another one's hooks."""
+        known = list(self._threads)  # before it is asked which threads there are
+        for ident in set(known) - sys._current_frames().keys():  # ended within a forward, by SystemExit
+            self._threads.pop(ident, None)
         busy = [ident for ident, thread in list(self._threads.items()) if thread.forwards]
         if self.owners.refuse(busy):
             for thread in list(self._threads.values()):
@@ -297,10 +309,30 @@ class Running:
     def _in_thread(self) -> Iterator[_Thread]:
         ident = threading.get_ident()
         thread = self._threads.setdefault(ident, _Thread())
+        self._drop_broken(ident, thread)
         try:
             yield thread
         finally:
+            self._drop_broken(ident, thread)
             self._forget(ident, thread)
+
+    def _drop_broken(self, ident: int, thread: _Thread) -> None:
+        """Forget this thread's forwards that a KeyboardInterrupt broke off, of which torch does not tell."""
+        if not thread.forwards or (alive := still_running(thread.forwards)) == len(thread.forwards):
+            return
+        with self.lock:
+            for forward in thread.forwards[alive:]:
+                forward.frame = None
+                forward.steered.clear()
+            del thread.forwards[alive:]
+            thread.disturbed = thread.disturbed and alive > 0
+            for points in self.points:
+                points.drop(ident, alive)
+            self._end_checkpointing()
+
+    def _end_checkpointing(self) -> None:
+        if self._checkpointing is not None and self._checkpointing.wrapped and not self._is_busy:
+            self._checkpointing.end()
 
     def _forget(self, ident: int, thread: _Thread) -> None:
         if thread.is_idle:
@@ -338,6 +370,8 @@ class Running:
                 cast(Any, self._model).generate = generate.original
             else:
                 del cast(Any, self._model).generate
+        if self._checkpointing is not None:
+            self._checkpointing.end()
         self._handles, self._model, self._checkpointing = [], None, None
 
 

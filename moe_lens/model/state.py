@@ -142,6 +142,7 @@ class ForwardState:
     steered: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
     in_decoder: bool = False
     of_decoder: bool = False
+    frame: Any = field(default=None, repr=False)  # of the module's call, while it runs (`model.frames`)
 
     def columns(self, n_pos: int) -> Tensor:
         """The columns [pos] of the `n_pos` tokens that are running."""

@@ -4,7 +4,7 @@ import copy
 import itertools
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -210,6 +210,124 @@ def test_an_exception_leaves_nothing_behind(where: str) -> None:
         with model.hooks([note.entry]):
             model(given)
     assert note.forwards == [([0, 1, 2, 3, 4], [])]
+
+
+class Interrupts:
+    """On a module, a KeyboardInterrupt at one of its calls; always_call hooks of torch do not hear of it."""
+
+    def __init__(self, at: int = 0):
+        self.left = at
+
+    def __call__(self, *args: Any) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+
+
+def chosen_columns(hf_model: Any) -> list[tuple[list[int], list[int]]]:
+    """What "generated" selects in a forward of the decoder alone, which may be part of a running one."""
+    routed, given = RoutedModel(hf_model), tokens(1, 4)
+    note = Columns(routed, "generated")
+    with routed.hooks([note.entry]), torch.no_grad():
+        hf_model.model(input_ids=given)
+    return note.forwards
+
+
+@pytest.mark.parametrize("within", ["the context", "another context", "no context"])
+@pytest.mark.parametrize("what", ["forward", "generation"])
+def test_an_interrupt_leaves_nothing_behind(what: str, within: str) -> None:
+    hf_model, given = tiny_model("olmoe"), tokens(1, 5)
+    model = RoutedModel(hf_model)
+    note = Columns(model, "generated")
+
+    def run() -> None:
+        if what == "forward":
+            hf_model(given)
+        else:
+            hf_model.generate(given, max_new_tokens=5, do_sample=False, eos_token_id=None)
+
+    def broken_off(hooks: Any = ()) -> None:
+        handle = hf_model.lm_head.register_forward_pre_hook(Interrupts(2 if what == "generation" else 0))
+        with pytest.raises(KeyboardInterrupt), model.hooks(hooks) if hooks else nullcontext():
+            run()
+        handle.remove()
+
+    with torch.no_grad():
+        if within == "the context":
+            with model.hooks([note.entry]):
+                broken_off()
+                note.forwards.clear()
+                hf_model.model(input_ids=given)
+            assert note.forwards == [([0, 1, 2, 3, 4], [])]
+        else:
+            broken_off([note.entry] if within == "another context" else ())
+        assert chosen_columns(hf_model) == [([0, 1, 2, 3], [])]
+        broken_off([note.entry] if within == "another context" else ())
+
+        def in_a_thread() -> Tensor:
+            with torch.no_grad():
+                return model.run_with_hooks(given, fwd_hooks=steer_hooks(SteeringPlan(deactivate=[(0, 0)])))
+
+        if within == "another context":  # whose end forgets what was broken off in it
+            [steered_there] = in_threads(in_a_thread)
+            assert torch.equal(steered_there, in_a_thread())
+        model.detach()
+        assert not any(vars(part).get("forward") for part in hf_model.modules())
+
+
+def test_a_hook_may_be_interrupted_in_a_forward_of_its_own() -> None:
+    """The forward around it goes on, and is the one that later hooks are in."""
+    model, given, other = RoutedModel(tiny_model("olmoe")), tokens(2, 5), tokens(1, 3, seed=1)
+    first, note = model.moe_layers[0], Columns(model, "prompt")
+    note.entry = (hook_names.router_logits(model.moe_layers[-1]), note)
+
+    def interrupted(value: Tensor, hook: Any) -> None:
+        if hook.state.tokens is not None and hook.state.tokens.shape == given.shape:
+            handle = model.hf_model.lm_head.register_forward_pre_hook(Interrupts())
+            with pytest.raises(KeyboardInterrupt):
+                model(other)
+            handle.remove()
+
+    with torch.no_grad():
+        model.run_with_hooks(given, fwd_hooks=[(hook_names.router_logits(first), interrupted), note.entry])
+        assert note.forwards == [([*range(3)], [*range(3)]), ([*range(5)], [*range(5)])]
+        assert chosen_columns(model.hf_model) == [([0, 1, 2, 3], [])]
+
+
+def test_a_thread_that_ended_within_a_forward_is_not_waited_for() -> None:
+    model, given = RoutedModel(tiny_model("olmoe")), tokens(2, 5)
+
+    def leaves(*args: Any) -> None:
+        raise SystemExit
+
+    handle = model.hf_model.lm_head.register_forward_pre_hook(leaves)
+
+    def run() -> None:
+        with suppress(SystemExit):
+            model.hf_model(given)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    handle.remove()
+    with torch.no_grad(), model.hooks(steer_hooks(SteeringPlan(deactivate=[(0, 0)]))):
+        steered_logits = model(given)
+    assert not torch.equal(steered_logits, model(given))
+
+
+def test_checkpointed_blocks_are_left_after_an_interrupt() -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+    hf_model: Any = model.hf_model
+    hf_model.gradient_checkpointing_enable()
+    hf_model.train()
+    before = [vars(block)["_gradient_checkpointing_func"] for block in hf_model.model.layers]
+    for forget in (lambda: hf_model(tokens()), model.detach):
+        handle = hf_model.lm_head.register_forward_pre_hook(Interrupts())
+        with pytest.raises(KeyboardInterrupt):
+            hf_model(tokens())
+        handle.remove()
+        forget()
+        assert [vars(block)["_gradient_checkpointing_func"] for block in hf_model.model.layers] == before
 
 
 def test_two_streams_side_by_side_have_their_own_prompts() -> None:
