@@ -12,9 +12,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens.errors import HookError, MoELensError
 from moe_lens.model import hooked_moe
+from moe_lens.model.hf_models import decoder_of
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.layers import find_moe_layers
-from moe_lens.model.registration import routing_layers
+from moe_lens.model.registration import routing_layers, running_of
 from moe_lens.model.routed_model import RoutedModel
 from moe_lens.model.router_points import points_of
 from moe_lens.model.wrapper import Model
@@ -57,7 +58,11 @@ def attach(model: Any, tokenizer: Any = None) -> Any:
             "for a name or a folder use RoutedModel.from_pretrained or HookedMoE.from_pretrained."
         )
     there = wrapper_of(model)
-    return RoutedModel(model, tokenizer) if there is None or tokenizer is not None else there
+    if there is None or tokenizer is not None:
+        return RoutedModel(model, tokenizer)
+    if isinstance(there, RoutedModel):  # perhaps around its decoder alone
+        running_of(there).widen(model, decoder_of(model, routing_layers(there))[0])
+    return there
 
 
 def detach(model: Any) -> Any:

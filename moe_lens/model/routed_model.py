@@ -87,6 +87,8 @@ class RoutedModel(Model, Generating, HookedRootModule):
         running = next((points.running for moe in layers.values() if (points := points_of(moe))), None)
         if running is None:
             running = self._install(layers)
+        else:
+            running.widen(hf_model, decoder_of(hf_model, layers)[0])
         running.wrapper = self
         vars(self)[registration.RUNNING] = running
         for number, moe in layers.items():  # hooked before: the points that are there

@@ -360,6 +360,15 @@ class Running:
         if callable(getattr(hf_model, "generate", None)):
             cast(Any, hf_model).generate = Generate(self, cast(Any, hf_model).generate)
 
+    def widen(self, hf_model: nn.Module, decoder: nn.Module | None) -> None:
+        """Watch a model that generates, where only a part of it that does not is watched: its decoder."""
+        watched, generates = self._model, callable(getattr(hf_model, "generate", None))
+        if watched is None or not generates or callable(getattr(watched, "generate", None)) or self._is_busy:
+            return
+        if any(part is watched for part in hf_model.modules()):
+            self.unwatch()
+            self.watch(hf_model, decoder)
+
     def unwatch(self) -> None:
         """Note nothing more, and leave no trace on the model."""
         for handle in self._handles:

@@ -93,8 +93,9 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     """The arguments of a module's forward by their names; the first one is its input, whatever its name."""
     if not args:
         return kwargs
-    names = list(inspect.signature(module.forward).parameters) if len(args) > 1 else []
-    return {**dict(zip(names, args, strict=False)), "input_ids": args[0], **kwargs}
+    first, *others = args
+    names = list(inspect.signature(module.forward).parameters)[1:] if others else []
+    return {"input_ids": first, **dict(zip(names, others, strict=False)), **kwargs}
 
 
 def padding_mask(mask: Any) -> Tensor | None:

@@ -70,9 +70,9 @@ def _borrowed(model: Any) -> Iterator[Any]:
     """The model's wrapper; one of its own while the context lasts where it has none."""
     with _LOCK:
         given: Any = model
-        wrapper: Any = model if isinstance(model, Model) else wrapper_of(model)
-        if wrapper is None:
-            wrapper = attach(given)
+        is_new = not isinstance(model, Model) and wrapper_of(model) is None
+        wrapper: Any = model if isinstance(model, Model) else attach(given)
+        if is_new:
             _USERS[wrapper] = 0
         if wrapper in _USERS:
             _USERS[wrapper] += 1

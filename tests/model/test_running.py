@@ -277,13 +277,14 @@ def test_an_interrupt_leaves_nothing_behind(what: str, within: str) -> None:
 
 def test_a_hook_may_be_interrupted_in_a_forward_of_its_own() -> None:
     """The forward around it goes on, and is the one that later hooks are in."""
-    model, given, other = RoutedModel(tiny_model("olmoe")), tokens(2, 5), tokens(1, 3, seed=1)
+    hf_model, given, other = tiny_model("olmoe"), tokens(2, 5), tokens(1, 3, seed=1)
+    model = RoutedModel(hf_model)
     first, note = model.moe_layers[0], Columns(model, "prompt")
     note.entry = (hook_names.router_logits(model.moe_layers[-1]), note)
 
     def interrupted(value: Tensor, hook: Any) -> None:
         if hook.state.tokens is not None and hook.state.tokens.shape == given.shape:
-            handle = model.hf_model.lm_head.register_forward_pre_hook(Interrupts())
+            handle = hf_model.lm_head.register_forward_pre_hook(Interrupts())
             with pytest.raises(KeyboardInterrupt):
                 model(other)
             handle.remove()
@@ -295,12 +296,13 @@ def test_a_hook_may_be_interrupted_in_a_forward_of_its_own() -> None:
 
 
 def test_a_thread_that_ended_within_a_forward_is_not_waited_for() -> None:
-    model, given = RoutedModel(tiny_model("olmoe")), tokens(2, 5)
+    hf_model, given = tiny_model("olmoe"), tokens(2, 5)
+    model = RoutedModel(hf_model)
 
     def leaves(*args: Any) -> None:
         raise SystemExit
 
-    handle = model.hf_model.lm_head.register_forward_pre_hook(leaves)
+    handle = hf_model.lm_head.register_forward_pre_hook(leaves)
 
     def run() -> None:
         with suppress(SystemExit):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from moe_lens import HookedMoE, SteeringPlan, attach, detach, steer_hooks, steered
+from moe_lens import HookedMoE, RoutedModel, SteeringPlan, attach, detach, steer_hooks, steered
 from moe_lens.errors import HookError
 from tests.tiny_models import tiny_model, tokenizer, tokens
 
@@ -234,3 +234,21 @@ def test_positions_are_refused_where_virtual_tokens_stand_before_the_prompt(kind
     with adapted.disable_adapter(), steered(adapted, PLAN, positions=0), seeing(model) as seen:
         forward()
     assert seen == [[1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("first", ["decoder", "model"])
+def test_generations_of_a_model_whose_decoder_has_the_points_are_noted(first: str, use_cache: bool) -> None:
+    model, given = model_without_expert(), tokens(1, 4)
+    routed = RoutedModel(model.model if first == "decoder" else model)
+    for target in (model, RoutedModel(model)):
+        with steered(target, PLAN, positions="generated"), seeing(model) as seen:
+            output = model.generate(given, use_cache=use_cache, **GREEDY)
+        assert output.shape == (1, 7)
+        written = [[1], [1]] if use_cache else [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1]]
+        assert seen == [[0, 0, 0, 0], *written]
+    with steered(model.model, PLAN, positions=0), seeing(model) as seen:
+        model.model(input_ids=given)
+    assert seen == [[1, 0, 0, 0]]
+    routed.detach()
+    assert not any({"forward", "generate"} & vars(part).keys() for part in model.modules())
