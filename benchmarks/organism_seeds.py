@@ -47,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="20-29", help="such as 20-29 or 3,5,8 (default: 20-29)")
     parser.add_argument("--out", type=Path, default=Path("seeds"), help="checkpoints, measures and tables")
     parser.add_argument("--steps", type=int, help="of training, instead of the recipe's")
-    parser.add_argument(
-        "--n-random", type=int, default=N_RANDOM, help="random sets of each kind and direction"
-    )
+    parser.add_argument("--n-random", type=int, default=N_RANDOM, help="random sets of each kind and direction")
     parser.add_argument(
         "--fresh", action="store_true", help=f"make what {KEPT.name} has, too, and leave it out"
     )

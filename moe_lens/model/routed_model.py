@@ -12,7 +12,6 @@ hook_resid_post. For TransformerLens' own points inside attention and experts us
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +27,7 @@ from moe_lens import hook_names
 from moe_lens.checks import may_be_padded
 from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model import registration
+from moe_lens.model.contexts import HooksOfTheirOwn
 from moe_lens.model.expert_points import uninstall_expert_out
 from moe_lens.model.generating import Generating
 from moe_lens.model.hf_models import decoder_of, numbered_layers
@@ -36,17 +35,16 @@ from moe_lens.model.layers import MoELayer
 from moe_lens.model.loading import own_tokenizer, with_quantisation
 from moe_lens.model.model_config import ModelConfig, config_of
 from moe_lens.model.reading import as_numbers
-from moe_lens.model.residual_points import install_residual, residual_before
+from moe_lens.model.residual_points import check_in_place, install_residual, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
 from moe_lens.model.running import Running
 from moe_lens.model.self_check import check_router
 from moe_lens.model.wrapper import Model
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
-_LEVELS = count(1)
 
 
-class RoutedModel(Model, Generating, HookedRootModule):
+class RoutedModel(Model, Generating, HooksOfTheirOwn):
     """A Hugging Face MoE model, unchanged, with hook points on its routing and its residual stream.
 
     >>> from moe_lens import RoutedModel, SteeringPlan, organisms, steer_hooks
@@ -82,7 +80,6 @@ class RoutedModel(Model, Generating, HookedRootModule):
         self.prepend_bos = prepend_bos
         self.mod_dict: dict[str, nn.Module] = {}
         self.hook_dict: dict[str, HookPoint] = {}
-        self._levels: list[int] = []  # of the contexts that are open
         vars(self)[registration.LAYERS] = layers
         running = next((points.running for moe in layers.values() if (points := points_of(moe))), None)
         if running is None:
@@ -264,32 +261,12 @@ class RoutedModel(Model, Generating, HookedRootModule):
                 block of the model was replaced since the points were put in.
         """
         fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
-        self._check_blocks()
+        check_in_place(self.hf_model, registration.running_of(self).residual)
         with (
             registration.allow_training(self, training),
-            self._at_its_own_level(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts),
+            super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts),
         ):
             yield self
-
-    @contextmanager
-    def _at_its_own_level(self, *args: Any) -> Iterator[None]:
-        """TransformerLens' context, which removes its own hooks, whichever of several contexts ends first.
-
-        It removes by level, which counts contexts; of another wrapper of the same model, too. So no level is
-        given twice.
-        """
-        level = next(_LEVELS)
-        self._levels.append(level)
-        self.context_level = level - 1
-        try:
-            with super().hooks(*args):
-                try:
-                    yield
-                finally:
-                    self.context_level = level
-        finally:
-            self._levels.remove(level)
-            self.context_level = self._levels[-1] if self._levels else 0
 
     def add_hook(
         self,
@@ -387,17 +364,6 @@ class RoutedModel(Model, Generating, HookedRootModule):
                 "This RoutedModel has no hook points any more: they were detached, or a `steered` block in "
                 "which it was made has ended. Make another one: attach(hf_model, tokenizer)."
             )
-
-    def _check_blocks(self) -> None:
-        """Raise HookError where a block with points is no part of the model any more."""
-        there = {id(module) for module in self.hf_model.modules()}
-        for number, points in enumerate(registration.running_of(self).residual):
-            if id(points.block) not in there:
-                raise HookError(
-                    f"Block {number} of {type(self.hf_model).__name__} was replaced since the hook points "
-                    "were put in, so hooks could not fire there. Call detach() on this RoutedModel, "
-                    "detach(hf_model) if the new block has points, too, and then attach(hf_model)."
-                )
 
     def _block(self, layer: int) -> nn.Module | None:
         """A block by its number; None for the number after the last one, as in TransformerLens."""
