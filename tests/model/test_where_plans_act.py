@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from moe_lens import HookedMoE, RoutedModel, SteeringPlan, attach, detach, steer_hooks, steered
@@ -191,15 +191,17 @@ def test_positions_are_refused_under_guidance() -> None:
 def test_positions_are_refused_in_packed_rows() -> None:
     model, given = tiny_model("mixtral"), tokens(1, 5)
     config = GenerationConfig(**GREEDY | {"eos_token_id": -1})
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # or it takes most of the memory
+    batch: Any = [[[5, 6, 7], [8, 9, 10, 11]], config, small]
     with steered(model, PLAN, positions="prompt"):
-        answers = model.generate_batch([[5, 6, 7], [8, 9, 10, 11]], config, progress_bar=False)
+        answers = model.generate_batch(*batch)
         assert [each.generated_tokens for each in answers.values()] == [[], []]
         assert all("several prompts run in one row" in each.error for each in answers.values())
         with pytest.raises(HookError, match="several prompts run in one row"):
             model(given, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
         model(given, position_ids=torch.arange(3, 8)[None])
     with steered(model, PLAN), seeing(model) as seen:
-        model.generate_batch([[5, 6, 7], [8, 9, 10, 11]], config, progress_bar=False)
+        model.generate_batch(*batch)
         model(given, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
     assert sum(map(len, seen)) > 12
     assert all(all(tokens) for tokens in seen)
