@@ -70,9 +70,11 @@ def selected(positions: Positions, state: ForwardState, n_rows: int, n_pos: int)
     """Which of the tokens in this forward the positions (checked ones) select, on the CPU.
 
     Raises:
-        HookError: a position that a prompt does not have, a mask of another shape, or a span that cannot be
-            located.
+        HookError: a position that a prompt does not have, a mask of another shape, a span that cannot be
+            located, or a run whose columns tell no positions (packed prompts, prompt learning, guidance).
     """
+    if positions is not None:
+        state.check_placed(positions)
     columns = state.columns(n_pos)
     in_prompt = (columns < state.n_prompt).expand(n_rows, n_pos)
     if positions is None:

@@ -181,6 +181,8 @@ class BlockRun:
 
     token_shape: tuple[int, ...]
     """[batch pos] that the block is working on: HF routers see it flattened."""
+    depth: int = 0
+    """In how many forwards it runs, each within the other."""
     hidden: Tensor | None = None
     """What the block was given, while the experts' outputs are hooked."""
     rule: RoutingRule | None = None
@@ -210,7 +212,7 @@ class RoutingPoints:
         self.is_observed = False  # plain, for torch.compile
         self.observer: Any = None  # sees what the router decides, where nothing is hooked (`observing`)
         self.added_up: set[Any] = set()  # how the experts ran when their outputs were seen to add up
-        self.allow_training = False
+        self.allow_training = 0  # how many contexts do
         self.router: Any = None  # what stands in for the router's forward (`router_points.HookedRouter`)
         self.top_k = shape.top_k  # for which the hooks were asked whether they can be obeyed
         self.expert_out: RoutingPoint | None = None
@@ -310,7 +312,14 @@ class RoutingPoints:
     def begin(self, hidden: Tensor) -> None:
         """The block begins to work on hidden states [batch pos d_model]."""
         flat = hidden.flatten(0, -2) if self.expert_out_is_hooked else None
-        self._runs.setdefault(threading.get_ident(), []).append(BlockRun(tuple(hidden.shape[:-1]), flat))
+        run = BlockRun(tuple(hidden.shape[:-1]), self.running.depth, flat)
+        self._runs.setdefault(threading.get_ident(), []).append(run)
+
+    def drop(self, ident: int, depth: int) -> None:
+        """Forget a thread's runs of the block that are deeper in forwards: these were broken off."""
+        runs = [run for run in self._runs.pop(ident, ()) if run.depth <= depth]
+        if runs:
+            self._runs[ident] = runs
 
     def end(self) -> BlockRun | None:
         """It ends, or was broken off."""

@@ -182,15 +182,14 @@ def allow_training(
             "is frozen: it chooses as in eval mode. (Noise on what a router reads stays.)"
         )
     points = [each for moe in routing_layers(model).values() if (each := points_of(moe)) is not None]
-    before = [each.allow_training for each in points]
     for each in points:
-        each.allow_training |= allow
+        each.allow_training += allow
     try:
         with running_of(model).hooking(), within or nullcontext() as inside:
             yield inside
     finally:
-        for each, allowed in zip(points, before, strict=True):
-            each.allow_training = allowed
+        for each in points:
+            each.allow_training -= allow
 
 
 def running_of(model: Any) -> Running:

@@ -94,6 +94,18 @@ def install_residual(block: nn.Module, layer: int, running: Any) -> ResidualPoin
     return points
 
 
+def check_in_place(hf_model: nn.Module, residual: list[ResidualPoints]) -> None:
+    """Raise HookError where a block that has points is no part of the model any more."""
+    there = {id(module) for module in hf_model.modules()}
+    for number, points in enumerate(residual):
+        if id(points.block) not in there:
+            raise HookError(
+                f"Block {number} of {type(hf_model).__name__} was replaced since the hook points were put "
+                "in, so hooks could not fire there. Call detach() on this RoutedModel, detach(hf_model) if "
+                "the new block has points, too, and then attach(hf_model)."
+            )
+
+
 class Reached(Exception):
     """Breaks a forward off."""
 

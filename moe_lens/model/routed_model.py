@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +27,7 @@ from moe_lens import hook_names
 from moe_lens.checks import may_be_padded
 from moe_lens.errors import DataError, HookError, MoELensError, warn
 from moe_lens.model import registration
+from moe_lens.model.contexts import HooksOfTheirOwn
 from moe_lens.model.expert_points import uninstall_expert_out
 from moe_lens.model.generating import Generating
 from moe_lens.model.hf_models import decoder_of, numbered_layers
@@ -35,7 +35,7 @@ from moe_lens.model.layers import MoELayer
 from moe_lens.model.loading import own_tokenizer, placed, with_quantisation
 from moe_lens.model.model_config import ModelConfig, config_of
 from moe_lens.model.reading import as_numbers
-from moe_lens.model.residual_points import install_residual, residual_before
+from moe_lens.model.residual_points import check_in_place, install_residual, residual_before
 from moe_lens.model.router_points import install, installed_points, points_of, uninstall
 from moe_lens.model.running import Running
 from moe_lens.model.self_check import check_router
@@ -44,7 +44,7 @@ from moe_lens.model.wrapper import Model
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
 
-class RoutedModel(Model, Generating, HookedRootModule):
+class RoutedModel(Model, Generating, HooksOfTheirOwn):
     """A Hugging Face MoE model, unchanged, with hook points on its routing and its residual stream.
 
     >>> from moe_lens import RoutedModel, SteeringPlan, organisms, steer_hooks
@@ -84,6 +84,8 @@ class RoutedModel(Model, Generating, HookedRootModule):
         running = next((points.running for moe in layers.values() if (points := points_of(moe))), None)
         if running is None:
             running = self._install(layers)
+        else:
+            running.widen(hf_model, decoder_of(hf_model, layers)[0])
         running.wrapper = self
         vars(self)[registration.RUNNING] = running
         for number, moe in layers.items():  # hooked before: the points that are there
@@ -257,9 +259,11 @@ class RoutedModel(Model, Generating, HookedRootModule):
                 backward() within the context: blocks are computed again, under the same hooks or not at all.
 
         Raises:
-            HookError: a name that the model does not have, or hooks that are no pairs (name, function).
+            HookError: a name that the model does not have, or hooks that are no pairs (name, function); a
+                block of the model was replaced since the points were put in.
         """
         fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
+        check_in_place(self.hf_model, registration.running_of(self).residual)
         with (
             registration.allow_training(self, training),
             super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_lens.errors import HookError
 from moe_lens.model.direct_logits import DirectLogits, direct_logits, in_order
-from moe_lens.model.layers import MoELayer
+from moe_lens.model.layers import MoELayer, unwrap
 from moe_lens.model.points import BlockRun, Mode, RoutingPoints, fire
 from moe_lens.model.private_names import stands_on
 from moe_lens.model.running import Running
@@ -78,13 +78,23 @@ class HookedRouter(StandIn):
         Others may be compiled, or their block did not run: it is watched in the next forward.
         """
         block = self.moe.block
+        if not self.points.running.holds(block):
+            raise HookError(
+                f"{self.moe.where}: this block was replaced since the steering plan was set, so it could not "
+                "fire. Replace blocks before the hook points are put in (detach, attach)."
+            )
         if "leave" in self.handles or not self.points.plan_fired:
             return
-        replaced = ("forward" in vars(block)) != self.block_had_forward
+        replaced = ("forward" in vars(block)) != self.block_had_forward or not self.is_in_use
         if replaced or stands_on(self.moe.router, HookedRouter) is not self:
             _refuse(self, block, "router", "steering plan")
         self.points.plan_fired = False
         self.watch_block("leave")
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether it is the router that the block calls as it stands: of several copies (PEFT) one is."""
+        return any(unwrap(child) is self.moe.router for child in self.moe.block.children())
 
     def check_training(self) -> None:
         """Refuse hooks in training mode where they are not allowed there."""
@@ -339,6 +349,13 @@ def _end(hooked: HookedRouter, output: Any) -> None:
 
 
 def _refuse(hooked: HookedRouter, block: nn.Module, what: str, hooks: str) -> None:
+    if what == "router" and not hooked.is_in_use:
+        raise HookError(
+            f"{hooked.moe.where}: {type(block).__name__} called another router than the one with the hook "
+            f"points, so the {hooks} could not fire. Was it replaced or copied since (modules_to_save, "
+            "set_adapter), or are its adapters off (disable_adapter)? Attach, or steer, when the router that "
+            "is to run is in its place."
+        )
     raise HookError(
         f"{hooked.moe.where}: {type(block).__name__} ran without calling its {what}, so the {hooks} "
         "could not fire. Load the model without fused MoE kernels (use_kernels=False), and add adapters that "

@@ -10,10 +10,10 @@ deep copy of the model and another thread each have their own.
 
 import copy
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_lens.errors import HookError
 from moe_lens.model.checkpointing import Checkpointing
+from moe_lens.model.frames import frame_of_call, still_running
 from moe_lens.model.owners import Owners
 from moe_lens.model.state import (
     NAN_LOGITS,
@@ -29,26 +30,11 @@ from moe_lens.model.state import (
     Pass,
     as_prompts,
     check_weights,
-    copied,
 )
 from moe_lens.model.static_caches import refuse_static_cache
-from moe_lens.model.watching import Enter, Generate, Leave, padding_mask
-
-
-@dataclass(eq=False)
-class _Thread:
-    """What one thread runs."""
-
-    forwards: list[ForwardState] = field(default_factory=list)
-    generations: list[Generation] = field(default_factory=list)
-    given: tuple[int, list[Any] | None] | None = None  # at which depth of forwards, and which texts
-    rows: tuple[int, tuple[Tensor, Pass]] | None = None  # at which depth, and which rows of which prompts
-    disturbed: bool = False  # another thread changed the hooks of a forward that runs here
-
-    @property
-    def is_idle(self) -> bool:
-        nothing = self.given is None and self.rows is None
-        return nothing and not self.forwards and not self.generations
+from moe_lens.model.threads import Thread, forward_of, generation_in, generation_of, inherit
+from moe_lens.model.unplaced import of_forward
+from moe_lens.model.watching import Enter, Generate, Leave
 
 
 class Running:
@@ -73,7 +59,7 @@ class Running:
         self.owners = Owners()
         self.lock = threading.RLock()
         self._checkpointing: Checkpointing | None = None
-        self._threads: dict[int, _Thread] = {}
+        self._threads: dict[int, Thread] = {}
         self._contexts: list[int] = []
         self._handles: list[Any] = []
         self._model: nn.Module | None = None
@@ -103,9 +89,18 @@ class Running:
         )
 
     @property
+    def model(self) -> nn.Module | None:
+        """The model that is watched."""
+        return self._model
+
+    @property
     def is_watching(self) -> bool:
         """Whether the model still has the points."""
         return self._model is not None
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the model that it watches still has this module."""
+        return self._model is None or any(part is module for part in self._model.modules())
 
     @property
     def is_running(self) -> bool:
@@ -127,7 +122,7 @@ class Running:
     def generating(self) -> bool:
         """Whether the next forward of this thread is a step of a generation."""
         thread = self._threads.get(threading.get_ident())
-        return thread is not None and _generation(thread) is not None
+        return thread is not None and generation_in(thread) is not None
 
     @contextmanager
     def hooking(self) -> Iterator[None]:
@@ -145,6 +140,8 @@ class Running:
         finally:
             with self.lock:
                 self._contexts.remove(ident)
+            with self._in_thread():
+                pass  # what was broken off in it is forgotten
 
     @contextmanager
     def of_prompts(self, rows: Any, among: Pass | int) -> Iterator[None]:
@@ -175,9 +172,9 @@ class Running:
         Args:
             given: what `generate` was given; or a `Generation` that continues.
         """
-        generation = given if isinstance(given, Generation) else _generation_of(given)
+        generation = given if isinstance(given, Generation) else generation_of(given)
         with self._in_thread() as thread:
-            _inherit(generation, thread)
+            inherit(generation, thread)
             thread.generations.append(generation)
             try:
                 yield
@@ -217,12 +214,17 @@ class Running:
 
     def enter(self, kwargs: dict[str, Any], of_decoder: bool = False) -> None:
         """A forward of the Hugging Face model begins, or of its decoder alone, with these arguments."""
-        thread = self._threads.setdefault(threading.get_ident(), _Thread())
+        ident = threading.get_ident()
+        thread = self._threads.setdefault(ident, Thread())
+        self._drop_broken(ident, thread)
         if of_decoder and thread.forwards and not thread.forwards[-1].in_decoder:
             thread.forwards[-1].in_decoder = True  # as part of the model's, which is noted already
             return
-        forward = _forward(kwargs, thread, self.wrapper, self.needs_state)
+        forward = forward_of(kwargs, thread, self.wrapper, self.needs_state)
         forward.of_decoder = forward.in_decoder = of_decoder
+        forward.frame = frame_of_call()
+        if self.needs_state:
+            forward.unplaced = forward.unplaced or of_forward(self._model, kwargs)
         with self.lock:
             thread.forwards.append(forward)
             if self._checkpointing is not None:
@@ -235,16 +237,18 @@ class Running:
         """It ends, or was broken off: what ran around it, if anything, goes on."""
         ident = threading.get_ident()
         thread = self._threads.get(ident)
+        if thread is not None:
+            self._drop_broken(ident, thread)  # within this one
         if thread is None or not thread.forwards:
             return  # broken off before it was noted
         if of_decoder and not thread.forwards[-1].of_decoder:
             thread.forwards[-1].in_decoder = False
             return
         forward = thread.forwards.pop()
+        forward.frame = None
         disturbed, thread.disturbed = thread.disturbed, False
         self._forget(ident, thread)
-        if self._checkpointing is not None and self._checkpointing.wrapped and not self._is_busy:
-            self._checkpointing.end()
+        self._end_checkpointing()
         if disturbed:
             raise HookError(_TWO_THREADS)
         if completed:
@@ -273,8 +277,11 @@ class Running:
             if other != ident and thread.forwards:
                 thread.disturbed = True
 
-    def _check_owners(self, own: _Thread) -> None:
+    def _check_owners(self, own: Thread) -> None:
         """Refuse a thread that would see another one's hooks."""
+        known = list(self._threads)  # before it is asked which threads there are
+        for ident in set(known) - sys._current_frames().keys():  # ended within a forward, by SystemExit
+            self._threads.pop(ident, None)
         busy = [ident for ident, thread in list(self._threads.items()) if thread.forwards]
         if self.owners.refuse(busy):
             for thread in list(self._threads.values()):
@@ -282,15 +289,35 @@ class Running:
             raise HookError(_TWO_THREADS)
 
     @contextmanager
-    def _in_thread(self) -> Iterator[_Thread]:
+    def _in_thread(self) -> Iterator[Thread]:
         ident = threading.get_ident()
-        thread = self._threads.setdefault(ident, _Thread())
+        thread = self._threads.setdefault(ident, Thread())
+        self._drop_broken(ident, thread)
         try:
             yield thread
         finally:
+            self._drop_broken(ident, thread)
             self._forget(ident, thread)
 
-    def _forget(self, ident: int, thread: _Thread) -> None:
+    def _drop_broken(self, ident: int, thread: Thread) -> None:
+        """Forget this thread's forwards that a KeyboardInterrupt broke off, of which torch does not tell."""
+        if not thread.forwards or (alive := still_running(thread.forwards)) == len(thread.forwards):
+            return
+        with self.lock:
+            for forward in thread.forwards[alive:]:
+                forward.frame = None
+                forward.steered.clear()
+            del thread.forwards[alive:]
+            thread.disturbed = thread.disturbed and alive > 0
+            for points in self.points:
+                points.drop(ident, alive)
+            self._end_checkpointing()
+
+    def _end_checkpointing(self) -> None:
+        if self._checkpointing is not None and self._checkpointing.wrapped and not self._is_busy:
+            self._checkpointing.end()
+
+    def _forget(self, ident: int, thread: Thread) -> None:
         if thread.is_idle:
             self._threads.pop(ident, None)
 
@@ -316,6 +343,15 @@ class Running:
         if callable(getattr(hf_model, "generate", None)):
             cast(Any, hf_model).generate = Generate(self, cast(Any, hf_model).generate)
 
+    def widen(self, hf_model: nn.Module, decoder: nn.Module | None) -> None:
+        """Watch a model that generates, where only a part of it that does not is watched: its decoder."""
+        watched, generates = self._model, callable(getattr(hf_model, "generate", None))
+        if watched is None or not generates or callable(getattr(watched, "generate", None)) or self._is_busy:
+            return
+        if any(part is watched for part in hf_model.modules()):
+            self.unwatch()
+            self.watch(hf_model, decoder)
+
     def unwatch(self) -> None:
         """Note nothing more, and leave no trace on the model."""
         for handle in self._handles:
@@ -326,6 +362,8 @@ class Running:
                 cast(Any, self._model).generate = generate.original
             else:
                 del cast(Any, self._model).generate
+        if self._checkpointing is not None:
+            self._checkpointing.end()
         self._handles, self._model, self._checkpointing = [], None, None
 
 
@@ -334,63 +372,6 @@ _TWO_THREADS: Final = (
     "model: each would see the other's. Run one after the other (a lock), or give each thread its own "
     "copy.deepcopy(model). (Threads that start after the hooks were set may run the model under them.)"
 )
-
-
-def _forward(kwargs: dict[str, Any], thread: _Thread, wrapper: Any, needs_state: bool) -> ForwardState:
-    depth, generation = len(thread.forwards), _generation(thread)
-    tokens = kwargs.get("input_ids")
-    inputs = tokens if tokens is not None else kwargs.get("inputs_embeds")
-    n_pos = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0
-    n_rows = len(inputs) if isinstance(inputs, Tensor) else 0
-    first = generation is not None and generation.n_prompt is None
-    offset = _cached(kwargs) if needs_state or first else 0  # with some caches a look at a tensor
-    found, texts = (
-        noted[1] if noted is not None and noted[0] == depth else None for noted in (thread.rows, thread.given)
-    )
-    rows, among = cast(Any, found) or (None, None)
-    forward = ForwardState(
-        tokens=tokens if isinstance(tokens, Tensor) else None,
-        attention_mask=padding_mask(kwargs.get("attention_mask")),
-        offset=offset,
-        n_prompt=offset or n_pos,
-        texts=cast(Any, texts),
-        rows=rows,
-        among=among,
-        bridge=wrapper,
-    )
-    if generation is not None:
-        if generation.n_prompt is None:
-            generation.n_prompt = offset + n_pos
-        forward.n_prompt, forward.texts = generation.n_prompt, generation.texts
-        forward.n_prompts, forward.generating = generation.n_prompts, 1
-        if forward.attention_mask is None and generation.attention_mask is not None:
-            forward.attention_mask = copied(generation.attention_mask, n_rows)
-    return forward
-
-
-def _generation(thread: _Thread) -> Generation | None:
-    """The generation whose step the next forward is."""
-    running = [one for one in thread.generations if one.depth == len(thread.forwards)]
-    return running[-1] if running else None
-
-
-def _generation_of(given: Any) -> Generation:
-    texts = as_prompts(given)
-    return Generation(texts, n_prompts=None if texts is None else len(texts))
-
-
-def _inherit(generation: Generation, thread: _Thread) -> None:
-    """A `generate` within another one (the wrapper's around the model's, a draft's) has the same prompt."""
-    outer, generation.depth = _generation(thread), len(thread.forwards)
-    if outer is not None and outer is not generation:
-        generation.texts = generation.texts or outer.texts
-        if outer.n_prompt is not None:
-            generation.n_prompt = outer.n_prompt
-        else:
-            outer.n_prompt = generation.n_prompt
-        generation.n_prompts = outer.n_prompts or generation.n_prompts
-    elif generation.texts is None and thread.given is not None and thread.given[0] == generation.depth:
-        generation.texts = thread.given[1]
 
 
 def _check_steered(forward: ForwardState) -> None:
@@ -407,12 +388,3 @@ def _holds_nan(weights: Tensor) -> bool:
 def _by_row(weights: Tensor, tokens: Tensor | None) -> Tensor:
     fits = tokens is not None and tokens.ndim == 2 and tokens.numel() == len(weights)
     return weights.unflatten(0, tuple(tokens.shape)) if tokens is not None and fits else weights
-
-
-def _cached(kwargs: dict[str, Any]) -> int:
-    """How many columns the KV cache holds before this forward."""
-    past: Any = kwargs.get("past_key_values")
-    if past is not None:
-        return int(past.get_seq_length())
-    position = kwargs.get("cache_position")
-    return int(position.flatten()[0]) if isinstance(position, Tensor) and position.numel() else 0

@@ -58,6 +58,7 @@ class Generation:
         n_prompt: columns of the prompt; None until its first forward tells.
         n_prompts: how many prompts, of which beams and samples are copies; None where that is not known.
         attention_mask: [prompt n_prompt], 0 on padding; None without one.
+        unplaced: as in `ForwardState`.
         depth: how deep in other forwards it runs.
     """
 
@@ -65,6 +66,7 @@ class Generation:
     n_prompt: int | None = None
     n_prompts: int | None = None
     attention_mask: Tensor | None = None
+    unplaced: str | None = None
     depth: int = 0
 
 
@@ -106,6 +108,8 @@ class ForwardState:
         tokens: its input, int64 [batch pos]; None where it was given embeddings.
         attention_mask: [batch total], 0 on padding; None without one. In a generation with a static cache,
             whose forwards get masks of another form, [batch n_prompt], as `generate` was given it.
+        unplaced: why columns tell no places of tokens in their prompts (`model.unplaced`); None: they do.
+        padding_unknown: whether it has a mask of another form, and nobody knows what that hides.
         offset: how many columns are in the KV cache already; 0 in a plain forward.
         n_prompt: how many columns, cached ones included, are the prompt's. In a generation, those that
             `generate` was given, however its prefill is cut. Elsewhere all columns of a forward without
@@ -124,6 +128,8 @@ class ForwardState:
 
     tokens: Tensor | None = None
     attention_mask: Tensor | None = None
+    unplaced: str | None = None
+    padding_unknown: bool = False
     offset: int = 0
     n_prompt: int = 0
     texts: list[Any] | None = None
@@ -136,13 +142,18 @@ class ForwardState:
     steered: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
     in_decoder: bool = False
     of_decoder: bool = False
+    frame: Any = field(default=None, repr=False)  # of the module's call, while it runs (`model.frames`)
 
     def columns(self, n_pos: int) -> Tensor:
         """The columns [pos] of the `n_pos` tokens that are running."""
         return torch.arange(self.offset, self.offset + n_pos)
 
     def own_tokens(self) -> Tensor | None:
-        """Bool [batch pos] for the columns that are running, False on padding; None without a mask."""
+        """Bool [batch pos] for the columns that are running, False on padding; None without a mask.
+
+        Raises HookError where `padding_unknown`.
+        """
+        self._check_padding()
         mask = self.attention_mask
         if mask is None:
             return None
@@ -152,12 +163,17 @@ class ForwardState:
     def places(self, n_rows: int, n_pos: int) -> Tensor:
         """The place of each of the `n_pos` tokens that are running in its own prompt and what follows it.
 
-        int64 [batch pos] on the CPU, from 0 on; -1 on padding.
+        int64 [batch pos] on the CPU, from 0 on; -1 on padding. Raises HookError where `padding_unknown`.
         """
         own = self._own(n_rows, self.offset + n_pos)
         if own is None:
             return self.columns(n_pos).expand(n_rows, n_pos)
         return (own.long().cumsum(1) - 1).masked_fill(~own, -1)[:, self.offset :]
+
+    def check_placed(self, positions: Any) -> None:
+        """Raise HookError where positions cannot be found, since columns tell no places (`unplaced`)."""
+        if self.unplaced is not None:
+            raise HookError(f"positions={positions!r} cannot be found in this run: {self.unplaced}.")
 
     def note_own(self, own: Tensor) -> None:
         """Note which tokens are not padding, bool [batch pos], where no mask says so."""
@@ -171,6 +187,7 @@ class ForwardState:
     def _own(self, n_rows: int, stop: int) -> Tensor | None:
         """Which of the first columns are not padding, on the CPU; None without a mask."""
         if "mask" not in self.memory:  # a look at another device, once a forward
+            self._check_padding()
             self.memory["mask"] = None if self.attention_mask is None else self.attention_mask.cpu()
         mask = self.memory["mask"]
         if mask is None:
@@ -178,6 +195,14 @@ class ForwardState:
         if len(mask) not in (1, n_rows):
             raise HookError(f"The attention mask has {len(mask)} rows, and {n_rows} run; give a bool mask.")
         return _up_to(stop, mask).expand(n_rows, -1)
+
+    def _check_padding(self) -> None:
+        if self.padding_unknown:
+            raise HookError(
+                "The attention mask of this forward is not [batch total], so that its padding and the places "
+                "of tokens in their own prompts are unknown. Pass a mask [batch total], 0 on padding, or say "
+                "where by a bool mask [batch pos] over the columns (positions=mask)."
+            )
 
     def by_prompt(self, values: Tensor, n_rows: int) -> Tensor | None:
         """Those of `values` [prompt ...] that belong to the rows [batch ...]; None if they do not fit.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens.model.state import Bound, Generation, uncompiled
+from moe_lens.model.unplaced import inferred_mask, of_generation
 
 
 class Enter:
@@ -27,7 +28,7 @@ class Enter:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() and not self.running.needs_state:
             return
-        _enter(self.running, {"input_ids": args[0], **kwargs} if args else kwargs, self.of_decoder)
+        _enter(self.running, module, args, kwargs, self.of_decoder)
 
 
 class Leave:
@@ -44,8 +45,10 @@ class Leave:
 
 
 @uncompiled
-def _enter(running: Any, kwargs: dict[str, Any], of_decoder: bool) -> None:
-    running.enter(kwargs, of_decoder)
+def _enter(
+    running: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], of_decoder: bool
+) -> None:
+    running.enter(named(module, args, kwargs), of_decoder)
 
 
 @uncompiled
@@ -73,12 +76,25 @@ class Generate:
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         given = next((tensor for tensor in candidates if isinstance(tensor, Tensor)), None)
-        generation = Generation()
+        model, mask = self.running.model, padding_mask(kwargs.get("attention_mask"))
+        generation = Generation(unplaced=of_generation(model, args, kwargs))
         if given is not None and given.ndim > 1:
             generation.n_prompts, generation.n_prompt = given.shape[:2]
-            generation.attention_mask = padding_mask(kwargs.get("attention_mask"))
+            if mask is not None and kwargs.get("past_key_values") is not None:
+                # the new columns alone are given
+                generation.n_prompt = max(generation.n_prompt, mask.shape[1])
+            generation.attention_mask = inferred_mask(given, model, args, kwargs) if mask is None else mask
         with self.running.generation(generation):
             return self.original(inputs, *args, **kwargs)
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by their names; the first one is its input, whatever its name."""
+    if not args:
+        return kwargs
+    first, *others = args
+    names = list(inspect.signature(module.forward).parameters)[1:] if others else []
+    return {"input_ids": first, **dict(zip(names, others, strict=False)), **kwargs}
 
 
 def padding_mask(mask: Any) -> Tensor | None:

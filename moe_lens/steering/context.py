@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any, SupportsFloat
 from weakref import WeakKeyDictionary
 
+from moe_lens.errors import HookError
 from moe_lens.interventions.positions import Positions
-from moe_lens.model.attaching import attach, detach, wrapper_of
+from moe_lens.model.attaching import attach, detach, wrapper_of, wrappers_of
 from moe_lens.model.registration import allow_training
+from moe_lens.model.unplaced import VIRTUAL, adds_tokens
 from moe_lens.model.wrapper import Model
 from moe_lens.steering.hooks import steer_hooks
 
@@ -52,6 +54,8 @@ def steered(
     Raises:
         as in `steer_hooks` and `attach`.
     """
+    if positions is not None and adds_tokens(model):
+        raise HookError(f"positions={positions!r} cannot be found in {type(model).__name__}: {VIRTUAL}.")
     hooks = steer_hooks(plan, layers=layers, positions=positions, strength=strength, only_unmet=only_unmet)
     with _borrowed(model) as wrapper, allow_training(wrapper, training, wrapper.hooks(hooks)):
         yield model
@@ -67,9 +71,9 @@ def _borrowed(model: Any) -> Iterator[Any]:
     """The model's wrapper; one of its own while the context lasts where it has none."""
     with _LOCK:
         given: Any = model
-        wrapper: Any = model if isinstance(model, Model) else wrapper_of(model)
-        if wrapper is None:
-            wrapper = attach(given)
+        is_new = not isinstance(model, Model) and wrapper_of(model) is None
+        wrapper: Any = model if isinstance(model, Model) else attach(given)
+        if is_new:
             _USERS[wrapper] = 0
         if wrapper in _USERS:
             _USERS[wrapper] += 1
@@ -81,5 +85,6 @@ def _borrowed(model: Any) -> Iterator[Any]:
                 _USERS[wrapper] -= 1
                 if not _USERS[wrapper]:
                     del _USERS[wrapper]
-                    if wrapper_of(model) is wrapper:  # and nobody has wrapped it for himself meanwhile
+                    # unless somebody has wrapped it for himself meanwhile
+                    if any(each is wrapper for each in wrappers_of(model)):
                         detach(wrapper)

@@ -2,14 +2,17 @@
 
 import copy
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from moe_lens import hook_names
+from moe_lens import RoutedModel, SteeringPlan, hook_names, steer_hooks, steered
 from moe_lens.errors import HookError
-from moe_lens.model.hooked_moe import HookedMoE, attach, detach
+from moe_lens.model.attaching import attach, detach
+from moe_lens.model.hooked_moe import HookedMoE
 from tests.edits import on_logits, same
 from tests.families import core_family
 from tests.model.recorded import Hooked, negate, point_names
@@ -140,6 +143,38 @@ def test_detaching_a_deep_copy_leaves_the_original_attached() -> None:
     assert not any("router_logits" in name for name in clone.hook_dict)
     assert torch.equal(clone(tokens()), before)
     assert not torch.equal(model.run_with_hooks(tokens(), fwd_hooks=on_logits(negate, 0)), before)
+
+
+def copied_block(model: Any) -> Any:
+    return copy.deepcopy(model.model.layers[1])
+
+
+def new_block(model: Any) -> Any:
+    return tiny_model("olmoe").model.layers[1]
+
+
+@pytest.mark.parametrize("block", [copied_block, new_block])
+def test_a_replaced_block_is_not_passed_over(block: Callable[[Any], Any]) -> None:
+    model, plan = tiny_model("olmoe"), SteeringPlan(deactivate=[(0, 0), (1, 0)])
+    routed, plain = RoutedModel(model), model(tokens()).logits
+    with steered(model, plan):
+        expected = model(tokens()).logits
+        model.model.layers[1] = new_block(model)
+        with pytest.raises(HookError, match=r"blocks\.1\.mlp: this block was replaced"):
+            model(tokens())
+    model.model.layers[1] = block(model)
+    for act in (
+        lambda: steered(model, plan).__enter__(),
+        lambda: attach(model),
+        lambda: routed.run_with_hooks(tokens(), fwd_hooks=steer_hooks(plan)),
+        lambda: routed.run_with_hooks(tokens(), fwd_hooks=[("blocks.1.hook_resid_post", print)]),
+    ):
+        with pytest.raises(HookError, match=r"replaced.*detach"):
+            act()
+    assert torch.equal(model(tokens()).logits, plain)
+    detach(model)
+    with steered(model, plan):
+        assert torch.equal(model(tokens()).logits, expected)
 
 
 def test_an_attached_bridge_knows_padding_and_refuses_absent_layers() -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe_lens import HookedMoE, RoutedModel, SteeringPlan, detach, hook_names, steered
+from moe_lens import HookedMoE, RoutedModel, SteeringPlan, attach, detach, hook_names, steered
 from moe_lens.errors import HookError, MoELensError
 from tests.families import recipes
 from tests.tiny_models import tiny_model, tokens
@@ -176,12 +176,48 @@ def test_routers_that_are_trained_whole() -> None:
         close(adapted(tokens()).logits, oracle(tokens()).logits)
 
 
+@pytest.mark.parametrize("positions", [None, "prompt"])
+def test_a_plan_does_not_pass_over_routers_that_are_switched_off(positions: str | None) -> None:
+    """A policy and its reference model, turn by turn; and another adapter's routers."""
+    trained = {"target_modules": ["o_proj"], "modules_to_save": ["gate"]}
+    adapted = with_adapters(tiny_model("olmoe"), trained)
+    adapted.add_adapter("other", peft.LoraConfig(r=4, **trained))
+    with steered(adapted, PLAN, positions=positions):
+        expected = adapted(tokens()).logits
+        for _ in range(3):
+            with (
+                adapted.disable_adapter(),
+                pytest.raises(HookError, match=r"another router.*disable_adapter"),
+            ):
+                adapted(tokens())
+            assert torch.equal(adapted(tokens()).logits, expected)
+            adapted.set_adapter("other")
+            with pytest.raises(HookError, match=r"another router.*set_adapter"):
+                adapted(tokens())
+            adapted.set_adapter("default")
+            assert torch.equal(adapted(tokens()).logits, expected)
+    own = tiny_model("olmoe")
+    with adapted.disable_adapter():
+        plain = adapted(tokens()).logits
+        with steered(adapted, PLAN, positions=positions), steered(own, PLAN, positions=positions):
+            close(adapted(tokens()).logits, own(tokens()).logits)
+            assert not torch.equal(adapted(tokens()).logits, plain)
+
+
 def test_routers_that_are_copied_under_the_points_are_not_passed_over() -> None:
-    model = tiny_model("olmoe")
+    model, trained = tiny_model("olmoe"), {"target_modules": ["o_proj"], "modules_to_save": ["gate"]}
     routed = RoutedModel(model)
-    with_adapters(model, {"target_modules": ["o_proj"], "modules_to_save": ["gate"]})
+    with_adapters(model, trained)
     with pytest.raises(HookError, match="modules_to_save"):
         routed.run_with_cache(tokens())
+    for act in (attach, lambda model: steered(model, PLAN).__enter__()):
+        with pytest.raises(HookError, match=r"not of one wrapper.*detach"):
+            act(model)
+    detach(model)
+    routed.detach()
+    own = with_adapters(tiny_model("olmoe"), trained)
+    with steered(model, PLAN), steered(own, PLAN):
+        assert torch.equal(model(tokens()).logits, own(tokens()).logits)
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)

@@ -1,8 +1,10 @@
 """What hooks know of the forward that they are in, however a generation is cut, and of one in another."""
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -210,6 +212,126 @@ def test_an_exception_leaves_nothing_behind(where: str) -> None:
     assert note.forwards == [([0, 1, 2, 3, 4], [])]
 
 
+class Interrupts:
+    """On a module, a KeyboardInterrupt at one of its calls; always_call hooks of torch do not hear of it."""
+
+    def __init__(self, at: int = 0):
+        self.left = at
+
+    def __call__(self, *args: Any) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+
+
+def chosen_columns(hf_model: Any) -> list[tuple[list[int], list[int]]]:
+    """What "generated" selects in a forward of the decoder alone, which may be part of a running one."""
+    routed, given = RoutedModel(hf_model), tokens(1, 4)
+    note = Columns(routed, "generated")
+    with routed.hooks([note.entry]), torch.no_grad():
+        hf_model.model(input_ids=given)
+    return note.forwards
+
+
+@pytest.mark.parametrize("within", ["the context", "another context", "no context"])
+@pytest.mark.parametrize("what", ["forward", "generation"])
+def test_an_interrupt_leaves_nothing_behind(what: str, within: str) -> None:
+    hf_model, given = tiny_model("olmoe"), tokens(1, 5)
+    model = RoutedModel(hf_model)
+    note = Columns(model, "generated")
+
+    def run() -> None:
+        if what == "forward":
+            hf_model(given)
+        else:
+            hf_model.generate(given, max_new_tokens=5, do_sample=False, eos_token_id=None)
+
+    def broken_off(hooks: Any = ()) -> None:
+        handle = hf_model.lm_head.register_forward_pre_hook(Interrupts(2 if what == "generation" else 0))
+        with pytest.raises(KeyboardInterrupt), model.hooks(hooks) if hooks else nullcontext():
+            run()
+        handle.remove()
+
+    with torch.no_grad():
+        if within == "the context":
+            with model.hooks([note.entry]):
+                broken_off()
+                note.forwards.clear()
+                hf_model.model(input_ids=given)
+            assert note.forwards == [([0, 1, 2, 3, 4], [])]
+        else:
+            broken_off([note.entry] if within == "another context" else ())
+        assert chosen_columns(hf_model) == [([0, 1, 2, 3], [])]
+        broken_off([note.entry] if within == "another context" else ())
+
+        def in_a_thread() -> Tensor:
+            with torch.no_grad():
+                return model.run_with_hooks(given, fwd_hooks=steer_hooks(SteeringPlan(deactivate=[(0, 0)])))
+
+        if within == "another context":  # whose end forgets what was broken off in it
+            [steered_there] = in_threads(in_a_thread)
+            assert torch.equal(steered_there, in_a_thread())
+        model.detach()
+        assert not any(vars(part).get("forward") for part in hf_model.modules())
+
+
+def test_a_hook_may_be_interrupted_in_a_forward_of_its_own() -> None:
+    """The forward around it goes on, and is the one that later hooks are in."""
+    hf_model, given, other = tiny_model("olmoe"), tokens(2, 5), tokens(1, 3, seed=1)
+    model = RoutedModel(hf_model)
+    first, note = model.moe_layers[0], Columns(model, "prompt")
+    note.entry = (hook_names.router_logits(model.moe_layers[-1]), note)
+
+    def interrupted(value: Tensor, hook: Any) -> None:
+        if hook.state.tokens is not None and hook.state.tokens.shape == given.shape:
+            handle = hf_model.lm_head.register_forward_pre_hook(Interrupts())
+            with pytest.raises(KeyboardInterrupt):
+                model(other)
+            handle.remove()
+
+    with torch.no_grad():
+        model.run_with_hooks(given, fwd_hooks=[(hook_names.router_logits(first), interrupted), note.entry])
+        assert note.forwards == [([*range(3)], [*range(3)]), ([*range(5)], [*range(5)])]
+        assert chosen_columns(model.hf_model) == [([0, 1, 2, 3], [])]
+
+
+def test_a_thread_that_ended_within_a_forward_is_not_waited_for() -> None:
+    hf_model, given = tiny_model("olmoe"), tokens(2, 5)
+    model = RoutedModel(hf_model)
+
+    def leaves(*args: Any) -> None:
+        raise SystemExit
+
+    handle = hf_model.lm_head.register_forward_pre_hook(leaves)
+
+    def run() -> None:
+        with suppress(SystemExit):
+            model.hf_model(given)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    handle.remove()
+    with torch.no_grad(), model.hooks(steer_hooks(SteeringPlan(deactivate=[(0, 0)]))):
+        steered_logits = model(given)
+    assert not torch.equal(steered_logits, model(given))
+
+
+def test_checkpointed_blocks_are_left_after_an_interrupt() -> None:
+    model = RoutedModel(tiny_model("olmoe"))
+    hf_model: Any = model.hf_model
+    hf_model.gradient_checkpointing_enable()
+    hf_model.train()
+    before = [vars(block)["_gradient_checkpointing_func"] for block in hf_model.model.layers]
+    for forget in (lambda: hf_model(tokens()), model.detach):
+        handle = hf_model.lm_head.register_forward_pre_hook(Interrupts())
+        with pytest.raises(KeyboardInterrupt):
+            hf_model(tokens())
+        handle.remove()
+        forget()
+        assert [vars(block)["_gradient_checkpointing_func"] for block in hf_model.model.layers] == before
+
+
 def test_two_streams_side_by_side_have_their_own_prompts() -> None:
     model = HookedMoE.from_hf(tiny_model("olmoe"), tokenizer())
     note = Columns(model, "prompt")
@@ -373,6 +495,65 @@ def test_steered_blocks_side_by_side_leave_no_trace() -> None:
     assert torch.equal(hf_model(given).logits, before)
     assert not any("forward" in vars(module) for module in hf_model.modules())
     assert "generate" not in vars(hf_model)
+
+
+@pytest.mark.parametrize("build", [RoutedModel, HookedMoE.from_hf, lambda hf_model: hf_model])
+def test_contexts_end_in_any_order(build: Callable[..., Any]) -> None:
+    """Each takes its own hooks away. Without a wrapper, the first one makes it and the last one detaches."""
+    model, given = build(tiny_model("olmoe")), tokens(2, 5)
+    plans = [SteeringPlan(deactivate=[(layer, 0), (layer, 1)]) for layer in (0, 1, 2)]
+
+    def logits(*which: int) -> Tensor:
+        with ExitStack() as stack:
+            for number in which:
+                stack.enter_context(steered(model, plans[number]))
+            return as_tensor(model(given))
+
+    with torch.no_grad():
+        plain, expected = as_tensor(model(given)), {n: logits(n) for n in (0, 1, 2)}
+        expected |= {both: logits(*both) for both in ((0, 1), (0, 2), (1, 2))}
+        for first, second, last in itertools.permutations(range(3)):
+            contexts = [steered(model, plan) for plan in plans]
+            for context in contexts:
+                context.__enter__()
+            contexts[first].__exit__(None, None, None)
+            assert torch.equal(as_tensor(model(given)), expected[min(second, last), max(second, last)])
+            contexts[second].__exit__(None, None, None)
+            assert torch.equal(as_tensor(model(given)), expected[last])
+            contexts[last].__exit__(None, None, None)
+            assert torch.equal(as_tensor(model(given)), plain)
+    assert getattr(model, "context_level", 0) == 0
+
+
+def test_contexts_of_two_wrappers_keep_their_hooks() -> None:
+    hf_model, given = tiny_model("olmoe"), tokens(2, 5)
+    one, other = RoutedModel(hf_model), RoutedModel(hf_model)
+    plans = [steer_hooks(SteeringPlan(deactivate=[(layer, 0), (layer, 1)])) for layer in (0, 1)]
+    with torch.no_grad():
+        expected = one.run_with_hooks(given, fwd_hooks=plans[0])
+        with one.hooks(plans[0]):
+            with other.hooks(plans[1]):
+                assert not torch.equal(one(given), expected)
+            assert torch.equal(one(given), expected)
+
+
+def test_training_is_allowed_until_the_context_that_allows_it_ends() -> None:
+    model, given = RoutedModel(tiny_model("olmoe")), tokens(2, 5)
+    hooks = steer_hooks(SteeringPlan(deactivate=[(0, 0)]))
+    model.train()
+    allows = [model.hooks(hooks, training=training) for training in (True, False, True)]
+    for context in allows:
+        context.__enter__()
+    for context in allows[:2]:
+        context.__exit__(None, None, None)
+        model(given)
+    allows[2].__exit__(None, None, None)
+    with pytest.raises(HookError, match="training mode"):
+        model.run_with_hooks(given, fwd_hooks=hooks)
+
+
+def as_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def test_a_wrapper_without_points_says_so() -> None:

@@ -175,7 +175,7 @@ def test_excess_raises_or_is_dropped_with_a_warning(file) -> None:
         ({"n_activate": -1}, "n_activate must be"),
         ({"n_deactivate": -2}, "n_deactivate must be"),
         ({"n_activate": 100}, "only .* experts have a positive score"),
-        ({"epsilon": 0.0}, "epsilon must be"),
+        ({"n_activate": 1, "epsilon": 0.0}, "epsilon must be"),
     ],
 )
 def test_impossible_arguments_of_a_plan(file, arguments, words) -> None:
