@@ -11,6 +11,7 @@ Nothing is pickled.
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -167,6 +168,19 @@ def _json(content: Any, indent: int | None = None) -> str:
     except UnicodeEncodeError:
         return json.dumps(content, indent=indent, default=_plain)
     return text
+
+
+def without_nan(content: Any) -> Any:
+    """JSON-like content with None for NaN and infinities, which JSON has not, and strict readers refuse.
+
+    >>> without_nan({"low": float("nan"), "limits": (0.5, float("inf"))})
+    {'low': None, 'limits': [0.5, None]}
+    """
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _plain(value: Any) -> Any:

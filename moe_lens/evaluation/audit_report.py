@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from moe_lens.checks import share
 from moe_lens.errors import DataError, MoELensError
-from moe_lens.files import FileKind
+from moe_lens.files import FileKind, without_nan
 from moe_lens.resampling import clustered_interval, in_words
 from moe_lens.results import Result
 from moe_lens.steering.plan import SteeringPlan, plan_from_json
@@ -203,7 +203,7 @@ class AuditReport(Result):
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, atomically; equal reports give equal files."""
-        _KIND.save_json(path, self._content())
+        _KIND.save_json(path, without_nan(self._content()))
 
     def _content(self) -> dict[str, Any]:
         names = ("task", "model", "left_out", "wanted", "level", "seed")

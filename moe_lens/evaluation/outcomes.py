@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -117,10 +117,15 @@ def saturation_of(outcomes: Sequence[Outcome]) -> str | None:
 
 @dataclass(frozen=True)
 class Limit:
-    """How much worse a plan may make a collateral measure."""
+    """How much worse a plan may make a collateral measure; infinite for no limit."""
 
     limit: float
     larger_is_worse: bool
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Limit":
+        """As a file holds it, where null stands for no limit."""
+        return cls(**{**content, "limit": inf if content["limit"] is None else content["limit"]})
 
 
 def gap_p_value(plus: Sequence[float], minus: Sequence[float], *, joint: bool = False) -> float:

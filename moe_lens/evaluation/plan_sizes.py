@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_lens.errors import DataError, warn
 from moe_lens.evaluation.outcomes import Limit, direction_of
-from moe_lens.files import FileKind
+from moe_lens.files import FileKind, without_nan
 from moe_lens.resampling import in_words
 from moe_lens.results import Result
 
@@ -112,7 +112,7 @@ class SweepResult(Result):
             for name, limit in self.limits.items() if point.size == size else ():
                 change = point.collateral[name] - self.unsteered_collateral[name]
                 harm = change * (1 if limit.larger_is_worse else -1) - limit.limit
-                worst = max(worst, harm if np.isfinite(harm) else np.inf)  # NaN: the plan broke the model
+                worst = max(worst, harm if np.isfinite(change) else np.inf)  # NaN: the plan broke the model
         return float(worst)
 
     def best_size(self, tolerance: float = 0.1) -> int:
@@ -166,10 +166,7 @@ class SweepResult(Result):
 
     def save(self, path: str | Path) -> None:
         """Write the sweep as JSON, atomically; equal sweeps give equal files."""
-        content = asdict(self)
-        for point in content["points"]:  # JSON has no NaN
-            point |= {side: None for side in ("low", "high") if np.isnan(point[side])}
-        _KIND.save_json(path, content)
+        _KIND.save_json(path, without_nan(asdict(self)))
 
     @classmethod
     def load(cls, path: str | Path) -> "SweepResult":
@@ -180,7 +177,7 @@ class SweepResult(Result):
             for point in content["points"]:
                 point |= {side: np.nan for side in ("low", "high") if point[side] is None}
             content["points"] = tuple(SweepPoint(**point) for point in content["points"])
-            content["limits"] = {name: Limit(**limit) for name, limit in content["limits"].items()}
+            content["limits"] = {name: Limit.from_json(limit) for name, limit in content["limits"].items()}
             return cls(**content)
         except (KeyError, TypeError, AttributeError, DataError) as error:
             raise DataError(f"{path} is damaged: {error!r}") from error

@@ -15,7 +15,7 @@ import numpy as np
 from moe_lens.errors import DataError, MoELensError
 from moe_lens.evaluation import verdict
 from moe_lens.evaluation.outcomes import Limit, Outcome, SteeringOutcomes
-from moe_lens.files import FileKind
+from moe_lens.files import FileKind, without_nan
 from moe_lens.resampling import in_words
 from moe_lens.results import Result
 from moe_lens.steering.plan import plan_from_json
@@ -96,11 +96,11 @@ class SteeringReport(SteeringOutcomes, Result):
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; the verdict too."""
-        return _KIND.sealed(self._content())
+        return _KIND.sealed(without_nan(self._content()))
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, atomically; equal reports give equal files."""
-        _KIND.save_json(path, self._content())
+        _KIND.save_json(path, without_nan(self._content()))
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -143,7 +143,7 @@ class SteeringReport(SteeringOutcomes, Result):
                     for kind, sides in content["controls"].items()
                 },
                 bottom=None if content["bottom"] is None else _from_json(content["bottom"]),
-                limits={name: Limit(**limit) for name, limit in content["limits"].items()},
+                limits={name: Limit.from_json(limit) for name, limit in content["limits"].items()},
                 alpha=content["alpha"],
                 level=content["level"],
                 seed=content["seed"],

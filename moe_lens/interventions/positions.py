@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_lens.errors import DataError, HookError
 from moe_lens.model.state import ForwardState
+from moe_lens.model.unplaced import PACKED
 from moe_lens.text.batching import token_sequences
 from moe_lens.text.spans import TextSpan, span_mask
 from moe_lens.text.token_rows import as_they_stand
@@ -73,7 +74,8 @@ def selected(positions: Positions, state: ForwardState, n_rows: int, n_pos: int)
         HookError: a position that a prompt does not have, a mask of another shape, a span that cannot be
             located, or a run whose columns tell no positions (packed prompts, prompt learning, guidance).
     """
-    if positions is not None:
+    is_mask = isinstance(positions, Tensor)  # over the columns of packed rows it is plain what is meant
+    if positions is not None and not (is_mask and state.unplaced is PACKED and not state.generating):
         state.check_placed(positions)
     columns = state.columns(n_pos)
     in_prompt = (columns < state.n_prompt).expand(n_rows, n_pos)

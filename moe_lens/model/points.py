@@ -314,6 +314,7 @@ class RoutingPoints:
         flat = hidden.flatten(0, -2) if self.expert_out_is_hooked else None
         run = BlockRun(tuple(hidden.shape[:-1]), self.running.depth, flat)
         self._runs.setdefault(threading.get_ident(), []).append(run)
+        self.running.forward.ran.add(self.moe.where)
 
     def drop(self, ident: int, depth: int) -> None:
         """Forget a thread's runs of the block that are deeper in forwards: these were broken off."""

@@ -78,11 +78,7 @@ class HookedRouter(StandIn):
         Others may be compiled, or their block did not run: it is watched in the next forward.
         """
         block = self.moe.block
-        if not self.points.running.holds(block):
-            raise HookError(
-                f"{self.moe.where}: this block was replaced since the steering plan was set, so it could not "
-                "fire. Replace blocks before the hook points are put in (detach, attach)."
-            )
+        self.check_in_place()
         if "leave" in self.handles or not self.points.plan_fired:
             return
         replaced = ("forward" in vars(block)) != self.block_had_forward or not self.is_in_use
@@ -91,10 +87,19 @@ class HookedRouter(StandIn):
         self.points.plan_fired = False
         self.watch_block("leave")
 
+    def check_in_place(self) -> None:
+        """Refuse a block that did not run since another one has its place in the model."""
+        if not self.points.running.holds(self.moe.block):
+            raise HookError(
+                f"{self.moe.where}: this block was replaced since hooks were set, so they could not fire. "
+                "Replace blocks before the hook points are put in (detach, attach)."
+            )
+
     @property
     def is_in_use(self) -> bool:
         """Whether it is the router that the block calls as it stands: of several copies (PEFT) one is."""
-        return any(unwrap(child) is self.moe.router for child in self.moe.block.children())
+        children = (getattr(child, "_orig_mod", child) for child in self.moe.block.children())  # compiled
+        return any(unwrap(child) is self.moe.router for child in children)
 
     def check_training(self) -> None:
         """Refuse hooks in training mode where they are not allowed there."""

@@ -33,7 +33,7 @@ from moe_lens.model.state import (
 )
 from moe_lens.model.static_caches import refuse_static_cache
 from moe_lens.model.threads import Thread, forward_of, generation_in, generation_of, inherit
-from moe_lens.model.unplaced import of_forward
+from moe_lens.model.unplaced import VIRTUAL, is_within_prompt_learning, of_forward
 from moe_lens.model.watching import Enter, Generate, Leave
 
 
@@ -225,6 +225,8 @@ class Running:
         forward.frame = frame_of_call()
         if self.needs_state:
             forward.unplaced = forward.unplaced or of_forward(self._model, kwargs)
+            if forward.unplaced is None and is_within_prompt_learning(forward.frame):
+                forward.unplaced = VIRTUAL
         with self.lock:
             thread.forwards.append(forward)
             if self._checkpointing is not None:
@@ -253,6 +255,9 @@ class Running:
             raise HookError(_TWO_THREADS)
         if completed:
             _check_steered(forward)
+            for points in self.points:
+                if points.mode in ("placed", "hooks") and points.moe.where not in forward.ran:
+                    points.router.check_in_place()
             if len(forward.steered) < self.n_planned:
                 steered = {where for where, _ in forward.steered}
                 for points in self.points:

@@ -123,6 +123,7 @@ class ForwardState:
         among: the prompts of which `rows` are some.
         memory: what hooks found out about this forward and need not find out again in the next layer.
         bridge: the wrapper around the model (HookedMoE, RoutedModel); None for a bare model.
+        ran: the blocks that began to run in it, where hooks watch for that.
         steered: what plans alone decided, (layer, weights [token k]), which is looked at once, at the end.
     """
 
@@ -140,6 +141,7 @@ class ForwardState:
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     bridge: Any = field(default=None, repr=False)
     steered: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
+    ran: set[str] = field(default_factory=set, repr=False)
     in_decoder: bool = False
     of_decoder: bool = False
     frame: Any = field(default=None, repr=False)  # of the module's call, while it runs (`model.frames`)

@@ -46,7 +46,7 @@ def forward_of(kwargs: dict[str, Any], thread: Thread, wrapper: Any, needs_state
     forward = ForwardState(
         tokens=tokens if isinstance(tokens, Tensor) else None,
         attention_mask=(mask := padding_mask(kwargs.get("attention_mask"))),
-        padding_unknown=mask is None and kwargs.get("attention_mask") is not None and generation is None,
+        padding_unknown=mask is None and generation is None and _hides(kwargs.get("attention_mask"), n_rows),
         offset=offset,
         n_prompt=offset or n_pos,
         texts=cast(Any, texts),
@@ -63,6 +63,15 @@ def forward_of(kwargs: dict[str, Any], thread: Thread, wrapper: Any, needs_state
         if forward.attention_mask is None and generation.attention_mask is not None:
             forward.attention_mask = copied(generation.attention_mask, n_rows)
     return forward
+
+
+def _hides(mask: Any, n_rows: int) -> bool:
+    """Whether a mask of another form than [batch total] may hide padding.
+
+    Models that build one a kind of attention give their decoder a dictionary of them; a single row of these
+    is taken as not padded.
+    """
+    return mask is not None and (isinstance(mask, Tensor) or n_rows > 1)
 
 
 def generation_in(thread: Thread) -> Generation | None:

@@ -5,6 +5,7 @@
 Plans and edits on every token, and those one a row, need no places.
 """
 
+from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -30,6 +31,15 @@ def adds_tokens(model: Any) -> bool:
     """Whether adapters (PEFT) put virtual tokens before what the model is given."""
     learns = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     return bool(learns) and not getattr(model, "_adapters_disabled", False)
+
+
+def is_within_prompt_learning(frame: FrameType | None) -> bool:
+    """Whether a call of such a model is among a frame's callers: hooks may be on the model inside alone."""
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and adds_tokens(frame.f_locals.get("self")):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def of_forward(model: Any, kwargs: dict[str, Any]) -> str | None:

@@ -10,7 +10,6 @@
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import product
 from typing import Any, Final, Literal, Protocol, get_args, runtime_checkable
 
 from moe_lens.checks import whole_number
@@ -269,18 +268,20 @@ def draw_jointly(
     """
     rng = random.Random(whole_number(seed, "seed", error=PlanError))
     closed = set() if layer_matched else _closed_layers(model, model.moe_shape)
-    names: dict[Expert, Expert] = {}
     refused: list[int] = []
     for _ in range(_ATTEMPTS):
         names = _names_in_layer(rng, several, model) if layer_matched else _names(rng, several, model, closed)
+        if names is None:
+            continue
         refused = _refusing(several, names, model)
         for layer in refused:
             names = _renamed(rng, several, names, layer, model)
         if not _refusing(several, names, model):
             return _under(names, several)
+    why = f"layer {refused[0]} refuses most" if refused else "there is no room"
     raise PlanError(
-        f"{_ATTEMPTS} random draws of {len(names)} experts for plans that share some gave none that the "
-        f"routers accept; layer {refused[0]} refuses most. Steer fewer experts, or none in that layer."
+        f"{_ATTEMPTS} random draws of {len(_all_of(several))} experts for plans that share some gave none "
+        f"that the routers accept; {why}. Steer fewer experts."
     )
 
 
@@ -299,8 +300,11 @@ def _names_in_layer(
 
 def _names(
     rng: random.Random, several: Sequence[TwoLists], model: SteerableModel, closed: set[int]
-) -> dict[Expert, Expert]:
-    """Expert -> another of any open layer in which every plan that names it has room for one more."""
+) -> dict[Expert, Expert] | None:
+    """Expert -> another of any open layer in which every plan that names it has room for one more.
+
+    None where the last ones find none: in another order they may. Those with the most roles come first.
+    """
     shape, names = model.moe_shape, {}
     free = [(layer, e) for layer in shape.layers if layer not in closed for e in range(shape.n_experts)]
     rng.shuffle(free)
@@ -312,11 +316,17 @@ def _names(
             for layer in shape.layers
         }
     )
-    for expert in rng.sample(experts := _all_of(several), len(experts)):
-        roles = [role for role in product(range(len(several)), (0, 1)) if expert in several[role[0]][role[1]]]
+    experts = _all_of(several)
+    roles_of: dict[Expert, list[tuple[int, int]]] = {expert: [] for expert in experts}
+    for number, plan in enumerate(several):
+        for kind in (0, 1):
+            for expert in plan[kind]:
+                roles_of[expert].append((number, kind))
+    for expert in sorted(rng.sample(experts, len(experts)), key=lambda each: -len(roles_of[each])):
+        roles = roles_of[expert]
         fitting = (place for place in free if all(left[*role, place[0]] for role in roles))
         if (place := next(fitting, None)) is None:
-            raise PlanError(f"No room for {len(experts)} experts of plans that share some; steer fewer.")
+            return None
         free.remove(place)
         left.subtract([(*role, place[0]) for role in roles])
         names[expert] = place

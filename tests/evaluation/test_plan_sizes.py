@@ -261,6 +261,16 @@ def test_without_limits_every_size_is_gentle() -> None:
     assert result.best_size() == 4
 
 
+def test_an_infinite_limit_is_none(tmp_path: Path) -> None:
+    points = {2: (0.5, 0.5, 1.0, 1.0), 4: (1.0, 0.0, 9.0, 0.0)}
+    result = replace(made(points), limits={name: Limit(math.inf, True) for name in made(points).limits})
+    assert result.limits
+    assert result.best_size() == 4
+    result.save(tmp_path / "s.json")
+    assert "Infinity" not in (tmp_path / "s.json").read_text(encoding="utf-8")
+    assert SweepResult.load(tmp_path / "s.json").limits == result.limits
+
+
 def test_a_harm_just_at_its_limit_is_allowed() -> None:
     result = made({1: (0.5, 0.5, 1.0, 1.0), 2: (1.0, 0.0, 1.3, 1.0)}, limit=0.3)
     assert result.best_size() == 2

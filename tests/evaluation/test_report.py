@@ -161,6 +161,19 @@ def test_joint_controls_are_compared_draw_by_draw() -> None:
     assert apart.excess_matched.value != pytest.approx(joint.excess_matched.value)
 
 
+def test_a_report_of_one_cluster_and_without_limits_is_strict_json(tmp_path: Path) -> None:
+    one = report(clusters=("c",) * 20, limits={LOSS: Limit(float("inf"), True)})
+    one.save(tmp_path / "r.json")
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"), parse_constant=no_constant)
+    assert content["gap_interval"] == [None, None]
+    assert SteeringReport.load(tmp_path / "r.json").to_json() == one.to_json()
+    assert not one.verdict
+
+
 def test_joint_controls_come_in_pairs() -> None:
     with pytest.raises(DataError, match="pairs"):
         report(matched=([0.5] * 9, [0.5] * 8), joint_controls=True)

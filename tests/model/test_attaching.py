@@ -177,6 +177,36 @@ def test_a_replaced_block_is_not_passed_over(block: Callable[[Any], Any]) -> Non
         assert torch.equal(model(tokens()).logits, expected)
 
 
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        lambda plan: steer_hooks(plan),
+        lambda plan: steer_hooks(plan, positions="prompt"),
+        lambda plan: [(hook_names.router_logits(1), same)],
+        lambda plan: [(hook_names.topk_indices(1), same)],
+    ],
+)
+def test_a_block_replaced_under_any_hooks_is_not_passed_over(hooks: Callable[[SteeringPlan], Any]) -> None:
+    model = tiny_model("olmoe")
+    routed = RoutedModel(model)
+    with routed.hooks(hooks(SteeringPlan(deactivate=[(1, 0)]))):
+        model(tokens())
+        model.model.layers[1] = new_block(model)
+        with pytest.raises(HookError, match=r"blocks\.1\.mlp: this block was replaced"):
+            model(tokens())
+
+
+def test_a_router_that_is_compiled_by_itself_is_still_that_router() -> None:
+    model, plan = tiny_model("olmoe"), SteeringPlan(deactivate=[(0, 0), (1, 0)])
+    routed = RoutedModel(model)
+    hooks = steer_hooks(plan)
+    expected = routed.run_with_hooks(tokens(), fwd_hooks=hooks)
+    for layer in model.model.layers:
+        layer.mlp.gate = torch.compile(layer.mlp.gate, backend="eager")
+    for _ in range(3):
+        assert torch.allclose(routed.run_with_hooks(tokens(), fwd_hooks=hooks), expected, atol=1e-6)
+
+
 def test_an_attached_bridge_knows_padding_and_refuses_absent_layers() -> None:
     bridge = attach(plain_bridge(tiny_model("qwen2_moe"), tokenizer()))
     _, cache = bridge.run_with_cache(["w1 w2 w3", "w4"])

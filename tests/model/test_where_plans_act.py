@@ -205,6 +205,31 @@ def test_positions_are_refused_in_packed_rows() -> None:
         model(given, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
     assert sum(map(len, seen)) > 12
     assert all(all(tokens) for tokens in seen)
+    columns = torch.tensor([[True, False, False, True, False]])
+    with steered(model, PLAN, positions=columns), seeing(model) as seen:
+        model(given, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
+    plain = run_of(model, given)
+    assert [after or before for after, before in zip(seen[0], plain, strict=True)] == seen[0]
+    assert seen[0][0] == seen[0][3] == 1
+
+
+def run_of(model: Any, given: Tensor) -> list[int]:
+    """Where the expert runs, unsteered, in the packed rows of the test above."""
+    with seeing(model) as seen:
+        model(given, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
+    return seen[0]
+
+
+def test_masks_of_every_kind_of_attention_are_not_taken_for_padding_of_one_row() -> None:
+    """Models with several kinds give them to the decoder, which may be all that is watched."""
+    model, given = model_without_expert(), tokens(2, 5)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    masks: Any = {"full_attention": causal, "sliding_attention": causal}
+    with steered(model, PLAN, positions=0), seeing(model) as seen:
+        model.model(given[:1], attention_mask=masks)
+    assert seen == [[1, 0, 0, 0, 0]]
+    with steered(model, PLAN, positions=0), pytest.raises(HookError, match="padding"):
+        model.model(given, attention_mask=masks)
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
@@ -231,8 +256,9 @@ def test_positions_are_refused_where_virtual_tokens_stand_before_the_prompt(kind
         with steered(adapted, PLAN), seeing(model) as seen:
             run()
         assert all(all(tokens) for tokens in seen)
-    with steered(model, PLAN, positions="prompt"), pytest.raises(HookError, match="virtual tokens"):
-        generation()
+    for run in (forward, generation):  # the hook points are on the model inside
+        with steered(model, PLAN, positions="prompt"), pytest.raises(HookError, match="virtual tokens"):
+            run()
     with adapted.disable_adapter(), steered(adapted, PLAN, positions=0), seeing(model) as seen:
         forward()
     assert seen == [[1, 0, 0, 0, 0]]

@@ -198,8 +198,21 @@ def test_no_room_for_pairs_is_refused(hooked: Hooked) -> None:
     model = hooked("deepseek_v4_hash")
     k = model.moe_shape.top_k
     plan = SteeringPlan([(layer, e) for layer in range(3) for e in range(k)])
-    with pytest.raises(PlanError, match="No room"):
+    with pytest.raises(PlanError, match="there is no room"):
         random_pairs(model, plan, SteeringPlan([(0, 0)], [(0, 5)]), 1)
+
+
+def test_pairs_that_fit_with_little_room_to_spare_are_found(hooked: Hooked) -> None:
+    """Every plan fills every layer: most orders of drawing leave no room for the last experts."""
+    model = hooked("olmoe")
+    layers = range(3)
+    plan = SteeringPlan([(layer, e) for layer in layers for e in (0, 1, 2)])
+    reverse = SteeringPlan([(layer, e) for layer in layers for e in (2, 3, 4)])
+    assert model.moe_shape.top_k == 3
+    for plus, minus in random_pairs(model, plan, reverse, 30):
+        for one in (plus, minus):
+            assert by_layer(one.activate) == {0: 3, 1: 3, 2: 3}
+        assert len({*plus.activate} & {*minus.activate}) == 3
 
 
 @pytest.mark.parametrize("arguments", [{"n": -1}, {"n": 1, "seed": -1}])
