@@ -232,7 +232,6 @@ class _Settings(NamedTuple):
 
     @classmethod
     def of(cls, formula: Score, level: Any, n_resamples: Any, n_permutations: Any, seed: Any) -> "_Settings":
-        """Numbers that `check_settings` has let through (numpy's and torch's, too), as Python's."""
         return cls(formula, float(level), int(n_resamples), int(n_permutations), int(seed))
 
 

@@ -4,7 +4,8 @@
     remove_points(bridge, 0, ("hook_router_logits",))
     has_hooks(point), foreign_hooks(module), supports_padding(bridge), hf_path(name), become(bridge, cls)
     stands_on(router, HookedRouter), take_off(router, hooked, original, was_on_instance)
-    execution_device(module), offloaded_weights(module), is_compiled(module), n_forward_hooks(module)
+    execution_device(module), offloaded_weights(module), n_forward_hooks(module)
+    is_compiled(module), inside_compiled(module), adapters_are_off(peft_model)
     attention_of(config), experts_of(config), implementation_of(experts), CHECKPOINT
 
 `tests/model/test_private_names.py` checks that each still exists and does what is said here, and that no
@@ -179,6 +180,16 @@ def implementation_of(experts: Any) -> str | None:
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` was called: torch keeps what it made as `_compiled_call_impl`."""
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def inside_compiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` was made of, its `_orig_mod`; a module itself otherwise."""
+    return getattr(module, "_orig_mod", module)
+
+
+def adapters_are_off(model: Any) -> bool:
+    """Whether a PEFT model is within `disable_adapter()`, which prompt learning notes in this name alone."""
+    return bool(getattr(model, "_adapters_disabled", False))
 
 
 def n_forward_hooks(module: nn.Module) -> int:

@@ -21,7 +21,7 @@ from moe_lens.errors import HookError
 from moe_lens.model.direct_logits import DirectLogits, direct_logits, in_order
 from moe_lens.model.layers import MoELayer, unwrap
 from moe_lens.model.points import BlockRun, Mode, RoutingPoints, fire
-from moe_lens.model.private_names import stands_on
+from moe_lens.model.private_names import inside_compiled, stands_on
 from moe_lens.model.running import Running
 from moe_lens.model.stand_in import StandIn
 from moe_lens.model.state import NAN_LOGITS, check_weights, uncompiled
@@ -98,8 +98,8 @@ class HookedRouter(StandIn):
     @property
     def is_in_use(self) -> bool:
         """Whether it is the router that the block calls as it stands: of several copies (PEFT) one is."""
-        children = (getattr(child, "_orig_mod", child) for child in self.moe.block.children())  # compiled
-        return any(unwrap(child) is self.moe.router for child in children)
+        children = self.moe.block.children()
+        return any(unwrap(inside_compiled(child)) is self.moe.router for child in children)
 
     def check_training(self) -> None:
         """Refuse hooks in training mode where they are not allowed there."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from moe_lens.model.private_names import adapters_are_off
+
 VIRTUAL: Final = (
     "prompt learning (prompt tuning, prefix tuning) puts virtual tokens before each prompt, so that columns "
     "are not those of the prompt. Steer without positions, or with the adapters off"
@@ -30,7 +32,7 @@ GUIDANCE: Final = (
 def adds_tokens(model: Any) -> bool:
     """Whether adapters (PEFT) put virtual tokens before what the model is given."""
     learns = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    return bool(learns) and not getattr(model, "_adapters_disabled", False)
+    return bool(learns) and not adapters_are_off(model)
 
 
 def is_within_prompt_learning(frame: FrameType | None) -> bool:

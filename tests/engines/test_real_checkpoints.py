@@ -91,7 +91,7 @@ def test_from_data_to_verdicts(
     data, out = users_data(tmp_path / "data", model), tmp_path / "out"
     limit = None if layout == "olmoe" else 3  # rows; the others are about loading and layout
     arguments = [layout, "--model", str(source), "--data", str(data), "--out", str(out), "--device", "cpu",
-                 "--activate", "1", "--deactivate", "3", "--n-random", "4", "--batch-size", "4"]  # fmt: skip
+                 "--activate", "1", "--deactivate", "3", "--n-random", "19", "--batch-size", "4"]  # fmt: skip
     arguments += ["--limit", str(limit)] if limit else []
 
     assert scripts.main([*arguments, "--estimate"]) == 0
@@ -127,7 +127,7 @@ def check_report(
     """The report of many small files is that of one call of `evaluate_steering`."""
     found = SteeringReport.load(out / "report-own-faitheval_counterfactual.json")
     study = scripts.Study(
-        scripts.CHECKPOINTS[layout], str(out.parent / "model"), data, out, "cpu", 1, 3, 4, limit, 4, 0
+        scripts.CHECKPOINTS[layout], str(out.parent / "model"), data, out, "cpu", 1, 3, 19, limit, 4, 0
     )
     scores = ExpertScores.load(out / "scores.safetensors")
     plan = SteeringPlan.load(out / "plan-own.json")
@@ -138,7 +138,7 @@ def check_report(
         study.task("faitheval_counterfactual"),
         reverse=SteeringPlan.load(out / "plan-own-opposite.json"),
         scores=scores,
-        n_random=4,
+        n_random=19,  # the fewest for plans that activate what their opposites deactivate
         progress=False,
     )
     assert found.gap_interval == again.gap_interval

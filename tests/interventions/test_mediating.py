@@ -19,6 +19,7 @@ from moe_lens.errors import DataError
 from moe_lens.interventions import shared_runs
 from moe_lens.interventions.results import Mediation
 from moe_lens.model.resuming import record
+from moe_lens.resampling import FEW_UNITS
 from tests.families import every_dtype_first_float32, first_of, recipes, some_kinds
 from tests.tiny_models import (
     EVERY_FAMILY,
@@ -367,7 +368,8 @@ def test_shares_are_ratios_of_means_with_a_bootstrap_of_pairs(pairs: Any, seed: 
     left_out = stats.norm.cdf(-stats.t.ppf(0.975, n - 1) * (n / (n - 1)) ** 0.5)
     for tail, end in ((by_loop, low), (-by_loop, -high)):  # on each side, however coarse the values
         assert (tail < end - 1e-9).mean() < left_out + 0.02
-        assert (tail <= end + 1e-9).mean() > left_out / 3 - 0.001
+        if n >= FEW_UNITS:  # with fewer, the t interval may reach beyond all draws
+            assert (tail <= end + 1e-9).mean() > left_out / 3 - 0.001
     assert found.shares_by_layer(seed=seed)["restored"][0] == pytest.approx([share, low, high])
 
 

@@ -25,6 +25,7 @@ from moe_lens.model.hooked_moe import HookedMoE, attach, detach
 from moe_lens.model.private_names import (
     CHECKPOINT,
     PointsOnly,
+    adapters_are_off,
     add_points,
     attention_of,
     become,
@@ -33,6 +34,7 @@ from moe_lens.model.private_names import (
     has_hooks,
     hf_path,
     implementation_of,
+    inside_compiled,
     is_compiled,
     n_forward_hooks,
     offloaded_weights,
@@ -137,6 +139,23 @@ def test_hooks_that_libraries_leave_on_modules_are_nobodys_own() -> None:
     assert not any(foreign_hooks(module) for module in modules)
     modules[-1].register_forward_hook(lambda *_: None)
     assert foreign_hooks(modules[-1])
+
+
+def test_a_compiled_module_is_found_inside() -> None:
+    linear = nn.Linear(2, 2)
+    assert inside_compiled(torch.compile(linear)) is linear
+    assert inside_compiled(linear) is linear
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompt_learning_says_when_it_is_off(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    learned = getattr(peft, kind)(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model("olmoe"), learned)
+    assert not adapters_are_off(model)
+    with model.disable_adapter():
+        assert adapters_are_off(model)
+    assert not adapters_are_off(model)
 
 
 def test_adapters_say_whether_they_take_padding() -> None:
@@ -322,6 +341,7 @@ def foreign_private_names(tree: ast.Module, ours: set[str]) -> set[str]:
         "_replace",
         "_fields",
         "_getframe",
+        "_current_frames",
         "__array__",
         "__index__",
         "__name__",
@@ -345,7 +365,8 @@ def test_one_file_uses_private_names_of_other_libraries() -> None:
     assert {path for path in used if used[path]} - set(ENGINES) == {"model/private_names.py"}
     assert used["model/private_names.py"] == {
         "_hook_registry", "_hook_alias_registry", "_register_aliases", "__class__", "__module__", *HOOKS,
-        "_hf_hook", "_attn_implementation", "_experts_implementation", "_compiled_call_impl",
+        "_hf_hook", "_attn_implementation", "_experts_implementation", "_compiled_call_impl", "_orig_mod",
+        "_adapters_disabled",
     }  # fmt: skip
 
 
