@@ -345,6 +345,7 @@ def foreign_private_names(tree: ast.Module, ours: set[str]) -> set[str]:
         "__array__",
         "__index__",
         "__name__",
+        "__self__",
     }  # Python and numpy
     used: set[str] = set()
     for node in ast.walk(tree):
