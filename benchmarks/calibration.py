@@ -285,18 +285,24 @@ def answers(
 
 
 def report_of(
-    values: np.ndarray, together: int, level: float = 0.95, seed: int = 0, controls: Sequence[np.ndarray] = ()
+    values: np.ndarray,
+    together: int,
+    level: float = 0.95,
+    seed: int = 0,
+    controls: Sequence[np.ndarray] = (),
+    joint: bool = False,
 ) -> SteeringReport:
     """Of values under no plan, the plan, its reverse; controls [4 random of each direction prompt]."""
     outcomes = [Outcome(one, {}) for one in values]
     random = [[Outcome(one, {}) for one in each] for each in controls] or [[outcomes[0]]] * 4
     return SteeringReport(
-        task="made up", model="made up", plans=dict.fromkeys("+-", SteeringPlan(deactivate=[(0, 0)])),
+        task="made up", model="made up",
+        plans={"+": SteeringPlan(deactivate=[(0, 0)]), "-": SteeringPlan(deactivate=[(0, 1)])},
         clusters=tuple(str(row // together) for row in range(values.shape[1])), unsteered=outcomes[0],
         steered=dict(zip("+-", outcomes[1:], strict=True)),
         controls={"layer-matched": dict(zip("+-", random[:2], strict=True)),
                   "any layer": dict(zip("+-", random[2:], strict=True))},
-        bottom=None, limits={}, alpha=0.05, level=level, seed=seed,
+        bottom=None, limits={}, alpha=0.05, level=level, seed=seed, joint_controls=joint,
     )  # fmt: skip
 
 
@@ -323,19 +329,24 @@ def verdicts(samples: int) -> Rows:
     """How often verdicts say yes."""
     rows: Rows = []
     n, together, n_random = 24, 8, 20
-    for spread in (0.0, 0.05, 0.15):
+    for mirrored, spread in ((False, 0.0), (False, 0.05), (False, 0.15), (True, 0.05), (True, 0.15)):
         for gain in (0.0, 0.1, 0.25):
             rng, hits = np.random.default_rng(int(100 * spread)), np.zeros(3)
             for seed in range(samples):
                 random = 0.5 + spread * rng.normal(size=4 * n_random)
                 plan = 0.5 + spread * rng.normal(size=2) + np.array([gain, -gain])
-                rates = np.clip([0.5, *plan, *random], 0.02, 0.98)
+                if mirrored:  # the reverse takes away what the plan adds, and so in each random draw
+                    plan[1] = 1 - plan[0]
+                    random = random.reshape(2, 2, n_random)
+                    random[:, 1] = 1 - random[:, 0]
+                rates = np.clip([0.5, *plan, *random.ravel()], 0.02, 0.98)
                 drawn_answers = answers(rng, list(rates), n, together, 0.3)
                 controls = drawn_answers[3:].reshape(4, n_random, -1)
-                report = report_of(drawn_answers[:3], together, 0.95, seed, list(controls))
+                report = report_of(drawn_answers[:3], together, 0.95, seed, list(controls), mirrored)
                 both = max(report.p_matched, report.p_any) <= 0.05
                 hits += [report.p_matched <= 0.05, both, report.verdict]
-            rows.append((f"{spread:g}", f"{gain:g}", *(percent(hit / samples) for hit in hits)))
+            words = "shared" if mirrored else "others"
+            rows.append((words, f"{spread:g}", f"{gain:g}", *(percent(hit / samples) for hit in hits)))
     return rows
 
 
@@ -425,8 +436,10 @@ TABLES = {
         "Verdicts",
         "24 clusters of 8 prompts, 20 random sets of each kind and direction. A plan that adds nothing is "
         "one more random set, and a positive verdict wrong. Where it adds something, answers move by that "
-        "much in each direction.",
+        "much in each direction. Experts are shared where the reverse is the plan with its roles swapped and "
+        "undoes what that does; random sets of both directions are then one draw.",
         (
+            "the reverse has experts",
             "a random set moves answers by (sd)",
             "the plan adds, each way",
             "p matched ≤ 0.05",

@@ -68,7 +68,7 @@ def test_what_the_tables_say_of_few_samples_is_possible(script: dict[str, Any]) 
     assert np.nanmean(named[:, 0]) <= 30
     assert np.nanmax(named[:, 2]) > 50  # a test that finds nothing would pass the line before
     verdict = script["TABLES"]["verdicts"].make(6)
-    wrong = [float(row[-1].split()[0]) for row in verdict if row[1] == "0"]
-    right = [float(row[-1].split()[0]) for row in verdict if row[0] == "0" and row[1] == "0.25"]
+    wrong = [float(row[-1].split()[0]) for row in verdict if row[2] == "0"]
+    right = [float(row[-1].split()[0]) for row in verdict if row[1] == "0" and row[2] == "0.25"]
     assert np.mean(wrong) <= 40
     assert right == [100.0]
