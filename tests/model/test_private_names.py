@@ -143,7 +143,8 @@ def test_hooks_that_libraries_leave_on_modules_are_nobodys_own() -> None:
 
 def test_a_compiled_module_is_found_inside() -> None:
     linear = nn.Linear(2, 2)
-    assert inside_compiled(torch.compile(linear)) is linear
+    compiled: Any = torch.compile(linear)
+    assert inside_compiled(compiled) is linear
     assert inside_compiled(linear) is linear
 
 
