@@ -89,9 +89,11 @@ def test_from_data_to_verdicts(
     source = checkpoint(tmp_path / "model", layout)
     model = RoutedModel.from_pretrained(source)
     data, out = users_data(tmp_path / "data", model), tmp_path / "out"
-    limit = None if layout == "olmoe" else 3  # rows; the others are about loading and layout
+    # The others are about loading and layout. Plans that share experts with their opposites take 19 sets.
+    limit, activate, n_random = (None, 1, 19) if layout == "olmoe" else (3, 0, 4)
     arguments = [layout, "--model", str(source), "--data", str(data), "--out", str(out), "--device", "cpu",
-                 "--activate", "1", "--deactivate", "3", "--n-random", "19", "--batch-size", "4"]  # fmt: skip
+                 "--activate", str(activate), "--deactivate", "3", "--n-random", str(n_random),
+                 "--batch-size", "4"]  # fmt: skip
     arguments += ["--limit", str(limit)] if limit else []
 
     assert scripts.main([*arguments, "--estimate"]) == 0
@@ -102,7 +104,7 @@ def test_from_data_to_verdicts(
     printed = capsys.readouterr().out
     assert (out / "results.md").read_text(encoding="utf-8") in printed
     check_agreement(out, data)
-    check_report(model, scripts, out, data, layout, limit)
+    check_report(model, scripts, out, data, layout, limit, activate, n_random)
     check_goes_on_where_it_ended(scripts, arguments, out, capsys)
 
 
@@ -122,23 +124,40 @@ def check_agreement(out: Path, data: Path) -> None:
 
 
 def check_report(
-    model: RoutedModel, scripts: Any, out: Path, data: Path, layout: str, limit: int | None
+    model: RoutedModel,
+    scripts: Any,
+    out: Path,
+    data: Path,
+    layout: str,
+    limit: int | None,
+    activate: int,
+    n_random: int,
 ) -> None:
     """The report of many small files is that of one call of `evaluate_steering`."""
     found = SteeringReport.load(out / "report-own-faitheval_counterfactual.json")
     study = scripts.Study(
-        scripts.CHECKPOINTS[layout], str(out.parent / "model"), data, out, "cpu", 1, 3, 19, limit, 4, 0
+        scripts.CHECKPOINTS[layout],
+        str(out.parent / "model"),
+        data,
+        out,
+        "cpu",
+        activate,
+        3,
+        n_random,
+        limit,
+        4,
+        0,
     )
     scores = ExpertScores.load(out / "scores.safetensors")
     plan = SteeringPlan.load(out / "plan-own.json")
-    assert (len(plan.activate), len(plan.deactivate)) == (1, 3)
+    assert (len(plan.activate), len(plan.deactivate)) == (activate, 3)
     again = evaluate_steering(
         model,
         plan,
         study.task("faitheval_counterfactual"),
         reverse=SteeringPlan.load(out / "plan-own-opposite.json"),
         scores=scores,
-        n_random=19,  # the fewest for plans that activate what their opposites deactivate
+        n_random=n_random,
         progress=False,
     )
     assert found.gap_interval == again.gap_interval

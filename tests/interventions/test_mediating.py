@@ -363,10 +363,10 @@ def test_shares_are_ratios_of_means_with_a_bootstrap_of_pairs(pairs: Any, seed: 
     assert low - 1e-9 <= share <= high + 1e-9 or len(set(zip(route, total, strict=True))) > 1
     generator = np.random.default_rng(seed + 100)
     drawn = generator.integers(len(pairs), size=(4000, len(pairs)))
-    by_loop = np.array([route[row].mean() / total[row].mean() for row in drawn])
+    by_row = route[drawn].mean(1) / total[drawn].mean(1)
     n = len(pairs)  # 2.5 % of a normal distribution, less of few pairs' t distribution
     left_out = stats.norm.cdf(-stats.t.ppf(0.975, n - 1) * (n / (n - 1)) ** 0.5)
-    for tail, end in ((by_loop, low), (-by_loop, -high)):  # on each side, however coarse the values
+    for tail, end in ((by_row, low), (-by_row, -high)):  # on each side, however coarse the values
         assert (tail < end - 1e-9).mean() < left_out + 0.02
         if n >= FEW_UNITS:  # with fewer, the t interval may reach beyond all draws
             assert (tail <= end + 1e-9).mean() > left_out / 3 - 0.001
