@@ -366,10 +366,13 @@ def test_shares_are_ratios_of_means_with_a_bootstrap_of_pairs(pairs: Any, seed: 
     by_row = route[drawn].mean(1) / total[drawn].mean(1)
     n = len(pairs)  # 2.5 % of a normal distribution, less of few pairs' t distribution
     left_out = stats.norm.cdf(-stats.t.ppf(0.975, n - 1) * (n / (n - 1)) ** 0.5)
-    for tail, end in ((by_row, low), (-by_row, -high)):  # on each side, however coarse the values
+    least = max(left_out / 3 - 0.001, 0.0)
+    reach = stats.t.ppf(0.975, n - 1) * by_row.std() * (n / (n - 1)) ** 0.5 if n < FEW_UNITS else 0.0
+    # on each side, however coarse the values
+    for tail, middle, end in ((by_row, share, low), (-by_row, -share, -high)):
         assert (tail < end - 1e-9).mean() < left_out + 0.02
-        if n >= FEW_UNITS:  # with fewer, the t interval may reach beyond all draws
-            assert (tail <= end + 1e-9).mean() > left_out / 3 - 0.001
+        assert middle - end >= 0.8 * reach - 1e-9  # few pairs: at least the t interval
+        assert middle - end <= max(1.25 * reach, middle - np.quantile(tail, least)) + 1e-9  # and not wider
     assert found.shares_by_layer(seed=seed)["restored"][0] == pytest.approx([share, low, high])
 
 
