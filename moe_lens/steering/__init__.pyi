@@ -1,6 +1,7 @@
 from .baking import bake as bake
 from .context import steered as steered
 from .controls import bottom_set as bottom_set
+from .controls import random_pairs as random_pairs
 from .controls import random_sets as random_sets
 from .hooks import steer_hooks as steer_hooks
 from .learning import learn_router_bias as learn_router_bias

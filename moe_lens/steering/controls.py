@@ -83,8 +83,10 @@ def random_pairs(
 
     Raises:
         DataError: n or seed is not a number from 0 on.
-        PlanError: the model has no room for such plans.
+        PlanError: a plan for another model, or no room for such plans.
     """
+    for one in (plan, reverse):
+        one.check_fits(model.moe_shape)
     several = [(_activated(one), one.deactivate) for one in (plan, reverse)]
     pairs = []
     for number in spawned_seeds(whole_number(seed, "seed"), whole_number(n, "n")):

@@ -264,21 +264,19 @@ def test_volcano_names_the_largest_of_those_below_q(
     size = {place: abs(float(scores.delta[layers.index(place[0]), place[1]])) for place in below}
     named = [text.get_text() for text in ax.texts]
     expected = [f"L{layer} E{expert}" for layer, expert in sorted(below, key=lambda place: -size[place])[:5]]
-    assert set(named) <= set(expected)
-    assert named[:1] == expected[:1]
-    assert len(named) >= min(3, len(expected))
+    assert named == expected
     assert any(np.allclose(line.get_ydata(), -np.log10(q)) for line in ax.get_lines())
 
 
 def test_names_in_a_volcano_do_not_stand_over_each_other(scores: ExpertScores) -> None:
-    """Experts of equal q and nearly equal scores."""
+    """Experts of equal q and nearly equal scores: most have no room for a name that is clearly theirs."""
     assert scores.evidence is not None
     q = torch.full_like(scores.evidence.q, 1e-4)
     near = scores.delta.sign() * (0.3 + 0.01 * scores.delta)
     ax = plots.volcano(replace(scores, delta=near, evidence=replace(scores.evidence, q=q)), n_labels=8)
     laid_out(ax)
     boxes = [text.get_window_extent() for text in ax.texts]
-    assert len(boxes) >= 2
+    assert len(boxes) >= 3
     for number, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:number])
 

@@ -193,6 +193,16 @@ def test_every_expert_is_drawn_about_equally_often_for_pairs(hooked: Hooked, lay
     assert all(0.7 * expected < number < 1.3 * expected for number in drawn.values())
 
 
+@pytest.mark.parametrize("layer_matched", [False, True])
+@pytest.mark.parametrize("expert", [(77, 0), (0, 300)])
+def test_pairs_of_plans_for_another_model_are_refused(
+    hooked: Hooked, expert: tuple[int, int], layer_matched: bool
+) -> None:
+    plan = SteeringPlan(deactivate=[expert])
+    with pytest.raises(PlanError, match=f"{max(expert)}"):
+        random_pairs(hooked("olmoe"), plan, plan.reversed(), 1, layer_matched=layer_matched)
+
+
 def test_no_room_for_pairs_is_refused(hooked: Hooked) -> None:
     """The table of layer 0 decides there, and the other layers activate k experts each at most."""
     model = hooked("deepseek_v4_hash")
